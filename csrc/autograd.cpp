@@ -1,0 +1,339 @@
+#include "autograd.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <string>
+#include <vector>
+
+#include "../torch-ext/torch_binding.h"
+#include "format.h"
+
+namespace quantization_mlx::autograd {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
+
+OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+bool wants_gradient(const Tensor& tensor) { return tensor.requires_grad(); }
+
+bool wants_gradient(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
+
+// The weights of a product, as a backward pass needs them back.
+struct Weights {
+  Tensor w;
+  Tensor scales;
+  OptionalTensor biases;
+  OptionalTensor global_scale;
+  bool transpose;
+  OptionalInt group_size;
+  OptionalInt bits;
+  std::string mode;
+  std::string op;
+
+  variable_list tensors() const {
+    return {w, scales, biases.value_or(Tensor()), global_scale.value_or(Tensor())};
+  }
+
+  void save(AutogradContext* context) const {
+    context->saved_data["transpose"] = transpose;
+    context->saved_data["group_size"] = group_size;
+    context->saved_data["bits"] = bits;
+    context->saved_data["mode"] = mode;
+    context->saved_data["op"] = op;
+  }
+
+  static Weights load(AutogradContext* context, const variable_list& saved) {
+    auto& data = context->saved_data;
+    return {
+        saved[0],
+        saved[1],
+        optional(saved[2]),
+        optional(saved[3]),
+        data["transpose"].toBool(),
+        data["group_size"].toOptional<int64_t>(),
+        data["bits"].toOptional<int64_t>(),
+        data["mode"].toStringRef(),
+        data["op"].toStringRef()};
+  }
+};
+
+// From the gradient of the unpacked weights to those of scales and biases: w = code * scale + bias within each group.
+struct ParameterGradients {
+  Tensor scales;
+  Tensor biases;
+};
+
+ParameterGradients parameter_gradients(const Tensor& unpacked, const Weights& weights) {
+  std::vector<c10::SymInt> grouped(weights.scales.sym_sizes().vec());
+  grouped.push_back(weights.group_size.value_or(default_group_size(Mode::affine)));
+  const Tensor gradient = unpacked.to(at::kFloat).reshape_symint(grouped);
+  const Tensor one = at::ones_symint(weights.scales.sym_sizes(), weights.scales.options().dtype(at::kFloat));
+  const Tensor codes =
+      ops::dequantize(
+          weights.w, one, at::zeros_like(one), weights.group_size, weights.bits, weights.mode, std::nullopt, at::kFloat)
+          .reshape_symint(grouped);
+  return {
+      (gradient * codes).sum(-1).to(weights.scales.scalar_type()),
+      gradient.sum(-1).to(weights.biases->scalar_type())};
+}
+
+// The gradient of w [.., N, K] (transpose) or [.., K, N] from matching matrices of x and of the result's gradient.
+Tensor weight_gradient(const Tensor& x, const Tensor& gradient, bool transpose) {
+  return transpose ? at::matmul(gradient.mT(), x) : at::matmul(x.mT(), gradient);
+}
+
+Tensor flat_rows(const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-1)}); }
+
+// --- quantized_matmul -----------------------------------------------------------------------------------------------
+
+struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
+  static Tensor forward(
+      AutogradContext* context,
+      const Tensor& x,
+      const Tensor& w,
+      const Tensor& scales,
+      const OptionalTensor& biases,
+      const Weights& weights) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    weights.save(context);
+    auto saved = weights.tensors();
+    saved.push_back(wants_gradient(scales) || wants_gradient(biases) ? x : Tensor());
+    context->save_for_backward(saved);
+    context->saved_data["x_sizes"] = c10::IValue(x.sym_sizes());
+    context->saved_data["x_dtype"] = x.scalar_type();
+    return ops::quantized_matmul(
+        x, w, scales, biases, weights.transpose, weights.group_size, weights.bits, weights.mode, weights.global_scale,
+        weights.op);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const auto saved = context->get_saved_variables();
+    const Weights weights = Weights::load(context, saved);
+    const auto x_sizes = context->saved_data["x_sizes"].toSymIntVector();
+    // A vector x is a matrix of one row.
+    const bool vector = x_sizes.size() == 1;
+    const Tensor gradient = vector ? gradients[0].unsqueeze(-2) : gradients[0];
+    variable_list result(5);
+    if (context->needs_input_grad(0)) {
+      Tensor x_gradient = ops::quantized_matmul(
+          gradient, weights.w, weights.scales, weights.biases, !weights.transpose, weights.group_size, weights.bits,
+          weights.mode, weights.global_scale, weights.op);
+      x_gradient = vector ? x_gradient.squeeze(-2) : x_gradient;
+      result[0] = at::sum_to(x_gradient, c10::SymIntArrayRef(x_sizes)).to(context->saved_data["x_dtype"].toScalarType());
+    }
+    if (context->needs_input_grad(2) || context->needs_input_grad(3)) {
+      const Tensor x = vector ? saved[4].unsqueeze(-2) : saved[4];
+      const auto dtype = gradient.scalar_type();
+      Tensor unpacked;
+      if (weights.w.dim() == 2) {
+        unpacked = weight_gradient(flat_rows(x.to(dtype)), flat_rows(gradient), weights.transpose);
+      } else {
+        unpacked = weight_gradient(x.to(dtype), gradient, weights.transpose);
+        auto sizes = weights.w.sym_sizes().vec();
+        sizes.back() = unpacked.sym_size(-1);
+        unpacked = at::sum_to(unpacked, c10::SymIntArrayRef(sizes));
+      }
+      auto parameters = parameter_gradients(unpacked, weights);
+      result[2] = std::move(parameters.scales);
+      result[3] = std::move(parameters.biases);
+    }
+    return result;
+  }
+};
+
+// --- gather_qmm -----------------------------------------------------------------------------------------------------
+
+// The index of each result's matrix in an operand, flat: the one given or the count through the operand's batch.
+Tensor flat_indices(const OptionalTensor& indices, c10::SymIntArrayRef operand, c10::SymIntArrayRef batch, at::Device device) {
+  if (indices.has_value()) {
+    return indices->to(at::kLong).expand_symint(batch).reshape({-1});
+  }
+  c10::SymInt count = 1;
+  for (const auto& size : operand) {
+    count = count * size;
+  }
+  return at::arange(count, at::TensorOptions().dtype(at::kLong).device(device))
+      .reshape_symint(operand)
+      .expand_symint(batch)
+      .reshape({-1});
+}
+
+Tensor matrices(const Tensor& tensor) {
+  return tensor.reshape_symint({-1, tensor.sym_size(-2), tensor.sym_size(-1)});
+}
+
+struct GatherQmm : torch::autograd::Function<GatherQmm> {
+  static Tensor forward(
+      AutogradContext* context,
+      const Tensor& x,
+      const Tensor& w,
+      const Tensor& scales,
+      const OptionalTensor& biases,
+      const OptionalTensor& lhs_indices,
+      const OptionalTensor& rhs_indices,
+      bool sorted_indices,
+      const Weights& weights) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    weights.save(context);
+    auto saved = weights.tensors();
+    saved.push_back(wants_gradient(scales) || wants_gradient(biases) ? x : Tensor());
+    saved.push_back(lhs_indices.value_or(Tensor()));
+    saved.push_back(rhs_indices.value_or(Tensor()));
+    context->save_for_backward(saved);
+    context->saved_data["x_sizes"] = c10::IValue(x.sym_sizes());
+    context->saved_data["x_dtype"] = x.scalar_type();
+    return ops::gather_qmm(
+        x, w, scales, biases, lhs_indices, rhs_indices, weights.transpose, weights.group_size, weights.bits,
+        weights.mode, weights.global_scale, sorted_indices, weights.op);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const auto saved = context->get_saved_variables();
+    const Weights weights = Weights::load(context, saved);
+    const auto x_sizes = context->saved_data["x_sizes"].toSymIntVector();
+    const auto x_batch = c10::SymIntArrayRef(x_sizes).slice(0, x_sizes.size() - 2);
+    const auto w_batch = weights.w.sym_sizes().slice(0, weights.w.dim() - 2);
+    const auto batch = gradients[0].sym_sizes().slice(0, gradients[0].dim() - 2);
+    const Tensor lhs = flat_indices(optional(saved[5]), x_batch, batch, gradients[0].device());
+    const Tensor rhs = flat_indices(optional(saved[6]), w_batch, batch, gradients[0].device());
+    const Tensor gradient = matrices(gradients[0]);
+    variable_list result(8);
+    if (context->needs_input_grad(0)) {
+      const Tensor each = ops::gather_qmm(
+          gradient, weights.w, weights.scales, weights.biases, std::nullopt, rhs, !weights.transpose,
+          weights.group_size, weights.bits, weights.mode, weights.global_scale, /*sorted_indices=*/false, weights.op);
+      c10::SymInt count = 1;
+      for (const auto& size : x_batch) {
+        count = count * size;
+      }
+      // Several results may read one matrix of x: their gradients add up in float32.
+      const Tensor sums = at::zeros_symint(
+          {count, each.sym_size(-2), each.sym_size(-1)}, each.options().dtype(at::kFloat));
+      result[0] = sums.index_add(0, lhs, each.to(at::kFloat))
+                      .reshape_symint(x_sizes)
+                      .to(context->saved_data["x_dtype"].toScalarType());
+    }
+    if (context->needs_input_grad(2) || context->needs_input_grad(3)) {
+      const Tensor x = matrices(saved[4].to(gradient.scalar_type())).index_select(0, lhs);
+      // A masked product for each matrix of w: no index is read on the host, on any device.
+      std::vector<Tensor> unpacked;
+      const int64_t count = matrices(weights.w).size(0);
+      for (int64_t matrix = 0; matrix < count; ++matrix) {
+        const Tensor chosen = rhs.eq(matrix).to(gradient.scalar_type()).reshape({-1, 1, 1});
+        unpacked.push_back(weight_gradient(flat_rows(x), flat_rows(gradient * chosen), weights.transpose));
+      }
+      auto parameters = parameter_gradients(at::stack(unpacked), weights);
+      result[2] = std::move(parameters.scales);
+      result[3] = std::move(parameters.biases);
+    }
+    return result;
+  }
+};
+
+// --- dequantize -----------------------------------------------------------------------------------------------------
+
+struct Dequantize : torch::autograd::Function<Dequantize> {
+  static Tensor forward(
+      AutogradContext* context,
+      const Tensor& w,
+      const Tensor& scales,
+      const OptionalTensor& biases,
+      std::optional<at::ScalarType> dtype,
+      const Weights& weights) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    weights.save(context);
+    context->save_for_backward(weights.tensors());
+    return ops::dequantize(
+        w, scales, biases, weights.group_size, weights.bits, weights.mode, weights.global_scale, dtype);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const Weights weights = Weights::load(context, context->get_saved_variables());
+    auto parameters = parameter_gradients(gradients[0], weights);
+    return {Tensor(), std::move(parameters.scales), std::move(parameters.biases), Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+Tensor quantized_matmul(
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    bool transpose,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale,
+    std::string_view op) {
+  if (at::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(scales) || wants_gradient(biases))) {
+    return QuantizedMatmul::apply(
+        x, w, scales, biases,
+        Weights{
+            w, scales, biases, global_scale, transpose, group_size, bits, std::string(mode), std::string(op)});
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::quantized_matmul(x, w, scales, biases, transpose, group_size, bits, mode, global_scale, op);
+}
+
+Tensor gather_qmm(
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    const OptionalTensor& lhs_indices,
+    const OptionalTensor& rhs_indices,
+    bool transpose,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale,
+    bool sorted_indices,
+    std::string_view op) {
+  if (at::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(scales) || wants_gradient(biases))) {
+    return GatherQmm::apply(
+        x, w, scales, biases, lhs_indices, rhs_indices, sorted_indices,
+        Weights{
+            w, scales, biases, global_scale, transpose, group_size, bits, std::string(mode), std::string(op)});
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::gather_qmm(
+      x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size, bits, mode, global_scale, sorted_indices,
+      op);
+}
+
+Tensor dequantize(
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale,
+    std::optional<at::ScalarType> dtype) {
+  if (at::GradMode::is_enabled() && (wants_gradient(scales) || wants_gradient(biases))) {
+    return Dequantize::apply(
+        w, scales, biases, dtype,
+        Weights{
+            w, scales, biases, global_scale, /*transpose=*/true, group_size, bits, std::string(mode), "dequantize"});
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::dequantize(w, scales, biases, group_size, bits, mode, global_scale, dtype);
+}
+
+}  // namespace quantization_mlx::autograd

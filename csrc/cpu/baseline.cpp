@@ -1,0 +1,95 @@
+// Any CPU: four lanes in the compiler's own vector types, which every target lowers to what it has.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+namespace {
+
+struct Vector {
+  static constexpr int lanes = 4;
+  static constexpr int registers = 16;
+  static constexpr bool has_bfloat16 = false;
+  typedef float F __attribute__((vector_size(16)));
+  typedef uint32_t I __attribute__((vector_size(16)));
+
+  template <typename Function>
+  static F each(Function&& lane) {
+    return F{lane(0), lane(1), lane(2), lane(3)};
+  }
+
+  static F zero() { return F{}; }
+  static F set(float value) { return F{value, value, value, value}; }
+  static F load(const float* source) {
+    F value;
+    std::memcpy(&value, source, sizeof value);
+    return value;
+  }
+  static void store(float* destination, F value) { std::memcpy(destination, &value, sizeof value); }
+  static F add(F a, F b) { return a + b; }
+  static F mul(F a, F b) { return a * b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static float sum(F value) { return (value[0] + value[2]) + (value[1] + value[3]); }
+
+  static F bits(I value) {
+    F result;
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+  }
+  static I load_bytes(const uint8_t* source) { return I{source[0], source[1], source[2], source[3]}; }
+  static I load_halves(const uint8_t* source) {
+    uint16_t halves[lanes];
+    std::memcpy(halves, source, sizeof halves);
+    return I{halves[0], halves[1], halves[2], halves[3]};
+  }
+  static F load_float16(const uint8_t* source) {
+    const I halves = load_halves(source);
+    return each([&](int lane) { return quantization_mlx::float16_to_float(halves[lane]); });
+  }
+  static F load_bfloat16(const uint8_t* source) { return bits(load_halves(source) << 16); }
+  static F load_e8m0(const uint8_t* source) {
+    return each([&](int lane) { return quantization_mlx::e8m0_to_float(source[lane]); });
+  }
+
+  template <int bytes, int skip>
+  static I load_units(const uint8_t* source) {
+    I units = {};
+    for (int lane = 0; lane < lanes; ++lane) {
+      uint32_t unit = 0;
+      std::memcpy(&unit, source + lane * bytes + skip, bytes < 4 ? bytes : 4);
+      units[lane] = unit;
+    }
+    return units;
+  }
+  template <int width, int shift>
+  static F unsigned_code(I units) {
+    return __builtin_convertvector((units >> shift) & ((1u << width) - 1), F);
+  }
+  template <int shift>
+  static F e2m1(I units) {
+    return each([&](int lane) { return quantization_mlx::e2m1_to_float(units[lane] >> shift); });
+  }
+  template <int shift>
+  static F e4m3(I units) {
+    return each([&](int lane) { return quantization_mlx::e4m3_to_float((units[lane] >> shift) & 0xFFu); });
+  }
+
+  static I lane_groups(int lanes_per_group) {
+    const auto group = [&](int lane) { return static_cast<uint32_t>(lane / lanes_per_group); };
+    return I{group(0), group(1), group(2), group(3)};
+  }
+  static F lookup(F table, I index) {
+    return each([&](int lane) { return table[index[lane]]; });
+  }
+};
+
+}  // namespace
+
+#include "product.h"
+
+const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::baseline_kernels() {
+  static constexpr Kernels table = make_table("baseline", false);
+  return &table;
+}

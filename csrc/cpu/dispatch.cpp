@@ -1,0 +1,309 @@
+// Cuts a checked problem into products of one matrix with many rows, and those into tasks for the kernels.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <numeric>
+#include <string_view>
+#include <vector>
+
+#include "kernels.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace quantization_mlx::cpu {
+namespace {
+
+using at::Tensor;
+
+// Rows that are packed and multiplied before the next are: bounds the working memory, and decoding a panel is small
+// beside multiplying it by this many.
+constexpr int64_t max_rows = 512;
+constexpr int64_t max_columns = 128;
+
+Real real_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf: return Real::float16;
+    case at::kBFloat16: return Real::bfloat16;
+    default: return Real::float32;
+  }
+}
+
+ScaleType scale_type_of(const QuantizedMatrices& weights) {
+  switch (weights.format.mode) {
+    case Mode::mxfp4:
+    case Mode::mxfp8: return ScaleType::e8m0;
+    case Mode::nvfp4: return ScaleType::e4m3;
+    case Mode::affine: break;
+  }
+  switch (weights.scales.scalar_type()) {
+    case at::kHalf: return ScaleType::float16;
+    case at::kBFloat16: return ScaleType::bfloat16;
+    default: return ScaleType::float32;
+  }
+}
+
+// A run of rows that meet the same matrix. x_rows[i] and y_rows[i] number rows of x and of the result, for
+// first <= i < first + rows.
+struct Run {
+  int64_t matrix;
+  int64_t first;
+  int64_t rows;
+};
+
+struct Plan {
+  std::vector<Run> runs;
+  std::vector<int64_t> x_rows;
+  std::vector<int64_t> y_rows;
+};
+
+// All rows with one matrix, in order: the plan that needs no lists.
+Plan single_run(int64_t rows) { return {{{0, 0, rows}}, {}, {}}; }
+
+// Pair i multiplies matrix lhs(i) of x, of M rows, with matrix rhs(i) of w. Pairs of one matrix of w become one run.
+template <typename Lhs, typename Rhs>
+Plan grouped_runs(int64_t pairs, int64_t matrices, int64_t M, const Lhs& lhs, const Rhs& rhs) {
+  std::vector<int64_t> ends(matrices + 1, 0);
+  for (int64_t i = 0; i < pairs; ++i) {
+    ++ends[rhs(i) + 1];
+  }
+  std::partial_sum(ends.begin(), ends.end(), ends.begin());
+  Plan plan;
+  for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+    const int64_t count = ends[matrix + 1] - ends[matrix];
+    if (count > 0) {
+      plan.runs.push_back({matrix, ends[matrix] * M, count * M});
+    }
+  }
+  plan.x_rows.resize(pairs * M);
+  plan.y_rows.resize(pairs * M);
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t position = ends[rhs(i)]++ * M;
+    for (int64_t m = 0; m < M; ++m) {
+      plan.x_rows[position + m] = lhs(i) * M + m;
+      plan.y_rows[position + m] = i * M + m;
+    }
+  }
+  return plan;
+}
+
+template <typename T>
+void store_rows(const float* source, int64_t rows, int64_t columns, float factor, const int64_t* y_rows, T* y, int64_t N) {
+  for (int64_t m = 0; m < rows; ++m) {
+    T* destination = y + y_rows[m] * N;
+    for (int64_t n = 0; n < columns; ++n) {
+      destination[n] = static_cast<T>(source[m * columns + n] * factor);
+    }
+  }
+}
+
+// What stays the same for every run of one op call.
+class Multiplication {
+ public:
+  Multiplication(const MatmulProblem& problem, Tensor& y)
+      : problem_(problem), weights_(problem.weights), y_(y), kernels_(kernels()) {
+    product_.format = weights_.format;
+    product_.scale_type = scale_type_of(weights_);
+    product_.bfloat16 = kernels_.bfloat16 && problem.dtype == at::kBFloat16;
+    product_.K = problem.shape.K;
+    product_.N = problem.shape.N;
+  }
+
+  void run(const Plan& plan) const {
+    for (const Run& run : plan.runs) {
+      for (int64_t done = 0; done < run.rows; done += max_rows) {
+        multiply(plan, {run.matrix, run.first + done, std::min(max_rows, run.rows - done)});
+      }
+    }
+  }
+
+ private:
+  Layout layout(int64_t rows) const {
+    if (!problem_.transpose) {
+      return Layout::plain;
+    }
+    return rows <= max_streamed_rows ? Layout::streamed : Layout::tiled;
+  }
+
+  // Columns of one task: whole kernel steps, and enough tasks for the threads.
+  int64_t task_columns(Layout layout) const {
+    if (layout == Layout::plain) {
+      return plain_column_multiple;
+    }
+    const int64_t threads = at::get_num_threads();
+    const int64_t even = (product_.N + threads - 1) / threads;
+    const int64_t whole = (even + column_multiple - 1) / column_multiple * column_multiple;
+    return std::min(max_columns, whole);
+  }
+
+  float factor(int64_t matrix) const {
+    if (!weights_.global_scale.defined()) {
+      return 1.0f;
+    }
+    const float* scales = weights_.global_scale.const_data_ptr<float>();
+    return nvfp4_decode_factor(scales[weights_.global_scale.numel() == 1 ? 0 : matrix]);
+  }
+
+  static const uint8_t* matrix_data(const Tensor& tensor, int64_t matrix) {
+    return static_cast<const uint8_t*>(tensor.const_data_ptr()) + matrix * tensor.stride(0) * tensor.element_size();
+  }
+
+  const uint8_t* x_row(int64_t row) const {
+    const Tensor& x = problem_.x;
+    const int64_t M = problem_.shape.M;
+    return static_cast<const uint8_t*>(x.const_data_ptr()) +
+        (row / M * x.stride(0) + row % M * x.stride(1)) * x.element_size();
+  }
+
+  Tensor pack(const Product& product, Layout layout, const int64_t* x_rows) const {
+    const int64_t row_floats = kernels_.packed_row(product, layout);
+    Tensor packed = at::empty({product.rows * row_floats}, at::TensorOptions().dtype(at::kFloat));
+    float* destination = packed.mutable_data_ptr<float>();
+    const Real type = real_of(problem_.dtype);
+    const auto pack_one = [&](int64_t m) {
+      Product one = product;
+      one.rows = 1;
+      kernels_.pack(one, layout, x_row(x_rows[m]), type, 0, destination + m * row_floats);
+    };
+    if (layout == Layout::streamed) {
+      for (int64_t m = 0; m < product.rows; ++m) {
+        pack_one(m);
+      }
+    } else {
+      parallel_tasks(product.rows, pack_one);
+    }
+    return packed;
+  }
+
+  void store(const float* source, const Product& product, int64_t begin, int64_t columns, float factor, const int64_t* y_rows) const {
+    void* y = y_.mutable_data_ptr();
+    switch (problem_.dtype) {
+      case at::kHalf:
+        return store_rows(source, product.rows, columns, factor, y_rows, static_cast<c10::Half*>(y) + begin, product.N);
+      case at::kBFloat16:
+        return store_rows(source, product.rows, columns, factor, y_rows, static_cast<c10::BFloat16*>(y) + begin, product.N);
+      default:
+        return store_rows(source, product.rows, columns, factor, y_rows, static_cast<float*>(y) + begin, product.N);
+    }
+  }
+
+  void multiply(const Plan& plan, const Run& run) const {
+    Product product = product_;
+    product.rows = run.rows;
+    product.words = matrix_data(weights_.words, run.matrix);
+    product.scales = matrix_data(weights_.scales, run.matrix);
+    product.biases = weights_.biases.defined() ? matrix_data(weights_.biases, run.matrix) : nullptr;
+
+    std::vector<int64_t> identity;
+    if (plan.x_rows.empty()) {
+      identity.resize(run.rows);
+      std::iota(identity.begin(), identity.end(), run.first);
+    }
+    const int64_t* x_rows = identity.empty() ? plan.x_rows.data() + run.first : identity.data();
+    const int64_t* y_rows = identity.empty() ? plan.y_rows.data() + run.first : identity.data();
+
+    const Layout way = layout(run.rows);
+    const Tensor packed = pack(product, way, x_rows);
+    product.x = packed.const_data_ptr<float>();
+
+    const int64_t columns = task_columns(way);
+    const int64_t workspace_floats = way == Layout::streamed ? 0 : kernels_.workspace(product);
+    const int64_t thread_floats = workspace_floats + product.rows * columns;
+    const Tensor scratch = at::empty({at::get_num_threads() * thread_floats}, at::TensorOptions().dtype(at::kFloat));
+    const float scale = factor(run.matrix);
+
+    parallel_tasks((product.N + columns - 1) / columns, [&](int64_t task) {
+      const int64_t begin = task * columns;
+      const int64_t end = std::min(begin + columns, product.N);
+      float* workspace = scratch.mutable_data_ptr<float>() + at::get_thread_num() * thread_floats;
+      float* result = workspace + workspace_floats;
+      switch (way) {
+        case Layout::streamed: kernels_.streamed(product, begin, end, result); break;
+        case Layout::tiled: kernels_.tiled(product, begin, end, workspace, result); break;
+        case Layout::plain: kernels_.plain(product, begin, end, workspace, result); break;
+      }
+      store(result, product, begin, end - begin, scale, y_rows);
+    });
+  }
+
+  const MatmulProblem& problem_;
+  const QuantizedMatrices& weights_;
+  Tensor& y_;
+  const Kernels& kernels_;
+  Product product_{};
+};
+
+Tensor empty_result(const MatmulProblem& problem) {
+  return at::empty(problem.shape.output, problem.x.options().dtype(problem.dtype));
+}
+
+void check_range(std::string_view op, const char* name, const Tensor& indices, int64_t matrices) {
+  const int64_t* values = indices.const_data_ptr<int64_t>();
+  const int64_t* end = values + indices.numel();
+  const int64_t* bad = std::find_if(values, end, [&](int64_t index) { return index < 0 || index >= matrices; });
+  TORCH_CHECK_INDEX(
+      bad == end, "[", op, "] ", name, " holds ", *bad, " at position ", bad - values, "; it must be at least 0 and below ",
+      matrices, ".");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& best = []() -> const Kernels& {
+    const char* wanted = std::getenv("QUANTIZATION_MLX_CPU");
+    std::string known;
+    for (const Kernels* candidate : {avx512_kernels(), avx2_kernels(), neon_kernels(), baseline_kernels()}) {
+      if (candidate == nullptr) {
+        continue;
+      }
+      if (wanted == nullptr || std::string_view(wanted) == candidate->name) {
+        return *candidate;
+      }
+      known += std::string(known.empty() ? "" : ", ") + candidate->name;
+    }
+    TORCH_CHECK_VALUE(false, "QUANTIZATION_MLX_CPU is \"", wanted, "\"; this machine has ", known, ".");
+  }();
+  return best;
+}
+
+Tensor quantized_matmul(const MatmulProblem& problem) {
+  Tensor y = empty_result(problem);
+  if (y.numel() == 0) {
+    return y;
+  }
+  const auto& shape = problem.shape;
+  const Multiplication multiplication(problem, y);
+  if (shape.w_batch.empty()) {
+    multiplication.run(single_run(shape.M));
+    return y;
+  }
+  const auto lhs = broadcast_matrices(shape.x_batch, shape.batch);
+  const auto rhs = broadcast_matrices(shape.w_batch, shape.batch);
+  multiplication.run(grouped_runs(
+      static_cast<int64_t>(lhs.size()), problem.weights.words.size(0), shape.M, [&](int64_t i) { return lhs[i]; },
+      [&](int64_t i) { return rhs[i]; }));
+  return y;
+}
+
+Tensor gather_qmm(const GatherProblem& problem) {
+  const MatmulProblem& matmul = problem.matmul;
+  check_range(matmul.op, "lhs_indices", problem.lhs_indices, matmul.x.size(0));
+  check_range(matmul.op, "rhs_indices", problem.rhs_indices, matmul.weights.words.size(0));
+  Tensor y = empty_result(matmul);
+  if (y.numel() == 0) {
+    return y;
+  }
+  const int64_t* lhs = problem.lhs_indices.const_data_ptr<int64_t>();
+  const int64_t* rhs = problem.rhs_indices.const_data_ptr<int64_t>();
+  Multiplication(matmul, y)
+      .run(grouped_runs(
+          problem.lhs_indices.numel(), matmul.weights.words.size(0), matmul.shape.M, [&](int64_t i) { return lhs[i]; },
+          [&](int64_t i) { return rhs[i]; }));
+  return y;
+}
+
+}  // namespace quantization_mlx::cpu

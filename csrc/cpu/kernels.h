@@ -1,0 +1,66 @@
+// What a CPU instruction set provides: a table of functions on raw memory. No torch types here, so that the files
+// compiled for one instruction set contain nothing else that a linker could pick for another.
+#pragma once
+
+#include <cstdint>
+
+#include "../format.h"
+
+namespace quantization_mlx::cpu {
+
+enum class Real : uint8_t { float32, float16, bfloat16 };
+
+enum class ScaleType : uint8_t { float32, float16, bfloat16, e8m0, e4m3 };
+
+// How the rows of x are laid out for a kernel.
+enum class Layout : uint8_t {
+  streamed,  // float32 in the order in which the weights unpack, with the sum of each group behind it
+  tiled,  // the same order, in the element type of the tiled product
+  plain,  // float32 in natural order, for products with untransposed weights
+};
+
+// Several rows of x times one quantized matrix. Lengths count elements.
+struct Product {
+  Format format;
+  ScaleType scale_type;
+  bool bfloat16;  // the tiled product multiplies in bfloat16; only where Kernels::bfloat16 allows it
+  int64_t K;
+  int64_t N;
+  const uint8_t* words;  // [N, K] packed, or [K, N] for Layout::plain
+  const uint8_t* scales;
+  const uint8_t* biases;  // null in the floating-point modes
+  const float* x;  // packed rows
+  int64_t rows;
+};
+
+struct Kernels {
+  const char* name;
+  bool bfloat16;
+  // Floats that one packed row of x occupies.
+  int64_t (*packed_row)(const Product&, Layout);
+  void (*pack)(const Product&, Layout, const void* x, Real dtype, int64_t stride, float* packed);
+  // Floats of working memory that tiled and plain need for one call.
+  int64_t (*workspace)(const Product&);
+  // y[m, n - begin] for begin <= n < end, in rows of (end - begin) floats.
+  void (*streamed)(const Product&, int64_t begin, int64_t end, float* y);
+  void (*tiled)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
+  void (*plain)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
+};
+
+// The most rows that the streamed product takes.
+constexpr int64_t max_streamed_rows = 4;
+
+// Multiples in which the caller should cut the N columns into tasks.
+constexpr int64_t column_multiple = 4;
+constexpr int64_t plain_column_multiple = 256;
+
+// Null where the build or the machine lacks the instruction set.
+const Kernels* baseline_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+
+// The best of them, or the one that QUANTIZATION_MLX_CPU names.
+const Kernels& kernels();
+
+}  // namespace quantization_mlx::cpu

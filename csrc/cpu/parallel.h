@@ -1,0 +1,38 @@
+// torch's own thread pool, reached without OpenMP flags.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
+#include <ATen/ops/empty.h>
+
+namespace quantization_mlx::cpu {
+
+// Calls function(task) for 0 <= task < tasks. at::parallel_for is a template that runs sequentially in a file compiled
+// without OpenMP, which kernel-builder and Apple's compiler are; TensorIterator's loop is compiled inside libtorch. The
+// element that each call would write serves as the task's number.
+template <typename Function>
+void parallel_tasks(int64_t tasks, const Function& function) {
+  if (tasks <= 1 || at::get_num_threads() == 1 || at::in_parallel_region()) {
+    for (int64_t task = 0; task < tasks; ++task) {
+      function(task);
+    }
+    return;
+  }
+  const at::Tensor numbers = at::empty({tasks}, at::TensorOptions().dtype(at::kByte));
+  const char* const first = static_cast<const char*>(numbers.const_data_ptr());
+  auto iterator = at::TensorIteratorConfig()
+                      .add_output(numbers)
+                      .resize_outputs(false)
+                      .set_check_mem_overlap(false)
+                      .check_all_same_dtype(false)
+                      .build();
+  iterator.for_each(
+      [&](char** data, const int64_t*, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+          function(data[0] - first + i);
+        }
+      },
+      /*grain_size=*/1);
+}
+
+}  // namespace quantization_mlx::cpu

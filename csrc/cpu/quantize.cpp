@@ -1,0 +1,183 @@
+// quantize and dequantize: scalar code straight from format.h, one row of groups per task.
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "ops.h"
+#include "parallel.h"
+
+namespace quantization_mlx::cpu {
+namespace {
+
+using at::Tensor;
+
+constexpr int max_group_size = 128;
+
+// Groups of one task: long enough to outweigh handing it out.
+constexpr int64_t task_groups = 256;
+
+// Packs count codes into a little-endian bit stream that starts at a byte; count * bits is a multiple of 8.
+void pack_codes(const uint32_t* codes, int count, int bits, uint8_t* destination) {
+  uint64_t pending = 0;
+  int held = 0;
+  for (int i = 0; i < count; ++i) {
+    pending |= static_cast<uint64_t>(codes[i]) << held;
+    held += bits;
+    while (held >= 8) {
+      *destination++ = static_cast<uint8_t>(pending);
+      pending >>= 8;
+      held -= 8;
+    }
+  }
+}
+
+void unpack_codes(const uint8_t* source, int count, int bits, uint32_t* codes) {
+  uint64_t pending = 0;
+  int held = 0;
+  for (int i = 0; i < count; ++i) {
+    while (held < bits) {
+      pending |= static_cast<uint64_t>(*source++) << held;
+      held += 8;
+    }
+    codes[i] = static_cast<uint32_t>(pending) & ((1u << bits) - 1);
+    pending >>= bits;
+    held -= bits;
+  }
+}
+
+template <typename T>
+void quantize_affine(const float* values, Format format, uint32_t* codes, T* scale, T* bias) {
+  const auto [minimum, maximum] = std::minmax_element(values, values + format.group_size);
+  const AffineParameters parameters = affine_parameters(*minimum, *maximum, format.bits);
+  for (int i = 0; i < format.group_size; ++i) {
+    codes[i] = affine_code(values[i], parameters, format.bits);
+  }
+  *scale = static_cast<T>(parameters.scale);
+  *bias = static_cast<T>(parameters.bias);
+}
+
+// encode is nvfp4_encode_factor of the global scale, or 1.
+void quantize_fp(const float* values, Format format, float encode, uint32_t* codes, uint8_t* scale) {
+  float absmax = 0.0f;
+  for (int i = 0; i < format.group_size; ++i) {
+    absmax = std::max(absmax, magnitude(values[i]));
+  }
+  const float ratio = fp_scale_ratio(format.mode, absmax);
+  if (format.mode == Mode::nvfp4) {
+    *scale = static_cast<uint8_t>(e4m3_from_float(ratio * encode));
+  } else {
+    *scale = static_cast<uint8_t>(e8m0_from_ratio(ratio));
+  }
+  const float decoded = format.mode == Mode::nvfp4 ? e4m3_to_float(*scale) / encode : e8m0_to_float(*scale);
+  for (int i = 0; i < format.group_size; ++i) {
+    const float value = decoded == 0.0f ? 0.0f : values[i] / decoded;
+    codes[i] = format.mode == Mode::mxfp8 ? e4m3_from_float(value) : e2m1_from_float(value);
+  }
+}
+
+template <typename T>
+void quantize_groups(const QuantizeProblem& problem, Tensor& words, Tensor& scales, Tensor& biases) {
+  const Format format = problem.format;
+  const int64_t group_bytes = format.group_size * format.bits / 8;
+  const int64_t groups = scales.numel();
+  const T* w = problem.w.const_data_ptr<T>();
+  uint8_t* packed = static_cast<uint8_t*>(words.mutable_data_ptr());
+  const float encode =
+      problem.global_scale.defined() ? nvfp4_encode_factor(*problem.global_scale.const_data_ptr<float>()) : 1.0f;
+  parallel_tasks((groups + task_groups - 1) / task_groups, [&](int64_t task) {
+    for (int64_t group = task * task_groups; group < std::min(groups, (task + 1) * task_groups); ++group) {
+      float values[max_group_size];
+      uint32_t codes[max_group_size];
+      std::copy_n(w + group * format.group_size, format.group_size, values);
+      if (has_biases(format.mode)) {
+        quantize_affine(
+            values, format, codes, scales.mutable_data_ptr<T>() + group, biases.mutable_data_ptr<T>() + group);
+      } else {
+        quantize_fp(values, format, encode, codes, scales.mutable_data_ptr<uint8_t>() + group);
+      }
+      pack_codes(codes, format.group_size, format.bits, packed + group * group_bytes);
+    }
+  });
+}
+
+float decode_scale(Mode mode, uint8_t scale) {
+  return mode == Mode::nvfp4 ? e4m3_to_float(scale) : e8m0_to_float(scale);
+}
+
+float decode_element(Mode mode, uint32_t code) {
+  switch (mode) {
+    case Mode::affine: return static_cast<float>(code);
+    case Mode::mxfp8: return e4m3_to_float(code);
+    default: return e2m1_to_float(code);
+  }
+}
+
+// T is the result's type, S the type of affine scales and biases.
+template <typename T, typename S>
+void dequantize_groups(const DequantizeProblem& problem, Tensor& result) {
+  const QuantizedMatrices& weights = problem.weights;
+  const Format format = weights.format;
+  const Tensor words = weights.words.contiguous();
+  const Tensor scales = weights.scales.contiguous();
+  const Tensor biases = weights.biases.defined() ? weights.biases.contiguous() : Tensor();
+  const int64_t group_bytes = format.group_size * format.bits / 8;
+  const int64_t groups = scales.numel();
+  const uint8_t* packed = static_cast<const uint8_t*>(words.const_data_ptr());
+  const float factor =
+      weights.global_scale.defined() ? nvfp4_decode_factor(*weights.global_scale.const_data_ptr<float>()) : 1.0f;
+  T* destination = result.mutable_data_ptr<T>();
+  parallel_tasks((groups + task_groups - 1) / task_groups, [&](int64_t task) {
+    for (int64_t group = task * task_groups; group < std::min(groups, (task + 1) * task_groups); ++group) {
+      uint32_t codes[max_group_size];
+      unpack_codes(packed + group * group_bytes, format.group_size, format.bits, codes);
+      float scale;
+      float bias = 0.0f;
+      if (biases.defined()) {
+        scale = static_cast<float>(scales.const_data_ptr<S>()[group]);
+        bias = static_cast<float>(biases.const_data_ptr<S>()[group]);
+      } else {
+        scale = decode_scale(format.mode, scales.const_data_ptr<uint8_t>()[group]) * factor;
+      }
+      T* values = destination + group * format.group_size;
+      for (int i = 0; i < format.group_size; ++i) {
+        values[i] = static_cast<T>(decode_element(format.mode, codes[i]) * scale + bias);
+      }
+    }
+  });
+}
+
+// Calls function(T()) with the C++ type of an activation dtype.
+template <typename Function>
+void with_type(at::ScalarType dtype, const Function& function) {
+  switch (dtype) {
+    case at::kHalf: return function(c10::Half());
+    case at::kBFloat16: return function(c10::BFloat16());
+    default: return function(float());
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> quantize(const QuantizeProblem& problem) {
+  auto [words, scales, biases] = empty_quantized(problem);
+  with_type(problem.w.scalar_type(), [&, &words = words, &scales = scales, &biases = biases](auto type) {
+    quantize_groups<decltype(type)>(problem, words, scales, biases);
+  });
+  return {words, scales, biases};
+}
+
+Tensor dequantize(const DequantizeProblem& problem) {
+  const auto options = problem.weights.words.options().dtype(problem.dtype);
+  Tensor result = at::empty(problem.output, options);
+  with_type(problem.dtype, [&](auto type) {
+    with_type(problem.weights.scales.scalar_type(), [&](auto scale_type) {
+      dequantize_groups<decltype(type), decltype(scale_type)>(problem, result);
+    });
+  });
+  return result;
+}
+
+}  // namespace quantization_mlx::cpu

@@ -1,0 +1,193 @@
+// Every number format of MLX's quantized matrices, described once for C++ and for Metal shaders.
+//
+// Written in what C++14 and MSL have in common: functions on scalars by value, no pointers, no tables. The CPU kernels,
+// the shaders and the argument checks all include this file, so they cannot disagree on a format.
+//
+// Facts: MLX documentation of mx.quantize; OCP Microscaling Formats (MX) v1.0 for E2M1, E4M3 and E8M0.
+#pragma once
+
+#ifdef __METAL_VERSION__
+#include <metal_stdlib>
+#define QUANTIZATION_MLX_MATH metal
+#else
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#define QUANTIZATION_MLX_MATH std
+#endif
+
+namespace quantization_mlx {
+
+enum class Mode : int { affine = 0, mxfp4 = 1, mxfp8 = 2, nvfp4 = 3 };
+
+struct Format {
+  Mode mode;
+  int bits;
+  int group_size;
+};
+
+inline constexpr bool has_biases(Mode mode) { return mode == Mode::affine; }
+
+inline constexpr int default_bits(Mode mode) { return mode == Mode::mxfp8 ? 8 : 4; }
+
+inline constexpr int default_group_size(Mode mode) {
+  return mode == Mode::affine ? 64 : (mode == Mode::nvfp4 ? 16 : 32);
+}
+
+inline constexpr bool is_supported(Format format) {
+  return format.mode == Mode::affine
+      ? ((format.bits >= 2 && format.bits <= 6) || format.bits == 8) &&
+            (format.group_size == 32 || format.group_size == 64 || format.group_size == 128)
+      : format.bits == default_bits(format.mode) && format.group_size == default_group_size(format.mode);
+}
+
+// --- Packing ------------------------------------------------------------------------------------------------------
+// A row is one little-endian bit stream: element i occupies bits [i * bits, (i + 1) * bits). A *unit* is the shortest
+// run of whole bytes that holds whole elements, or one 32-bit word where the width divides 32.
+
+inline constexpr int unit_elements(int bits) { return bits == 6 ? 4 : (bits == 3 || bits == 5 ? 8 : 32 / bits); }
+
+inline constexpr int unit_bytes(int bits) { return unit_elements(bits) * bits / 8; }
+
+// --- Bits and rounding --------------------------------------------------------------------------------------------
+
+inline float float_from_bits(uint32_t bits) {
+#ifdef __METAL_VERSION__
+  return as_type<float>(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+inline uint32_t bits_from_float(float value) {
+#ifdef __METAL_VERSION__
+  return as_type<uint32_t>(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+inline float round_half_even(float value) { return QUANTIZATION_MLX_MATH::rint(value); }
+
+inline float magnitude(float value) { return QUANTIZATION_MLX_MATH::fabs(value); }
+
+// IEEE binary16, exactly.
+inline float float16_to_float(uint32_t half) {
+  uint32_t sign = (half & 0x8000u) << 16;
+  uint32_t low = half & 0x7FFFu;
+  float positive = low < 0x400u ? 5.9604644775390625e-8f * static_cast<float>(low)  // subnormal: steps of 2^-24
+                                : float_from_bits((low << 13) + (low >= 0x7C00u ? 224u << 23 : 112u << 23));
+  return float_from_bits(sign | bits_from_float(positive));
+}
+
+// --- E2M1: the 4-bit element of mxfp4 and nvfp4 -------------------------------------------------------------------
+// Codes 0..7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign.
+
+inline float e2m1_to_float(uint32_t code) {
+  uint32_t sign = (code & 8u) << 28;
+  uint32_t low = code & 7u;
+  // From 1 up the code is the top of a float's exponent and mantissa; 0 and 0.5 are E2M1's subnormals.
+  uint32_t positive = low >= 2u ? (low << 22) + (126u << 23) : bits_from_float(0.5f * static_cast<float>(low));
+  return float_from_bits(sign | positive);
+}
+
+// Nearest value; a tie goes to the lower code, as in MLX's CPU back end, so -0.25 and smaller become +0.
+inline uint32_t e2m1_from_float(float value) {
+  float size = magnitude(value);
+  uint32_t low = static_cast<uint32_t>(size > 0.25f) + static_cast<uint32_t>(size > 0.75f) +
+      static_cast<uint32_t>(size > 1.25f) + static_cast<uint32_t>(size > 1.75f) +
+      static_cast<uint32_t>(size > 2.5f) + static_cast<uint32_t>(size > 3.5f) + static_cast<uint32_t>(size > 5.0f);
+  return value < 0.0f && low > 0u ? low | 8u : low;
+}
+
+// --- E4M3 (the "fn" variant): the element of mxfp8 and the scale of nvfp4 -----------------------------------------
+// No infinities, 0x7F is NaN, the largest value is 448.
+
+inline float e4m3_to_float(uint32_t code) {
+  uint32_t low = code & 0x7Fu;
+  float positive = low < 8u ? 0.001953125f * static_cast<float>(low) : float_from_bits((low << 20) + (120u << 23));
+  if (low == 0x7Fu) {
+    positive = float_from_bits(0x7FC00000u);
+  }
+  return code & 0x80u ? -positive : positive;
+}
+
+// Round to nearest even, saturating at 448.
+inline uint32_t e4m3_from_float(float value) {
+  uint32_t sign = (bits_from_float(value) >> 24) & 0x80u;
+  uint32_t bits = bits_from_float(value) & 0x7FFFFFFFu;
+  if (bits > 0x7F800000u) {
+    return sign | 0x7Fu;
+  }
+  if (bits >= 0x43E00000u) {  // 448
+    return sign | 0x7Eu;
+  }
+  if (bits < 0x3C800000u) {  // 2^-6, the smallest normal value: below it the step is 2^-9 throughout
+    return sign | static_cast<uint32_t>(round_half_even(magnitude(value) * 512.0f));
+  }
+  uint32_t rounded = bits + 0x7FFFFu + ((bits >> 20) & 1u);
+  return sign | ((rounded - (120u << 23)) >> 20);
+}
+
+// --- E8M0: the power-of-two scale of mxfp4 and mxfp8 ---------------------------------------------------------------
+// Value 2^(byte - 127). MLX decodes byte 255 as infinity.
+
+inline float e8m0_to_float(uint32_t byte) { return float_from_bits(byte == 0u ? 0x00400000u : byte << 23); }
+
+// The smallest power of two >= ratio, so that no element saturates. MLX writes 1 for an all-zero group; where its byte
+// would wrap around below 2^-127, this saturates.
+inline uint32_t e8m0_from_ratio(float ratio) {
+  uint32_t bits = bits_from_float(ratio);
+  if (bits == 0u) {
+    return 127u;
+  }
+  uint32_t exponent = bits >> 23;
+  if (exponent == 0u) {
+    return bits > 0x00400000u ? 1u : 0u;
+  }
+  return exponent + static_cast<uint32_t>((bits & 0x7FFFFFu) != 0u && exponent < 255u);
+}
+
+// --- Quantizing one group -----------------------------------------------------------------------------------------
+
+// The scale of a group whose largest magnitude is absmax, before rounding to the scale's own type.
+inline float fp_scale_ratio(Mode mode, float absmax) { return absmax / (mode == Mode::mxfp8 ? 448.0f : 6.0f); }
+
+// nvfp4 scales count in units of global_scale / 2688, where 2688 = 448 * 6 is the largest value two codes can express.
+inline float nvfp4_encode_factor(float global_scale) { return 2688.0f / global_scale; }
+
+inline float nvfp4_decode_factor(float global_scale) { return global_scale / 2688.0f; }
+
+struct AffineParameters {
+  float scale;
+  float bias;
+};
+
+// MLX's affine rule: the extreme of larger magnitude is represented exactly by code 0 and zero, where the group
+// straddles it, by a whole code. The scale is negative when that extreme is the maximum.
+inline AffineParameters affine_parameters(float minimum, float maximum, int bits) {
+  float steps = static_cast<float>((1 << bits) - 1);
+  bool from_minimum = magnitude(minimum) > magnitude(maximum);
+  float scale = (maximum - minimum) / steps;
+  scale = scale > 1e-7f ? scale : 1e-7f;
+  scale = from_minimum ? scale : -scale;
+  float edge = from_minimum ? minimum : maximum;
+  float zero_code = round_half_even(edge / scale);
+  AffineParameters result;
+  result.scale = zero_code != 0.0f ? edge / zero_code : scale;
+  result.bias = zero_code != 0.0f ? edge : 0.0f;
+  return result;
+}
+
+inline uint32_t affine_code(float value, AffineParameters parameters, int bits) {
+  float last = static_cast<float>((1 << bits) - 1);
+  float code = round_half_even((value - parameters.bias) / parameters.scale);
+  code = code > 0.0f ? code : 0.0f;  // also where code is NaN
+  return static_cast<uint32_t>(code > last ? last : code);
+}
+
+}  // namespace quantization_mlx

@@ -1,0 +1,128 @@
+// The one place where the arguments of an op are judged. Everything behind it trusts these structs.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/SmallVector.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "format.h"
+
+namespace quantization_mlx {
+
+// Sizes as plain integers or, where a compiler traces the op, as symbols.
+template <typename Int>
+using Sizes = c10::SmallVector<Int, 6>;
+
+// The arguments that every op on packed weights has in common, as the caller gave them.
+struct WeightArguments {
+  std::string_view op;
+  const at::Tensor& w;
+  const at::Tensor& scales;
+  const std::optional<at::Tensor>& biases;
+  std::optional<int64_t> group_size;
+  std::optional<int64_t> bits;
+  std::string_view mode;
+  const std::optional<at::Tensor>& global_scale;
+};
+
+// Checked weights. words, scales and biases are [matrices, rows, columns] and contiguous within a matrix.
+struct QuantizedMatrices {
+  Format format;
+  at::Tensor words;
+  at::Tensor scales;
+  at::Tensor biases;  // undefined in the floating-point modes
+  at::Tensor global_scale;  // undefined, or float32 with one element or one per matrix
+};
+
+template <typename Int>
+struct MatmulShape {
+  Int M;
+  Int K;
+  Int N;
+  Sizes<Int> x_batch;  // leading sizes of x
+  Sizes<Int> w_batch;  // leading sizes of w
+  Sizes<Int> batch;  // one product for each of these; the result is [*batch, M, N]
+  Sizes<Int> output;
+};
+
+// x @ dequantize(w).T (transpose) or x @ dequantize(w). Batches of x and w broadcast; where w is a single matrix, all
+// rows of x are one product.
+struct MatmulProblem {
+  std::string_view op;
+  QuantizedMatrices weights;
+  bool transpose;
+  at::Tensor x;  // [x matrices, M, K] of the result's dtype, unit stride along K
+  at::ScalarType dtype;
+  MatmulShape<int64_t> shape;
+
+  static MatmulProblem check(const WeightArguments& arguments, const at::Tensor& x, bool transpose);
+  // The empty result alone, for tracing.
+  static at::Tensor meta(const WeightArguments& arguments, const at::Tensor& x, bool transpose);
+};
+
+// One product for each pair of indices: x[lhs_indices[i]] with w[rhs_indices[i]].
+struct GatherProblem {
+  MatmulProblem matmul;  // shape.batch is the broadcast shape of the indices
+  at::Tensor lhs_indices;  // int64, contiguous, broadcast
+  at::Tensor rhs_indices;
+  bool sorted_indices;  // the caller's promise; nothing depends on it being kept
+
+  static GatherProblem check(
+      const WeightArguments& arguments,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& lhs_indices,
+      const std::optional<at::Tensor>& rhs_indices,
+      bool transpose,
+      bool sorted_indices);
+  static at::Tensor meta(
+      const WeightArguments& arguments,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& lhs_indices,
+      const std::optional<at::Tensor>& rhs_indices,
+      bool transpose);
+};
+
+struct DequantizeProblem {
+  QuantizedMatrices weights;
+  at::ScalarType dtype;
+  Sizes<int64_t> output;
+
+  static DequantizeProblem check(const WeightArguments& arguments, std::optional<at::ScalarType> dtype);
+  static at::Tensor meta(const WeightArguments& arguments, std::optional<at::ScalarType> dtype);
+};
+
+struct QuantizeProblem {
+  Format format;
+  at::Tensor w;  // contiguous
+  at::Tensor global_scale;  // undefined or one float32
+  Sizes<int64_t> words;
+  Sizes<int64_t> scales;
+
+  static QuantizeProblem check(
+      const at::Tensor& w,
+      std::optional<int64_t> group_size,
+      std::optional<int64_t> bits,
+      std::string_view mode,
+      const std::optional<at::Tensor>& global_scale);
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> meta(
+      const at::Tensor& w,
+      std::optional<int64_t> group_size,
+      std::optional<int64_t> bits,
+      std::string_view mode,
+      const std::optional<at::Tensor>& global_scale);
+};
+
+// The three results of quantize, uninitialised; the third is empty in the floating-point modes.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_quantized(const QuantizeProblem& problem);
+
+// For every position of batch, in row-major order, the matrix of an operand with these leading sizes that serves it.
+c10::SmallVector<int64_t, 8> broadcast_matrices(c10::IntArrayRef operand_batch, c10::IntArrayRef batch);
+
+// The result dtype of a product: in affine mode x, scales and biases promote, else it is x's.
+at::ScalarType result_dtype(const WeightArguments& arguments, const at::Tensor& x);
+
+}  // namespace quantization_mlx
