@@ -7,6 +7,7 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -70,6 +71,11 @@ struct Weights {
         data["op"].toStringRef()};
   }
 };
+
+// Input 3 of a Function, the biases, is one of its variables only where there are biases.
+bool wants_parameters(AutogradContext* context, const Weights& weights) {
+  return weights.biases.has_value() && (context->needs_input_grad(2) || context->needs_input_grad(3));
+}
 
 // From the gradient of the unpacked weights to those of scales and biases: w = code * scale + bias within each group.
 struct ParameterGradients {
@@ -135,7 +141,7 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
       x_gradient = vector ? x_gradient.squeeze(-2) : x_gradient;
       result[0] = at::sum_to(x_gradient, c10::SymIntArrayRef(x_sizes)).to(context->saved_data["x_dtype"].toScalarType());
     }
-    if (context->needs_input_grad(2) || context->needs_input_grad(3)) {
+    if (wants_parameters(context, weights)) {
       const Tensor x = vector ? saved[4].unsqueeze(-2) : saved[4];
       const auto dtype = gradient.scalar_type();
       Tensor unpacked;
@@ -227,14 +233,15 @@ struct GatherQmm : torch::autograd::Function<GatherQmm> {
                       .reshape_symint(x_sizes)
                       .to(context->saved_data["x_dtype"].toScalarType());
     }
-    if (context->needs_input_grad(2) || context->needs_input_grad(3)) {
+    if (wants_parameters(context, weights)) {
       const Tensor x = matrices(saved[4].to(gradient.scalar_type())).index_select(0, lhs);
       // A masked product for each matrix of w: no index is read on the host, on any device.
       std::vector<Tensor> unpacked;
+      const Tensor none = at::zeros({}, gradient.options());
       const int64_t count = matrices(weights.w).size(0);
       for (int64_t matrix = 0; matrix < count; ++matrix) {
-        const Tensor chosen = rhs.eq(matrix).to(gradient.scalar_type()).reshape({-1, 1, 1});
-        unpacked.push_back(weight_gradient(flat_rows(x), flat_rows(gradient * chosen), weights.transpose));
+        const Tensor chosen = at::where(rhs.eq(matrix).reshape({-1, 1, 1}), gradient, none);
+        unpacked.push_back(weight_gradient(flat_rows(x), flat_rows(chosen), weights.transpose));
       }
       auto parameters = parameter_gradients(at::stack(unpacked), weights);
       result[2] = std::move(parameters.scales);

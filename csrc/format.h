@@ -168,16 +168,24 @@ struct AffineParameters {
 };
 
 // MLX's affine rule: the extreme of larger magnitude is represented exactly by code 0 and zero, where the group
-// straddles it, by a whole code. The scale is negative when that extreme is the maximum.
+// straddles it, by a whole code. The scale is negative when that extreme is the maximum. Where the range overflows
+// float32 and MLX's scale would be infinite, the step saturates so that every code stays finite.
 inline AffineParameters affine_parameters(float minimum, float maximum, int bits) {
   float steps = static_cast<float>((1 << bits) - 1);
   bool from_minimum = magnitude(minimum) > magnitude(maximum);
-  float scale = (maximum - minimum) / steps;
+  float edge = from_minimum ? minimum : maximum;
+  float range = maximum - minimum;
+  AffineParameters result;
+  if (range > 3.4028235e38f) {
+    float largest = 3.39e38f / steps;  // steps * largest stays finite, also after rounding to bfloat16
+    result.scale = from_minimum ? largest : -largest;
+    result.bias = edge;
+    return result;
+  }
+  float scale = range / steps;
   scale = scale > 1e-7f ? scale : 1e-7f;
   scale = from_minimum ? scale : -scale;
-  float edge = from_minimum ? minimum : maximum;
   float zero_code = round_half_even(edge / scale);
-  AffineParameters result;
   result.scale = zero_code != 0.0f ? edge / zero_code : scale;
   result.bias = zero_code != 0.0f ? edge : 0.0f;
   return result;

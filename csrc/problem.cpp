@@ -55,6 +55,7 @@ bool is_activation(ScalarType dtype) {
 bool is_words(ScalarType dtype) { return dtype == at::kUInt32 || dtype == at::kInt; }
 
 void check_activation(std::string_view op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), "[", op, "] ", name, " is None; it must be a tensor.");
   TORCH_CHECK_TYPE(
       is_activation(tensor.scalar_type()),
       "[", op, "] ", name, " has dtype ", tensor.scalar_type(), "; supported are float32, float16 and bfloat16.");
@@ -69,6 +70,8 @@ void check_device(std::string_view op, const char* name, const Tensor& tensor, c
 
 constexpr std::pair<std::string_view, Mode> modes[] = {
     {"affine", Mode::affine}, {"mxfp4", Mode::mxfp4}, {"mxfp8", Mode::mxfp8}, {"nvfp4", Mode::nvfp4}};
+
+std::string_view name_of(Mode mode) { return modes[static_cast<int>(mode)].first; }
 
 Format parse_format(
     std::string_view op,
@@ -106,7 +109,9 @@ void check_global_scale(
   if (!global_scale.has_value()) {
     return;
   }
-  TORCH_CHECK_VALUE(mode == Mode::nvfp4, "[", op, "] global_scale is only for mode \"nvfp4\".");
+  TORCH_CHECK_VALUE(
+      mode == Mode::nvfp4, "[", op, "] global_scale is given with mode \"", name_of(mode),
+      "\"; it is only for mode \"nvfp4\".");
   TORCH_CHECK_TYPE(
       global_scale->scalar_type() == at::kFloat,
       "[", op, "] global_scale has dtype ", global_scale->scalar_type(), "; it must be float32.");
@@ -123,6 +128,7 @@ Format check_weights(const WeightArguments& arguments) {
   std::string_view op = arguments.op;
   const Format format = parse_format(op, arguments.mode, arguments.group_size, arguments.bits);
   const auto& [w, scales, biases] = std::tie(arguments.w, arguments.scales, arguments.biases);
+  TORCH_CHECK_TYPE(w.defined() && scales.defined(), "[", op, "] ", w.defined() ? "scales" : "w", " is None; it must be a tensor.");
   TORCH_CHECK_TYPE(
       is_words(w.scalar_type()),
       "[", op, "] w has dtype ", w.scalar_type(), "; packed weights must be uint32 or int32 words.");

@@ -205,9 +205,9 @@ Tensor affine_gather_qmm_rhs_nax(
   constexpr const char* op = "affine_gather_qmm_rhs_nax";
   check_output_features(op, output_features, w, scales, transpose, group_size);
   TORCH_CHECK_VALUE(
-      x.dim() == 2 && indices.dim() == 1 && x.sym_size(0) == indices.sym_size(0), "[", op, "] x of shape ",
-      x.sym_sizes(), " and indices of shape ", indices.sym_sizes(),
-      " do not fit: x must be [M, K] with one index for each of its rows.");
+      x.dim() == 2 && w.dim() == 3 && indices.dim() == 1 && x.sym_size(0) == indices.sym_size(0), "[", op,
+      "] x of shape ", x.sym_sizes(), ", w of shape ", w.sym_sizes(), " and indices of shape ", indices.sym_sizes(),
+      " do not fit: x must be [M, K] with one index for each of its rows, and w a batch of matrices.");
   return ops::gather_qmm(
              x.unsqueeze(1), w, scales, biases, std::nullopt, indices, transpose, group_size, bits, "affine",
              std::nullopt, /*sorted_indices=*/false, op)

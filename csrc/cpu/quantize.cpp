@@ -48,6 +48,10 @@ void unpack_codes(const uint8_t* source, int count, int bits, uint32_t* codes) {
   }
 }
 
+float decode_scale(Mode mode, uint8_t scale) {
+  return mode == Mode::nvfp4 ? e4m3_to_float(scale) : e8m0_to_float(scale);
+}
+
 template <typename T>
 void quantize_affine(const float* values, Format format, uint32_t* codes, T* scale, T* bias) {
   const auto [minimum, maximum] = std::minmax_element(values, values + format.group_size);
@@ -59,21 +63,22 @@ void quantize_affine(const float* values, Format format, uint32_t* codes, T* sca
   *bias = static_cast<T>(parameters.bias);
 }
 
-// encode is nvfp4_encode_factor of the global scale, or 1.
+// encode is nvfp4_encode_factor of the global scale, or 1. Quotients round to T, the type of w, as in MLX: that matters
+// where they are subnormal in float16, and in nvfp4.
+template <typename T>
 void quantize_fp(const float* values, Format format, float encode, uint32_t* codes, uint8_t* scale) {
+  const auto rounded = [](float quotient) { return static_cast<float>(static_cast<T>(quotient)); };
   float absmax = 0.0f;
   for (int i = 0; i < format.group_size; ++i) {
     absmax = std::max(absmax, magnitude(values[i]));
   }
-  const float ratio = fp_scale_ratio(format.mode, absmax);
-  if (format.mode == Mode::nvfp4) {
-    *scale = static_cast<uint8_t>(e4m3_from_float(ratio * encode));
-  } else {
-    *scale = static_cast<uint8_t>(e8m0_from_ratio(ratio));
-  }
-  const float decoded = format.mode == Mode::nvfp4 ? e4m3_to_float(*scale) / encode : e8m0_to_float(*scale);
+  const bool nvfp4 = format.mode == Mode::nvfp4;
+  const float ratio = rounded(fp_scale_ratio(format.mode, absmax));
+  *scale = static_cast<uint8_t>(nvfp4 ? e4m3_from_float(ratio * encode) : e8m0_from_ratio(ratio));
+  const float decoded = decode_scale(format.mode, *scale);
   for (int i = 0; i < format.group_size; ++i) {
-    const float value = decoded == 0.0f ? 0.0f : values[i] / decoded;
+    // An nvfp4 group too small for any scale becomes zeros.
+    const float value = decoded == 0.0f ? 0.0f : nvfp4 ? rounded(values[i] / decoded) * encode : values[i] / decoded;
     codes[i] = format.mode == Mode::mxfp8 ? e4m3_from_float(value) : e2m1_from_float(value);
   }
 }
@@ -96,15 +101,11 @@ void quantize_groups(const QuantizeProblem& problem, Tensor& words, Tensor& scal
         quantize_affine(
             values, format, codes, scales.mutable_data_ptr<T>() + group, biases.mutable_data_ptr<T>() + group);
       } else {
-        quantize_fp(values, format, encode, codes, scales.mutable_data_ptr<uint8_t>() + group);
+        quantize_fp<T>(values, format, encode, codes, scales.mutable_data_ptr<uint8_t>() + group);
       }
       pack_codes(codes, format.group_size, format.bits, packed + group * group_bytes);
     }
   });
-}
-
-float decode_scale(Mode mode, uint8_t scale) {
-  return mode == Mode::nvfp4 ? e4m3_to_float(scale) : e8m0_to_float(scale);
 }
 
 float decode_element(Mode mode, uint32_t code) {
