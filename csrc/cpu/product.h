@@ -526,6 +526,26 @@ void multiply_columns(
   }
 }
 
+// multiply_columns for a number of rows known at run time, at most ROWS.
+template <typename Tile, int ROWS>
+void multiply_rows(
+    int64_t rows,
+    const typename Tile::Storage* x,
+    int64_t x_row,
+    const typename Tile::Storage* w,
+    int64_t w_row,
+    int64_t length,
+    bool accumulate,
+    int64_t columns,
+    float* y) {
+  if (rows == ROWS) {
+    return multiply_columns<Tile, ROWS>(x, x_row, w, w_row, length, accumulate, columns, y);
+  }
+  if constexpr (ROWS > 1) {
+    multiply_rows<Tile, ROWS - 1>(rows, x, x_row, w, w_row, length, accumulate, columns, y);
+  }
+}
+
 template <typename Element, typename Tile>
 void multiply_panels(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
   using Storage = typename Tile::Storage;
@@ -540,14 +560,13 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end, float* 
     for (int64_t c = 0; c < columns; ++c) {
       decode_row<Element, Tile>(product, begin + c, product.K, first, length, decoded + c * panel);
     }
-    int64_t m = 0;
-    for (; m + tile_rows <= product.rows; m += tile_rows) {
-      multiply_columns<Tile, tile_rows>(
-          x + m * x_row + first, x_row, decoded, panel, padded, first > 0, columns, y + m * columns);
-    }
-    for (; m < product.rows; ++m) {
-      multiply_columns<Tile, 1>(
-          x + m * x_row + first, x_row, decoded, panel, padded, first > 0, columns, y + m * columns);
+    // Tiles of even height: 8 rows as 4 + 4 keep more sums in flight than as 6 + 2.
+    const int64_t tiles = (product.rows + tile_rows - 1) / tile_rows;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t m = tile * product.rows / tiles;
+      const int64_t rows = (tile + 1) * product.rows / tiles - m;
+      multiply_rows<Tile, tile_rows>(
+          rows, x + m * x_row + first, x_row, decoded, panel, padded, first > 0, columns, y + m * columns);
     }
   }
 }

@@ -1,0 +1,238 @@
+// The kernels of every instruction set that this machine has, without torch, against float64 on decoded weights.
+//
+// Small enough to compile for another architecture and run in an emulator, and to run under sanitizers: every buffer is
+// an allocation of exactly the size that the kernels may touch. Prints one line per instruction set; exits with 1 when a
+// result is outside the bound.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+using namespace quantization_mlx;
+using namespace quantization_mlx::cpu;
+
+namespace {
+
+struct Case {
+  Format format;
+  ScaleType scale_type;
+  Real x_type;
+  int64_t rows;
+  int64_t K;
+  int64_t N;
+  bool transpose;
+};
+
+std::mt19937 random_bits(1);
+
+float uniform() { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(random_bits); }
+
+// Rounds toward zero: any value of the type will do.
+uint16_t bfloat16_bits(float value) { return static_cast<uint16_t>(bits_from_float(value) >> 16); }
+
+uint16_t float16_bits(float value) {
+  const uint32_t bits = bits_from_float(value);
+  const int exponent = static_cast<int>(bits >> 23 & 0xFF) - 112;
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  return static_cast<uint16_t>(exponent <= 0 ? sign : sign | exponent << 10 | (bits >> 13 & 0x3FFu));
+}
+
+void append_real(std::vector<uint8_t>& bytes, Real type, float value) {
+  const uint16_t half = type == Real::bfloat16 ? bfloat16_bits(value) : float16_bits(value);
+  const auto* source = type == Real::float32 ? reinterpret_cast<const uint8_t*>(&value)
+                                             : reinterpret_cast<const uint8_t*>(&half);
+  bytes.insert(bytes.end(), source, source + (type == Real::float32 ? 4 : 2));
+}
+
+double read_real(const std::vector<uint8_t>& bytes, Real type, int64_t index) {
+  if (type == Real::float32) {
+    float value;
+    std::memcpy(&value, bytes.data() + index * 4, 4);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, bytes.data() + index * 2, 2);
+  return type == Real::bfloat16 ? float_from_bits(static_cast<uint32_t>(half) << 16) : float16_to_float(half);
+}
+
+Real real_of(ScaleType type) {
+  return type == ScaleType::float16 ? Real::float16
+                                    : (type == ScaleType::bfloat16 ? Real::bfloat16 : Real::float32);
+}
+
+struct Weights {
+  std::vector<uint8_t> words;
+  std::vector<uint8_t> scales;
+  std::vector<uint8_t> biases;
+};
+
+Weights random_weights(const Case& test, int64_t elements) {
+  Weights weights;
+  weights.words.resize(elements * test.format.bits / 8);
+  for (auto& byte : weights.words) {
+    byte = static_cast<uint8_t>(random_bits());
+    if (test.format.mode == Mode::mxfp8 && (byte & 0x7F) == 0x7F) {
+      byte = 0;  // NaN
+    }
+  }
+  for (int64_t group = 0; group < elements / test.format.group_size; ++group) {
+    switch (test.scale_type) {
+      case ScaleType::e8m0: weights.scales.push_back(static_cast<uint8_t>(120 + random_bits() % 12)); break;
+      case ScaleType::e4m3: weights.scales.push_back(static_cast<uint8_t>(random_bits() % 0x7F)); break;
+      default:
+        append_real(weights.scales, real_of(test.scale_type), uniform());
+        append_real(weights.biases, real_of(test.scale_type), uniform() * 8);
+    }
+  }
+  return weights;
+}
+
+double decoded(const Case& test, const Weights& weights, int64_t element) {
+  uint32_t code = 0;
+  for (int bit = 0; bit < test.format.bits; ++bit) {
+    const int64_t position = element * test.format.bits + bit;
+    code |= (weights.words[position / 8] >> position % 8 & 1u) << bit;
+  }
+  const int64_t group = element / test.format.group_size;
+  switch (test.format.mode) {
+    case Mode::mxfp4: return static_cast<double>(e2m1_to_float(code)) * e8m0_to_float(weights.scales[group]);
+    case Mode::mxfp8: return static_cast<double>(e4m3_to_float(code)) * e8m0_to_float(weights.scales[group]);
+    case Mode::nvfp4: return static_cast<double>(e2m1_to_float(code)) * e4m3_to_float(weights.scales[group]);
+    case Mode::affine: break;
+  }
+  const Real type = real_of(test.scale_type);
+  return code * read_real(weights.scales, type, group) + read_real(weights.biases, type, group);
+}
+
+// An allocation of exactly `count` elements, so that a sanitizer sees the first one beyond.
+template <typename T>
+std::unique_ptr<T[]> exactly(const std::vector<T>& values) {
+  auto copy = std::make_unique<T[]>(values.size());
+  std::copy(values.begin(), values.end(), copy.get());
+  return copy;
+}
+
+// The largest error relative to the bound; at most 1 is right.
+double run(const Kernels& kernels, const Case& test, Layout layout) {
+  const Weights weights = random_weights(test, test.K * test.N);
+  std::vector<uint8_t> x;
+  for (int64_t i = 0; i < test.rows * test.K; ++i) {
+    append_real(x, test.x_type, uniform());
+  }
+  const auto words = exactly(weights.words);
+  const auto scales = exactly(weights.scales);
+  const auto biases = exactly(weights.biases);
+  const auto activations = exactly(x);
+
+  Product product{};
+  product.format = test.format;
+  product.scale_type = test.scale_type;
+  product.bfloat16 = kernels.bfloat16 && test.x_type == Real::bfloat16;
+  product.K = test.K;
+  product.N = test.N;
+  product.words = words.get();
+  product.scales = scales.get();
+  product.biases = weights.biases.empty() ? nullptr : biases.get();
+  product.rows = test.rows;
+  std::vector<float> packed(product.rows * kernels.packed_row(product, layout));
+  kernels.pack(product, layout, activations.get(), test.x_type, test.K, packed.data());
+  product.x = packed.data();
+  std::vector<float> workspace(kernels.workspace(product));
+  std::vector<float> y(test.rows * test.N);
+  switch (layout) {
+    case Layout::streamed: kernels.streamed(product, 0, test.N, y.data()); break;
+    case Layout::tiled: kernels.tiled(product, 0, test.N, workspace.data(), y.data()); break;
+    case Layout::plain: kernels.plain(product, 0, test.N, workspace.data(), y.data()); break;
+  }
+
+  // Float32 sums of K terms; a bfloat16 tile also rounds each weight.
+  const double epsilon = layout == Layout::tiled && product.bfloat16 ? std::ldexp(1.0, -8) : std::ldexp(1.0, -21);
+  double worst = 0.0;
+  for (int64_t m = 0; m < test.rows; ++m) {
+    for (int64_t n = 0; n < test.N; ++n) {
+      double expected = 0.0;
+      double magnitudes = 0.0;
+      for (int64_t k = 0; k < test.K; ++k) {
+        const int64_t element = test.transpose ? n * test.K + k : k * test.N + n;
+        const double activation = read_real(x, test.x_type, m * test.K + k);
+        const double term = activation * decoded(test, weights, element);
+        expected += term;
+        const double offset = weights.biases.empty()
+            ? 0.0
+            : activation * read_real(weights.biases, real_of(test.scale_type), element / test.format.group_size);
+        magnitudes += std::fabs(term) + 2 * std::fabs(offset);
+      }
+      const double error = std::fabs(y[m * test.N + n] - expected) / (epsilon * (magnitudes + 1e-30));
+      worst = error > worst || std::isnan(error) ? error : worst;
+    }
+  }
+  return worst;
+}
+
+std::vector<Format> formats() {
+  std::vector<Format> all{{Mode::mxfp4, 4, 32}, {Mode::mxfp8, 8, 32}, {Mode::nvfp4, 4, 16}};
+  for (int bits : {2, 3, 4, 5, 6, 8}) {
+    for (int group_size : {32, 64, 128}) {
+      all.push_back({Mode::affine, bits, group_size});
+    }
+  }
+  return all;
+}
+
+std::vector<ScaleType> scale_types(Mode mode) {
+  switch (mode) {
+    case Mode::mxfp4:
+    case Mode::mxfp8: return {ScaleType::e8m0};
+    case Mode::nvfp4: return {ScaleType::e4m3};
+    default: return {ScaleType::float32, ScaleType::float16, ScaleType::bfloat16};
+  }
+}
+
+bool check(const Kernels& kernels) {
+  int cases = 0;
+  int failures = 0;
+  for (const Format format : formats()) {
+    for (const ScaleType scale_type : scale_types(format.mode)) {
+      for (const Real x_type : {Real::float32, Real::float16, Real::bfloat16}) {
+        for (const int64_t rows : {1, 2, 3, 4, 7, 13}) {
+          for (const int64_t groups : {1, 3, 37}) {
+            const int64_t packed = groups * format.group_size;
+            for (const Layout layout : {Layout::streamed, Layout::tiled, Layout::plain}) {
+              if ((layout == Layout::streamed) != (rows <= max_streamed_rows) && layout != Layout::plain) {
+                continue;
+              }
+              const bool transpose = layout != Layout::plain;
+              const Case test{format, scale_type, x_type, rows, transpose ? packed : 5, transpose ? 7 : packed, transpose};
+              const double worst = run(kernels, test, layout);
+              ++cases;
+              if (!(worst <= 1.0)) {
+                ++failures;
+                std::printf(
+                    "%s: mode %d bits %d group_size %d scale type %d x type %d rows %d groups %d layout %d: %g of the bound\n",
+                    kernels.name, static_cast<int>(format.mode), format.bits, format.group_size,
+                    static_cast<int>(scale_type), static_cast<int>(x_type), static_cast<int>(rows),
+                    static_cast<int>(groups), static_cast<int>(layout), worst);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  std::printf("%s: %d cases, %d failures\n", kernels.name, cases, failures);
+  return failures == 0;
+}
+
+}  // namespace
+
+int main() {
+  bool right = true;
+  for (const Kernels* kernels : {baseline_kernels(), avx2_kernels(), avx512_kernels(), neon_kernels()}) {
+    right = (kernels == nullptr || check(*kernels)) && right;
+  }
+  return right ? 0 : 1;
+}
