@@ -45,9 +45,7 @@ struct Weights {
   std::string mode;
   std::string op;
 
-  variable_list tensors() const {
-    return {w, scales, biases.value_or(Tensor()), global_scale.value_or(Tensor())};
-  }
+  variable_list tensors() const { return {w, scales, biases.value_or(Tensor()), global_scale.value_or(Tensor())}; }
 
   void save(AutogradContext* context) const {
     context->saved_data["transpose"] = transpose;
@@ -93,8 +91,7 @@ ParameterGradients parameter_gradients(const Tensor& unpacked, const Weights& we
           weights.w, one, at::zeros_like(one), weights.group_size, weights.bits, weights.mode, std::nullopt, at::kFloat)
           .reshape_symint(grouped);
   return {
-      (gradient * codes).sum(-1).to(weights.scales.scalar_type()),
-      gradient.sum(-1).to(weights.biases->scalar_type())};
+      (gradient * codes).sum(-1).to(weights.scales.scalar_type()), gradient.sum(-1).to(weights.biases->scalar_type())};
 }
 
 // The gradient of w [.., N, K] (transpose) or [.., K, N] from matching matrices of x and of the result's gradient.
@@ -139,7 +136,8 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
           gradient, weights.w, weights.scales, weights.biases, !weights.transpose, weights.group_size, weights.bits,
           weights.mode, weights.global_scale, weights.op);
       x_gradient = vector ? x_gradient.squeeze(-2) : x_gradient;
-      result[0] = at::sum_to(x_gradient, c10::SymIntArrayRef(x_sizes)).to(context->saved_data["x_dtype"].toScalarType());
+      result[0] =
+          at::sum_to(x_gradient, c10::SymIntArrayRef(x_sizes)).to(context->saved_data["x_dtype"].toScalarType());
     }
     if (wants_parameters(context, weights)) {
       const Tensor x = vector ? saved[4].unsqueeze(-2) : saved[4];
@@ -164,7 +162,11 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
 // --- gather_qmm -----------------------------------------------------------------------------------------------------
 
 // The index of each result's matrix in an operand, flat: the one given or the count through the operand's batch.
-Tensor flat_indices(const OptionalTensor& indices, c10::SymIntArrayRef operand, c10::SymIntArrayRef batch, at::Device device) {
+Tensor flat_indices(
+    const OptionalTensor& indices,
+    c10::SymIntArrayRef operand,
+    c10::SymIntArrayRef batch,
+    at::Device device) {
   if (indices.has_value()) {
     return indices->to(at::kLong).expand_symint(batch).reshape({-1});
   }
@@ -178,9 +180,7 @@ Tensor flat_indices(const OptionalTensor& indices, c10::SymIntArrayRef operand, 
       .reshape({-1});
 }
 
-Tensor matrices(const Tensor& tensor) {
-  return tensor.reshape_symint({-1, tensor.sym_size(-2), tensor.sym_size(-1)});
-}
+Tensor matrices(const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-2), tensor.sym_size(-1)}); }
 
 struct GatherQmm : torch::autograd::Function<GatherQmm> {
   static Tensor forward(
@@ -227,8 +227,8 @@ struct GatherQmm : torch::autograd::Function<GatherQmm> {
         count = count * size;
       }
       // Several results may read one matrix of x: their gradients add up in float32.
-      const Tensor sums = at::zeros_symint(
-          {count, each.sym_size(-2), each.sym_size(-1)}, each.options().dtype(at::kFloat));
+      const Tensor sums =
+          at::zeros_symint({count, each.sym_size(-2), each.sym_size(-1)}, each.options().dtype(at::kFloat));
       result[0] = sums.index_add(0, lhs, each.to(at::kFloat))
                       .reshape_symint(x_sizes)
                       .to(context->saved_data["x_dtype"].toScalarType());
@@ -291,8 +291,7 @@ Tensor quantized_matmul(
   if (at::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(scales) || wants_gradient(biases))) {
     return QuantizedMatmul::apply(
         x, w, scales, biases,
-        Weights{
-            w, scales, biases, global_scale, transpose, group_size, bits, std::string(mode), std::string(op)});
+        Weights{w, scales, biases, global_scale, transpose, group_size, bits, std::string(mode), std::string(op)});
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return ops::quantized_matmul(x, w, scales, biases, transpose, group_size, bits, mode, global_scale, op);
@@ -315,8 +314,7 @@ Tensor gather_qmm(
   if (at::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(scales) || wants_gradient(biases))) {
     return GatherQmm::apply(
         x, w, scales, biases, lhs_indices, rhs_indices, sorted_indices,
-        Weights{
-            w, scales, biases, global_scale, transpose, group_size, bits, std::string(mode), std::string(op)});
+        Weights{w, scales, biases, global_scale, transpose, group_size, bits, std::string(mode), std::string(op)});
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return ops::gather_qmm(

@@ -37,7 +37,7 @@ inline constexpr int default_group_size(Mode mode) {
 inline constexpr bool is_supported(Format format) {
   return format.mode == Mode::affine
       ? ((format.bits >= 2 && format.bits <= 6) || format.bits == 8) &&
-            (format.group_size == 32 || format.group_size == 64 || format.group_size == 128)
+          (format.group_size == 32 || format.group_size == 64 || format.group_size == 128)
       : format.bits == default_bits(format.mode) && format.group_size == default_group_size(format.mode);
 }
 
@@ -99,8 +99,8 @@ inline float e2m1_to_float(uint32_t code) {
 inline uint32_t e2m1_from_float(float value) {
   float size = magnitude(value);
   uint32_t low = static_cast<uint32_t>(size > 0.25f) + static_cast<uint32_t>(size > 0.75f) +
-      static_cast<uint32_t>(size > 1.25f) + static_cast<uint32_t>(size > 1.75f) +
-      static_cast<uint32_t>(size > 2.5f) + static_cast<uint32_t>(size > 3.5f) + static_cast<uint32_t>(size > 5.0f);
+      static_cast<uint32_t>(size > 1.25f) + static_cast<uint32_t>(size > 1.75f) + static_cast<uint32_t>(size > 2.5f) +
+      static_cast<uint32_t>(size > 3.5f) + static_cast<uint32_t>(size > 5.0f);
   return value < 0.0f && low > 0u ? low | 8u : low;
 }
 

@@ -48,28 +48,33 @@ Sizes<Int> joined(c10::ArrayRef<Int> leading, std::initializer_list<Int> trailin
 
 // --- Dtypes, devices and formats -----------------------------------------------------------------------------------
 
-bool is_activation(ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
-}
+bool is_activation(ScalarType dtype) { return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16; }
 
 bool is_words(ScalarType dtype) { return dtype == at::kUInt32 || dtype == at::kInt; }
 
 void check_activation(std::string_view op, const char* name, const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.defined(), "[", op, "] ", name, " is None; it must be a tensor.");
   TORCH_CHECK_TYPE(
-      is_activation(tensor.scalar_type()),
-      "[", op, "] ", name, " has dtype ", tensor.scalar_type(), "; supported are float32, float16 and bfloat16.");
+      is_activation(tensor.scalar_type()), "[", op, "] ", name, " has dtype ", tensor.scalar_type(),
+      "; supported are float32, float16 and bfloat16.");
 }
 
-void check_device(std::string_view op, const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+void check_device(
+    std::string_view op,
+    const char* name,
+    const Tensor& tensor,
+    const char* other_name,
+    const Tensor& other) {
   TORCH_CHECK_VALUE(
-      tensor.device() == other.device(),
-      "[", op, "] ", name, " is on ", tensor.device(), " and ", other_name, " on ", other.device(),
-      "; all arguments must be on one device.");
+      tensor.device() == other.device(), "[", op, "] ", name, " is on ", tensor.device(), " and ", other_name, " on ",
+      other.device(), "; all arguments must be on one device.");
 }
 
 constexpr std::pair<std::string_view, Mode> modes[] = {
-    {"affine", Mode::affine}, {"mxfp4", Mode::mxfp4}, {"mxfp8", Mode::mxfp8}, {"nvfp4", Mode::nvfp4}};
+    {"affine", Mode::affine},
+    {"mxfp4", Mode::mxfp4},
+    {"mxfp8", Mode::mxfp8},
+    {"nvfp4", Mode::nvfp4}};
 
 std::string_view name_of(Mode mode) { return modes[static_cast<int>(mode)].first; }
 
@@ -80,8 +85,8 @@ Format parse_format(
     std::optional<int64_t> bits) {
   const auto* found = std::find_if(std::begin(modes), std::end(modes), [&](auto& mode) { return mode.first == name; });
   TORCH_CHECK_VALUE(
-      found != std::end(modes),
-      "[", op, "] mode is \"", name, "\"; supported are \"affine\", \"mxfp4\", \"mxfp8\" and \"nvfp4\".");
+      found != std::end(modes), "[", op, "] mode is \"", name,
+      "\"; supported are \"affine\", \"mxfp4\", \"mxfp8\" and \"nvfp4\".");
   const Mode mode = found->second;
   const int64_t wanted_bits = bits.value_or(default_bits(mode));
   const int64_t wanted_group_size = group_size.value_or(default_group_size(mode));
@@ -89,12 +94,11 @@ Format parse_format(
   const auto narrow = [](int64_t value) { return value >= 0 && value <= 1024 ? static_cast<int>(value) : -1; };
   const Format format{mode, narrow(wanted_bits), narrow(wanted_group_size)};
   TORCH_CHECK_VALUE(
-      is_supported(format),
-      "[", op, "] mode \"", name, "\" with bits ", wanted_bits, " and group_size ", wanted_group_size,
-      " is not supported; ",
-      mode == Mode::affine ? std::string("affine takes bits 2, 3, 4, 5, 6 or 8 and group_size 32, 64 or 128.")
-                           : c10::str(name, " takes bits ", default_bits(mode), " and group_size ",
-                                      default_group_size(mode), "."));
+      is_supported(format), "[", op, "] mode \"", name, "\" with bits ", wanted_bits, " and group_size ",
+      wanted_group_size, " is not supported; ",
+      mode == Mode::affine
+          ? std::string("affine takes bits 2, 3, 4, 5, 6 or 8 and group_size 32, 64 or 128.")
+          : c10::str(name, " takes bits ", default_bits(mode), " and group_size ", default_group_size(mode), "."));
   return format;
 }
 
@@ -113,12 +117,14 @@ void check_global_scale(
       mode == Mode::nvfp4, "[", op, "] global_scale is given with mode \"", name_of(mode),
       "\"; it is only for mode \"nvfp4\".");
   TORCH_CHECK_TYPE(
-      global_scale->scalar_type() == at::kFloat,
-      "[", op, "] global_scale has dtype ", global_scale->scalar_type(), "; it must be float32.");
+      global_scale->scalar_type() == at::kFloat, "[", op, "] global_scale has dtype ", global_scale->scalar_type(),
+      "; it must be float32.");
   check_device(op, "global_scale", *global_scale, other_name, other);
   const auto numel = global_scale->sym_numel();
   TORCH_CHECK_VALUE(
-      numel == 1 || (one_per_matrix && other.dim() > 2 && global_scale->sym_sizes() == other.sym_sizes().slice(0, other.dim() - 2)),
+      numel == 1 ||
+          (one_per_matrix && other.dim() > 2 &&
+           global_scale->sym_sizes() == other.sym_sizes().slice(0, other.dim() - 2)),
       "[", op, "] global_scale has shape ", global_scale->sym_sizes(), "; it must have one element",
       one_per_matrix ? " or the leading shape of w." : ".");
 }
@@ -128,14 +134,14 @@ Format check_weights(const WeightArguments& arguments) {
   std::string_view op = arguments.op;
   const Format format = parse_format(op, arguments.mode, arguments.group_size, arguments.bits);
   const auto& [w, scales, biases] = std::tie(arguments.w, arguments.scales, arguments.biases);
-  TORCH_CHECK_TYPE(w.defined() && scales.defined(), "[", op, "] ", w.defined() ? "scales" : "w", " is None; it must be a tensor.");
   TORCH_CHECK_TYPE(
-      is_words(w.scalar_type()),
-      "[", op, "] w has dtype ", w.scalar_type(), "; packed weights must be uint32 or int32 words.");
+      w.defined() && scales.defined(), "[", op, "] ", w.defined() ? "scales" : "w", " is None; it must be a tensor.");
+  TORCH_CHECK_TYPE(
+      is_words(w.scalar_type()), "[", op, "] w has dtype ", w.scalar_type(),
+      "; packed weights must be uint32 or int32 words.");
   TORCH_CHECK_VALUE(
-      w.dim() >= 2 && scales.dim() >= 2,
-      "[", op, "] w of shape ", w.sym_sizes(), " and scales of shape ", scales.sym_sizes(),
-      " must have at least two dimensions.");
+      w.dim() >= 2 && scales.dim() >= 2, "[", op, "] w of shape ", w.sym_sizes(), " and scales of shape ",
+      scales.sym_sizes(), " must have at least two dimensions.");
   check_device(op, "scales", scales, "w", w);
   if (has_biases(format.mode)) {
     TORCH_CHECK_VALUE(biases.has_value(), "[", op, "] mode \"affine\" needs biases.");
@@ -145,8 +151,8 @@ Format check_weights(const WeightArguments& arguments) {
   } else {
     TORCH_CHECK_VALUE(!biases.has_value(), "[", op, "] mode \"", arguments.mode, "\" has no biases.");
     TORCH_CHECK_TYPE(
-        scales.scalar_type() == at::kByte,
-        "[", op, "] scales have dtype ", scales.scalar_type(), "; mode \"", arguments.mode, "\" has uint8 scales.");
+        scales.scalar_type() == at::kByte, "[", op, "] scales have dtype ", scales.scalar_type(), "; mode \"",
+        arguments.mode, "\" has uint8 scales.");
   }
   return format;
 }
@@ -169,9 +175,8 @@ Int check_packing(const WeightArguments& arguments, Format format) {
       " groups of ", group_size, " hold ", length, ".");
   if (arguments.biases.has_value()) {
     TORCH_CHECK_VALUE(
-        sizes_of<Int>(*arguments.biases) == scales,
-        "[", arguments.op, "] biases of shape ", sizes_of<Int>(*arguments.biases), " must have the shape of scales, ",
-        scales, ".");
+        sizes_of<Int>(*arguments.biases) == scales, "[", arguments.op, "] biases of shape ",
+        sizes_of<Int>(*arguments.biases), " must have the shape of scales, ", scales, ".");
   }
   return length;
 }
@@ -187,8 +192,8 @@ Sizes<Int> broadcast(std::string_view op, const char* what, c10::ArrayRef<Int> a
       const Int& from_a = a[i + a.size() - rank];
       const Int& from_b = b[i + b.size() - rank];
       TORCH_CHECK_VALUE(
-          from_a == from_b || from_a == 1 || from_b == 1,
-          "[", op, "] ", what, " of shapes ", a, " and ", b, " do not broadcast.");
+          from_a == from_b || from_a == 1 || from_b == 1, "[", op, "] ", what, " of shapes ", a, " and ", b,
+          " do not broadcast.");
       result[i] = from_a == 1 ? from_b : from_a;
     } else {
       result[i] = in_a ? a[i + a.size() - rank] : b[i + b.size() - rank];
@@ -211,10 +216,9 @@ MatmulShape<Int> operand_shape(const WeightArguments& arguments, Format format, 
   shape.K = transpose ? length : rows;
   shape.N = transpose ? rows : length;
   TORCH_CHECK_VALUE(
-      x_sizes.back() == shape.K,
-      "[", op, "] x of shape ", x_sizes, " and w of shape ", w_sizes, " do not fit: with transpose=",
-      transpose ? "True" : "False", ", bits ", format.bits, " and group_size ", format.group_size,
-      " the last size of x must be ", shape.K, ".");
+      x_sizes.back() == shape.K, "[", op, "] x of shape ", x_sizes, " and w of shape ", w_sizes,
+      " do not fit: with transpose=", transpose ? "True" : "False", ", bits ", format.bits, " and group_size ",
+      format.group_size, " the last size of x must be ", shape.K, ".");
   TORCH_CHECK_VALUE(
       shape.K != 0, "[", op, "] the inner size K is 0: x of shape ", x_sizes, ", w of shape ", w_sizes, ".");
   const auto x_leading = x_sizes.size() > 1 ? x_sizes.slice(0, x_sizes.size() - 2) : c10::ArrayRef<Int>();
@@ -262,7 +266,8 @@ MatmulShape<Int> gather_shape(
 Tensor as_matrices(const Tensor& tensor) {
   const int64_t rows = tensor.size(-2);
   const int64_t columns = tensor.size(-1);
-  const bool contiguous_matrices = (tensor.stride(-1) == 1 || columns <= 1) && (tensor.stride(-2) == columns || rows <= 1);
+  const bool contiguous_matrices =
+      (tensor.stride(-1) == 1 || columns <= 1) && (tensor.stride(-2) == columns || rows <= 1);
   const Tensor source = contiguous_matrices ? tensor : tensor.contiguous();
   return source.reshape({product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2)), rows, columns});
 }
@@ -303,8 +308,8 @@ void check_indices(std::string_view op, const char* name, const std::optional<Te
     return;
   }
   TORCH_CHECK_TYPE(
-      c10::isIntegralType(indices->scalar_type(), /*includeBool=*/false),
-      "[", op, "] ", name, " has dtype ", indices->scalar_type(), "; indices must be integers.");
+      c10::isIntegralType(indices->scalar_type(), /*includeBool=*/false), "[", op, "] ", name, " has dtype ",
+      indices->scalar_type(), "; indices must be integers.");
   check_device(op, name, *indices, "x", x);
 }
 
@@ -319,13 +324,12 @@ Format check_product(const WeightArguments& arguments, const Tensor& x, bool gat
 ScalarType dequantized_dtype(const WeightArguments& arguments, Format format, std::optional<ScalarType> dtype) {
   if (dtype.has_value()) {
     TORCH_CHECK_TYPE(
-        is_activation(*dtype),
-        "[", arguments.op, "] dtype is ", *dtype, "; supported are float32, float16 and bfloat16.");
+        is_activation(*dtype), "[", arguments.op, "] dtype is ", *dtype,
+        "; supported are float32, float16 and bfloat16.");
     return *dtype;
   }
-  return has_biases(format.mode)
-      ? c10::promoteTypes(arguments.scales.scalar_type(), arguments.biases->scalar_type())
-      : at::kBFloat16;
+  return has_biases(format.mode) ? c10::promoteTypes(arguments.scales.scalar_type(), arguments.biases->scalar_type())
+                                 : at::kBFloat16;
 }
 
 template <typename Int>
@@ -340,8 +344,8 @@ QuantizedShape<Int> quantized_shape(const Tensor& w, Format format) {
   TORCH_CHECK_VALUE(sizes.size() >= 2, "[quantize] w of shape ", sizes, " must have at least two dimensions.");
   const Int group_size = format.group_size;
   TORCH_CHECK_VALUE(
-      sizes.back() % group_size == 0,
-      "[quantize] the last size of w, of shape ", sizes, ", must be divisible by group_size ", group_size, ".");
+      sizes.back() % group_size == 0, "[quantize] the last size of w, of shape ", sizes,
+      ", must be divisible by group_size ", group_size, ".");
   const auto leading = sizes.slice(0, sizes.size() - 1);
   return {joined<Int>(leading, {sizes.back() * format.bits / 32}), joined<Int>(leading, {sizes.back() / group_size})};
 }
@@ -428,8 +432,8 @@ GatherProblem GatherProblem::check(
   Tensor matrices = activation_matrices(x, dtype, shape);
   Tensor lhs = broadcast_indices(lhs_indices, shape.x_batch, shape.batch, x.device());
   Tensor rhs = broadcast_indices(rhs_indices, shape.w_batch, shape.batch, x.device());
-  MatmulProblem matmul{
-      arguments.op, matrices_of(arguments, format), transpose, std::move(matrices), dtype, std::move(shape)};
+  MatmulProblem matmul{arguments.op,    matrices_of(arguments, format), transpose, std::move(matrices), dtype,
+                       std::move(shape)};
   return {std::move(matmul), std::move(lhs), std::move(rhs), sorted_indices};
 }
 
@@ -452,9 +456,7 @@ DequantizeProblem DequantizeProblem::check(const WeightArguments& arguments, std
   const int64_t length = check_packing<int64_t>(arguments, format);
   const auto leading = arguments.w.sizes().slice(0, arguments.w.dim() - 1);
   return {
-      matrices_of(arguments, format),
-      dequantized_dtype(arguments, format, dtype),
-      joined<int64_t>(leading, {length})};
+      matrices_of(arguments, format), dequantized_dtype(arguments, format, dtype), joined<int64_t>(leading, {length})};
 }
 
 Tensor DequantizeProblem::meta(const WeightArguments& arguments, std::optional<ScalarType> dtype) {
@@ -463,8 +465,7 @@ Tensor DequantizeProblem::meta(const WeightArguments& arguments, std::optional<S
   const auto length = check_packing<c10::SymInt>(arguments, format);
   const auto leading = arguments.w.sym_sizes().slice(0, arguments.w.dim() - 1);
   const auto output = joined<c10::SymInt>(leading, {length});
-  return empty(
-      c10::SymIntArrayRef(output), arguments.w.options().dtype(dequantized_dtype(arguments, format, dtype)));
+  return empty(c10::SymIntArrayRef(output), arguments.w.options().dtype(dequantized_dtype(arguments, format, dtype)));
 }
 
 QuantizeProblem QuantizeProblem::check(
@@ -476,10 +477,7 @@ QuantizeProblem QuantizeProblem::check(
   const Format format = check_quantize(w, group_size, bits, mode, global_scale);
   auto shape = quantized_shape<int64_t>(w, format);
   return {
-      format,
-      w.contiguous(),
-      global_scale.has_value() ? global_scale->contiguous() : Tensor(),
-      std::move(shape.words),
+      format, w.contiguous(), global_scale.has_value() ? global_scale->contiguous() : Tensor(), std::move(shape.words),
       std::move(shape.scales)};
 }
 

@@ -1,8 +1,8 @@
 // The kernels of every instruction set that this machine has, without torch, against float64 on decoded weights.
 //
 // Small enough to compile for another architecture and run in an emulator, and to run under sanitizers: every buffer is
-// an allocation of exactly the size that the kernels may touch. Prints one line per instruction set; exits with 1 when a
-// result is outside the bound.
+// an allocation of exactly the size that the kernels may touch. Prints one line per instruction set; exits with 1 when
+// a result is outside the bound.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -43,8 +43,8 @@ uint16_t float16_bits(float value) {
 
 void append_real(std::vector<uint8_t>& bytes, Real type, float value) {
   const uint16_t half = type == Real::bfloat16 ? bfloat16_bits(value) : float16_bits(value);
-  const auto* source = type == Real::float32 ? reinterpret_cast<const uint8_t*>(&value)
-                                             : reinterpret_cast<const uint8_t*>(&half);
+  const auto* source =
+      type == Real::float32 ? reinterpret_cast<const uint8_t*>(&value) : reinterpret_cast<const uint8_t*>(&half);
   bytes.insert(bytes.end(), source, source + (type == Real::float32 ? 4 : 2));
 }
 
@@ -60,8 +60,7 @@ double read_real(const std::vector<uint8_t>& bytes, Real type, int64_t index) {
 }
 
 Real real_of(ScaleType type) {
-  return type == ScaleType::float16 ? Real::float16
-                                    : (type == ScaleType::bfloat16 ? Real::bfloat16 : Real::float32);
+  return type == ScaleType::float16 ? Real::float16 : (type == ScaleType::bfloat16 ? Real::bfloat16 : Real::float32);
 }
 
 struct Weights {
@@ -206,13 +205,15 @@ bool check(const Kernels& kernels) {
                 continue;
               }
               const bool transpose = layout != Layout::plain;
-              const Case test{format, scale_type, x_type, rows, transpose ? packed : 5, transpose ? 7 : packed, transpose};
+              const Case test{format,   scale_type, x_type, rows, transpose ? packed : 5, transpose ? 7 : packed,
+                              transpose};
               const double worst = run(kernels, test, layout);
               ++cases;
               if (!(worst <= 1.0)) {
                 ++failures;
                 std::printf(
-                    "%s: mode %d bits %d group_size %d scale type %d x type %d rows %d groups %d layout %d: %g of the bound\n",
+                    "%s: mode %d bits %d group_size %d scale type %d x type %d rows %d groups %d layout %d: %g of the "
+                    "bound\n",
                     kernels.name, static_cast<int>(format.mode), format.bits, format.group_size,
                     static_cast<int>(scale_type), static_cast<int>(x_type), static_cast<int>(rows),
                     static_cast<int>(groups), static_cast<int>(layout), worst);

@@ -11,9 +11,9 @@
 namespace quantization_mlx {
 namespace ops {
 
-#define OP(name)                                                                                                 \
-  c10::Dispatcher::singleton()                                                                                   \
-      .findSchemaOrThrow(QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE) "::" #name, "")              \
+#define OP(name)                                                                                    \
+  c10::Dispatcher::singleton()                                                                      \
+      .findSchemaOrThrow(QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE) "::" #name, "") \
       .typed<decltype(name)>()
 
 at::Tensor quantized_matmul(
@@ -78,59 +78,111 @@ using Tensors = std::tuple<Tensor, Tensor, Tensor>;
 // --- One adapter per op and key: schema arguments to a checked problem to a back end --------------------------------
 
 Tensor quantized_matmul_cpu(
-    const Tensor& x, const Tensor& w, const Tensor& scales, const OptionalTensor& biases, bool transpose,
-    OptionalInt group_size, OptionalInt bits, std::string_view mode, const OptionalTensor& global_scale,
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    bool transpose,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale,
     std::string_view op) {
   return cpu::quantized_matmul(
       MatmulProblem::check({op, w, scales, biases, group_size, bits, mode, global_scale}, x, transpose));
 }
 
 Tensor quantized_matmul_meta(
-    const Tensor& x, const Tensor& w, const Tensor& scales, const OptionalTensor& biases, bool transpose,
-    OptionalInt group_size, OptionalInt bits, std::string_view mode, const OptionalTensor& global_scale,
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    bool transpose,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale,
     std::string_view op) {
   return MatmulProblem::meta({op, w, scales, biases, group_size, bits, mode, global_scale}, x, transpose);
 }
 
 Tensor gather_qmm_cpu(
-    const Tensor& x, const Tensor& w, const Tensor& scales, const OptionalTensor& biases,
-    const OptionalTensor& lhs_indices, const OptionalTensor& rhs_indices, bool transpose, OptionalInt group_size,
-    OptionalInt bits, std::string_view mode, const OptionalTensor& global_scale, bool sorted_indices,
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    const OptionalTensor& lhs_indices,
+    const OptionalTensor& rhs_indices,
+    bool transpose,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale,
+    bool sorted_indices,
     std::string_view op) {
-  return cpu::gather_qmm(GatherProblem::check(
-      {op, w, scales, biases, group_size, bits, mode, global_scale}, x, lhs_indices, rhs_indices, transpose,
-      sorted_indices));
+  return cpu::gather_qmm(
+      GatherProblem::check(
+          {op, w, scales, biases, group_size, bits, mode, global_scale}, x, lhs_indices, rhs_indices, transpose,
+          sorted_indices));
 }
 
 Tensor gather_qmm_meta(
-    const Tensor& x, const Tensor& w, const Tensor& scales, const OptionalTensor& biases,
-    const OptionalTensor& lhs_indices, const OptionalTensor& rhs_indices, bool transpose, OptionalInt group_size,
-    OptionalInt bits, std::string_view mode, const OptionalTensor& global_scale, bool, std::string_view op) {
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    const OptionalTensor& lhs_indices,
+    const OptionalTensor& rhs_indices,
+    bool transpose,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale,
+    bool,
+    std::string_view op) {
   return GatherProblem::meta(
       {op, w, scales, biases, group_size, bits, mode, global_scale}, x, lhs_indices, rhs_indices, transpose);
 }
 
 Tensor dequantize_cpu(
-    const Tensor& w, const Tensor& scales, const OptionalTensor& biases, OptionalInt group_size, OptionalInt bits,
-    std::string_view mode, const OptionalTensor& global_scale, std::optional<at::ScalarType> dtype) {
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale,
+    std::optional<at::ScalarType> dtype) {
   return cpu::dequantize(
       DequantizeProblem::check({"dequantize", w, scales, biases, group_size, bits, mode, global_scale}, dtype));
 }
 
 Tensor dequantize_meta(
-    const Tensor& w, const Tensor& scales, const OptionalTensor& biases, OptionalInt group_size, OptionalInt bits,
-    std::string_view mode, const OptionalTensor& global_scale, std::optional<at::ScalarType> dtype) {
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale,
+    std::optional<at::ScalarType> dtype) {
   return DequantizeProblem::meta({"dequantize", w, scales, biases, group_size, bits, mode, global_scale}, dtype);
 }
 
 Tensors quantize_cpu(
-    const Tensor& w, OptionalInt group_size, OptionalInt bits, std::string_view mode,
+    const Tensor& w,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
     const OptionalTensor& global_scale) {
   return cpu::quantize(QuantizeProblem::check(w, group_size, bits, mode, global_scale));
 }
 
 Tensors quantize_meta(
-    const Tensor& w, OptionalInt group_size, OptionalInt bits, std::string_view mode,
+    const Tensor& w,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
     const OptionalTensor& global_scale) {
   return QuantizeProblem::meta(w, group_size, bits, mode, global_scale);
 }
@@ -140,7 +192,11 @@ Tensors quantize_meta(
 // output_features is redundant; a wrong one is an error of the caller's. Weights too malformed to compare with are left
 // to the product's own checks.
 void check_output_features(
-    const char* op, const c10::SymInt& output_features, const Tensor& w, const Tensor& scales, bool transpose,
+    const char* op,
+    const c10::SymInt& output_features,
+    const Tensor& w,
+    const Tensor& scales,
+    bool transpose,
     int64_t group_size) {
   if (w.dim() < 2 || scales.dim() < 2) {
     return;
@@ -174,15 +230,25 @@ constexpr Explicit nvfp4_qmm_n_op{"nvfp4_qmm_n", "nvfp4", false};
 
 template <const Explicit& form>
 Tensor affine_product(
-    const Tensor& x, const Tensor& w, const Tensor& scales, const Tensor& biases, int64_t group_size, int64_t bits) {
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const Tensor& biases,
+    int64_t group_size,
+    int64_t bits) {
   return ops::quantized_matmul(
       x, w, scales, biases, form.transpose, group_size, bits, form.mode, std::nullopt, form.op);
 }
 
 template <const Explicit& form>
 Tensor affine_product_checked(
-    const Tensor& x, const Tensor& w, const Tensor& scales, const Tensor& biases, c10::SymInt output_features,
-    int64_t group_size, int64_t bits) {
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const Tensor& biases,
+    c10::SymInt output_features,
+    int64_t group_size,
+    int64_t bits) {
   check_output_features(form.op, output_features, w, scales, form.transpose, group_size);
   return affine_product<form>(x, w, scales, biases, group_size, bits);
 }
@@ -200,8 +266,15 @@ Tensor fp_product_checked(const Tensor& x, const Tensor& w, const Tensor& scales
 }
 
 Tensor affine_gather_qmm_rhs_nax(
-    const Tensor& x, const Tensor& w, const Tensor& scales, const Tensor& biases, const Tensor& indices,
-    c10::SymInt output_features, int64_t group_size, int64_t bits, bool transpose) {
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const Tensor& biases,
+    const Tensor& indices,
+    c10::SymInt output_features,
+    int64_t group_size,
+    int64_t bits,
+    bool transpose) {
   constexpr const char* op = "affine_gather_qmm_rhs_nax";
   check_output_features(op, output_features, w, scales, transpose, group_size);
   TORCH_CHECK_VALUE(
@@ -289,9 +362,10 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
 
 // Importing the extension is only there to load it: the module is empty.
 #define QUANTIZATION_MLX_MODULE(name) QUANTIZATION_MLX_MODULE_EXPANDED(name)
-#define QUANTIZATION_MLX_MODULE_EXPANDED(name)                                                            \
-  PyMODINIT_FUNC PyInit_##name() {                                                                        \
-    static PyModuleDef module = {PyModuleDef_HEAD_INIT, #name, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr}; \
-    return PyModule_Create(&module);                                                                      \
+#define QUANTIZATION_MLX_MODULE_EXPANDED(name)                                                  \
+  PyMODINIT_FUNC PyInit_##name() {                                                              \
+    static PyModuleDef module = {                                                               \
+        PyModuleDef_HEAD_INIT, #name, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr}; \
+    return PyModule_Create(&module);                                                            \
   }
 QUANTIZATION_MLX_MODULE(TORCH_EXTENSION_NAME)

@@ -8,8 +8,8 @@
 #include <string_view>
 #include <tuple>
 
-// kernel-builder gives every build its own name, so that two builds can live in one process; the pip build names its ops
-// quantization_mlx, so that exported programs can refer to them.
+// kernel-builder gives every build its own name, so that two builds can live in one process; the pip build names its
+// ops quantization_mlx, so that exported programs can refer to them.
 #ifndef QUANTIZATION_MLX_NAMESPACE
 #define QUANTIZATION_MLX_NAMESPACE TORCH_EXTENSION_NAME
 #endif

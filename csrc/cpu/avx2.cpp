@@ -61,8 +61,10 @@ struct Vector {
       // Units 0..3 from byte 0 of the lower half, units 4..7 from byte 4 of the upper half.
       const I packed = _mm256_set_m128i(load_half(source + 8), load_half(source));
       return _mm256_shuffle_epi8(
-          packed, _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 4, 5, 6, -1, 7, 8, 9, -1, 10,
-                                   11, 12, -1, 13, 14, 15, -1));
+          packed,
+          _mm256_setr_epi8(
+              0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 4, 5, 6, -1, 7, 8, 9, -1, 10, 11, 12, -1, 13, 14,
+              15, -1));
     } else {
       // Two units from each of four loads, the odd loads six bytes in.
       const I first = _mm256_set_m128i(load_half(source + 4), load_half(source));

@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, DQ, VL). The BF16 instructions stand only in the bfloat16 tile, which runs where the machine has them.
+// AVX-512 (F, BW, DQ, VL). The BF16 instructions stand only in the bfloat16 tile, which runs where the machine has
+// them.
 #include "kernels.h"
 
 #if defined(__x86_64__)

@@ -92,7 +92,14 @@ Plan grouped_runs(int64_t pairs, int64_t matrices, int64_t M, const Lhs& lhs, co
 }
 
 template <typename T>
-void store_rows(const float* source, int64_t rows, int64_t columns, float factor, const int64_t* y_rows, T* y, int64_t N) {
+void store_rows(
+    const float* source,
+    int64_t rows,
+    int64_t columns,
+    float factor,
+    const int64_t* y_rows,
+    T* y,
+    int64_t N) {
   for (int64_t m = 0; m < rows; ++m) {
     T* destination = y + y_rows[m] * N;
     for (int64_t n = 0; n < columns; ++n) {
@@ -179,13 +186,20 @@ class Multiplication {
     return packed;
   }
 
-  void store(const float* source, const Product& product, int64_t begin, int64_t columns, float factor, const int64_t* y_rows) const {
+  void store(
+      const float* source,
+      const Product& product,
+      int64_t begin,
+      int64_t columns,
+      float factor,
+      const int64_t* y_rows) const {
     void* y = y_.mutable_data_ptr();
     switch (problem_.dtype) {
       case at::kHalf:
         return store_rows(source, product.rows, columns, factor, y_rows, static_cast<c10::Half*>(y) + begin, product.N);
       case at::kBFloat16:
-        return store_rows(source, product.rows, columns, factor, y_rows, static_cast<c10::BFloat16*>(y) + begin, product.N);
+        return store_rows(
+            source, product.rows, columns, factor, y_rows, static_cast<c10::BFloat16*>(y) + begin, product.N);
       default:
         return store_rows(source, product.rows, columns, factor, y_rows, static_cast<float*>(y) + begin, product.N);
     }
@@ -246,8 +260,8 @@ void check_range(std::string_view op, const char* name, const Tensor& indices, i
   const int64_t* end = values + indices.numel();
   const int64_t* bad = std::find_if(values, end, [&](int64_t index) { return index < 0 || index >= matrices; });
   TORCH_CHECK_INDEX(
-      bad == end, "[", op, "] ", name, " holds ", *bad, " at position ", bad - values, "; it must be at least 0 and below ",
-      matrices, ".");
+      bad == end, "[", op, "] ", name, " holds ", *bad, " at position ", bad - values,
+      "; it must be at least 0 and below ", matrices, ".");
 }
 
 }  // namespace
@@ -299,10 +313,9 @@ Tensor gather_qmm(const GatherProblem& problem) {
   }
   const int64_t* lhs = problem.lhs_indices.const_data_ptr<int64_t>();
   const int64_t* rhs = problem.rhs_indices.const_data_ptr<int64_t>();
-  Multiplication(matmul, y)
-      .run(grouped_runs(
-          problem.lhs_indices.numel(), matmul.weights.words.size(0), matmul.shape.M, [&](int64_t i) { return lhs[i]; },
-          [&](int64_t i) { return rhs[i]; }));
+  Multiplication(matmul, y).run(grouped_runs(
+      problem.lhs_indices.numel(), matmul.weights.words.size(0), matmul.shape.M, [&](int64_t i) { return lhs[i]; },
+      [&](int64_t i) { return rhs[i]; }));
   return y;
 }
 

@@ -27,20 +27,14 @@ struct Vector {
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static float sum(F value) { return vaddvq_f32(value); }
 
-  static uint16x4_t load_halves(const uint8_t* source) {
-    return vreinterpret_u16_u8(vld1_u8(source));
-  }
+  static uint16x4_t load_halves(const uint8_t* source) { return vreinterpret_u16_u8(vld1_u8(source)); }
   static I load_bytes(const uint8_t* source) {
     uint32_t four;
     std::memcpy(&four, source, sizeof four);
     return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
   }
-  static F load_float16(const uint8_t* source) {
-    return vcvt_f32_f16(vreinterpret_f16_u16(load_halves(source)));
-  }
-  static F load_bfloat16(const uint8_t* source) {
-    return vreinterpretq_f32_u32(vshll_n_u16(load_halves(source), 16));
-  }
+  static F load_float16(const uint8_t* source) { return vcvt_f32_f16(vreinterpret_f16_u16(load_halves(source))); }
+  static F load_bfloat16(const uint8_t* source) { return vreinterpretq_f32_u32(vshll_n_u16(load_halves(source), 16)); }
   // Byte 0 is the subnormal 2^-127, the only value whose exponent bits alone do not say it.
   static F load_e8m0(const uint8_t* source) {
     return vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32(load_bytes(source), 23), vdupq_n_u32(0x00400000)));
@@ -79,7 +73,8 @@ struct Vector {
   // The top two bytes of an E2M1 value as float32 have one non-zero byte each: look both up.
   template <int shift>
   static F e2m1(I units) {
-    const uint8x16_t high = {0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, 0x80, 0xBF, 0xBF, 0xBF, 0xC0, 0xC0, 0xC0, 0xC0};
+    const uint8x16_t high = {0,    0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40,
+                             0x80, 0xBF, 0xBF, 0xBF, 0xC0, 0xC0, 0xC0, 0xC0};
     const uint8x16_t low = {0, 0x00, 0x80, 0xC0, 0x00, 0x40, 0x80, 0xC0, 0, 0x00, 0x80, 0xC0, 0x00, 0x40, 0x80, 0xC0};
     // The code in byte 0 of each lane; the other bytes index past the table and give 0.
     const I codes = vorrq_u32(vandq_u32(shifted<shift>(units), vdupq_n_u32(15)), vdupq_n_u32(0xFFFFFF00u));

@@ -27,8 +27,8 @@ void parallel_tasks(int64_t tasks, const Function& function) {
                       .check_all_same_dtype(false)
                       .build();
   iterator.for_each(
-      [&](char** data, const int64_t*, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
+      [&](char** data, const int64_t*, int64_t inner, int64_t outer) {
+        for (int64_t i = 0; i < inner * outer; ++i) {
           function(data[0] - first + i);
         }
       },

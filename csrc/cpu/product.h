@@ -237,9 +237,7 @@ int64_t padded_length(const Product& product) {
   return round_up(product.K, lanes * unit_elements(product.format.bits));
 }
 
-int64_t padded_groups(const Product& product) {
-  return round_up(product.K / product.format.group_size, lanes);
-}
+int64_t padded_groups(const Product& product) { return round_up(product.K / product.format.group_size, lanes); }
 
 int64_t packed_row(const Product& product, Layout layout) {
   switch (layout) {
@@ -299,13 +297,10 @@ void pack(const Product& product, Layout layout, const void* x, Real type, int64
     const uint8_t* row = static_cast<const uint8_t*>(x) + m * stride * element_bytes;
     float* destination = packed + m * row_floats;
     switch (layout) {
-      case Layout::plain:
-        widen(type, row, product.K, destination);
-        break;
+      case Layout::plain: widen(type, row, product.K, destination); break;
       case Layout::tiled:
-        with_tile<Vector>(product, [&](auto tile) {
-          pack_units<decltype(tile)>(product, row, type, element_bytes, destination);
-        });
+        with_tile<Vector>(
+            product, [&](auto tile) { pack_units<decltype(tile)>(product, row, type, element_bytes, destination); });
         break;
       case Layout::streamed:
         pack_units<Float32Tile>(product, row, type, element_bytes, destination);
@@ -423,7 +418,6 @@ struct Streamed {
 // --- tiled ----------------------------------------------------------------------------------------------------------
 // Tiles of x rows by weight columns, both read along K as vectors: each load feeds several multiply-adds, and the lanes
 // of a sum are added up once per panel.
-
 
 constexpr int64_t panel_bytes = 4096;  // of one weight column: the x rows of a tile then stay in the first-level cache
 constexpr int64_t panel_columns = 128;
@@ -574,9 +568,8 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end, float* 
 struct Tiled {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
-    with_tile<Vector>(product, [&](auto tile) {
-      multiply_panels<Element, decltype(tile)>(product, begin, end, workspace, y);
-    });
+    with_tile<Vector>(
+        product, [&](auto tile) { multiply_panels<Element, decltype(tile)>(product, begin, end, workspace, y); });
   }
 };
 
@@ -588,7 +581,14 @@ constexpr int plain_tile_rows = Vector::registers >= 32 ? 4 : 2;
 constexpr int plain_tile_vectors = 4;
 
 template <int ROWS>
-void broadcast_tile(const float* x, int64_t x_row, const float* w, int64_t w_row, int64_t length, float* sums, int64_t sums_row) {
+void broadcast_tile(
+    const float* x,
+    int64_t x_row,
+    const float* w,
+    int64_t w_row,
+    int64_t length,
+    float* sums,
+    int64_t sums_row) {
   F total[ROWS][plain_tile_vectors];
   for (int m = 0; m < ROWS; ++m) {
     for (int v = 0; v < plain_tile_vectors; ++v) {
@@ -630,13 +630,13 @@ struct Plain {
           int64_t m = 0;
           for (; m + plain_tile_rows <= product.rows; m += plain_tile_rows) {
             broadcast_tile<plain_tile_rows>(
-                product.x + m * x_row + first, x_row, decoded + v * lanes, block, length,
-                sums + m * block + v * lanes, block);
+                product.x + m * x_row + first, x_row, decoded + v * lanes, block, length, sums + m * block + v * lanes,
+                block);
           }
           for (; m < product.rows; ++m) {
             broadcast_tile<1>(
-                product.x + m * x_row + first, x_row, decoded + v * lanes, block, length,
-                sums + m * block + v * lanes, block);
+                product.x + m * x_row + first, x_row, decoded + v * lanes, block, length, sums + m * block + v * lanes,
+                block);
           }
         }
       }

@@ -1,2 +1,54 @@
-from .ops import *  # noqa: F403
-from .ops import __all__ as __all__
+"""MLX-format quantized matrix products for PyTorch."""
+
+from . import layers
+from .checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from .modules import QuantizedEmbedding, QuantizedLinear
+from .ops import (
+    affine_gather_qmm_rhs_nax,
+    affine_qmm_n,
+    affine_qmm_n_nax,
+    affine_qmm_t,
+    affine_qmm_t_nax,
+    affine_qmv,
+    dequantize,
+    gather_qmm,
+    mxfp4_qmm_n,
+    mxfp4_qmm_t,
+    mxfp4_qmv,
+    mxfp8_qmm_n,
+    mxfp8_qmm_t,
+    mxfp8_qmv,
+    nvfp4_qmm_n,
+    nvfp4_qmm_t,
+    nvfp4_qmv,
+    quantize,
+    quantized_matmul,
+)
+
+__all__ = [
+    "affine_gather_qmm_rhs_nax",
+    "affine_qmm_n",
+    "affine_qmm_n_nax",
+    "affine_qmm_t",
+    "affine_qmm_t_nax",
+    "affine_qmv",
+    "dequantize",
+    "gather_qmm",
+    "layers",
+    "load_checkpoint",
+    "mxfp4_qmm_n",
+    "mxfp4_qmm_t",
+    "mxfp4_qmv",
+    "mxfp8_qmm_n",
+    "mxfp8_qmm_t",
+    "mxfp8_qmv",
+    "nvfp4_qmm_n",
+    "nvfp4_qmm_t",
+    "nvfp4_qmv",
+    "quantize",
+    "quantize_model",
+    "quantized_matmul",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "save_checkpoint",
+]

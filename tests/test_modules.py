@@ -1,0 +1,207 @@
+"""QuantizedLinear and QuantizedEmbedding against float64 arithmetic on the exactly dequantized weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import oracle
+from oracle import DTYPES, SOME_FORMATS, Format, name_of
+from quantization_mlx.modules import QuantizedEmbedding, QuantizedLinear
+
+AFFINE, _, _, *FLOATS = SOME_FORMATS
+FORMAT = pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)
+DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+IN, OUT = 256, 33
+
+
+def linear(format: Format, device: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> QuantizedLinear:
+    torch.manual_seed(0)
+    return QuantizedLinear.from_linear(nn.Linear(IN, OUT, bias=bias, device=device, dtype=dtype), **format.options)
+
+
+def embedding(format: Format, device: str, dtype: torch.dtype = torch.float32) -> QuantizedEmbedding:
+    torch.manual_seed(0)
+    return QuantizedEmbedding.from_embedding(nn.Embedding(OUT, IN, device=device, dtype=dtype), **format.options)
+
+
+def exact_weight(module: QuantizedLinear | QuantizedEmbedding) -> Tensor:
+    """float64 [rows, columns]."""
+    format = Format(module.mode, module.group_size, module.bits)
+    return oracle.dequantize(module.weight, module.scales, module.biases, format)
+
+
+# --- Values -----------------------------------------------------------------------------------------------------------
+
+
+@FORMAT
+@DTYPE
+@pytest.mark.parametrize("shape", [(IN,), (1, IN), (7, IN), (2, 3, IN), (0, IN), (2, 0, IN)], ids=str)
+def test_linear_multiplies_by_the_dequantized_weight(
+    format: Format, dtype: torch.dtype, shape: tuple[int, ...], device: str
+) -> None:
+    module = linear(format, device, dtype, bias=False)
+    x = oracle.random_x(*shape, dtype=dtype)
+    oracle.assert_product(module(x.to(device)), x, exact_weight(module).mT, dtype, str(format))
+
+
+@FORMAT
+def test_linear_adds_its_bias(format: Format, device: str) -> None:
+    with_bias, without = linear(format, device), linear(format, device, bias=False)
+    x = oracle.random_x(2, 3, IN).to(device)
+    without.share(with_bias)
+    assert torch.equal(with_bias(x), without(x) + with_bias.bias)
+    assert with_bias.bias.abs().max() > 0
+
+
+@FORMAT
+def test_from_linear_holds_what_mlx_quantize_gives(format: Format, device: str) -> None:
+    dense = nn.Linear(IN, OUT, device=device)
+    module = QuantizedLinear.from_linear(dense, **format.options)
+    tensors = (module.weight, module.scales) + ((module.biases,) if format.is_affine else ())
+    for ours, expected in zip(tensors, oracle.mlx_quantize(dense.weight, format), strict=True):
+        oracle.assert_identical(ours, expected, str(format))
+    assert module.bias is dense.bias
+
+
+@FORMAT
+@DTYPE
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=name_of)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 4), (0,), (3, 0)], ids=str)
+def test_embedding_looks_up_dequantized_rows(
+    format: Format, dtype: torch.dtype, index_dtype: torch.dtype, shape: tuple[int, ...], device: str
+) -> None:
+    module = embedding(format, device, dtype)
+    indices = torch.randint(0, OUT, shape, generator=oracle.generator(1)).to(index_dtype)
+    rows = module(indices.to(device))
+    weight = exact_weight(module)
+    assert rows.dtype == dtype
+    # The largest product and one rounding each for the product and the sum.
+    bound = 2 * torch.finfo(dtype).eps * weight.abs().max()
+    oracle.assert_within(rows, weight[indices.long()].reshape(*shape, IN), bound, str(format))
+
+
+@FORMAT
+@DTYPE
+def test_embedding_is_an_output_head(format: Format, dtype: torch.dtype, device: str) -> None:
+    module = embedding(format, device, dtype)
+    x = oracle.random_x(2, 3, IN, dtype=dtype)
+    oracle.assert_product(module.as_linear(x.to(device)), x, exact_weight(module).mT, dtype, str(format))
+
+
+@pytest.mark.parametrize("index", [-1, OUT])
+def test_embedding_refuses_indices_out_of_range(index: int) -> None:
+    with pytest.raises(IndexError):
+        embedding(AFFINE, "cpu")(torch.tensor([0, index]))
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+@FORMAT
+def test_gradient_of_x(format: Format, device: str) -> None:
+    module = linear(format, device)
+    x = oracle.random_x(2, 3, IN).to(device).requires_grad_()
+    upstream = oracle.random_x(2, 3, OUT, seed=2)
+    module(x).backward(upstream.to(device))
+    oracle.assert_product(x.grad, upstream, exact_weight(module), torch.float32, str(format))
+
+
+def test_packed_parameters_are_frozen_and_the_bias_is_not(device: str) -> None:
+    trainable = {name for name, parameter in linear(AFFINE, device).named_parameters() if parameter.requires_grad}
+    assert trainable == {"bias"}
+
+
+def test_scales_and_biases_of_an_embedding_can_be_trained(device: str) -> None:
+    module = embedding(AFFINE, device)
+    module.scales.requires_grad_()
+    module.biases.requires_grad_()
+    module(torch.tensor([1, 1, 4], device=device)).sum().backward()
+    codes = torch.from_numpy(oracle.unpack(module.weight, AFFINE.bits)).reshape(OUT, -1, AFFINE.group_size)
+    times = torch.zeros(OUT, 1, dtype=torch.float64)
+    times[1], times[4] = 2, 1
+    oracle.assert_within(module.scales.grad, codes.sum(-1) * times, 1e-3)
+    oracle.assert_within(module.biases.grad, (AFFINE.group_size * times).expand(codes.shape[:-1]), 0)
+
+
+# --- As a module ------------------------------------------------------------------------------------------------------
+
+
+@FORMAT
+@pytest.mark.parametrize("make", [linear, embedding])
+def test_state_dict_has_the_names_of_mlx_and_round_trips(make, format: Format, device: str) -> None:
+    module = make(format, device)
+    state = module.state_dict()
+    expected = {"weight", "scales"} | ({"biases"} if format.is_affine else set())
+    assert set(state) == expected | ({"bias"} if make is linear else set())
+    empty = type(module)(*((IN, OUT) if make is linear else (OUT, IN)), **format.options, device=device)
+    assert not empty.scales.any()
+    empty.load_state_dict(copy.deepcopy(state))
+    for name, tensor in empty.state_dict().items():
+        oracle.assert_identical(tensor, state[name], name)
+
+
+@FORMAT
+@DTYPE
+@pytest.mark.parametrize("make", [linear, embedding])
+def test_change_of_dtype_leaves_integers_alone(make, dtype: torch.dtype, format: Format, device: str) -> None:
+    module = make(format, device).to(dtype)
+    before = make(format, device)
+    oracle.assert_identical(module.weight, before.weight)
+    if format.is_affine:
+        assert module.scales.dtype == module.biases.dtype == dtype
+    else:
+        oracle.assert_identical(module.scales, before.scales)
+    argument = oracle.random_x(3, IN, dtype=dtype) if make is linear else torch.tensor([0, 3])
+    assert module(argument.to(device)).dtype == dtype
+
+
+@pytest.mark.parametrize("move", ["half", "bfloat16", "float"])
+def test_shared_parameters_stay_shared(move: str, device: str) -> None:
+    table = embedding(AFFINE, device)
+    head = linear(AFFINE, device, bias=False)
+    head.share(table)
+    pair = getattr(nn.ModuleList([table, head]), move)()
+    assert all(pair[0].get_parameter(name) is pair[1].get_parameter(name) for name in ("weight", "scales", "biases"))
+
+
+@FORMAT
+def test_meta_device_knows_shapes(format: Format) -> None:
+    module = QuantizedLinear(IN, OUT, **format.options, device="meta")
+    assert module(torch.empty(5, 3, IN, device="meta")).shape == (5, 3, OUT)
+    table = QuantizedEmbedding(OUT, IN, **format.options, device="meta")
+    assert table(torch.empty(5, 3, dtype=torch.int64, device="meta")).shape == (5, 3, IN)
+
+
+@pytest.mark.parametrize(
+    "mode, expected", {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}.items()
+)
+def test_mode_decides_what_is_not_given(mode: str, expected: tuple[int, int]) -> None:
+    module = QuantizedLinear(IN, OUT, mode=mode)
+    assert (module.group_size, module.bits) == expected
+    assert f"in_features={IN}, out_features={OUT}, bias=True, group_size={expected[0]}, bits={expected[1]}" in repr(
+        module
+    )
+
+
+def test_constructor_refuses_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"100 values .* groups of 64"):
+        QuantizedLinear(100, 8)
+    with pytest.raises(ValueError, match="'int4' is none of affine, mxfp4"):
+        QuantizedEmbedding(8, 64, mode="int4")
+
+
+@FORMAT
+def test_compiles_to_one_graph_for_all_batch_sizes(format: Format, device: str) -> None:
+    torch._dynamo.reset()
+    table, layer = embedding(format, device), linear(format, device)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(lambda indices: layer(table(indices)), backend=counter, fullgraph=True, dynamic=True)
+    for batch in (2, 3, 7):
+        indices = torch.randint(0, OUT, (batch, 4), generator=oracle.generator(batch)).to(device)
+        torch.testing.assert_close(compiled(indices), layer(table(indices)))
+    assert counter.frame_count == 1

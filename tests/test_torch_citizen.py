@@ -1,0 +1,547 @@
+"""What torch expects of an operator: schemas, fake tensors, tracing, compilation, export, gradients, threads."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from quantization_mlx._ops import ops
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import oracle
+import quantization_mlx as qm
+from oracle import DTYPES, FLOAT_FORMATS, SOME_FORMATS, Format, Quantized, name_of
+
+TRANSPOSE = pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "no-transpose"])
+AFFINE = Format("affine", 64, 4)
+MXFP4, MXFP8, NVFP4 = FLOAT_FORMATS
+
+
+# --- Calls of every op ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """Tensors and what must stand among them by position, the rest by keyword: for Python function and op alike."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def on(self, device: str, grad: bool = False) -> Call:
+        def moved(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.to(device)
+            return value.detach().requires_grad_() if grad and value.is_floating_point() else value
+
+        args = tuple(moved(value) for value in self.args)
+        return Call(self.op, args, {name: moved(value) for name, value in self.kwargs.items()})
+
+
+def _explicit_calls() -> dict[str, Call]:
+    affine = oracle.random_quantized(AFFINE, 64, 128)
+    x_t, x_n = oracle.random_x(2, 3, 128), oracle.random_x(2, 3, 64)
+    sizes = {"group_size": 64, "bits": 4}
+    calls = {"affine_qmv": Call("affine_qmv", (x_t, *affine.tensors, 64), sizes)}
+    for suffix in ("", "_nax"):
+        calls[f"affine_qmm_t{suffix}"] = Call(f"affine_qmm_t{suffix}", (x_t, *affine.tensors), sizes)
+        calls[f"affine_qmm_n{suffix}"] = Call(f"affine_qmm_n{suffix}", (x_n, *affine.tensors, 128), sizes)
+    experts = oracle.random_quantized(AFFINE, 3, 64, 128)
+    indices = torch.tensor([2, 0, 1, 2])
+    name = "affine_gather_qmm_rhs_nax"
+    calls[name] = Call(name, (oracle.random_x(4, 128), *experts.tensors, indices, 64), sizes)
+    for format in FLOAT_FORMATS:
+        w, scales, _ = oracle.random_quantized(format, 64, 128).tensors
+        calls[f"{format.mode}_qmv"] = Call(f"{format.mode}_qmv", (x_t, w, scales, 64), {})
+        calls[f"{format.mode}_qmm_t"] = Call(f"{format.mode}_qmm_t", (x_t, w, scales), {})
+        calls[f"{format.mode}_qmm_n"] = Call(f"{format.mode}_qmm_n", (x_n, w, scales, 128), {})
+    return calls
+
+
+def _all_calls() -> dict[str, Call]:
+    calls = _explicit_calls()
+    for format in (AFFINE, MXFP4, MXFP8, NVFP4):
+        options = format.options
+        plain = oracle.random_quantized(format, 64, 128)
+        batched = oracle.random_quantized(format, 3, 64, 128)
+        x = oracle.random_x(2, 128)
+        calls[f"quantize {format}"] = Call("quantize", (oracle.random_x(4, 128),), options)
+        calls[f"dequantize {format}"] = Call("dequantize", plain.tensors, options)
+        calls[f"quantized_matmul {format}"] = Call("quantized_matmul", (x, *plain.tensors), options)
+        calls[f"quantized_matmul {format} n"] = Call(
+            "quantized_matmul", (oracle.random_x(2, 64), *plain.tensors), {"transpose": False, **options}
+        )
+        calls[f"quantized_matmul {format} batched"] = Call(
+            "quantized_matmul", (oracle.random_x(2, 1, 5, 128), *batched.tensors), options
+        )
+        calls[f"quantized_matmul {format} bfloat16"] = Call(
+            "quantized_matmul",
+            (x.bfloat16(), *(t if t is None or not t.is_floating_point() else t.bfloat16() for t in plain.tensors)),
+            options,
+        )
+        indices = {"lhs_indices": torch.tensor([[0], [1]]), "rhs_indices": torch.tensor([2, 0, 2])}
+        x_gather = oracle.random_x(2, 3, 128)
+        calls[f"gather_qmm {format}"] = Call("gather_qmm", (x_gather, *batched.tensors), {**indices, **options})
+        calls[f"gather_qmm {format} sorted"] = Call(
+            "gather_qmm",
+            (oracle.random_x(4, 1, 128), *batched.tensors),
+            {"rhs_indices": torch.tensor([0, 0, 2, 2]), **options, "sorted_indices": True},
+        )
+    scale = {"global_scale": torch.tensor(900.0)}
+    nvfp4 = oracle.random_quantized(NVFP4, 64, 128)
+    calls["quantize global_scale"] = Call("quantize", (oracle.random_x(4, 128),), {**NVFP4.options, **scale})
+    calls["dequantize global_scale"] = Call("dequantize", nvfp4.tensors, {**NVFP4.options, **scale})
+    calls["dequantize dtype"] = Call("dequantize", nvfp4.tensors, {**NVFP4.options, "dtype": torch.float16})
+    calls["quantized_matmul global_scale"] = Call(
+        "quantized_matmul", (oracle.random_x(2, 128), *nvfp4.tensors), {**NVFP4.options, **scale}
+    )
+    calls["quantized_matmul 1-D"] = Call("quantized_matmul", (oracle.random_x(128), *nvfp4.tensors), NVFP4.options)
+    calls["quantized_matmul empty"] = Call("quantized_matmul", (oracle.random_x(0, 128), *nvfp4.tensors), NVFP4.options)
+    return calls
+
+
+CALLS = _all_calls()
+
+
+def test_every_public_op_is_called_here() -> None:
+    functions = {name for name in qm.__all__ if callable(getattr(qm, name)) and hasattr(ops, name)}
+    assert functions == {call.op for call in CALLS.values()}
+
+
+# --- opcheck and fake tensors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(device: str, name: str, grad: bool) -> None:
+    """Schema, autograd registration, fake tensors and ahead-of-time dispatch with symbolic sizes."""
+    differentiable = CALLS[name].op != "quantize"
+    call = CALLS[name].on(device, grad and differentiable)
+    torch.library.opcheck(getattr(ops, call.op).default, call.args, call.kwargs)
+
+
+def _describe(results: Any) -> list[tuple[Any, ...]]:
+    tensors = results if isinstance(results, tuple) else (results,)
+    return [(tuple(t.shape), t.dtype, t.stride(), t.layout) for t in tensors]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_meta_and_fake_results_describe_the_real_ones(device: str, name: str) -> None:
+    call = CALLS[name].on(device)
+    expected = _describe(getattr(qm, call.op)(*call.args, **call.kwargs))
+    meta = call.on("meta")
+    assert _describe(getattr(qm, meta.op)(*meta.args, **meta.kwargs)) == expected
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake_args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in call.args]
+        fake_kwargs = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in call.kwargs.items()}
+        fake = getattr(qm, call.op)(*fake_args, **fake_kwargs)
+    assert _describe(fake) == expected
+    assert all(t.device.type == device for t in (fake if isinstance(fake, tuple) else (fake,)))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if CALLS[name].op != "quantize"])
+def test_python_function_and_op_agree(device: str, name: str) -> None:
+    call = CALLS[name].on(device)
+    through_op = getattr(ops, call.op).default(*call.args, **call.kwargs)
+    oracle.assert_identical(getattr(qm, call.op)(*call.args, **call.kwargs), through_op)
+
+
+def test_quantize_op_returns_three_tensors(device: str) -> None:
+    for format in SOME_FORMATS:
+        w = oracle.random_x(4, 128).to(device)
+        w_q, scales, biases = ops.quantize(w, format.group_size, format.bits, format.mode)
+        ours = qm.quantize(w, **format.options)
+        assert len(ours) == (3 if format.is_affine else 2)
+        assert (biases.numel() == 0) == (not format.is_affine)
+        for one, other in zip(ours, (w_q, scales, biases), strict=False):
+            oracle.assert_identical(one, other)
+
+
+def test_results_do_not_alias_inputs(device: str) -> None:
+    for name, case in CALLS.items():
+        call = case.on(device)
+        result = getattr(qm, call.op)(*call.args, **call.kwargs)
+        storages = {t.untyped_storage().data_ptr() for t in call.args if isinstance(t, Tensor) and t.numel()}
+        for tensor in result if isinstance(result, tuple) else (result,):
+            assert not tensor.numel() or tensor.untyped_storage().data_ptr() not in storages, name
+            assert tensor.is_contiguous(), name
+
+
+# --- torch.compile and torch.export -----------------------------------------------------------------------------------
+
+
+def _batch_cases(device: str) -> dict[str, tuple[Callable[..., Tensor], Callable[[int], tuple[Tensor, ...]]]]:
+    """A function to compile, and its arguments for a number of rows."""
+    weights = oracle.random_quantized(AFFINE, 64, 128).to(device)
+    experts = oracle.random_quantized(AFFINE, 3, 64, 128).to(device)
+    nvfp4 = oracle.random_quantized(NVFP4, 64, 128).to(device)
+
+    def x(rows: int, *more: int) -> Tensor:
+        return oracle.random_x(rows, *more).to(device)
+
+    def indices(rows: int) -> Tensor:
+        return (torch.arange(rows) % 3).to(device)
+
+    def matmul(x: Tensor) -> Tensor:
+        return torch.relu(qm.quantized_matmul(x + 1, *weights.tensors, **AFFINE.options)) * 2
+
+    def without_transpose(x: Tensor) -> Tensor:
+        return qm.quantized_matmul(x, *weights.tensors, False, **AFFINE.options) - 1
+
+    def floating(x: Tensor) -> Tensor:
+        return qm.quantized_matmul(x, nvfp4.w, nvfp4.scales, mode="nvfp4").sin()
+
+    def gather(x: Tensor, rhs: Tensor) -> Tensor:
+        return qm.gather_qmm(x, *experts.tensors, rhs_indices=rhs, **AFFINE.options, sorted_indices=True).exp()
+
+    def explicit(x: Tensor) -> Tensor:
+        product = qm.affine_qmm_t(x, *weights.tensors, 64, 4)
+        return product + qm.affine_qmv(x, *weights.tensors, 64, 64, 4) + qm.nvfp4_qmm_t(x, nvfp4.w, nvfp4.scales)
+
+    def rhs_nax(x: Tensor, rhs: Tensor) -> Tensor:
+        return qm.affine_gather_qmm_rhs_nax(x, *experts.tensors, rhs, 64, 64, 4).relu()
+
+    def round_trip(x: Tensor) -> Tensor:
+        return qm.dequantize(*qm.quantize(x, **AFFINE.options), **AFFINE.options) + 1
+
+    return {
+        "quantized_matmul": (matmul, lambda rows: (x(rows, 128),)),
+        "quantized_matmul 3-D": (matmul, lambda rows: (x(rows, 4, 128),)),
+        "quantized_matmul middle": (matmul, lambda rows: (x(2, rows, 128),)),
+        "quantized_matmul n": (without_transpose, lambda rows: (x(rows, 64),)),
+        "nvfp4": (floating, lambda rows: (x(rows, 128),)),
+        "gather_qmm": (gather, lambda rows: (x(rows, 1, 128), indices(rows))),
+        "explicit": (explicit, lambda rows: (x(rows, 128),)),
+        "rhs_nax": (rhs_nax, lambda rows: (x(rows, 128), indices(rows))),
+        "quantize": (round_trip, lambda rows: (x(rows, 128),)),
+    }
+
+
+@pytest.mark.parametrize("case", _batch_cases("cpu"))
+def test_compile_without_breaks_or_recompilation(device: str, case: str) -> None:
+    """The first other batch size makes the size symbolic; after that nothing is compiled again."""
+    function, arguments = _batch_cases(device)[case]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for rows in (5, 9, 2, 33, 64, 3):
+        expected = function(*arguments(rows))
+        oracle.assert_identical(compiled(*arguments(rows)), expected, f"{case} with {rows} rows")
+    assert counter.frame_count == 2
+    # torch itself gives sizes of one a graph of their own where it must.
+    oracle.assert_identical(compiled(*arguments(1)), function(*arguments(1)), f"{case} with one row")
+    assert counter.frame_count <= 3
+
+
+def test_compile_with_inductor(device: str) -> None:
+    function, arguments = _batch_cases(device)["quantized_matmul"]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for rows in (4, 7):
+        torch.testing.assert_close(compiled(*arguments(rows)), function(*arguments(rows)))
+
+
+def test_compile_of_a_training_step(device: str) -> None:
+    weights = oracle.random_quantized(AFFINE, 64, 128).to(device)
+
+    def loss(x: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
+        return qm.quantized_matmul(x, weights.w, scales, biases, **AFFINE.options).square().sum()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for rows in (5, 9, 2, 33):
+        results = []
+        for function in (loss, compiled):
+            leaves = [t.clone().requires_grad_() for t in (oracle.random_x(rows, 128).to(device), *weights.tensors[1:])]
+            results.append(torch.autograd.grad(function(*leaves), leaves))
+        for eager, traced in zip(*results, strict=True):
+            torch.testing.assert_close(traced, eager)
+    assert counter.frame_count == 2
+
+
+class Layer(nn.Module):
+    def __init__(self, weights: Quantized) -> None:
+        super().__init__()
+        self.format = weights.format
+        for name, tensor in zip(("w", "scales", "biases"), weights.tensors, strict=True):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return qm.quantized_matmul(x, self.w, self.scales, self.biases, **self.format.options).relu()
+
+
+@pytest.mark.parametrize("format", [AFFINE, MXFP4], ids=name_of)
+def test_export(device: str, format: Format) -> None:
+    """Exported with a symbolic batch, saved, loaded, and run on another batch size."""
+    layer = Layer(oracle.random_quantized(format, 64, 128).to(device))
+    x = oracle.random_x(4, 128).to(device)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2)}})
+    targets = [node.target for node in program.graph.nodes]
+    assert ops.quantized_matmul.default in targets
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for rows in (4, 11):
+        x = oracle.random_x(rows, 128).to(device)
+        oracle.assert_identical(loaded(x), layer(x))
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+def _dense(elements: Tensor, scales: Tensor, biases: Tensor | None, group_size: int) -> Tensor:
+    """Dequantization in torch operations, differentiable in scales and biases."""
+    groups = elements.to(scales.dtype).unflatten(-1, (-1, group_size)) * scales[..., None]
+    return (groups if biases is None else groups + biases[..., None]).flatten(-2)
+
+
+class Leaves:
+    """x, scales and biases of one product, and the same product composed of torch operations in any dtype."""
+
+    def __init__(self, x: Tensor, weights: Quantized, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.x, self.weights, self.product = x, weights, product
+        codes = oracle.unpack(weights.w, weights.format.bits)
+        self.elements = torch.from_numpy(oracle.decode_elements(codes, weights.format.mode))
+        self.decoded = torch.from_numpy(oracle.decode_scales(weights.scales, weights.format.mode))
+
+    def composed(self, dtype: torch.dtype, upstream: Tensor) -> list[Tensor]:
+        """Gradients of x and, in affine mode, of scales and biases."""
+        affine = self.weights.format.is_affine
+        x = self.x.to(dtype).requires_grad_()
+        scales = self.decoded.to(dtype).requires_grad_(affine)
+        biases = self.weights.biases.to(dtype).requires_grad_() if affine else None
+        y = self.product(x, _dense(self.elements, scales, biases, self.weights.format.group_size))
+        return list(torch.autograd.grad(y, [x, scales, biases] if affine else [x], upstream.to(dtype)))
+
+    def ours(self, device: str, call: Callable[..., Tensor], upstream: Tensor) -> list[Tensor]:
+        affine = self.weights.format.is_affine
+        x = self.x.to(device).requires_grad_()
+        w, scales, biases = self.weights.to(device).tensors
+        leaves = [x, scales.requires_grad_(), biases.requires_grad_()] if affine else [x]
+        grads = torch.autograd.grad(call(x, w, scales, biases), leaves, upstream.to(device))
+        assert [grad.dtype for grad in grads] == [leaf.dtype for leaf in leaves]
+        return list(grads)
+
+    def check(self, device: str, call: Callable[..., Tensor], output_dtype: torch.dtype) -> None:
+        """Our gradients are as near to float64's as twice those of the composition in the same dtype."""
+        dense = _dense(self.elements, self.decoded, self.weights.biases, self.weights.format.group_size)
+        shape = self.product(self.x.double(), dense.double()).shape
+        upstream = torch.randn(shape, generator=oracle.generator(9)).to(output_dtype)
+        exact = self.composed(torch.float64, upstream)
+        in_dtype = self.composed(output_dtype, upstream)
+        for name, ours, reference, other in zip(
+            ("x", "scales", "biases"), self.ours(device, call, upstream), exact, in_dtype, strict=False
+        ):
+            largest = reference.abs().max() if reference.numel() else torch.zeros(())
+            theirs = (other.double() - reference).abs().max() if reference.numel() else 0.0
+            bound = 2 * theirs + (2 * torch.finfo(ours.dtype).eps + 32 * torch.finfo(torch.float32).eps) * largest
+            oracle.assert_within(ours, reference, bound, f"gradient of {name}")
+
+
+def _matmul_product(transpose: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, dense: x @ (dense.mT if transpose else dense)
+
+
+@TRANSPOSE
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)
+def test_gradients_of_quantized_matmul(device: str, format: Format, dtype: torch.dtype, transpose: bool) -> None:
+    for x_leading, w_leading in (
+        ((), ()),
+        ((1,), ()),
+        ((5,), ()),
+        ((2, 3, 4), ()),
+        ((0,), ()),
+        ((4,), (3,)),
+        ((2, 1, 4), (3,)),
+        ((2, 3, 4), (3,)),
+        ((1, 4), (2, 3)),
+    ):
+        weights = oracle.random_quantized(format, *w_leading, 9, 2 * format.group_size, dtype=dtype)
+        x = oracle.random_x(*x_leading, weights.matrix(transpose).shape[-2], dtype=dtype)
+        Leaves(x, weights, _matmul_product(transpose)).check(
+            device, lambda x, w, s, b: qm.quantized_matmul(x, w, s, b, transpose, **format.options), dtype
+        )
+
+
+def test_gradients_keep_the_dtype_of_each_argument(device: str) -> None:
+    base = oracle.random_quantized(AFFINE, 9, 128)
+    weights = Quantized(AFFINE, base.w, base.scales.bfloat16(), base.biases)
+    x = oracle.random_x(5, 128, dtype=torch.float16)
+    Leaves(x, weights, _matmul_product(True)).check(
+        device, lambda x, w, s, b: qm.quantized_matmul(x, w, s, b, **AFFINE.options), torch.float32
+    )
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_gradient_with_global_scale(device: str, transpose: bool) -> None:
+    base = oracle.random_quantized(NVFP4, 48, 64)
+    weights = Quantized(NVFP4, base.w, base.scales, None, torch.tensor(700.0)).to(device)
+    matrix = weights.matrix(transpose)
+    x = oracle.random_x(5, matrix.shape[0]).to(device).requires_grad_()
+    y = qm.quantized_matmul(
+        x, weights.w, weights.scales, None, transpose, mode="nvfp4", global_scale=weights.global_scale
+    )
+    upstream = oracle.random_x(*y.shape, seed=4)
+    (grad,) = torch.autograd.grad(y, x, upstream.to(device))
+    oracle.assert_product(grad, upstream, matrix.mT, torch.float32)
+
+
+def _gather_product(lhs: Tensor | None, rhs: Tensor | None, transpose: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def product(x: Tensor, dense: Tensor) -> Tensor:
+        x_flat, w_flat = x.flatten(0, -3), dense.flatten(0, -3)
+        left = torch.arange(len(x_flat)).reshape(x.shape[:-2]) if lhs is None else lhs
+        right = torch.arange(len(w_flat)).reshape(dense.shape[:-2]) if rhs is None else rhs
+        left, right = torch.broadcast_tensors(left, right)
+        matrices = w_flat[right]
+        return x_flat[left] @ (matrices.mT if transpose else matrices)
+
+    return product
+
+
+@TRANSPOSE
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)
+def test_gradients_of_gather_qmm(device: str, format: Format, dtype: torch.dtype, transpose: bool) -> None:
+    """Rows and experts used several times collect every contribution, unused ones get zero."""
+    weights = oracle.random_quantized(format, 4, 9, 2 * format.group_size, dtype=dtype)
+    K = weights.matrix(transpose).shape[-2]
+    for x_batch, M, lhs, rhs, sorted_indices in (
+        ((3,), 2, None, torch.tensor([2, 0, 2]), False),
+        ((3,), 1, None, torch.tensor([0, 2, 2]), True),
+        ((3,), 1, torch.tensor([2, 2, 0, 2]), torch.tensor([1, 1, 1, 3]), False),
+        ((3, 1), 1, None, torch.tensor([[2, 0], [0, 2], [3, 3]]), False),
+        ((5,), 2, torch.tensor([[0], [4]]), torch.tensor([[2, 0, 2]]), False),
+        ((5,), 2, torch.tensor([3, 3, 1, 0]), None, False),
+        ((4,), 2, None, None, False),
+        ((3,), 2, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), False),
+    ):
+        x = oracle.random_x(*x_batch, M, K, dtype=dtype)
+        call = functools.partial(
+            qm.gather_qmm,
+            lhs_indices=None if lhs is None else lhs.to(device),
+            rhs_indices=None if rhs is None else rhs.to(device),
+            transpose=transpose,
+            sorted_indices=sorted_indices,
+            **format.options,
+        )
+        Leaves(x, weights, _gather_product(lhs, rhs, transpose)).check(device, call, dtype)
+
+
+@pytest.mark.parametrize("name", _explicit_calls())
+def test_gradients_of_explicit_ops(device: str, name: str) -> None:
+    call = _explicit_calls()[name]
+    x, w, scales, *rest = call.args
+    format = next((f for f in FLOAT_FORMATS if name.startswith(f.mode)), AFFINE)
+    weights = Quantized(format, w, scales, rest[0] if format.is_affine else None)
+    more = [value.to(device) if isinstance(value, Tensor) else value for value in rest[1 if format.is_affine else 0 :]]
+    product = _matmul_product("_n" not in name.removesuffix("_nax"))
+    if "gather" in name:
+        indices = rest[1]
+        product = lambda x, dense: (x[:, None] @ dense[indices].mT)[:, 0]  # noqa: E731
+
+    def ours(x: Tensor, w: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
+        tensors = (x, w, s) if b is None else (x, w, s, b)
+        return getattr(qm, name)(*tensors, *more, **call.kwargs)
+
+    Leaves(x, weights, product).check(device, ours, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("stored", DTYPES, ids=name_of)
+def test_gradients_of_dequantize(device: str, stored: torch.dtype, dtype: torch.dtype) -> None:
+    for format in (f for f in SOME_FORMATS if f.is_affine):
+        weights = oracle.random_quantized(format, 3, 5, 4 * format.group_size, dtype=stored)
+        on = weights.to(device)
+        scales, biases = on.scales.requires_grad_(), on.biases.requires_grad_()
+        dense = qm.dequantize(on.w, scales, biases, **format.options, dtype=dtype)
+        upstream = oracle.random_x(*dense.shape, dtype=dtype)
+        grads = torch.autograd.grad(dense, [scales, biases], upstream.to(device))
+        groups = upstream.double().unflatten(-1, (-1, format.group_size))
+        codes = torch.from_numpy(oracle.unpack(weights.w, format.bits)).double().unflatten(-1, (-1, format.group_size))
+        for grad, terms in zip(grads, (groups * codes, groups), strict=True):
+            assert grad.dtype == stored
+            # Each term may be rounded to dtype, and the sum to the stored dtype.
+            rounding = torch.finfo(dtype).eps * terms.abs().sum(-1) + torch.finfo(stored).eps * terms.sum(-1).abs()
+            oracle.assert_within(grad, terms.sum(-1), rounding, str(format))
+
+
+def test_backward_twice_through_one_input(device: str) -> None:
+    """x feeds two products and a sum; its gradient is the sum of all three."""
+    weights = oracle.random_quantized(AFFINE, 128, 128).to(device)
+    matrix = weights.matrix(True)
+    x = oracle.random_x(5, 128)
+    ours = x.to(device).requires_grad_()
+    y = qm.quantized_matmul(ours, *weights.tensors) + qm.quantized_matmul(ours, *weights.tensors, False) + ours
+    upstream = oracle.random_x(5, 128, seed=4)
+    y.backward(upstream.to(device), retain_graph=True)
+    first = ours.grad.clone()
+    oracle.assert_product(first, upstream, matrix.mT + matrix + torch.eye(128), torch.float32)
+    y.backward(upstream.to(device))
+    oracle.assert_identical(ours.grad, 2 * first)
+
+
+def test_second_derivative(device: str) -> None:
+    weights = oracle.random_quantized(AFFINE, 7, 128).to(device)
+    matrix = weights.matrix(True)
+
+    def second(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        x = x.requires_grad_()
+        (first,) = torch.autograd.grad(product(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    ours = second(oracle.random_x(3, 128).to(device), lambda x: qm.quantized_matmul(x, *weights.tensors))
+    reference = second(oracle.random_x(3, 128).double(), lambda x: x @ matrix)
+    oracle.assert_within(ours, reference, 1e-4 * reference.abs().max())
+
+
+def test_gradients_only_where_asked(device: str) -> None:
+    weights = oracle.random_quantized(AFFINE, 7, 128).to(device)
+    x = oracle.random_x(3, 128).to(device)
+    assert not qm.quantized_matmul(x, *weights.tensors).requires_grad
+    with torch.no_grad():
+        assert not qm.quantized_matmul(x.clone().requires_grad_(), *weights.tensors).requires_grad
+    with torch.inference_mode():
+        assert qm.quantized_matmul(x, *weights.tensors).is_inference()
+    for wanted in ("x", "scales", "biases"):
+        leaves = {"x": x.clone(), "scales": weights.scales.clone(), "biases": weights.biases.clone()}
+        leaves[wanted].requires_grad_()
+        y = qm.quantized_matmul(leaves["x"], weights.w, leaves["scales"], leaves["biases"])
+        y.sum().backward()
+        assert {name for name, leaf in leaves.items() if leaf.grad is not None} == {wanted}
+        assert weights.w.grad is None
+
+
+def test_quantize_has_no_silent_gradient(device: str) -> None:
+    """Rounding has no useful derivative: asking for one is an error, as in mlx."""
+    _, scales, _ = qm.quantize(oracle.random_x(4, 128).to(device).requires_grad_())
+    with pytest.raises(RuntimeError, match="quantize"):
+        scales.sum().backward()
+
+
+# --- Threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_calls_from_many_threads(device: str) -> None:
+    names = [name for name in CALLS if CALLS[name].op in ("quantized_matmul", "gather_qmm", "dequantize")]
+    calls = [CALLS[name].on(device) for name in names]
+
+    def run(call: Call) -> Tensor:
+        return getattr(qm, call.op)(*call.args, **call.kwargs)
+
+    expected = [run(call) for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(lambda _: [run(call) for call in calls], range(12)):
+            for result, reference in zip(results, expected, strict=True):
+                oracle.assert_identical(result, reference)

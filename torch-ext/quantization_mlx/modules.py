@@ -1,0 +1,201 @@
+"""Linear and embedding layers that hold their weights as MLX checkpoints do."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ._ops import ops
+from .ops import quantize
+
+# mode -> (group_size, bits) where none are given; the floating-point modes know no others.
+MODE_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+
+# The overloads themselves, called with every argument in place: the shortest way from Python into the dispatcher,
+# which a decoding step takes a few hundred times.
+_dequantize = ops.dequantize.default
+_quantized_matmul = ops.quantized_matmul.default
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class _QuantizedModule(nn.Module):
+    """A packed matrix [rows, columns], grouped along its columns, as the parameters of an MLX checkpoint:
+
+    - `weight`: uint32 [rows, columns * bits / 32];
+    - `scales`: [rows, columns / group_size], of the model's dtype in mode "affine" and uint8 otherwise;
+    - `biases`: as `scales`; None but in mode "affine".
+
+    All three are frozen; `scales` and `biases` of affine layers may be trained after `requires_grad_()`. Being
+    parameters, they move between devices with the module and may be shared; being integers, `weight` and the uint8
+    scales ignore a change of dtype. A module made by the constructor holds zeros.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        group_size: int | None,
+        bits: int | None,
+        mode: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if mode not in MODE_DEFAULTS:
+            raise ValueError(f"[{type(self).__name__}] mode {mode!r} is none of {', '.join(MODE_DEFAULTS)}")
+        default_group_size, default_bits = MODE_DEFAULTS[mode]
+        self.group_size = group_size or default_group_size
+        self.bits = bits or default_bits
+        self.mode = mode
+        if columns % self.group_size:
+            raise ValueError(
+                f"[{type(self).__name__}] a row of {columns} values does not divide into groups of {self.group_size}"
+            )
+        groups = (rows, columns // self.group_size)
+        affine = mode == "affine"
+        scale_dtype = (dtype or torch.get_default_dtype()) if affine else torch.uint8
+        self.weight = _frozen(torch.zeros(rows, columns * self.bits // 32, dtype=torch.uint32, device=device))
+        self.scales = _frozen(torch.zeros(groups, dtype=scale_dtype, device=device))
+        self.register_parameter(
+            "biases", _frozen(torch.zeros(groups, dtype=scale_dtype, device=device)) if affine else None
+        )
+
+    def _pack(self, weight: torch.Tensor) -> None:
+        """Quantizes weight [rows, columns] into this module's parameters."""
+        packed = quantize(weight.detach(), self.group_size, self.bits, self.mode)
+        for name, tensor in zip(("weight", "scales", "biases"), packed, strict=False):
+            setattr(self, name, _frozen(tensor))
+
+    def _matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., columns] -> [..., rows]."""
+        return _quantized_matmul(x, self.weight, self.scales, self.biases, True, self.group_size, self.bits, self.mode)
+
+    def share(self, other: _QuantizedModule) -> None:
+        """Makes `weight`, `scales` and `biases` the very parameters of `other`, which has the same shape and format."""
+        for name in ("weight", "scales", "biases"):
+            setattr(self, name, getattr(other, name))
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}, bits={self.bits}, mode={self.mode!r}"
+
+
+class QuantizedLinear(_QuantizedModule):
+    """`torch.nn.Linear` on a packed weight: y = x @ dequantize(weight).T + bias.
+
+    Args:
+        in_features, out_features: the two sizes; in_features is a multiple of group_size.
+        bias: whether there is a `bias` [out_features].
+        group_size, bits, mode: the format; what is None takes the mode's default (affine 64/4, mxfp4 32/4, mxfp8
+            32/8, nvfp4 16/4).
+        device, dtype: where the parameters live, and the dtype of the floating-point ones.
+
+    Raises:
+        ValueError: the mode is unknown, or in_features does not divide into groups.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, group_size, bits, mode, device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> QuantizedLinear:
+        """Quantizes `linear`; a bias is shared with it, not copied."""
+        module = cls(linear.in_features, linear.out_features, False, group_size, bits, mode, device="meta")
+        module._pack(linear.weight)
+        module.bias = linear.bias
+        return module.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of the scales and the bias."""
+        y = self._matmul(x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{super().extra_repr()}"
+        )
+
+
+class QuantizedEmbedding(_QuantizedModule):
+    """`torch.nn.Embedding` on a packed table; only the rows that are looked up are dequantized.
+
+    Args:
+        num_embeddings, embedding_dim: the two sizes; embedding_dim is a multiple of group_size.
+        group_size, bits, mode: the format, as in QuantizedLinear.
+        device, dtype: where the parameters live, and the dtype of the rows that come out.
+
+    Raises:
+        ValueError: the mode is unknown, or embedding_dim does not divide into groups.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, group_size, bits, mode, device, dtype)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        # uint8 scales cannot tell the model's dtype; an empty buffer follows `.to(dtype)` and can.
+        like = None if mode == "affine" else torch.empty(0, dtype=dtype, device=device)
+        self.register_buffer("_like", like, persistent=False)
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> QuantizedEmbedding:
+        """Quantizes `embedding`."""
+        weight = embedding.weight
+        module = cls(embedding.num_embeddings, embedding.embedding_dim, group_size, bits, mode, device="meta")
+        module._pack(weight)
+        if module._like is not None:
+            module._like = weight.new_empty(0)
+        return module.train(embedding.training)
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """indices of any shape, int32 or int64, -> indices.shape + [embedding_dim].
+
+        Raises:
+            IndexError: an index is negative or not below num_embeddings (on the CPU).
+        """
+        flat = indices.reshape(-1)
+        # Torch has no gather of uint32 rows on the CPU; int32 has the same bits.
+        words = F.embedding(flat, self.weight.view(torch.int32))
+        scales = F.embedding(flat, self.scales)
+        biases = None if self.biases is None else F.embedding(flat, self.biases)
+        dtype = None if self._like is None else self._like.dtype
+        rows = _dequantize(words, scales, biases, self.group_size, self.bits, self.mode, None, dtype)
+        return rows.view(*indices.shape, self.embedding_dim)
+
+    def as_linear(self, x: torch.Tensor) -> torch.Tensor:
+        """The table as an output head: x [..., embedding_dim] -> [..., num_embeddings]."""
+        return self._matmul(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}"
