@@ -263,22 +263,32 @@ MatmulShape<Int> gather_shape(
 
 // --- Operands as the back ends want them ----------------------------------------------------------------------------
 
-Tensor as_matrices(const Tensor& tensor) {
+Tensor with_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
+Matrices weight_matrices(const Tensor& tensor) {
   const int64_t rows = tensor.size(-2);
   const int64_t columns = tensor.size(-1);
-  const bool contiguous_matrices =
-      (tensor.stride(-1) == 1 || columns <= 1) && (tensor.stride(-2) == columns || rows <= 1);
-  const Tensor source = contiguous_matrices ? tensor : tensor.contiguous();
-  return source.reshape({product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2)), rows, columns});
+  const bool dense_matrix = (tensor.stride(-1) == 1 || columns <= 1) && (tensor.stride(-2) == columns || rows <= 1);
+  if (dense_matrix && tensor.dim() == 2) {
+    return {tensor, 1, 0, columns};
+  }
+  if (dense_matrix && tensor.dim() == 3) {
+    return {tensor, tensor.size(0), tensor.stride(0), columns};
+  }
+  return {tensor.contiguous(), product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2)), rows * columns, columns};
 }
 
 QuantizedMatrices matrices_of(const WeightArguments& arguments, Format format) {
-  QuantizedMatrices result{format, as_matrices(arguments.w), as_matrices(arguments.scales), {}, {}};
+  QuantizedMatrices result{format, weight_matrices(arguments.w), {}, {}, {}};
   if (arguments.biases.has_value()) {
     // One dtype for both; promoting a value is exact.
     const auto dtype = c10::promoteTypes(arguments.scales.scalar_type(), arguments.biases->scalar_type());
-    result.scales = result.scales.to(dtype);
-    result.biases = as_matrices(*arguments.biases).to(dtype);
+    result.scales = weight_matrices(with_dtype(arguments.scales, dtype));
+    result.biases = weight_matrices(with_dtype(*arguments.biases, dtype));
+  } else {
+    result.scales = weight_matrices(arguments.scales);
   }
   if (arguments.global_scale.has_value()) {
     result.global_scale = arguments.global_scale->contiguous();
@@ -286,9 +296,17 @@ QuantizedMatrices matrices_of(const WeightArguments& arguments, Format format) {
   return result;
 }
 
-Tensor activation_matrices(const Tensor& x, ScalarType dtype, const MatmulShape<int64_t>& shape) {
-  const Tensor matrices = x.to(dtype).reshape({product<int64_t>(shape.x_batch), shape.M, shape.K});
-  return matrices.stride(-1) == 1 || shape.K == 1 ? matrices : matrices.contiguous();
+Matrices activation_matrices(const Tensor& x, ScalarType dtype, const MatmulShape<int64_t>& shape) {
+  Tensor tensor = with_dtype(x, dtype);
+  const int64_t count = product<int64_t>(shape.x_batch);
+  if (tensor.is_contiguous()) {
+    return {tensor, count, shape.M * shape.K, shape.K};
+  }
+  tensor = tensor.reshape({count, shape.M, shape.K});
+  if (tensor.stride(-1) != 1 && shape.K > 1) {
+    tensor = tensor.contiguous();
+  }
+  return {tensor, count, tensor.stride(0), tensor.stride(1)};
 }
 
 // The indices given, or a count through the operand's own batch, for every position of batch.
@@ -407,7 +425,7 @@ MatmulProblem MatmulProblem::check(const WeightArguments& arguments, const Tenso
   const Format format = check_product(arguments, x, /*gathered=*/false);
   auto shape = matmul_shape<int64_t>(arguments, format, x, transpose);
   const ScalarType dtype = result_dtype(arguments, x);
-  Tensor matrices = activation_matrices(x, dtype, shape);
+  Matrices matrices = activation_matrices(x, dtype, shape);
   return {arguments.op, matrices_of(arguments, format), transpose, std::move(matrices), dtype, std::move(shape)};
 }
 
@@ -429,7 +447,7 @@ GatherProblem GatherProblem::check(
   check_indices(arguments.op, "rhs_indices", rhs_indices, x);
   auto shape = gather_shape<int64_t>(arguments, format, x, lhs_indices, rhs_indices, transpose);
   const ScalarType dtype = result_dtype(arguments, x);
-  Tensor matrices = activation_matrices(x, dtype, shape);
+  Matrices matrices = activation_matrices(x, dtype, shape);
   Tensor lhs = broadcast_indices(lhs_indices, shape.x_batch, shape.batch, x.device());
   Tensor rhs = broadcast_indices(rhs_indices, shape.w_batch, shape.batch, x.device());
   MatmulProblem matmul{arguments.op,    matrices_of(arguments, format), transpose, std::move(matrices), dtype,

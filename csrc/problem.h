@@ -29,12 +29,20 @@ struct WeightArguments {
   const std::optional<at::Tensor>& global_scale;
 };
 
-// Checked weights. words, scales and biases are [matrices, rows, columns] and contiguous within a matrix.
+// Matrices within a tensor of any leading sizes; strides count elements, and columns are adjacent.
+struct Matrices {
+  at::Tensor tensor;
+  int64_t count = 0;
+  int64_t matrix_stride = 0;
+  int64_t row_stride = 0;
+};
+
+// Checked weights. The rows of each matrix follow one another without gaps.
 struct QuantizedMatrices {
   Format format;
-  at::Tensor words;
-  at::Tensor scales;
-  at::Tensor biases;  // undefined in the floating-point modes
+  Matrices words;
+  Matrices scales;
+  Matrices biases;  // an undefined tensor in the floating-point modes
   at::Tensor global_scale;  // undefined, or float32 with one element or one per matrix
 };
 
@@ -55,7 +63,7 @@ struct MatmulProblem {
   std::string_view op;
   QuantizedMatrices weights;
   bool transpose;
-  at::Tensor x;  // [x matrices, M, K] of the result's dtype, unit stride along K
+  Matrices x;  // [M, K] each, of the result's dtype
   at::ScalarType dtype;
   MatmulShape<int64_t> shape;
 

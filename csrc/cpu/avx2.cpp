@@ -39,6 +39,9 @@ struct Vector {
   }
 
   static __m128i load_half(const uint8_t* source) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(source)); }
+  static void copy_below_64(uint8_t* destination, const uint8_t* source, int64_t count) {
+    std::memcpy(destination, source, static_cast<size_t>(count));
+  }
   static I load_bytes(const uint8_t* source) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
   }

@@ -42,6 +42,9 @@ struct Vector {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(F value) { return _mm512_reduce_add_ps(value); }
 
+  static void copy_below_64(uint8_t* destination, const uint8_t* source, int64_t count) {
+    _mm512_storeu_si512(destination, _mm512_maskz_loadu_epi8((1ull << count) - 1, source));
+  }
   static I load_bytes(const uint8_t* source) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
   }

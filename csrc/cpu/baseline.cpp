@@ -38,6 +38,9 @@ struct Vector {
     std::memcpy(&result, &value, sizeof result);
     return result;
   }
+  static void copy_below_64(uint8_t* destination, const uint8_t* source, int64_t count) {
+    std::memcpy(destination, source, static_cast<size_t>(count));
+  }
   static I load_bytes(const uint8_t* source) { return I{source[0], source[1], source[2], source[3]}; }
   static I load_halves(const uint8_t* source) {
     uint16_t halves[lanes];

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
+#include <new>
 #include <numeric>
 #include <string_view>
 #include <vector>
@@ -40,23 +42,23 @@ ScaleType scale_type_of(const QuantizedMatrices& weights) {
     case Mode::nvfp4: return ScaleType::e4m3;
     case Mode::affine: break;
   }
-  switch (weights.scales.scalar_type()) {
+  switch (weights.scales.tensor.scalar_type()) {
     case at::kHalf: return ScaleType::float16;
     case at::kBFloat16: return ScaleType::bfloat16;
     default: return ScaleType::float32;
   }
 }
 
-// A run of rows that meet the same matrix. x_rows[i] and y_rows[i] number rows of x and of the result, for
-// first <= i < first + rows.
+// Rows first <= i < first + rows of a plan, which meet the same matrix.
 struct Run {
   int64_t matrix;
   int64_t first;
   int64_t rows;
 };
 
+// x_rows[i] and y_rows[i] number rows of x and of the result; empty where both are i.
 struct Plan {
-  std::vector<Run> runs;
+  c10::SmallVector<Run, 1> runs;
   std::vector<int64_t> x_rows;
   std::vector<int64_t> y_rows;
 };
@@ -91,17 +93,36 @@ Plan grouped_runs(int64_t pairs, int64_t matrices, int64_t M, const Lhs& lhs, co
   return plan;
 }
 
+// The rows of one run.
+struct Rows {
+  const Plan& plan;
+  int64_t first;
+
+  int64_t x(int64_t m) const { return plan.x_rows.empty() ? first + m : plan.x_rows[first + m]; }
+  int64_t y(int64_t m) const { return plan.y_rows.empty() ? first + m : plan.y_rows[first + m]; }
+};
+
+// Working memory, aligned for any vector and not initialised.
+struct Free {
+  void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer buffer(int64_t floats) {
+  return Buffer(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64))));
+}
+
 template <typename T>
 void store_rows(
     const float* source,
-    int64_t rows,
+    const Product& product,
+    int64_t begin,
     int64_t columns,
     float factor,
-    const int64_t* y_rows,
-    T* y,
-    int64_t N) {
-  for (int64_t m = 0; m < rows; ++m) {
-    T* destination = y + y_rows[m] * N;
+    const Rows& rows,
+    T* y) {
+  for (int64_t m = 0; m < product.rows; ++m) {
+    T* destination = y + rows.y(m) * product.N + begin;
     for (int64_t n = 0; n < columns; ++n) {
       destination[n] = static_cast<T>(source[m * columns + n] * factor);
     }
@@ -155,26 +176,24 @@ class Multiplication {
     return nvfp4_decode_factor(scales[weights_.global_scale.numel() == 1 ? 0 : matrix]);
   }
 
-  static const uint8_t* matrix_data(const Tensor& tensor, int64_t matrix) {
-    return static_cast<const uint8_t*>(tensor.const_data_ptr()) + matrix * tensor.stride(0) * tensor.element_size();
+  static const uint8_t* matrix_data(const Matrices& matrices, int64_t matrix) {
+    return static_cast<const uint8_t*>(matrices.tensor.const_data_ptr()) +
+        matrix * matrices.matrix_stride * matrices.tensor.element_size();
   }
 
   const uint8_t* x_row(int64_t row) const {
-    const Tensor& x = problem_.x;
     const int64_t M = problem_.shape.M;
-    return static_cast<const uint8_t*>(x.const_data_ptr()) +
-        (row / M * x.stride(0) + row % M * x.stride(1)) * x.element_size();
+    return matrix_data(problem_.x, row / M) + row % M * problem_.x.row_stride * problem_.x.tensor.element_size();
   }
 
-  Tensor pack(const Product& product, Layout layout, const int64_t* x_rows) const {
+  Buffer pack(const Product& product, Layout layout, const Rows& rows) const {
     const int64_t row_floats = kernels_.packed_row(product, layout);
-    Tensor packed = at::empty({product.rows * row_floats}, at::TensorOptions().dtype(at::kFloat));
-    float* destination = packed.mutable_data_ptr<float>();
+    Buffer packed = buffer(product.rows * row_floats);
     const Real type = real_of(problem_.dtype);
     const auto pack_one = [&](int64_t m) {
       Product one = product;
       one.rows = 1;
-      kernels_.pack(one, layout, x_row(x_rows[m]), type, 0, destination + m * row_floats);
+      kernels_.pack(one, layout, x_row(rows.x(m)), type, 0, packed.get() + m * row_floats);
     };
     if (layout == Layout::streamed) {
       for (int64_t m = 0; m < product.rows; ++m) {
@@ -192,16 +211,13 @@ class Multiplication {
       int64_t begin,
       int64_t columns,
       float factor,
-      const int64_t* y_rows) const {
+      const Rows& rows) const {
     void* y = y_.mutable_data_ptr();
     switch (problem_.dtype) {
-      case at::kHalf:
-        return store_rows(source, product.rows, columns, factor, y_rows, static_cast<c10::Half*>(y) + begin, product.N);
+      case at::kHalf: return store_rows(source, product, begin, columns, factor, rows, static_cast<c10::Half*>(y));
       case at::kBFloat16:
-        return store_rows(
-            source, product.rows, columns, factor, y_rows, static_cast<c10::BFloat16*>(y) + begin, product.N);
-      default:
-        return store_rows(source, product.rows, columns, factor, y_rows, static_cast<float*>(y) + begin, product.N);
+        return store_rows(source, product, begin, columns, factor, rows, static_cast<c10::BFloat16*>(y));
+      default: return store_rows(source, product, begin, columns, factor, rows, static_cast<float*>(y));
     }
   }
 
@@ -210,37 +226,30 @@ class Multiplication {
     product.rows = run.rows;
     product.words = matrix_data(weights_.words, run.matrix);
     product.scales = matrix_data(weights_.scales, run.matrix);
-    product.biases = weights_.biases.defined() ? matrix_data(weights_.biases, run.matrix) : nullptr;
+    product.biases = weights_.biases.tensor.defined() ? matrix_data(weights_.biases, run.matrix) : nullptr;
 
-    std::vector<int64_t> identity;
-    if (plan.x_rows.empty()) {
-      identity.resize(run.rows);
-      std::iota(identity.begin(), identity.end(), run.first);
-    }
-    const int64_t* x_rows = identity.empty() ? plan.x_rows.data() + run.first : identity.data();
-    const int64_t* y_rows = identity.empty() ? plan.y_rows.data() + run.first : identity.data();
-
+    const Rows rows{plan, run.first};
     const Layout way = layout(run.rows);
-    const Tensor packed = pack(product, way, x_rows);
-    product.x = packed.const_data_ptr<float>();
+    const Buffer packed = pack(product, way, rows);
+    product.x = packed.get();
 
     const int64_t columns = task_columns(way);
     const int64_t workspace_floats = way == Layout::streamed ? 0 : kernels_.workspace(product);
     const int64_t thread_floats = workspace_floats + product.rows * columns;
-    const Tensor scratch = at::empty({at::get_num_threads() * thread_floats}, at::TensorOptions().dtype(at::kFloat));
+    const Buffer scratch = buffer(at::get_num_threads() * thread_floats);
     const float scale = factor(run.matrix);
 
     parallel_tasks((product.N + columns - 1) / columns, [&](int64_t task) {
       const int64_t begin = task * columns;
       const int64_t end = std::min(begin + columns, product.N);
-      float* workspace = scratch.mutable_data_ptr<float>() + at::get_thread_num() * thread_floats;
+      float* workspace = scratch.get() + at::get_thread_num() * thread_floats;
       float* result = workspace + workspace_floats;
       switch (way) {
         case Layout::streamed: kernels_.streamed(product, begin, end, result); break;
         case Layout::tiled: kernels_.tiled(product, begin, end, workspace, result); break;
         case Layout::plain: kernels_.plain(product, begin, end, workspace, result); break;
       }
-      store(result, product, begin, end - begin, scale, y_rows);
+      store(result, product, begin, end - begin, scale, rows);
     });
   }
 
@@ -252,7 +261,7 @@ class Multiplication {
 };
 
 Tensor empty_result(const MatmulProblem& problem) {
-  return at::empty(problem.shape.output, problem.x.options().dtype(problem.dtype));
+  return at::empty(problem.shape.output, problem.x.tensor.options().dtype(problem.dtype));
 }
 
 void check_range(std::string_view op, const char* name, const Tensor& indices, int64_t matrices) {
@@ -298,15 +307,15 @@ Tensor quantized_matmul(const MatmulProblem& problem) {
   const auto lhs = broadcast_matrices(shape.x_batch, shape.batch);
   const auto rhs = broadcast_matrices(shape.w_batch, shape.batch);
   multiplication.run(grouped_runs(
-      static_cast<int64_t>(lhs.size()), problem.weights.words.size(0), shape.M, [&](int64_t i) { return lhs[i]; },
+      static_cast<int64_t>(lhs.size()), problem.weights.words.count, shape.M, [&](int64_t i) { return lhs[i]; },
       [&](int64_t i) { return rhs[i]; }));
   return y;
 }
 
 Tensor gather_qmm(const GatherProblem& problem) {
   const MatmulProblem& matmul = problem.matmul;
-  check_range(matmul.op, "lhs_indices", problem.lhs_indices, matmul.x.size(0));
-  check_range(matmul.op, "rhs_indices", problem.rhs_indices, matmul.weights.words.size(0));
+  check_range(matmul.op, "lhs_indices", problem.lhs_indices, matmul.x.count);
+  check_range(matmul.op, "rhs_indices", problem.rhs_indices, matmul.weights.words.count);
   Tensor y = empty_result(matmul);
   if (y.numel() == 0) {
     return y;
@@ -314,7 +323,7 @@ Tensor gather_qmm(const GatherProblem& problem) {
   const int64_t* lhs = problem.lhs_indices.const_data_ptr<int64_t>();
   const int64_t* rhs = problem.rhs_indices.const_data_ptr<int64_t>();
   Multiplication(matmul, y).run(grouped_runs(
-      problem.lhs_indices.numel(), matmul.weights.words.size(0), matmul.shape.M, [&](int64_t i) { return lhs[i]; },
+      problem.lhs_indices.numel(), matmul.weights.words.count, matmul.shape.M, [&](int64_t i) { return lhs[i]; },
       [&](int64_t i) { return rhs[i]; }));
   return y;
 }

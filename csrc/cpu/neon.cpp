@@ -28,6 +28,9 @@ struct Vector {
   static float sum(F value) { return vaddvq_f32(value); }
 
   static uint16x4_t load_halves(const uint8_t* source) { return vreinterpret_u16_u8(vld1_u8(source)); }
+  static void copy_below_64(uint8_t* destination, const uint8_t* source, int64_t count) {
+    std::memcpy(destination, source, static_cast<size_t>(count));
+  }
   static I load_bytes(const uint8_t* source) {
     uint32_t four;
     std::memcpy(&four, source, sizeof four);

@@ -94,14 +94,22 @@ constexpr int block_elements = lanes * positions<Element>;
 template <typename Element>
 constexpr int block_bytes = lanes * unit_bytes(Element::bits);
 
+// Copies any number of bytes, reading no others; may write up to the next multiple of 64.
+ALWAYS_INLINE void copy_bytes(uint8_t* destination, const uint8_t* source, int64_t count) {
+  for (; count >= 64; count -= 64, source += 64, destination += 64) {
+    std::memcpy(destination, source, 64);
+  }
+  Vector::copy_below_64(destination, source, count);
+}
+
 // The block at `codes`, of which only `available` bytes may be read; what is missing decodes as code 0.
 template <typename Element>
 ALWAYS_INLINE typename Element::Units load_block(const uint8_t* codes, int64_t available) {
   if (__builtin_expect(available >= block_bytes<Element>, 1)) {
     return Element::load(codes);
   }
-  uint8_t padded[block_bytes<Element>] = {};
-  std::memcpy(padded, codes, static_cast<size_t>(available));
+  alignas(64) uint8_t padded[round_up(block_bytes<Element>, 64)] = {};
+  copy_bytes(padded, codes, available);
   return Element::load(padded);
 }
 
@@ -130,10 +138,11 @@ ALWAYS_INLINE void convert_scales(ScaleType type, const uint8_t* source, int64_t
     Vector::store(destination + i, load_scales(type, source + i * bytes));
   }
   if (i < count) {
-    uint8_t padded[lanes * 4] = {};
-    std::memcpy(padded, source + i * bytes, static_cast<size_t>((count - i) * bytes));
+    alignas(64) uint8_t padded[64] = {};
+    copy_bytes(padded, source + i * bytes, (count - i) * bytes);
     Vector::store(destination + i, load_scales(type, padded));
-    for (int64_t j = count; j < i + lanes; ++j) {
+    // Zero bytes are not a zero scale in every type.
+    for (int64_t j = count; type == ScaleType::e8m0 && j < i + lanes; ++j) {
       destination[j] = 0.0f;
     }
   }
@@ -218,8 +227,8 @@ void widen(Real type, const uint8_t* source, int64_t count, float* destination) 
     Vector::store(destination + i, load_real(type, source + i * bytes));
   }
   if (i < count) {
-    uint8_t padded[lanes * 4] = {};
-    std::memcpy(padded, source + i * bytes, static_cast<size_t>((count - i) * bytes));
+    alignas(64) uint8_t padded[64] = {};
+    copy_bytes(padded, source + i * bytes, (count - i) * bytes);
     Vector::store(destination + i, load_real(type, padded));
   }
 }

@@ -121,9 +121,9 @@ template <typename T, typename S>
 void dequantize_groups(const DequantizeProblem& problem, Tensor& result) {
   const QuantizedMatrices& weights = problem.weights;
   const Format format = weights.format;
-  const Tensor words = weights.words.contiguous();
-  const Tensor scales = weights.scales.contiguous();
-  const Tensor biases = weights.biases.defined() ? weights.biases.contiguous() : Tensor();
+  const Tensor words = weights.words.tensor.contiguous();
+  const Tensor scales = weights.scales.tensor.contiguous();
+  const Tensor biases = weights.biases.tensor.defined() ? weights.biases.tensor.contiguous() : Tensor();
   const int64_t group_bytes = format.group_size * format.bits / 8;
   const int64_t groups = scales.numel();
   const uint8_t* packed = static_cast<const uint8_t*>(words.const_data_ptr());
@@ -171,10 +171,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const QuantizeProblem& problem) {
 }
 
 Tensor dequantize(const DequantizeProblem& problem) {
-  const auto options = problem.weights.words.options().dtype(problem.dtype);
+  const auto options = problem.weights.words.tensor.options().dtype(problem.dtype);
   Tensor result = at::empty(problem.output, options);
   with_type(problem.dtype, [&](auto type) {
-    with_type(problem.weights.scales.scalar_type(), [&](auto scale_type) {
+    with_type(problem.weights.scales.tensor.scalar_type(), [&](auto scale_type) {
       dequantize_groups<decltype(type), decltype(scale_type)>(problem, result);
     });
   });
