@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [ROOT / "tests/cpu_kernels.cpp", *(ROOT / f"csrc/cpu/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon"))]
+SOURCES = [
+    ROOT / "tests/cpu_kernels.cpp",
+    *(ROOT / f"csrc/cpu/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")),
+]
 
 NATIVE = ("c++", ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], [])
 EMULATED_ARM = ("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"])

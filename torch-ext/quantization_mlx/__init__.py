@@ -26,6 +26,8 @@ from .ops import (
 )
 
 __all__ = [
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "affine_gather_qmm_rhs_nax",
     "affine_qmm_n",
     "affine_qmm_n_nax",
@@ -48,7 +50,5 @@ __all__ = [
     "quantize",
     "quantize_model",
     "quantized_matmul",
-    "QuantizedEmbedding",
-    "QuantizedLinear",
     "save_checkpoint",
 ]

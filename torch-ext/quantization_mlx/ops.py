@@ -18,7 +18,8 @@ words, with one scale (and bias) per ``group_size`` elements along the row. Floa
 are supported, on any strides; products accumulate in float32.
 
 Every op raises ``ValueError`` for shapes, devices or options that do not fit, ``TypeError`` for dtypes, and
-``IndexError`` for an index out of range on CPU; the message names the op and shows what was given and what is supported.
+``IndexError`` for an index out of range on CPU. The message names the op and shows what was given and what is
+supported.
 """
 
 from __future__ import annotations
@@ -121,9 +122,7 @@ def quantized_matmul(
         ``[..., M, N]`` or ``[N]``, of the promoted dtype of ``x``, ``scales`` and ``biases`` in affine mode, else of
         ``x``. Gradients reach ``x`` and affine ``scales`` and ``biases``.
     """
-    return ops.quantized_matmul(
-        x, w, scales, biases, transpose, group_size, bits, mode, global_scale=global_scale
-    )
+    return ops.quantized_matmul(x, w, scales, biases, transpose, group_size, bits, mode, global_scale=global_scale)
 
 
 def gather_qmm(
@@ -169,8 +168,9 @@ def gather_qmm(
     )
 
 
-# The explicit ops of the published Hub kernel, under its names and argument orders, and the siblings it lacks. `qmv` and
-# `qmm_t` take w [N, K * bits / 32]; `qmm_n` takes w [K, N * bits / 32] with groups along N. Leading sizes of x are rows.
+# The explicit ops of the published Hub kernel, under its names and argument orders, and the siblings it lacks. `qmv`
+# and `qmm_t` take w [N, K * bits / 32]; `qmm_n` takes w [K, N * bits / 32], grouped along N. Leading sizes of x are
+# rows.
 
 
 def affine_qmv(
@@ -180,9 +180,7 @@ def affine_qmv(
     return ops.affine_qmv(x, w, scales, biases, output_features, group_size, bits)
 
 
-def affine_qmm_t(
-    x: Tensor, w: Tensor, scales: Tensor, biases: Tensor, group_size: int = 128, bits: int = 4
-) -> Tensor:
+def affine_qmm_t(x: Tensor, w: Tensor, scales: Tensor, biases: Tensor, group_size: int = 128, bits: int = 4) -> Tensor:
     """Matrix product ``[..., M, K] -> [..., M, N]`` with ``w`` ``[N, K * bits / 32]``."""
     return ops.affine_qmm_t(x, w, scales, biases, group_size, bits)
 
