@@ -14,7 +14,7 @@ export PROMPT
 .PHONY: help setup build demo test lint format clean
 
 help: ## lists the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.with-demo $(VENV)/.with-test $(VENV)/.with-lint ## creates .venv with what all the other targets need
 
