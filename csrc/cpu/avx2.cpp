@@ -113,12 +113,8 @@ struct Vector {
     return _mm256_or_ps(finite, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
   }
 
-  static I lane_groups(int lanes_per_group) {
-    alignas(32) int32_t groups[lanes];
-    for (int lane = 0; lane < lanes; ++lane) {
-      groups[lane] = lane / lanes_per_group;
-    }
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(groups));
+  static I lane_groups(int shift) {
+    return _mm256_srlv_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(shift));
   }
   static F lookup(F table, I index) { return _mm256_permutevar8x32_ps(table, index); }
 };

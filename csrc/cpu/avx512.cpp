@@ -127,13 +127,10 @@ struct Vector {
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
   }
 
-  // Which of the groups of a block each lane belongs to.
-  static I lane_groups(int lanes_per_group) {
-    alignas(64) int32_t groups[lanes];
-    for (int lane = 0; lane < lanes; ++lane) {
-      groups[lane] = lane / lanes_per_group;
-    }
-    return _mm512_load_si512(groups);
+  // Which of the groups of a block each lane belongs to, for groups of 2^shift lanes.
+  static I lane_groups(int shift) {
+    const I number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_srlv_epi32(number, _mm512_set1_epi32(shift));
   }
   static F lookup(F table, I index) { return _mm512_permutexvar_ps(index, table); }
 

@@ -79,10 +79,7 @@ struct Vector {
     return each([&](int lane) { return quantization_mlx::e4m3_to_float((units[lane] >> shift) & 0xFFu); });
   }
 
-  static I lane_groups(int lanes_per_group) {
-    const auto group = [&](int lane) { return static_cast<uint32_t>(lane / lanes_per_group); };
-    return I{group(0), group(1), group(2), group(3)};
-  }
+  static I lane_groups(int shift) { return I{0, 1, 2, 3} >> shift; }
   static F lookup(F table, I index) {
     return each([&](int lane) { return table[index[lane]]; });
   }

@@ -26,6 +26,8 @@ using at::Tensor;
 // beside multiplying it by this many.
 constexpr int64_t max_rows = 512;
 constexpr int64_t max_columns = 128;
+// A task of fewer weights costs less than handing it to another thread.
+constexpr int64_t task_weights = 1 << 14;
 
 Real real_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -163,7 +165,7 @@ class Multiplication {
       return plain_column_multiple;
     }
     const int64_t threads = at::get_num_threads();
-    const int64_t even = (product_.N + threads - 1) / threads;
+    const int64_t even = std::max((product_.N + threads - 1) / threads, task_weights / product_.K);
     const int64_t whole = (even + column_multiple - 1) / column_multiple * column_multiple;
     return std::min(max_columns, whole);
   }
@@ -190,14 +192,14 @@ class Multiplication {
     const int64_t row_floats = kernels_.packed_row(product, layout);
     Buffer packed = buffer(product.rows * row_floats);
     const Real type = real_of(problem_.dtype);
-    const auto pack_one = [&](int64_t m) {
+    const auto pack_one = [&](int64_t m, int) {
       Product one = product;
       one.rows = 1;
       kernels_.pack(one, layout, x_row(rows.x(m)), type, 0, packed.get() + m * row_floats);
     };
     if (layout == Layout::streamed) {
       for (int64_t m = 0; m < product.rows; ++m) {
-        pack_one(m);
+        pack_one(m, 0);
       }
     } else {
       parallel_tasks(product.rows, pack_one);
@@ -239,10 +241,10 @@ class Multiplication {
     const Buffer scratch = buffer(at::get_num_threads() * thread_floats);
     const float scale = factor(run.matrix);
 
-    parallel_tasks((product.N + columns - 1) / columns, [&](int64_t task) {
+    parallel_tasks((product.N + columns - 1) / columns, [&](int64_t task, int thread) {
       const int64_t begin = task * columns;
       const int64_t end = std::min(begin + columns, product.N);
-      float* workspace = scratch.get() + at::get_thread_num() * thread_floats;
+      float* workspace = scratch.get() + thread * thread_floats;
       float* result = workspace + workspace_floats;
       switch (way) {
         case Layout::streamed: kernels_.streamed(product, begin, end, result); break;

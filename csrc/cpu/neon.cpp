@@ -98,12 +98,9 @@ struct Vector {
   }
 
   // Byte indices into a vector of scales.
-  static I lane_groups(int lanes_per_group) {
-    uint32_t groups[lanes];
-    for (int lane = 0; lane < lanes; ++lane) {
-      groups[lane] = 0x03020100u + 0x04040404u * static_cast<uint32_t>(lane / lanes_per_group);
-    }
-    return vld1q_u32(groups);
+  static I lane_groups(int shift) {
+    const I number = {0, 1, 2, 3};
+    return vmlaq_n_u32(vdupq_n_u32(0x03020100u), vshlq_u32(number, vdupq_n_s32(-shift)), 0x04040404u);
   }
   static F lookup(F table, I index) {
     return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(table), vreinterpretq_u8_u32(index)));

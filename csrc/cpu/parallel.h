@@ -7,14 +7,15 @@
 
 namespace quantization_mlx::cpu {
 
-// Calls function(task) for 0 <= task < tasks. at::parallel_for is a template that runs sequentially in a file compiled
-// without OpenMP, which kernel-builder and Apple's compiler are; TensorIterator's loop is compiled inside libtorch. The
-// element that each call would write serves as the task's number.
+// Calls function(task, thread) for 0 <= task < tasks, with 0 <= thread < at::get_num_threads() and one call at a time of
+// any thread. at::parallel_for is a template that runs sequentially in a file compiled without OpenMP, which
+// kernel-builder and Apple's compiler are; TensorIterator's loop is compiled inside libtorch. The element that each call
+// would write serves as the task's number.
 template <typename Function>
 void parallel_tasks(int64_t tasks, const Function& function) {
   if (tasks <= 1 || at::get_num_threads() == 1 || at::in_parallel_region()) {
     for (int64_t task = 0; task < tasks; ++task) {
-      function(task);
+      function(task, 0);
     }
     return;
   }
@@ -29,7 +30,7 @@ void parallel_tasks(int64_t tasks, const Function& function) {
   iterator.for_each(
       [&](char** data, const int64_t*, int64_t inner, int64_t outer) {
         for (int64_t i = 0; i < inner * outer; ++i) {
-          function(data[0] - first + i);
+          function(data[0] - first + i, at::get_thread_num());
         }
       },
       /*grain_size=*/1);

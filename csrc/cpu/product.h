@@ -155,17 +155,18 @@ struct ScaleBuffer {
   alignas(64) float values[chunk_groups + lanes];
 };
 
-// Gives every lane of a block the scale of its group.
+// Gives every lane of a block the scale of its group. Lanes per group are a power of two: no division per block.
 template <typename Element>
 struct Spread {
+  int shift;
   I index;
-  int lanes_per_group;
 
   explicit Spread(int group_size)
-      : index(Vector::lane_groups(group_size / positions<Element>)), lanes_per_group(group_size / positions<Element>) {}
+      : shift(__builtin_ctz(static_cast<unsigned>(group_size / positions<Element>))),
+        index(Vector::lane_groups(shift)) {}
 
   ALWAYS_INLINE F operator()(const float* scales, int64_t block) const {
-    return Vector::lookup(Vector::load(scales + block * lanes / lanes_per_group), index);
+    return Vector::lookup(Vector::load(scales + (block * lanes >> shift)), index);
   }
 };
 

@@ -92,7 +92,7 @@ void quantize_groups(const QuantizeProblem& problem, Tensor& words, Tensor& scal
   uint8_t* packed = static_cast<uint8_t*>(words.mutable_data_ptr());
   const float encode =
       problem.global_scale.defined() ? nvfp4_encode_factor(*problem.global_scale.const_data_ptr<float>()) : 1.0f;
-  parallel_tasks((groups + task_groups - 1) / task_groups, [&](int64_t task) {
+  parallel_tasks((groups + task_groups - 1) / task_groups, [&](int64_t task, int) {
     for (int64_t group = task * task_groups; group < std::min(groups, (task + 1) * task_groups); ++group) {
       float values[max_group_size];
       uint32_t codes[max_group_size];
@@ -130,7 +130,7 @@ void dequantize_groups(const DequantizeProblem& problem, Tensor& result) {
   const float factor =
       weights.global_scale.defined() ? nvfp4_decode_factor(*weights.global_scale.const_data_ptr<float>()) : 1.0f;
   T* destination = result.mutable_data_ptr<T>();
-  parallel_tasks((groups + task_groups - 1) / task_groups, [&](int64_t task) {
+  parallel_tasks((groups + task_groups - 1) / task_groups, [&](int64_t task, int) {
     for (int64_t group = task * task_groups; group < std::min(groups, (task + 1) * task_groups); ++group) {
       uint32_t codes[max_group_size];
       unpack_codes(packed + group * group_bytes, format.group_size, format.bits, codes);
