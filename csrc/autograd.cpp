@@ -11,11 +11,11 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 #include <string>
 #include <vector>
 
-#include "../torch-ext/torch_binding.h"
 #include "format.h"
 
 namespace quantization_mlx::autograd {
@@ -32,6 +32,19 @@ OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? Option
 bool wants_gradient(const Tensor& tensor) { return tensor.requires_grad(); }
 
 bool wants_gradient(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
+
+// Without this a tangent would be dropped in silence.
+void refuse_tangents(std::string_view op, std::initializer_list<const Tensor*> inputs) {
+  for (const Tensor* input : inputs) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !torch::autograd::isFwGradDefined(*input), "[", op, "] forward-mode differentiation is not supported.");
+  }
+}
+
+const Tensor* pointer(const OptionalTensor& tensor) {
+  static const Tensor none;
+  return tensor.has_value() ? &*tensor : &none;
+}
 
 // The weights of a product, as a backward pass needs them back.
 struct Weights {
@@ -73,6 +86,23 @@ struct Weights {
 // Input 3 of a Function, the biases, is one of its variables only where there are biases.
 bool wants_parameters(AutogradContext* context, const Weights& weights) {
   return weights.biases.has_value() && (context->needs_input_grad(2) || context->needs_input_grad(3));
+}
+
+// What reaches the inputs of a product without elements.
+variable_list zero_gradients(
+    AutogradContext* context,
+    const Weights& weights,
+    const std::vector<c10::SymInt>& x_sizes,
+    const Tensor& gradient,
+    variable_list result) {
+  if (context->needs_input_grad(0)) {
+    result[0] = at::zeros_symint(x_sizes, gradient.options().dtype(context->saved_data["x_dtype"].toScalarType()));
+  }
+  if (wants_parameters(context, weights)) {
+    result[2] = at::zeros_like(weights.scales);
+    result[3] = at::zeros_like(*weights.biases);
+  }
+  return result;
 }
 
 // From the gradient of the unpacked weights to those of scales and biases: w = code * scale + bias within each group.
@@ -131,6 +161,9 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
     const bool vector = x_sizes.size() == 1;
     const Tensor gradient = vector ? gradients[0].unsqueeze(-2) : gradients[0];
     variable_list result(5);
+    if (gradients[0].sym_numel() == 0) {
+      return zero_gradients(context, weights, x_sizes, gradients[0], std::move(result));
+    }
     if (context->needs_input_grad(0)) {
       Tensor x_gradient = ops::quantized_matmul(
           gradient, weights.w, weights.scales, weights.biases, !weights.transpose, weights.group_size, weights.bits,
@@ -218,6 +251,9 @@ struct GatherQmm : torch::autograd::Function<GatherQmm> {
     const Tensor rhs = flat_indices(optional(saved[6]), w_batch, batch, gradients[0].device());
     const Tensor gradient = matrices(gradients[0]);
     variable_list result(8);
+    if (gradients[0].sym_numel() == 0) {
+      return zero_gradients(context, weights, x_sizes, gradients[0], std::move(result));
+    }
     if (context->needs_input_grad(0)) {
       const Tensor each = ops::gather_qmm(
           gradient, weights.w, weights.scales, weights.biases, std::nullopt, rhs, !weights.transpose,
@@ -288,6 +324,7 @@ Tensor quantized_matmul(
     std::string_view mode,
     const OptionalTensor& global_scale,
     std::string_view op) {
+  refuse_tangents(op, {&x, &scales, pointer(biases)});
   if (at::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(scales) || wants_gradient(biases))) {
     return QuantizedMatmul::apply(
         x, w, scales, biases,
@@ -311,6 +348,7 @@ Tensor gather_qmm(
     const OptionalTensor& global_scale,
     bool sorted_indices,
     std::string_view op) {
+  refuse_tangents(op, {&x, &scales, pointer(biases)});
   if (at::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(scales) || wants_gradient(biases))) {
     return GatherQmm::apply(
         x, w, scales, biases, lhs_indices, rhs_indices, sorted_indices,
@@ -331,6 +369,7 @@ Tensor dequantize(
     std::string_view mode,
     const OptionalTensor& global_scale,
     std::optional<at::ScalarType> dtype) {
+  refuse_tangents("dequantize", {&scales, pointer(biases)});
   if (at::GradMode::is_enabled() && (wants_gradient(scales) || wants_gradient(biases))) {
     return Dequantize::apply(
         w, scales, biases, dtype,
@@ -339,6 +378,16 @@ Tensor dequantize(
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return ops::dequantize(w, scales, biases, group_size, bits, mode, global_scale, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize(
+    const Tensor& w,
+    OptionalInt group_size,
+    OptionalInt bits,
+    std::string_view mode,
+    const OptionalTensor& global_scale) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::quantize(w, group_size, bits, mode, global_scale);
 }
 
 }  // namespace quantization_mlx::autograd

@@ -76,9 +76,9 @@ inline float round_half_even(float value) { return QUANTIZATION_MLX_MATH::rint(v
 inline float magnitude(float value) { return QUANTIZATION_MLX_MATH::fabs(value); }
 
 // IEEE binary16, exactly.
-inline float float16_to_float(uint32_t half) {
-  uint32_t sign = (half & 0x8000u) << 16;
-  uint32_t low = half & 0x7FFFu;
+inline float float16_to_float(uint32_t bits) {
+  uint32_t sign = (bits & 0x8000u) << 16;
+  uint32_t low = bits & 0x7FFFu;
   float positive = low < 0x400u ? 5.9604644775390625e-8f * static_cast<float>(low)  // subnormal: steps of 2^-24
                                 : float_from_bits((low << 13) + (low >= 0x7C00u ? 224u << 23 : 112u << 23));
   return float_from_bits(sign | bits_from_float(positive));
@@ -158,7 +158,11 @@ inline uint32_t e8m0_from_ratio(float ratio) {
 inline float fp_scale_ratio(Mode mode, float absmax) { return absmax / (mode == Mode::mxfp8 ? 448.0f : 6.0f); }
 
 // nvfp4 scales count in units of global_scale / 2688, where 2688 = 448 * 6 is the largest value two codes can express.
-inline float nvfp4_encode_factor(float global_scale) { return 2688.0f / global_scale; }
+// Finite also for the global scale 0 of an all-zero tensor, where MLX's is infinite.
+inline float nvfp4_encode_factor(float global_scale) {
+  float factor = 2688.0f / global_scale;
+  return factor < 3.4028235e38f ? factor : 3.4028235e38f;
+}
 
 inline float nvfp4_decode_factor(float global_scale) { return global_scale / 2688.0f; }
 

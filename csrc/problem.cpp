@@ -191,9 +191,13 @@ Sizes<Int> broadcast(std::string_view op, const char* what, c10::ArrayRef<Int> a
     if (in_a && in_b) {
       const Int& from_a = a[i + a.size() - rank];
       const Int& from_b = b[i + b.size() - rank];
+      // Asked first, because a size that depends on data equals itself but cannot be compared with 1.
+      if (from_a == from_b) {
+        result[i] = from_a;
+        continue;
+      }
       TORCH_CHECK_VALUE(
-          from_a == from_b || from_a == 1 || from_b == 1, "[", op, "] ", what, " of shapes ", a, " and ", b,
-          " do not broadcast.");
+          from_a == 1 || from_b == 1, "[", op, "] ", what, " of shapes ", a, " and ", b, " do not broadcast.");
       result[i] = from_a == 1 ? from_b : from_a;
     } else {
       result[i] = in_a ? a[i + a.size() - rank] : b[i + b.size() - rank];

@@ -137,8 +137,12 @@ double run(const Kernels& kernels, const Case& test, Layout layout) {
   product.scales = scales.get();
   product.biases = weights.biases.empty() ? nullptr : biases.get();
   product.rows = test.rows;
-  std::vector<float> packed(product.rows * kernels.packed_row(product, layout));
-  kernels.pack(product, layout, activations.get(), test.x_type, test.K, packed.data());
+  const int64_t packed_row = kernels.packed_row(product, layout);
+  const int64_t row_bytes = test.K * (test.x_type == Real::float32 ? 4 : 2);
+  std::vector<float> packed(product.rows * packed_row);
+  for (int64_t m = 0; m < product.rows; ++m) {
+    kernels.pack_row(product, layout, activations.get() + m * row_bytes, test.x_type, packed.data() + m * packed_row);
+  }
   product.x = packed.data();
   std::vector<float> workspace(kernels.workspace(product));
   std::vector<float> y(test.rows * test.N);

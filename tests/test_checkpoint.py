@@ -281,8 +281,65 @@ def test_subclasses_are_left_alone() -> None:
     assert type(model["plain"]) is QuantizedEmbedding
 
 
+def test_a_head_tied_to_a_subclass_stays_tied() -> None:
+    class Scaled(nn.Embedding):
+        pass
+
+    model = nn.Module()
+    model.embed, model.head = Scaled(32, 64), nn.Linear(64, 32, bias=False)
+    model.head.weight = model.embed.weight
+    quantize_model(model)
+    assert type(model.head) is nn.Linear
+    assert model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_an_embedding_tied_to_an_earlier_head_stays_an_embedding(mode: str) -> None:
+    model = nn.Module()
+    model.head, model.embed = nn.Linear(64, 32, bias=False), nn.Embedding(32, 64)
+    model.head.weight = model.embed.weight
+    quantize_model(model.to(torch.bfloat16), mode=mode)
+    assert isinstance(model.embed, QuantizedEmbedding)
+    assert model.head.weight is model.embed.weight
+    rows = model.embed(torch.tensor([3, 1]))
+    assert rows.dtype == torch.bfloat16
+    x = torch.eye(64, dtype=torch.bfloat16)
+    oracle.assert_within(rows, model.head(x).T[[3, 1]].double(), 1e-2 * rows.abs().max(), mode)
+
+
+def test_a_layer_of_two_names_is_replaced_under_both() -> None:
+    model = nn.Module()
+    model.a = model.b = nn.Linear(64, 8)
+    quantize_model(model)
+    assert isinstance(model.a, QuantizedLinear)
+    assert model.a is model.b
+
+
+def test_a_layer_by_itself_comes_back_quantized() -> None:
+    assert isinstance(quantize_model(nn.Linear(64, 8)), QuantizedLinear)
+
+
+def test_answers_of_the_predicate() -> None:
+    def quantized(answer: Any) -> nn.Module:
+        return quantize_model(nn.Sequential(nn.Linear(64, 8)), predicate=lambda path, layer: answer)[0]
+
+    for no in (None, 0, False):
+        assert type(quantized(no)) is nn.Linear
+    assert quantized(re.match("a", "a")).bits == 4
+    assert quantized({"bits": 8}).bits == 8
+    with pytest.raises(TypeError, match="bit"):
+        quantized({"bit": 8})
+
+
+def test_a_format_that_is_refused_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(64, 8))
+    with pytest.raises(ValueError, match="bits 7"):
+        quantize_model(model, predicate=lambda path, layer: {"bits": 7 if path == "1" else 4})
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
 def test_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="'int4' is none of affine, mxfp4, mxfp8, nvfp4"):
+    with pytest.raises(ValueError, match="'int4' is not supported; supported are affine, mxfp4, mxfp8, nvfp4"):
         quantize_model(tiny_model(), mode="int4")
 
 

@@ -331,6 +331,14 @@ def test_a_row_does_not_depend_on_the_others(device: str, format: Format, dtype:
             oracle.assert_identical(ours, multiply(x, weights, device, transpose)[kept], f"row {kept} of {rows}")
 
 
+@pytest.mark.parametrize("rows", [513, 1025])
+def test_a_row_does_not_depend_on_how_many_there_are(device: str, rows: int) -> None:
+    """Long batches are cut into parts; no part is short enough for another kernel."""
+    weights = oracle.random_quantized(SOME_FORMATS[0], 32, 256, dtype=torch.bfloat16)
+    x = oracle.random_x(rows, 256, dtype=torch.bfloat16)
+    oracle.assert_identical(multiply(x, weights, device)[-8:], multiply(x[-8:], weights, device))
+
+
 @pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)
 def test_repeated_calls_give_the_same_bits(device: str, format: Format) -> None:
     weights = oracle.random_quantized(format, 300, 4 * format.group_size)

@@ -188,10 +188,20 @@ def test_mode_decides_what_is_not_given(mode: str, expected: tuple[int, int]) ->
     )
 
 
+@pytest.mark.parametrize(
+    "format",
+    [{"bits": 7}, {"bits": 0}, {"group_size": 16}, {"group_size": -64}, {"mode": "mxfp4", "bits": 8}],
+    ids=str,
+)
+def test_constructor_refuses_unknown_formats(format: dict) -> None:
+    with pytest.raises(ValueError, match="is not supported; it takes"):
+        QuantizedLinear(64, 8, **format)
+
+
 def test_constructor_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"100 values .* groups of 64"):
         QuantizedLinear(100, 8)
-    with pytest.raises(ValueError, match="'int4' is none of affine, mxfp4"):
+    with pytest.raises(ValueError, match="'int4' is not supported; supported are affine, mxfp4"):
         QuantizedEmbedding(8, 64, mode="int4")
 
 

@@ -275,6 +275,17 @@ def test_affine_range_beyond_float32(device: str, format: Format, dtype: torch.d
     oracle.assert_within(oracle.dequantize(w_q, scales, biases, format), w.double(), lost, str(format))
 
 
+@pytest.mark.parametrize("global_scale", [0.0, 1e-45, 1e-36])
+def test_nvfp4_tiny_global_scales_stay_finite(device: str, global_scale: float) -> None:
+    """The scale of an all-zero tensor is 0; mlx divides by it."""
+    w = (_randn((4, 64), seed=0).clamp(-1, 1) * global_scale).to(device)
+    scale = torch.tensor(global_scale, device=device)
+    w_q, scales = qm.quantize(w, **NVFP4.options, global_scale=scale)
+    values = qm.dequantize(w_q, scales, **NVFP4.options, global_scale=scale, dtype=torch.float32)
+    assert values.isfinite().all()
+    assert values.abs().max() <= max(global_scale, 1e-44)
+
+
 def test_quantize_survives_nan_and_infinity(device: str) -> None:
     """No result is promised, but other groups are untouched and nothing crashes."""
     for format in FORMATS:

@@ -523,11 +523,55 @@ def test_gradients_only_where_asked(device: str) -> None:
         assert weights.w.grad is None
 
 
-def test_quantize_has_no_silent_gradient(device: str) -> None:
-    """Rounding has no useful derivative: asking for one is an error, as in mlx."""
-    _, scales, _ = qm.quantize(oracle.random_x(4, 128).to(device).requires_grad_())
-    with pytest.raises(RuntimeError, match="quantize"):
-        scales.sum().backward()
+def test_quantized_parameters_are_constants(device: str) -> None:
+    """Rounding has no useful derivative; quantizing a layer's weight gives tensors that are ready to use."""
+    parts = qm.quantize(torch.nn.Linear(128, 4).to(device).weight)
+    assert not any(part.requires_grad for part in parts)
+
+
+@pytest.mark.parametrize("op", ["quantized_matmul", "gather_qmm", "dequantize"])
+def test_forward_mode_is_refused_and_not_dropped(op: str, device: str) -> None:
+    weights = oracle.random_quantized(AFFINE, 7, 128).to(device)
+    x = oracle.random_x(3, 128).to(device)
+    calls = {
+        "quantized_matmul": lambda x, scales: qm.quantized_matmul(x, weights.w, scales, weights.biases),
+        "gather_qmm": lambda x, scales: qm.gather_qmm(
+            x, weights.w, scales, weights.biases, rhs_indices=torch.zeros(1, dtype=torch.int64, device=device)
+        ),
+        "dequantize": lambda x, scales: qm.dequantize(weights.w, scales, weights.biases),
+    }
+    tangents = (torch.ones_like(x), torch.ones_like(weights.scales))
+    with pytest.raises(NotImplementedError, match=rf"\[{op}\] forward-mode"):
+        torch.func.jvp(calls[op], (x, weights.scales), tangents)
+
+
+def test_gradients_of_empty_results_are_zeros(device: str) -> None:
+    weights = oracle.random_quantized(AFFINE, 7, 128).to(device)
+    x = oracle.random_x(3, 128).to(device).requires_grad_()
+    scales = weights.scales[:0].clone().requires_grad_()
+    qm.quantized_matmul(x, weights.w[:0], scales, weights.biases[:0]).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert scales.grad.shape == scales.shape
+
+    scales = weights.scales[None].clone().requires_grad_()
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    qm.gather_qmm(x, weights.w[None], scales, weights.biases[None], rhs_indices=none).sum().backward()
+    assert torch.equal(scales.grad, torch.zeros_like(scales))
+
+
+def test_gather_compiles_with_a_number_of_rows_that_data_decide(device: str) -> None:
+    weights = oracle.random_quantized(AFFINE, 7, 128).to(device)
+
+    def routed(x: Tensor, chosen: Tensor) -> Tensor:
+        rows = x[chosen.nonzero().squeeze(1)].unsqueeze(1)
+        experts = torch.zeros(rows.shape[0], dtype=torch.int64, device=device)
+        return qm.gather_qmm(rows, weights.w[None], weights.scales[None], weights.biases[None], rhs_indices=experts)
+
+    x = oracle.random_x(6, 128).to(device)
+    chosen = torch.tensor([True, False, True, True, False, True], device=device)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(routed, backend="aot_eager", fullgraph=True)
+        oracle.assert_identical(compiled(x, chosen), routed(x, chosen))
 
 
 # --- Threads ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 #include "torch_binding.h"
 
 #include <Python.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 
 #include "../csrc/autograd.h"
 #include "../csrc/cpu/ops.h"
@@ -62,6 +61,16 @@ at::Tensor dequantize(
     std::optional<at::ScalarType> dtype) {
   static const auto handle = OP(dequantize);
   return handle.call(w, scales, biases, group_size, bits, mode, global_scale, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(
+    const at::Tensor& w,
+    std::optional<int64_t> group_size,
+    std::optional<int64_t> bits,
+    std::string_view mode,
+    const std::optional<at::Tensor>& global_scale) {
+  static const auto handle = OP(quantize);
+  return handle.call(w, group_size, bits, mode, global_scale);
 }
 
 #undef OP
@@ -198,7 +207,7 @@ void check_output_features(
     const Tensor& scales,
     bool transpose,
     int64_t group_size) {
-  if (w.dim() < 2 || scales.dim() < 2) {
+  if (w.dim() < 2 || scales.dim() < 2 || group_size < 1 || group_size > 1024) {
     return;
   }
   const c10::SymInt columns = transpose ? w.sym_size(-2) : scales.sym_size(-1) * group_size;
@@ -354,7 +363,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
-  m.impl("quantize", torch::autograd::autogradNotImplementedFallback());
+  m.impl("quantize", autograd::quantize);
   m.impl("dequantize", autograd::dequantize);
   m.impl("quantized_matmul", autograd::quantized_matmul);
   m.impl("gather_qmm", autograd::gather_qmm);

@@ -60,4 +60,11 @@ at::Tensor dequantize(
     const std::optional<at::Tensor>& global_scale,
     std::optional<at::ScalarType> dtype);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(
+    const at::Tensor& w,
+    std::optional<int64_t> group_size,
+    std::optional<int64_t> bits,
+    std::string_view mode,
+    const std::optional<at::Tensor>& global_scale);
+
 }  // namespace quantization_mlx::ops

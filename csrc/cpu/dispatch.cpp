@@ -25,7 +25,6 @@ using at::Tensor;
 // Rows that are packed and multiplied before the next are: bounds the working memory, and decoding a panel is small
 // beside multiplying it by this many.
 constexpr int64_t max_rows = 512;
-constexpr int64_t max_columns = 128;
 // A task of fewer weights costs less than handing it to another thread.
 constexpr int64_t task_weights = 1 << 14;
 
@@ -145,8 +144,11 @@ class Multiplication {
 
   void run(const Plan& plan) const {
     for (const Run& run : plan.runs) {
-      for (int64_t done = 0; done < run.rows; done += max_rows) {
-        multiply(plan, {run.matrix, run.first + done, std::min(max_rows, run.rows - done)});
+      // In even parts, so that all rows of a run meet the same kernel.
+      const int64_t parts = (run.rows + max_rows - 1) / max_rows;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = part * run.rows / parts;
+        multiply(plan, {run.matrix, run.first + begin, (part + 1) * run.rows / parts - begin});
       }
     }
   }
@@ -167,7 +169,7 @@ class Multiplication {
     const int64_t threads = at::get_num_threads();
     const int64_t even = std::max((product_.N + threads - 1) / threads, task_weights / product_.K);
     const int64_t whole = (even + column_multiple - 1) / column_multiple * column_multiple;
-    return std::min(max_columns, whole);
+    return std::min(max_tiled_columns, whole);
   }
 
   float factor(int64_t matrix) const {
@@ -192,17 +194,15 @@ class Multiplication {
     const int64_t row_floats = kernels_.packed_row(product, layout);
     Buffer packed = buffer(product.rows * row_floats);
     const Real type = real_of(problem_.dtype);
-    const auto pack_one = [&](int64_t m, int) {
-      Product one = product;
-      one.rows = 1;
-      kernels_.pack(one, layout, x_row(rows.x(m)), type, 0, packed.get() + m * row_floats);
+    const auto pack_row = [&](int64_t m, int) {
+      kernels_.pack_row(product, layout, x_row(rows.x(m)), type, packed.get() + m * row_floats);
     };
     if (layout == Layout::streamed) {
       for (int64_t m = 0; m < product.rows; ++m) {
-        pack_one(m, 0);
+        pack_row(m, 0);
       }
     } else {
-      parallel_tasks(product.rows, pack_one);
+      parallel_tasks(product.rows, pack_row);
     }
     return packed;
   }

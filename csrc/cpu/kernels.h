@@ -38,7 +38,7 @@ struct Kernels {
   bool bfloat16;
   // Floats that one packed row of x occupies.
   int64_t (*packed_row)(const Product&, Layout);
-  void (*pack)(const Product&, Layout, const void* x, Real dtype, int64_t stride, float* packed);
+  void (*pack_row)(const Product&, Layout, const void* row, Real type, float* packed);
   // Floats of working memory that tiled and plain need for one call.
   int64_t (*workspace)(const Product&);
   // y[m, n - begin] for begin <= n < end, in rows of (end - begin) floats.
@@ -50,7 +50,9 @@ struct Kernels {
 // The most rows that the streamed product takes.
 constexpr int64_t max_streamed_rows = 4;
 
-// Multiples in which the caller should cut the N columns into tasks.
+// How the caller cuts the N columns into tasks: of at most max_tiled_columns for the tiled product, best in multiples
+// of column_multiple; in multiples of plain_column_multiple for the plain one.
+constexpr int64_t max_tiled_columns = 128;
 constexpr int64_t column_multiple = 4;
 constexpr int64_t plain_column_multiple = 256;
 

@@ -7,10 +7,10 @@
 
 namespace quantization_mlx::cpu {
 
-// Calls function(task, thread) for 0 <= task < tasks, with 0 <= thread < at::get_num_threads() and one call at a time of
-// any thread. at::parallel_for is a template that runs sequentially in a file compiled without OpenMP, which
-// kernel-builder and Apple's compiler are; TensorIterator's loop is compiled inside libtorch. The element that each call
-// would write serves as the task's number.
+// Calls function(task, thread) for 0 <= task < tasks, with 0 <= thread < at::get_num_threads() and one call at a time
+// of any thread. at::parallel_for is a template that runs sequentially in a file compiled without OpenMP, which
+// kernel-builder and Apple's compiler are; TensorIterator's loop is compiled inside libtorch. The element that each
+// call would write serves as the task's number.
 template <typename Function>
 void parallel_tasks(int64_t tasks, const Function& function) {
   if (tasks <= 1 || at::get_num_threads() == 1 || at::in_parallel_region()) {

@@ -299,26 +299,19 @@ void sum_groups(const Product& product, const uint8_t* row, Real type, int eleme
   }
 }
 
-// stride counts elements.
-void pack(const Product& product, Layout layout, const void* x, Real type, int64_t stride, float* packed) {
+void pack_row(const Product& product, Layout layout, const void* x, Real type, float* packed) {
   const int element_bytes = type == Real::float32 ? 4 : 2;
-  const int64_t row_floats = packed_row(product, layout);
-  for (int64_t m = 0; m < product.rows; ++m) {
-    const uint8_t* row = static_cast<const uint8_t*>(x) + m * stride * element_bytes;
-    float* destination = packed + m * row_floats;
-    switch (layout) {
-      case Layout::plain: widen(type, row, product.K, destination); break;
-      case Layout::tiled:
-        with_tile<Vector>(
-            product, [&](auto tile) { pack_units<decltype(tile)>(product, row, type, element_bytes, destination); });
-        break;
-      case Layout::streamed:
-        pack_units<Float32Tile>(product, row, type, element_bytes, destination);
-        if (product.biases != nullptr) {
-          sum_groups(product, row, type, element_bytes, destination + padded_length(product));
-        }
-        break;
-    }
+  const uint8_t* row = static_cast<const uint8_t*>(x);
+  switch (layout) {
+    case Layout::plain: return widen(type, row, product.K, packed);
+    case Layout::tiled:
+      return with_tile<Vector>(
+          product, [&](auto tile) { pack_units<decltype(tile)>(product, row, type, element_bytes, packed); });
+    case Layout::streamed:
+      pack_units<Float32Tile>(product, row, type, element_bytes, packed);
+      if (product.biases != nullptr) {
+        sum_groups(product, row, type, element_bytes, packed + padded_length(product));
+      }
   }
 }
 
@@ -430,7 +423,6 @@ struct Streamed {
 // of a sum are added up once per panel.
 
 constexpr int64_t panel_bytes = 4096;  // of one weight column: the x rows of a tile then stay in the first-level cache
-constexpr int64_t panel_columns = 128;
 constexpr int tile_rows = Vector::registers >= 32 ? 6 : 3;
 constexpr int tile_columns = 4;
 
@@ -624,6 +616,7 @@ struct Plain {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
     constexpr int block = block_elements<Element>;
+    static_assert(plain_column_multiple % block == 0);
     constexpr int per_unit = positions<Element>;
     float* decoded = workspace;
     float* sums = workspace + plain_panel_rows * block;
@@ -686,14 +679,14 @@ void streamed(const Product& product, int64_t begin, int64_t end, float* y) {
 
 int64_t workspace(const Product& product) {
   const int64_t block = lanes * unit_elements(product.format.bits);
-  const int64_t tiled = panel_columns * panel_bytes / static_cast<int64_t>(sizeof(float));
+  const int64_t tiled = max_tiled_columns * panel_bytes / static_cast<int64_t>(sizeof(float));
   const int64_t plain = (plain_panel_rows + product.rows) * block;
   return tiled > plain ? tiled : plain;
 }
 
 // bfloat16 tells whether this machine multiplies it.
 constexpr Kernels make_table(const char* name, bool bfloat16) {
-  return {name, bfloat16, packed_row, pack, workspace, streamed, for_format<Tiled>, for_format<Plain>};
+  return {name, bfloat16, packed_row, pack_row, workspace, streamed, for_format<Tiled>, for_format<Plain>};
 }
 
 #undef ALWAYS_INLINE

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .modules import MODE_DEFAULTS, QuantizedEmbedding, QuantizedLinear
+from .modules import SUPPORTED, QuantizedEmbedding, QuantizedLinear, complete_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,28 +42,29 @@ def quantize_model(
     """Quantizes the `nn.Linear` and `nn.Embedding` layers of `model` in place and returns it.
 
     Layers whose rows do not divide into groups, and subclasses of the two, which may compute something else, are left
-    alone. Layers that share a weight, as tied embeddings do, go on sharing one packed copy; the first decides for all.
+    alone, and so is a layer that shares its weight with one. Layers that share a weight, as tied embeddings do, go on
+    sharing one packed copy; the first decides for all.
 
     Args:
-        model: any module.
+        model: any module; a layer by itself is not changed, its quantized form is returned.
         group_size, bits, mode: the format; what is None takes the mode's default.
-        predicate: called with the path and the layer; False leaves the layer alone, True quantizes it, a dict with any
-            of group_size, bits and mode quantizes it in that format instead.
+        predicate: called with the path and the layer; a false value leaves the layer alone, a dict with any of
+            group_size, bits and mode quantizes it in that format, and any other true value in the common one.
 
     Raises:
+        TypeError: the predicate's dict has other keys.
         ValueError: the format is not supported.
     """
-    default = _complete({"group_size": group_size, "bits": bits, "mode": mode})
+    default = complete_format(group_size, bits, mode)
 
     def format_of(path: str, layer: nn.Module) -> Format | None:
         choice = True if predicate is None else predicate(path, layer)
-        if choice is False:
+        if not choice:
             return None
-        chosen = default if choice is True else _complete({"mode": mode, **choice})
+        chosen = complete_format(**{"mode": mode, **choice}) if isinstance(choice, Mapping) else default
         return chosen if layer.weight.shape[-1] % chosen["group_size"] == 0 else None
 
-    _replace_layers(model, format_of, _quantized)
-    return model
+    return _replace_layers(model, format_of, _quantized)
 
 
 def save_checkpoint(
@@ -178,13 +179,9 @@ def _progress(items: list[Any], what: str) -> Iterable[Any]:
 # Formats
 
 
-def _complete(format: Format) -> Format:
-    """`format` with group_size, bits and mode all present."""
-    mode = format.get("mode") or "affine"
-    if mode not in MODE_DEFAULTS:
-        raise ValueError(f"mode {mode!r} is none of {', '.join(MODE_DEFAULTS)}")
-    group_size, bits = MODE_DEFAULTS[mode]
-    return {"group_size": format.get("group_size") or group_size, "bits": format.get("bits") or bits, "mode": mode}
+def _entry_format(entry: Mapping[str, Any]) -> Format:
+    """The format of an entry of config.json, which may have other keys and lack these."""
+    return complete_format(entry.get("group_size"), entry.get("bits"), entry.get("mode") or "affine")
 
 
 def _stored_format(
@@ -193,20 +190,20 @@ def _stored_format(
     """The format of one layer of a checkpoint, None if it is not quantized."""
     entry = record.get(path)
     if isinstance(entry, Mapping):
-        return _complete(dict(entry))
+        return _entry_format(entry)
     scales = tensors.get(f"{path}.scales")
     if entry is False or (scales is None and entry is None):
         return None
     weight = tensors.get(f"{path}.weight")
     if scales is None or weight is None:
-        return _complete(dict(record))
+        return _entry_format(record)
     # The shapes tell more than the default: mixed checkpoints exist that have no entry for their exceptions.
     columns = layer.weight.shape[-1]
     group_size, bits = columns // scales.shape[-1], weight.shape[-1] * 32 // columns
     if scales.is_floating_point():
         return {"group_size": group_size, "bits": bits, "mode": "affine"}
-    modes = [mode for mode, sizes in MODE_DEFAULTS.items() if mode != "affine" and sizes == (group_size, bits)]
-    return {"group_size": group_size, "bits": bits, "mode": modes[0]} if modes else _complete(dict(record))
+    modes = [mode for mode, known in SUPPORTED.items() if mode != "affine" and known == ((group_size,), (bits,))]
+    return {"group_size": group_size, "bits": bits, "mode": modes[0]} if modes else _entry_format(record)
 
 
 def _format_of(module: QuantizedLinear | QuantizedEmbedding) -> Format:
@@ -236,32 +233,44 @@ def _replace_layers(
     model: nn.Module,
     format_of: Callable[[str, nn.Module], Format | None],
     convert: Callable[[Any, Format], QuantizedLinear | QuantizedEmbedding],
-) -> None:
-    """Puts convert(layer, format) in the place of every layer that has a format."""
-    # By the identity of the floating-point weight, which `layers` keeps alive.
-    converted: dict[int, QuantizedLinear | QuantizedEmbedding | None] = {}
-    layers = [(path, layer) for path, layer in model.named_modules() if type(layer) in (nn.Linear, nn.Embedding)]
-    for path, layer in _progress(layers, "Quantizing"):
-        weight = id(layer.weight)
-        if weight in converted:
-            twin = converted[weight]
-            replacement = None if twin is None else _tied(layer, twin)
-        else:
-            format = format_of(path, layer)
-            replacement = converted[weight] = None if format is None else convert(layer, format)
-        if replacement is not None:
-            model.set_submodule(path, replacement)
+) -> nn.Module:
+    """Puts convert(layer, format) in the place of every layer that has a format; returns the model.
+
+    All formats are settled before the first layer changes. A float weight is let go once its last layer is replaced.
+    """
+    holders: dict[int, list[str]] = {}  # the paths of all modules with a weight, by the weight's identity
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            holders.setdefault(id(weight), []).append(path)
+    plan: list[tuple[list[str], Format]] = []
+    for paths in holders.values():
+        layers = [model.get_submodule(path) for path in paths]
+        plain = all(type(layer) in (nn.Linear, nn.Embedding) for layer in layers)
+        if plain and (format := format_of(paths[0], layers[0])) is not None:
+            plan.append((paths, format))
+    for paths, format in _progress(plan, "Quantizing"):
+        layers = [model.get_submodule(path) for path in paths]  # that share this weight, or are one and the same
+        replaced: dict[int, QuantizedLinear | QuantizedEmbedding] = {}
+        for path, layer in zip(paths, layers, strict=True):
+            if id(layer) not in replaced:
+                twin = next(iter(replaced.values()), None)
+                replaced[id(layer)] = convert(layer, format) if twin is None else _tied(layer, twin)
+            if not path:
+                return replaced[id(layer)]
+            model.set_submodule(path, replaced[id(layer)])
+    return model
 
 
 def _tied(
     layer: nn.Linear | nn.Embedding, twin: QuantizedLinear | QuantizedEmbedding
 ) -> QuantizedLinear | QuantizedEmbedding:
     """`layer` on the packed weight of `twin`, which had the same floating-point weight."""
-    if isinstance(layer, nn.Embedding):
-        return twin
-    tied = QuantizedLinear(layer.in_features, layer.out_features, False, **_format_of(twin), device="meta")
+    tied = _shell(layer, _format_of(twin), layer.weight.dtype)
     tied.share(twin)
-    tied.bias = layer.bias
+    if isinstance(tied, QuantizedLinear):
+        tied.bias = layer.bias
+    else:
+        tied.follow_dtype(layer.weight)
     return tied.train(layer.training)
 
 
@@ -407,10 +416,9 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
-    # Transformers keeps these two inside rope_parameters, MLX reads them at the top.
+    # Transformers keeps these inside rope_parameters, MLX reads them at the top.
     rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
+    config.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     formats = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,13 +11,40 @@ from torch.nn import functional as F
 from ._ops import ops
 from .ops import quantize
 
-# mode -> (group_size, bits) where none are given; the floating-point modes know no others.
-MODE_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+# mode -> (group sizes, bits) that it knows, the default first.
+SUPPORTED = {
+    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
 
 # The overloads themselves, called with every argument in place: the shortest way from Python into the dispatcher,
 # which a decoding step takes a few hundred times.
 _dequantize = ops.dequantize.default
 _quantized_matmul = ops.quantized_matmul.default
+
+
+def complete_format(group_size: int | None = None, bits: int | None = None, mode: str = "affine") -> dict[str, Any]:
+    """The keyword arguments group_size, bits and mode of a format, with the mode's defaults for what is None.
+
+    Raises:
+        ValueError: the mode is unknown, or does not know the group_size or the bits.
+    """
+    if mode not in SUPPORTED:
+        raise ValueError(f"mode {mode!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    group_sizes, widths = SUPPORTED[mode]
+    format = {
+        "group_size": group_sizes[0] if group_size is None else group_size,
+        "bits": widths[0] if bits is None else bits,
+        "mode": mode,
+    }
+    if format["group_size"] not in group_sizes or format["bits"] not in widths:
+        raise ValueError(
+            f"mode {mode!r} with group_size {format['group_size']} and bits {format['bits']} is not supported; "
+            f"it takes a group_size of {sorted(group_sizes)} and bits of {sorted(widths)}"
+        )
+    return format
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -45,11 +74,9 @@ class _QuantizedModule(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if mode not in MODE_DEFAULTS:
-            raise ValueError(f"[{type(self).__name__}] mode {mode!r} is none of {', '.join(MODE_DEFAULTS)}")
-        default_group_size, default_bits = MODE_DEFAULTS[mode]
-        self.group_size = group_size or default_group_size
-        self.bits = bits or default_bits
+        format = complete_format(group_size, bits, mode)
+        self.group_size: int = format["group_size"]
+        self.bits: int = format["bits"]
         self.mode = mode
         if columns % self.group_size:
             raise ValueError(
@@ -94,7 +121,7 @@ class QuantizedLinear(_QuantizedModule):
         device, dtype: where the parameters live, and the dtype of the floating-point ones.
 
     Raises:
-        ValueError: the mode is unknown, or in_features does not divide into groups.
+        ValueError: the format is not supported, or in_features does not divide into groups.
     """
 
     def __init__(
@@ -146,7 +173,7 @@ class QuantizedEmbedding(_QuantizedModule):
         device, dtype: where the parameters live, and the dtype of the rows that come out.
 
     Raises:
-        ValueError: the mode is unknown, or embedding_dim does not divide into groups.
+        ValueError: the format is not supported, or embedding_dim does not divide into groups.
     """
 
     def __init__(
@@ -171,12 +198,15 @@ class QuantizedEmbedding(_QuantizedModule):
         cls, embedding: nn.Embedding, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedEmbedding:
         """Quantizes `embedding`."""
-        weight = embedding.weight
         module = cls(embedding.num_embeddings, embedding.embedding_dim, group_size, bits, mode, device="meta")
-        module._pack(weight)
-        if module._like is not None:
-            module._like = weight.new_empty(0)
+        module._pack(embedding.weight)
+        module.follow_dtype(embedding.weight)
         return module.train(embedding.training)
+
+    def follow_dtype(self, weight: torch.Tensor) -> None:
+        """Makes the rows come out in the dtype of `weight` where the scales do not tell one."""
+        if self._like is not None:
+            self._like = weight.new_empty(0)
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """indices of any shape, int32 or int64, -> indices.shape + [embedding_dim].
