@@ -1,0 +1,227 @@
+// From packed words to numbers, for every format.
+//
+//   a run: 32 elements = `bits` words, whatever the width                       bits   load
+//   +--------+--------+--------+--------+                                       2      uint2
+//   | chunk 0| chunk 1| chunk 2| chunk 3|   chunk = 8 elements                  4      uint4
+//   +--------+--------+--------+--------+                                       8      2 x uint4
+//   word 0 … word bits-1, in the registers of one lane                          6      3 x uint2
+//                                                                               3, 5   3, 5 x uint
+//
+// A run starts at a word, ends at a word and lies in one group (in nvfp4: in two), so a lane needs no neighbour, and
+// every position within it is a compile-time constant. Adjacent lanes hold adjacent runs: a load of eight lanes covers
+// whole 128-byte lines. Widths 2, 4 and 8 are unpacked two at a time in the mantissas of half numbers, with no
+// conversion and few shifts, both of which cost several times a mask.
+#pragma once
+
+#include <metal_stdlib>
+
+#include "../csrc/format.h"
+
+#pragma METAL fp math_mode(safe)
+
+namespace quantization_mlx {
+
+using namespace metal;
+
+static constant constexpr const int run_elements = 32;
+static constant constexpr const int chunk_elements = 8;
+
+// --- Loading ------------------------------------------------------------------------------------------------------
+
+// With `aligned`, source is a multiple of 16 bytes where count is one of 4 words, and of 8 bytes where it is one of 2.
+template <int count>
+inline void load_words(const device uint* source, bool aligned, thread uint* words) {
+  if (aligned && count % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < count / 4; ++i) {
+      const uint4 four = ((const device uint4*)source)[i];
+      words[4 * i] = four.x;
+      words[4 * i + 1] = four.y;
+      words[4 * i + 2] = four.z;
+      words[4 * i + 3] = four.w;
+    }
+  } else if (aligned && count % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < count / 2; ++i) {
+      const uint2 two = ((const device uint2*)source)[i];
+      words[2 * i] = two.x;
+      words[2 * i + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      words[i] = source[i];
+    }
+  }
+}
+
+// Eight consecutive values in float32. With `aligned`, source is a multiple of 16 bytes.
+inline void load_chunk(const device float* source, bool aligned, thread float* values) {
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 four = ((const device float4*)source)[i];
+      values[4 * i] = four.x;
+      values[4 * i + 1] = four.y;
+      values[4 * i + 2] = four.z;
+      values[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      values[i] = source[i];
+    }
+  }
+}
+
+inline void load_chunk(const device half* source, bool aligned, thread float* values) {
+  if (aligned) {
+    uint words[4];
+    load_words<4>((const device uint*)source, true, words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const half2 two = as_type<half2>(words[i]);
+      values[2 * i] = static_cast<float>(two.x);
+      values[2 * i + 1] = static_cast<float>(two.y);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      values[i] = static_cast<float>(source[i]);
+    }
+  }
+}
+
+inline void load_chunk(const device bfloat* source, bool aligned, thread float* values) {
+  if (aligned) {
+    uint words[4];
+    load_words<4>((const device uint*)source, true, words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // a bfloat is the upper half of a float
+      values[2 * i] = as_type<float>(words[i] << 16);
+      values[2 * i + 1] = as_type<float>(words[i] & 0xFFFF0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      values[i] = static_cast<float>(source[i]);
+    }
+  }
+}
+
+// --- Elements -----------------------------------------------------------------------------------------------------
+
+// The codes at bits [shift, shift + bits) of both halves of a word, shift + bits <= 10. Written over the low bits of
+// the half number 1024, whose unit they count, they need no conversion from integers; every step is exact.
+inline float2 code_pair(uint word, int bits, int shift) {
+  const uint mask = ((1u << bits) - 1u) << shift;
+  const half2 raised = as_type<half2>((word & (mask | (mask << 16))) | 0x64006400u);
+  const half2 codes = raised * static_cast<half>(1.0f / (1 << shift)) - static_cast<half>(1024 >> shift);
+  return float2(static_cast<float>(codes.x), static_cast<float>(codes.y));
+}
+
+// The E2M1 elements in the lowest four bits of both halves of a word. As the top of a half's exponent and mantissa they
+// are off by 2^14, subnormals included.
+inline float2 e2m1_pair(uint word) {
+  const half2 small = as_type<half2>(((word & 0x00070007u) << 9) | ((word & 0x00080008u) << 12));
+  const half2 elements = small * static_cast<half>(16384.0f);
+  return float2(static_cast<float>(elements.x), static_cast<float>(elements.y));
+}
+
+inline void set_pair(float2 pair, int first, int second, thread float* values) {
+  values[first] = pair.x;
+  values[second] = pair.y;
+}
+
+// Code `index` of a run, at any width.
+template <int bits>
+inline uint code_at(thread const uint* words, int index) {
+  const int word = index * bits / 32;
+  const int shift = index * bits % 32;
+  uint code = words[word] >> shift;
+  if (shift + bits > 32) {
+    code |= words[word + 1] << (32 - shift);
+  }
+  return code & ((1u << bits) - 1u);
+}
+
+// The elements of one chunk of a run, without scale and bias.
+template <Mode mode, int bits>
+inline void decode_chunk(thread const uint* words, int chunk, thread float* values) {
+  if (mode == Mode::mxfp4 || mode == Mode::nvfp4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      set_pair(e2m1_pair(words[chunk] >> (4 * i)), i, i + 4, values);
+    }
+  } else if (mode == Mode::mxfp8) {
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      values[i] = e4m3_to_float(code_at<bits>(words, chunk_elements * chunk + i));
+    }
+  } else if (bits == 4) {
+    const uint low = words[chunk];
+    const uint high = low >> 8;
+    set_pair(code_pair(low, 4, 0), 0, 4, values);
+    set_pair(code_pair(low, 4, 4), 1, 5, values);
+    set_pair(code_pair(high, 4, 0), 2, 6, values);
+    set_pair(code_pair(high, 4, 4), 3, 7, values);
+  } else if (bits == 8) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint word = words[2 * chunk + i];
+      set_pair(code_pair(word, 8, 0), 4 * i, 4 * i + 2, values);
+      set_pair(code_pair(word >> 8, 8, 0), 4 * i + 1, 4 * i + 3, values);
+    }
+  } else if (bits == 2) {
+    const uint both = words[chunk / 2] >> (16 * (chunk % 2));
+    const uint spread = (both & 0xFFu) | ((both & 0xFF00u) << 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      set_pair(code_pair(spread, 2, 2 * i), i, i + 4, values);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      values[i] = static_cast<float>(code_at<bits>(words, chunk_elements * chunk + i));
+    }
+  }
+}
+
+// --- Scales -------------------------------------------------------------------------------------------------------
+
+template <Mode mode, typename T>
+struct ScaleOf {
+  typedef uchar type;
+};
+
+template <typename T>
+struct ScaleOf<Mode::affine, T> {
+  typedef T type;
+};
+
+template <Mode mode>
+inline float decode_scale(uchar scale) {
+  return mode == Mode::nvfp4 ? e4m3_to_float(scale) : e8m0_to_float(scale);
+}
+
+template <Mode mode>
+inline float decode_scale(float scale) {
+  return scale;
+}
+
+template <Mode mode>
+inline float decode_scale(half scale) {
+  return static_cast<float>(scale);
+}
+
+template <Mode mode>
+inline float decode_scale(bfloat scale) {
+  return static_cast<float>(scale);
+}
+
+template <Mode mode, typename Scale>
+inline float decode_bias(const device Scale* biases, long group) {
+  return has_biases(mode) ? static_cast<float>(biases[group]) : 0.0f;
+}
+
+}  // namespace quantization_mlx

@@ -1,0 +1,48 @@
+// The kernels of matvec.h: qmv and qvm, their split-K and gathered forms, and sum_parts.
+#include "instantiate.h"
+#include "matvec.h"
+
+using namespace metal;
+using namespace quantization_mlx;
+
+// affine_qmv_float16_gs_64_b_4 and, for up to 2, 3, 4, 6, 8 or 12 rows, affine_qmv_float16_gs_64_b_4_rows_2
+#define QMV(mode, name, type, group_size, bits)                                                                   \
+  INSTANTIATE(KERNEL_NAME(mode, "qmv", name, group_size, bits), qmv<type, Mode::mode, group_size, bits, 1, type>) \
+  INSTANTIATE(                                                                                                    \
+      KERNEL_NAME(mode, "qmv_splitk", name, group_size, bits), qmv<type, Mode::mode, group_size, bits, 1, float>) \
+  QMV_ROWS(mode, name, type, group_size, bits, 2)                                                                 \
+  QMV_ROWS(mode, name, type, group_size, bits, 3)                                                                 \
+  QMV_ROWS(mode, name, type, group_size, bits, 4)                                                                 \
+  QMV_ROWS(mode, name, type, group_size, bits, 6)                                                                 \
+  QMV_ROWS(mode, name, type, group_size, bits, 8)                                                                 \
+  QMV_ROWS(mode, name, type, group_size, bits, 12)
+#define QMV_ROWS(mode, name, type, group_size, bits, rows)                    \
+  INSTANTIATE(                                                                \
+      KERNEL_NAME(mode, "qmv", name, group_size, bits) "_rows_" #rows,        \
+      qmv<type, Mode::mode, group_size, bits, rows, type>)                    \
+  INSTANTIATE(                                                                \
+      KERNEL_NAME(mode, "qmv_splitk", name, group_size, bits) "_rows_" #rows, \
+      qmv<type, Mode::mode, group_size, bits, rows, float>)
+
+#define GATHER_QMV(mode, name, type, group_size, bits)                                                            \
+  INSTANTIATE(                                                                                                    \
+      KERNEL_NAME(mode, "gather_qmv", name, group_size, bits), gather_qmv<type, Mode::mode, group_size, bits, 1>) \
+  GATHER_QMV_ROWS(mode, name, type, group_size, bits, 4)                                                          \
+  GATHER_QMV_ROWS(mode, name, type, group_size, bits, 8)
+#define GATHER_QMV_ROWS(mode, name, type, group_size, bits, rows)             \
+  INSTANTIATE(                                                                \
+      KERNEL_NAME(mode, "gather_qmv", name, group_size, bits) "_rows_" #rows, \
+      gather_qmv<type, Mode::mode, group_size, bits, rows>)
+
+#define QVM(mode, name, type, group_size, bits)                                                                        \
+  INSTANTIATE(KERNEL_NAME(mode, "qvm", name, group_size, bits), qvm<type, Mode::mode, group_size, bits, type>)         \
+  INSTANTIATE(KERNEL_NAME(mode, "qvm_splitk", name, group_size, bits), qvm<type, Mode::mode, group_size, bits, float>) \
+  INSTANTIATE(KERNEL_NAME(mode, "gather_qvm", name, group_size, bits), gather_qvm<type, Mode::mode, group_size, bits>)
+
+// sum_parts_float16
+#define ALL(name, type)                   \
+  FOR_EACH_FORMAT(QMV, name, type)        \
+  FOR_EACH_FORMAT(GATHER_QMV, name, type) \
+  FOR_EACH_FORMAT(QVM, name, type)        \
+  INSTANTIATE("sum_parts_" #name, sum_parts<type>)
+FOR_EACH_TYPE(ALL)

@@ -1,0 +1,202 @@
+// Quantizing and dequantizing whole matrices: format.h's arithmetic, element for element as on the CPU.
+//
+//   quantize:   lane  0        1        2        3       | 4 ...       a lane owns 8 elements: 16 bytes of half in,
+//               x     [0, 8)   [8, 16)  [16, 24) [24, 32)| [32, 40)    exactly `bits` bytes out
+//                     +---- group of 32: 4 lanes --------+
+//
+// The lanes of a group find its extremes by shuffles, and every one of them computes the same scale. Nothing is read or
+// computed twice, and no threadgroup memory is needed.
+//
+//   dequantize: a lane owns a run of 32 elements (see dequantize.h): `bits` words in, 64 bytes of half out.
+//
+// Rows are contiguous and hold whole groups, so both see a matrix as one long row.
+#pragma once
+
+#include <metal_stdlib>
+
+#include "../csrc/metal/launch.h"
+#include "dequantize.h"
+
+// Codes are compared bit for bit with the CPU's: no reassociation, correctly rounded division, no fused operations.
+#pragma METAL fp math_mode(safe)
+#pragma METAL fp contract(off)
+
+namespace quantization_mlx {
+
+constant bool quantize_with_global_scale [[function_constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE)]];
+constant bool quantize_aligned_weights [[function_constant(QUANTIZATION_MLX_ALIGNED_WEIGHTS)]];
+constant bool quantize_aligned_x [[function_constant(QUANTIZATION_MLX_ALIGNED_X)]];
+
+template <int lanes>
+inline float min_over(float value) {
+#pragma unroll
+  for (int mask = 1; mask < lanes; mask *= 2) {
+    value = min(value, simd_shuffle_xor(value, static_cast<ushort>(mask)));
+  }
+  return value;
+}
+
+template <int lanes>
+inline float max_over(float value) {
+#pragma unroll
+  for (int mask = 1; mask < lanes; mask *= 2) {
+    value = max(value, simd_shuffle_xor(value, static_cast<ushort>(mask)));
+  }
+  return value;
+}
+
+// Writes eight codes as `bits` bytes, in the widest pieces that are aligned.
+template <int bits>
+inline void store_codes(thread const uint* codes, device uchar* destination) {
+  if (bits == 4 || bits == 8) {
+#pragma unroll
+    for (int word = 0; word < bits / 4; ++word) {
+      uint packed = 0u;
+#pragma unroll
+      for (int i = 0; i < 32 / bits; ++i) {
+        packed |= codes[word * 32 / bits + i] << (i * bits);
+      }
+      ((device uint*)destination)[word] = packed;
+    }
+  } else {
+    uint pending = 0u;
+    int held = 0;
+    int written = 0;
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      pending |= codes[i] << held;
+      held += bits;
+      if (held >= 8) {
+        destination[written++] = static_cast<uchar>(pending);
+        pending >>= 8;
+        held -= 8;
+      }
+    }
+  }
+}
+
+// Affine codes of a lane's eight values, whose group has these extremes.
+template <int bits>
+inline void affine_codes(thread const float* values, AffineParameters parameters, thread uint* codes) {
+#pragma unroll
+  for (int i = 0; i < chunk_elements; ++i) {
+    codes[i] = affine_code(values[i], parameters, bits);
+  }
+}
+
+// Quotients round to T, the type of w: that matters where they are subnormal in half, and in nvfp4.
+template <typename T>
+inline float rounded(float quotient) {
+  return static_cast<float>(static_cast<T>(quotient));
+}
+
+template <typename T, Mode mode>
+inline uint fp_scale(float absmax, float encode) {
+  const float ratio = rounded<T>(fp_scale_ratio(mode, absmax));
+  return mode == Mode::nvfp4 ? e4m3_from_float(ratio * encode) : e8m0_from_ratio(ratio);
+}
+
+template <typename T, Mode mode>
+inline uint fp_code(float value, float decoded, float encode) {
+  if (decoded == 0.0f) {  // an nvfp4 group too small for any scale becomes zeros
+    return 0u;
+  }
+  const float quotient = mode == Mode::nvfp4 ? rounded<T>(value / decoded) * encode : value / decoded;
+  return mode == Mode::mxfp8 ? e4m3_from_float(quotient) : e2m1_from_float(quotient);
+}
+
+template <typename T, Mode mode, int group_size, int bits>
+[[kernel]] void quantize(
+    const device T* w [[buffer(0)]],
+    const device float* global_scale [[buffer(1)]],
+    device uint* words [[buffer(2)]],
+    device typename ScaleOf<mode, T>::type* scales [[buffer(3)]],
+    device typename ScaleOf<mode, T>::type* biases [[buffer(4)]],
+    constant QuantizeParams& params [[buffer(5)]],
+    uint3 position [[thread_position_in_grid]]) {
+  constexpr int lanes = group_size / chunk_elements;
+  const bool inside = static_cast<long>(position.x) < params.elements / chunk_elements;
+  // Lanes past the end take part in the shuffles, among themselves: a group's lanes are all inside or all outside.
+  const long chunk = inside ? position.x : 0;
+  const long group = chunk / lanes;
+  const bool writes_scale = inside && chunk % lanes == 0;
+
+  float values[chunk_elements];
+  load_chunk(w + chunk * chunk_elements, quantize_aligned_x, values);
+  float smallest = values[0];
+  float largest = values[0];
+#pragma unroll
+  for (int i = 1; i < chunk_elements; ++i) {
+    smallest = min(smallest, values[i]);
+    largest = max(largest, values[i]);
+  }
+  smallest = min_over<lanes>(smallest);
+  largest = max_over<lanes>(largest);
+
+  uint codes[chunk_elements];
+  if (has_biases(mode)) {
+    const AffineParameters parameters = affine_parameters(smallest, largest, bits);
+    affine_codes<bits>(values, parameters, codes);
+    if (writes_scale) {
+      scales[group] = static_cast<typename ScaleOf<mode, T>::type>(parameters.scale);
+      biases[group] = static_cast<typename ScaleOf<mode, T>::type>(parameters.bias);
+    }
+  } else {
+    const float encode = quantize_with_global_scale ? nvfp4_encode_factor(global_scale[0]) : 1.0f;
+    const uint scale = fp_scale<T, mode>(max(magnitude(smallest), magnitude(largest)), encode);
+    const float decoded = decode_scale<mode>(static_cast<uchar>(scale));
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      codes[i] = fp_code<T, mode>(values[i], decoded, encode);
+    }
+    if (writes_scale) {
+      scales[group] = static_cast<typename ScaleOf<mode, T>::type>(scale);
+    }
+  }
+  if (inside) {
+    store_codes<bits>(codes, (device uchar*)words + chunk * bits);
+  }
+}
+
+template <typename T, Mode mode, int group_size, int bits>
+[[kernel]] void dequantize(
+    const device uint* words [[buffer(0)]],
+    const device typename ScaleOf<mode, T>::type* scales [[buffer(1)]],
+    const device typename ScaleOf<mode, T>::type* biases [[buffer(2)]],
+    const device float* global_scale [[buffer(3)]],
+    device T* y [[buffer(4)]],
+    constant QuantizeParams& params [[buffer(5)]],
+    uint3 position [[thread_position_in_grid]]) {
+  const long run = position.x;
+  const long first = run * run_elements;
+  if (first >= params.elements) {
+    return;
+  }
+  const bool whole = group_size >= run_elements || first + run_elements <= params.elements;
+  uint packed[bits];
+  if (whole) {
+    load_words<bits>(words + run * bits, quantize_aligned_weights, packed);
+  } else {
+#pragma unroll
+    for (int i = 0; i < bits; ++i) {
+      packed[i] = i < bits / 2 ? words[run * bits + i] : 0u;
+    }
+  }
+  const float factor = quantize_with_global_scale ? nvfp4_decode_factor(global_scale[0]) : 1.0f;
+#pragma unroll
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    if (whole || chunk < 2) {
+      const long group = (first + chunk * chunk_elements) / group_size;
+      const float scale = decode_scale<mode>(scales[group]) * factor;
+      const float bias = decode_bias<mode>(biases, group);
+      float elements[chunk_elements];
+      decode_chunk<mode, bits>(packed, chunk, elements);
+#pragma unroll
+      for (int i = 0; i < chunk_elements; ++i) {
+        y[first + chunk * chunk_elements + i] = static_cast<T>(elements[i] * scale + bias);
+      }
+    }
+  }
+}
+
+}  // namespace quantization_mlx

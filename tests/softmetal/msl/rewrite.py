@@ -1,0 +1,557 @@
+"""Rewrites preprocessed Metal Shading Language into clang's "C++ for OpenCL".
+
+The two languages share real address spaces; what differs is rewritten token by token, line by line, so that the
+compiler's messages and debug information still name the shader's own lines:
+
+- threadgroup variables become references into the runtime's threadgroup memory;
+- function constants become constexpr values;
+- explicit instantiations with attributes are recorded and dropped, kernels become plain functions, and an entry point
+  is generated for the one kernel that is compiled;
+- member functions get or lose the `thread` qualifier where the languages disagree on the object's address space;
+- `float4(...)`, `half(x)` and `static_cast` become calls of the shim's functions.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+TOKEN = re.compile(
+    r"""(?P<marker>^\#[^\n]*\n)|(?P<space>\s+)|(?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+    r"""|(?P<word>[A-Za-z_]\w*)|(?P<number>\.?\d(?:[\w.]|(?<=[eEpP])[+-])*)|(?P<sign>::|->|[\s\S])""",
+    re.MULTILINE,
+)
+MARKER = re.compile(r'#(?:line)? (\d+) "((?:\\.|[^"\\])*)"')
+
+# The codes of __softmetal_builtin in runtime.cpp.
+BUILTINS = {
+    "thread_position_in_grid": 0,
+    "threadgroup_position_in_grid": 1,
+    "thread_position_in_threadgroup": 2,
+    "thread_index_in_threadgroup": 3,
+    "thread_index_in_simdgroup": 4,
+    "simdgroup_index_in_threadgroup": 5,
+    "threads_per_threadgroup": 6,
+    "threadgroups_per_grid": 7,
+    "threads_per_simdgroup": 8,
+    "thread_execution_width": 8,
+    "simdgroups_per_threadgroup": 9,
+    "threads_per_grid": 10,
+    "dispatch_threads_per_threadgroup": 11,
+    "quadgroup_index_in_threadgroup": 12,
+    "thread_index_in_quadgroup": 13,
+    "quadgroups_per_threadgroup": 14,
+    "dispatch_simdgroups_per_threadgroup": 15,
+}
+# Names that OpenCL takes for itself. The shim defines MSL's atomic types under the new name.
+RENAMED = {
+    *("local", "global", "generic", "pipe", "read_only", "write_only", "read_write", "event_t"),
+    *("atomic_int", "atomic_uint", "atomic_float", "atomic_bool", "atomic_ulong"),
+}
+# What MSL does not have and clang would accept.
+FORBIDDEN = {
+    *("double", "goto", "virtual", "try", "catch", "throw", "new", "delete"),
+    *("dynamic_cast", "typeid", "thread_local"),
+}
+SCALARS = ("char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "float", "half", "bfloat")
+VECTORS = {f"{scalar}{size}" for scalar in SCALARS for size in (2, 3, 4)}
+OPENING = {"(": ")", "[": "]", "{": "}"}
+
+
+class RewriteError(Exception):
+    """The source is not the MSL that the device runs; the message starts with file and line."""
+
+
+@dataclass
+class Token:
+    text: str
+    kind: str
+    file: str = ""
+    line: int = 0
+    shim: bool = False
+    position: int = 0  # among all tokens
+    spaced: bool = False  # something stands between this token and the one before
+    output: str | None = None  # replaces text
+
+
+@dataclass
+class Parameter:
+    """A kernel's argument: kind is "buffer", "threadgroup" or "position"; index is the slot or the position's code."""
+
+    kind: str
+    index: int
+    is_const: bool = False
+
+
+@dataclass
+class Kernel:
+    """A function marked as kernel and the expression that names one instance of it."""
+
+    name: str
+    instance: str
+    parameters: list[Parameter]
+
+
+@dataclass
+class Program:
+    text: str
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    function_constants: dict[int, str] = field(default_factory=dict)
+
+
+def rewrite(preprocessed: str, shim_directory: str, function_constants: dict[int, object]) -> Program:
+    """Returns the program for clang. Raises RewriteError."""
+    return _Rewriter(preprocessed, shim_directory, function_constants).run()
+
+
+def entry_point(kernel: Kernel) -> str:
+    """The C function through which the runtime calls one kernel."""
+    arguments = []
+    for position, parameter in enumerate(kernel.parameters):
+        kind = f"S::argument<{position}>"
+        if parameter.kind == "position":
+            arguments.append(f"__softmetal_position<{kind}>::get({parameter.index})")
+        else:
+            table = "bindings" if parameter.kind == "buffer" else "threadgroups"
+            arguments.append(f"__softmetal_pointer<{kind}>::get({table}[{parameter.index}])")
+    return (
+        '\n# 1 "<entry point>"\n'
+        'extern "C" __attribute__((no_sanitize("thread"))) void softmetal_entry(ulong b, ulong t) {\n'
+        f"  using S = __softmetal_signature<decltype({kernel.instance})>;\n"
+        "  __global const ulong* bindings = (__global const ulong*)b;\n"
+        "  __global const ulong* threadgroups = (__global const ulong*)t;\n"
+        f"  {kernel.instance}({', '.join(arguments)});\n"
+        "}\n"
+    )
+
+
+class _Rewriter:
+    def __init__(self, text: str, shim_directory: str, function_constants: dict[int, object]) -> None:
+        self.values = function_constants
+        self.all_tokens = self._tokenize(text, shim_directory)
+        # Significant tokens of the user's; the shim is written for clang as it is.
+        self.tokens = [t for t in self.all_tokens if t.kind not in ("space", "marker") and not t.shim]
+        self.program = Program("")
+        self.functions: dict[str, Kernel] = {}
+        self.instances: list[tuple[str, str, Token]] = []
+        self.constants: dict[str, int] = {}
+        self.vectors = set(VECTORS)
+        self.variable_count = 0
+
+    def run(self) -> Program:
+        self._check_words()
+        self._collect_vector_names()
+        self._scan_scopes()
+        self._scan_statements()
+        for host_name, instance, token in self.instances:
+            function = self.functions.get(instance.split("<")[0].split("::")[-1].strip())
+            if function is None:
+                raise self._error(token, f"'{host_name}' instantiates '{instance}', which is not a kernel")
+            self._add_kernel(host_name, instance, function.parameters, token)
+        self.program.text = "".join(t.text if t.output is None else t.output for t in self.all_tokens)
+        return self.program
+
+    # --- Tokens ---
+
+    @staticmethod
+    def _tokenize(text: str, shim_directory: str) -> list[Token]:
+        tokens = []
+        file, line = "", 1
+        for match in TOKEN.finditer(text):
+            token = Token(match.group(), match.lastgroup, file, line, file.startswith(shim_directory))
+            token.position = len(tokens)
+            token.spaced = bool(tokens) and tokens[-1].kind in ("space", "marker")
+            tokens.append(token)
+            marker = MARKER.match(token.text) if token.kind == "marker" else None
+            if marker:
+                line, file = int(marker[1]), marker[2]
+            else:
+                line += token.text.count("\n")
+        return tokens
+
+    def _text(self, index: int) -> str:
+        return self.tokens[index].text if 0 <= index < len(self.tokens) else ""
+
+    def _join(self, begin: int, end: int) -> str:
+        return "".join(" " * t.spaced + t.text for t in self.tokens[begin:end]).strip()
+
+    def _error(self, token: Token, message: str) -> RewriteError:
+        return RewriteError(f"{token.file}:{token.line}: error: {message}")
+
+    def _closing(self, index: int) -> int:
+        """The token that closes the bracket at index."""
+        opening, depth = self._text(index), 0
+        closing = OPENING[opening]
+        for i in range(index, len(self.tokens)):
+            depth += (self._text(i) == opening) - (self._text(i) == closing)
+            if depth == 0:
+                return i
+        raise self._error(self.tokens[index], f"'{opening}' is not closed")
+
+    def _opening(self, index: int) -> int:
+        """The token that opens the bracket closed at index."""
+        closing, depth = self._text(index), 0
+        opening = next(o for o, c in OPENING.items() if c == closing)
+        for i in range(index, -1, -1):
+            depth += (self._text(i) == closing) - (self._text(i) == opening)
+            if depth == 0:
+                return i
+        raise self._error(self.tokens[index], f"'{closing}' is not opened")
+
+    def _closing_angle(self, index: int) -> int:
+        """The '>' of the template argument list opened at index, or -1."""
+        depth, i = 0, index
+        while i < len(self.tokens):
+            text = self._text(i)
+            if text in OPENING:
+                i = self._closing(i)
+            elif text in (";", "}", ")"):
+                return -1
+            depth += (text == "<") - (text == ">")
+            if depth == 0:
+                return i
+            i += 1
+        return -1
+
+    def _replace(self, begin: int, end: int, text: str) -> None:
+        """Puts text in the place of tokens begin..end-1 and of the space between them, keeping the line breaks."""
+        breaks = ""
+        for token in self.all_tokens[self.tokens[begin].position : self.tokens[end - 1].position + 1]:
+            if token.kind in ("space", "marker"):
+                breaks += token.text if token.kind == "marker" else "\n" * token.text.count("\n")
+            token.output = ""
+        self.tokens[begin].output = text + ("\n" + breaks if "#" in breaks else breaks)
+
+    # --- Words ---
+
+    def _check_words(self) -> None:
+        for i, token in enumerate(self.tokens):
+            if token.text in FORBIDDEN and self._text(i - 1) not in (".", "->", "="):
+                raise self._error(token, f"MSL has no '{token.text}'")
+            if token.text in RENAMED:
+                token.output = token.text + "_"
+
+    def _collect_vector_names(self) -> None:
+        for i, token in enumerate(self.tokens):
+            if token.text == "using" and self._text(i + 2) == "=":
+                end = i + 3
+                while self._text(end) != ";":
+                    end += 1
+                words = [self._text(k) for k in range(i + 3, end) if self._text(k) not in ("metal", "::")]
+                if words[:2] == ["vec", "<"] or (len(words) == 1 and words[0] in self.vectors):
+                    self.vectors.add(self._text(i + 1))
+            if token.text == "typedef" and self._text(i + 1) == "vec" and self._text(i + 2) == "<":
+                self.vectors.add(self._text(self._closing_angle(i + 2) + 1))
+
+    # --- Scopes: member functions and their address space ---
+
+    def _scan_scopes(self) -> None:
+        """Follows the braces. An MSL member function without a qualifier takes a `thread` object."""
+        scopes: list[tuple[str, str]] = []
+        start, i = 0, 0
+        while i < len(self.tokens):
+            text = self._text(i)
+            if text in ("(", "["):
+                i = self._closing(i)
+            elif text == "{":
+                scope = self._scope(start, i)
+                if scopes and scopes[-1][0] == "class" and scope[0] == "other":
+                    self._qualify(start, i, scopes[-1][1])
+                scopes.append(scope)
+                start = i + 1
+            elif text == "}":
+                if scopes:
+                    scopes.pop()
+                start = i + 1
+            elif text == ";":
+                start = i + 1
+            elif text == "__private" and self._text(i - 1) in (")", "const", "noexcept"):
+                class_name = next((name for kind, name in reversed(scopes) if kind == "class"), "")
+                if self._drops_qualifier(i, class_name):
+                    self.tokens[i].output = ""
+            i += 1
+
+    def _scope(self, start: int, brace: int) -> tuple[str, str]:
+        words = [self._text(i) for i in range(start, brace)]
+        if "namespace" in words:
+            return "namespace", words[-1]
+        if words[:1] == ["template"]:
+            close = self._closing_angle(start + 1)
+            words = words[close + 1 - start :] if close >= 0 else words
+        if words[:1] and words[0] in ("struct", "class", "union") and "(" not in [w for w in words if w != "alignas"]:
+            return "class", words[1] if len(words) > 1 else ""
+        return "other", ""
+
+    def _function_name(self, closing_parenthesis: int) -> int:
+        return self._opening(closing_parenthesis) - 1
+
+    def _drops_qualifier(self, qualifier: int, class_name: str) -> bool:
+        """clang's temporaries have no address space, so what is called on them must take any."""
+        close = qualifier - 1
+        while self._text(close) != ")":
+            close -= 1
+        name = self._function_name(close)
+        if self._text(name) == class_name:
+            return True
+        if self._text(name) == ")" and self._text(name - 2) == "operator":
+            return True
+        recent = [self._text(i) for i in range(max(0, name - 7), name)]
+        if "operator" not in recent:
+            return False
+        after = self._text(name - len(recent) + recent.index("operator") + 1)
+        return re.match(r"\w", after) is not None
+
+    def _qualify(self, start: int, brace: int, class_name: str) -> None:
+        close = brace - 1
+        if self._text(close) == "const":
+            close -= 1
+        if self._text(close) != ")":
+            return
+        name = self._function_name(close)
+        header = [self._text(i) for i in range(start, name)]
+        if not re.match(r"[A-Za-z_]", self._text(name)) or self._text(name) in (class_name, "__attribute__"):
+            return
+        if {"static", "operator", "friend"} & set(header) or self._text(name - 1) in (",", "~"):
+            return
+        if class_name in (self._text(i) for i in range(start, name)) and ":" in header:
+            return  # a constructor's initializer list
+        self.tokens[brace].output = " __private {"
+
+    # --- Statements ---
+
+    def _scan_statements(self) -> None:
+        namespaces: list[str] = []
+        i = 0
+        while i < len(self.tokens):
+            text = self._text(i)
+            previous = self._text(i - 1)
+            if text == "{":
+                words = [self._text(k) for k in range(max(0, i - 2), i)]
+                namespaces.append(words[1] if words[:1] == ["namespace"] else "")
+            elif text == "}" and namespaces:
+                namespaces.pop()
+            elif text == "__constant":
+                i = self._constant(i)
+            elif text == "__local" and previous in (";", "{", "}", ")", ""):
+                i = self._threadgroup_variable(i)
+            elif text == "template" and self._text(i + 1) == "[" and self._text(i + 2) == "[":
+                i = self._instantiation(i, namespaces)
+            elif text in ("kernel", "[") and self._is_kernel(i):
+                i = self._kernel(i, namespaces)
+            elif text == "is_function_constant_defined" and self._text(i + 1) == "(":
+                defined = self.constants.get(self._text(i + 2)) in self.values
+                self._replace(i, i + 4, "true" if defined else "false")
+                i += 3
+            else:
+                self._construction(i)
+            i += 1
+
+    def _construction(self, i: int) -> None:
+        text, previous = self._text(i), self._text(i - 1)
+        if previous in ("operator", ".", "->", "struct", "class", "using"):
+            return
+        if text == "static_cast":
+            close = self._closing_angle(i + 1)
+            if not {"*", "&"} & {self._text(k) for k in range(i + 1, close)}:
+                self.tokens[i].output = "__softmetal_cast"
+        elif text == "vec" and self._text(i + 1) == "<":
+            close = self._closing_angle(i + 1)
+            if close > 0 and self._text(close + 1) == "(" and self._text(close + 2) != ")":
+                self.tokens[i].output = "__softmetal_make<metal::vec"
+                self.tokens[close].output = ">>"
+                if previous == "::" and self._text(i - 2) == "metal":
+                    self.tokens[i - 1].output = self.tokens[i - 2].output = ""
+        elif self._text(i + 1) == "(" and self._text(i + 2) not in (")", "*", "&"):
+            if text in self.vectors:
+                self.tokens[i].output = f"__softmetal_make<{text}>"
+            elif text in ("half", "bfloat"):
+                self.tokens[i].output = f"__softmetal_cast<{text}>"
+
+    def _constant(self, i: int) -> int:
+        end = i
+        while self._text(end) not in (";", "=", "(", ")", "{", ",", "") and not (
+            self._text(end) == "[" and self._text(end + 1) == "["
+        ):
+            end += 1
+        if self._text(end) == "[" and self._text(end + 2) == "function_constant":
+            return self._function_constant(i, end)
+        if self._text(i - 1) not in (")", "const", "noexcept") and self._text(i + 1) != "const":
+            self.tokens[i].output = "const __constant"
+        return i
+
+    def _function_constant(self, i: int, attribute: int) -> int:
+        close = self._closing(attribute)
+        open_index = attribute + 3
+        expression = self._join(open_index + 1, self._closing(open_index))
+        if not re.fullmatch(r"[\d+\-*() ]+", expression):
+            raise self._error(self.tokens[i], f"the index '{expression}' of a function constant is not a number")
+        index = eval(expression, {"__builtins__": {}})
+        name = self._text(attribute - 1)
+        kind = " ".join(w for w in (self._text(k) for k in range(i + 1, attribute - 1)) if w not in ("const",))
+        self.constants[name] = index
+        self.program.function_constants[index] = name
+        value = self.values.get(index)
+        literal = _literal(value) if value is not None else ""
+        begin = i - 1 if self._text(i - 1) in ("const", "static") else i
+        expression = f"__softmetal_make<{kind}>({literal})" if literal else f"{kind}()"
+        self._replace(begin, close + 1, f"static constexpr __constant {kind} {name} = {expression}")
+        return close
+
+    def _threadgroup_variable(self, i: int) -> int:
+        end = i + 1
+        while self._text(end) not in (";", "(", "*", "&", "=", "{", ""):
+            end = self._closing(end) + 1 if self._text(end) == "[" else end + 1
+        if self._text(end) != ";":
+            return i
+        first = i + 1
+        declarators, depth = [[]], 0
+        for k in range(first, end):
+            text = self._text(k)
+            depth += (text in "<[") - (text in ">]") if len(text) == 1 else 0
+            if text == "," and depth == 0:
+                declarators.append([])
+            else:
+                declarators[-1].append(k)
+        kind, output = "", ""
+        for number, declarator in enumerate(declarators):
+            name = self._declared_name(declarator)
+            if number == 0:
+                kind = self._join(declarator[0], name)
+            dimensions = self._join(name + 1, declarator[-1] + 1)
+            self.variable_count += 1
+            pointer = f"(__local {kind}(*){dimensions})" if dimensions else f"(__local {kind}*)"
+            reference = f"(&{self._text(name)}){dimensions}" if dimensions else f"&{self._text(name)}"
+            call = f"__softmetal_threadgroup_variable({self.variable_count}, sizeof({kind}{dimensions}))"
+            output += f"__local {kind} {reference} = *{pointer}{call}; "
+        self._replace(i, end + 1, output)
+        return end
+
+    def _declared_name(self, declarator: list[int]) -> int:
+        depth = 0
+        for k in declarator:
+            depth += (self._text(k) == "<") - (self._text(k) == ">")
+            following = self._text(k + 1)
+            if depth == 0 and self.tokens[k].kind == "word" and following in ("[", ",", ";"):
+                return k
+        raise self._error(self.tokens[declarator[0]], "cannot read this threadgroup variable")
+
+    # --- Kernels ---
+
+    def _is_kernel(self, i: int) -> bool:
+        if self._text(i) == "kernel":
+            return self._text(i - 1) != "[" and self._text(i + 1) != "."
+        return self._text(i + 1) == "[" and self._text(i + 2) == "kernel"
+
+    def _attributes(self, i: int) -> tuple[int, str | None]:
+        """Skips [[...]] from i on; returns the next token and the host_name."""
+        host_name = None
+        while self._text(i) == "[" and self._text(i + 1) == "[":
+            close = self._closing(i)
+            if self._text(i + 2) == "host_name":
+                host_name = "".join(self._text(k).strip('"') for k in range(i + 4, close - 2))
+            i = close + 1
+        return i, host_name
+
+    def _instantiation(self, i: int, namespaces: list[str]) -> int:
+        begin, host_name = self._attributes(i + 1)
+        end = begin
+        while self._text(end) not in (";", "{", ""):
+            end += 1
+        if host_name is None or self._text(end) != ";":
+            return i
+        if self._text(begin) == "decltype":
+            instance = self._join(begin + 2, self._closing(begin + 1))
+        else:
+            parameters = begin
+            while self._text(parameters) != "(":
+                close = self._closing_angle(parameters) if self._text(parameters) == "<" else -1
+                parameters = max(close, parameters) + 1
+            instance = self._join(begin + 1, parameters)
+        prefix = "::".join(n for n in namespaces if n)
+        self.instances.append((host_name, f"{prefix}::{instance}" if prefix else instance, self.tokens[i]))
+        self._replace(i, end + 1, "")
+        return end
+
+    def _kernel(self, i: int, namespaces: list[str]) -> int:
+        begin = i
+        host_name = None
+        while self._text(begin - 1) == "]" and self._text(begin - 2) == "]":
+            begin = self._opening(begin - 1)
+            host_name = self._attributes(begin)[1] or host_name
+        after, later_name = self._attributes(i + 1 if self._text(i) == "kernel" else i)
+        host_name = host_name or later_name
+        if self._text(after) == "kernel":
+            after, later_name = self._attributes(after + 1)
+            host_name = host_name or later_name
+        is_template = self._text(begin - 1) == ">"
+        self._replace(begin, after, "static")
+        if self._text(after) == "inline":
+            after += 1
+        if self._text(after) != "void":
+            raise self._error(self.tokens[i], "a kernel returns void")
+        name = self._text(after + 1)
+        if self._text(after + 2) != "(":
+            raise self._error(self.tokens[i], "cannot read this kernel's declaration")
+        parameters = self._parameters(after + 2)
+        prefix = "::".join(n for n in namespaces if n)
+        instance = f"{prefix}::{name}" if prefix else name
+        self.functions[name] = Kernel(name, instance, parameters)
+        if not is_template:
+            self._add_kernel(host_name or name, instance, parameters, self.tokens[i])
+        return after + 1
+
+    def _add_kernel(self, host_name: str, instance: str, parameters: list[Parameter], token: Token) -> None:
+        known = self.program.kernels.get(host_name)
+        if known and known.instance != instance:
+            raise self._error(token, f"two kernels have the name '{host_name}'")
+        self.program.kernels[host_name] = Kernel(host_name, instance, parameters)
+
+    def _parameters(self, opening: int) -> list[Parameter]:
+        groups: list[list[int]] = [[]]
+        angle = 0
+        k, end = opening + 1, self._closing(opening)
+        while k < end:
+            text = self._text(k)
+            angle += (text == "<") - (text == ">")
+            if text == "," and angle == 0:
+                groups.append([])
+            else:
+                last = self._closing(k) if text in OPENING else k
+                groups[-1].extend(range(k, last + 1))
+                k = last
+            k += 1
+        parameters: list[Parameter] = []
+        following = {"buffer": 0, "threadgroup": 0}
+        for group in filter(None, groups):
+            parameters.append(self._parameter(group, following))
+        return parameters
+
+    def _parameter(self, group: list[int], following: dict[str, int]) -> Parameter:
+        words = [self._text(k) for k in group]
+        position = next((w for w in words if w in BUILTINS), None)
+        if position:
+            return Parameter("position", BUILTINS[position])
+        kind = "threadgroup" if "__local" in words else "buffer"
+        if not {"__local", "__global", "__constant"} & set(words):
+            raise self._error(self.tokens[group[0]], f"the kernel argument '{' '.join(words)}' is not supported")
+        # `[[threadgroup(0)]]`: the preprocessor has replaced the word as everywhere.
+        attribute = "__local" if kind == "threadgroup" else "buffer"
+        index = following[kind]
+        for k, word in enumerate(words):
+            if word == attribute and words[k + 1 : k + 2] == ["("]:
+                expression = " ".join(words[k + 2 : words.index(")", k)])
+                if not re.fullmatch(r"[\d+\-* ]+", expression):
+                    raise self._error(self.tokens[group[0]], f"the index '{expression}' is not a number")
+                index = eval(expression, {"__builtins__": {}})
+        following[kind] = index + 1
+        pointer = min((words.index(s) for s in "*&" if s in words), default=len(words))
+        is_const = bool({"const", "__constant"} & set(words[:pointer]))
+        return Parameter(kind, index, is_const)
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(_literal(v) for v in value)
+    return f"{value!r}f" if isinstance(value, float) else str(value)
