@@ -67,6 +67,8 @@ struct MatmulProblem {
   at::ScalarType dtype;
   MatmulShape<int64_t> shape;
 
+  at::Device device() const { return x.tensor.device(); }
+
   static MatmulProblem check(const WeightArguments& arguments, const at::Tensor& x, bool transpose);
   // The empty result alone, for tracing.
   static at::Tensor meta(const WeightArguments& arguments, const at::Tensor& x, bool transpose);
@@ -78,6 +80,8 @@ struct GatherProblem {
   at::Tensor lhs_indices;  // int64, contiguous, broadcast
   at::Tensor rhs_indices;
   bool sorted_indices;  // the caller's promise; nothing depends on it being kept
+
+  at::Device device() const { return matmul.device(); }
 
   static GatherProblem check(
       const WeightArguments& arguments,
@@ -99,6 +103,8 @@ struct DequantizeProblem {
   at::ScalarType dtype;
   Sizes<int64_t> output;
 
+  at::Device device() const { return weights.words.tensor.device(); }
+
   static DequantizeProblem check(const WeightArguments& arguments, std::optional<at::ScalarType> dtype);
   static at::Tensor meta(const WeightArguments& arguments, std::optional<at::ScalarType> dtype);
 };
@@ -109,6 +115,8 @@ struct QuantizeProblem {
   at::Tensor global_scale;  // undefined or one float32
   Sizes<int64_t> words;
   Sizes<int64_t> scales;
+
+  at::Device device() const { return w.device(); }
 
   static QuantizeProblem check(
       const at::Tensor& w,

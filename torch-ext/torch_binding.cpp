@@ -5,7 +5,8 @@
 
 #include "../csrc/autograd.h"
 #include "../csrc/cpu/ops.h"
-#include "../csrc/problem.h"
+#include "../csrc/metal/plan.h"
+#include "adapters.h"
 
 namespace quantization_mlx {
 namespace ops {
@@ -79,121 +80,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(
 
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using OptionalInt = std::optional<int64_t>;
-using Tensors = std::tuple<Tensor, Tensor, Tensor>;
+using adapters::Tensor;
 
-// --- One adapter per op and key: schema arguments to a checked problem to a back end --------------------------------
+// --- What would run ------------------------------------------------------------------------------------------------
 
-Tensor quantized_matmul_cpu(
-    const Tensor& x,
-    const Tensor& w,
-    const Tensor& scales,
-    const OptionalTensor& biases,
-    bool transpose,
-    OptionalInt group_size,
-    OptionalInt bits,
-    std::string_view mode,
-    const OptionalTensor& global_scale,
-    std::string_view op) {
-  return cpu::quantized_matmul(
-      MatmulProblem::check({op, w, scales, biases, group_size, bits, mode, global_scale}, x, transpose));
-}
-
-Tensor quantized_matmul_meta(
-    const Tensor& x,
-    const Tensor& w,
-    const Tensor& scales,
-    const OptionalTensor& biases,
-    bool transpose,
-    OptionalInt group_size,
-    OptionalInt bits,
-    std::string_view mode,
-    const OptionalTensor& global_scale,
-    std::string_view op) {
-  return MatmulProblem::meta({op, w, scales, biases, group_size, bits, mode, global_scale}, x, transpose);
-}
-
-Tensor gather_qmm_cpu(
-    const Tensor& x,
-    const Tensor& w,
-    const Tensor& scales,
-    const OptionalTensor& biases,
-    const OptionalTensor& lhs_indices,
-    const OptionalTensor& rhs_indices,
-    bool transpose,
-    OptionalInt group_size,
-    OptionalInt bits,
-    std::string_view mode,
-    const OptionalTensor& global_scale,
-    bool sorted_indices,
-    std::string_view op) {
-  return cpu::gather_qmm(
-      GatherProblem::check(
-          {op, w, scales, biases, group_size, bits, mode, global_scale}, x, lhs_indices, rhs_indices, transpose,
-          sorted_indices));
-}
-
-Tensor gather_qmm_meta(
-    const Tensor& x,
-    const Tensor& w,
-    const Tensor& scales,
-    const OptionalTensor& biases,
-    const OptionalTensor& lhs_indices,
-    const OptionalTensor& rhs_indices,
-    bool transpose,
-    OptionalInt group_size,
-    OptionalInt bits,
-    std::string_view mode,
-    const OptionalTensor& global_scale,
-    bool,
-    std::string_view op) {
-  return GatherProblem::meta(
-      {op, w, scales, biases, group_size, bits, mode, global_scale}, x, lhs_indices, rhs_indices, transpose);
-}
-
-Tensor dequantize_cpu(
-    const Tensor& w,
-    const Tensor& scales,
-    const OptionalTensor& biases,
-    OptionalInt group_size,
-    OptionalInt bits,
-    std::string_view mode,
-    const OptionalTensor& global_scale,
-    std::optional<at::ScalarType> dtype) {
-  return cpu::dequantize(
-      DequantizeProblem::check({"dequantize", w, scales, biases, group_size, bits, mode, global_scale}, dtype));
-}
-
-Tensor dequantize_meta(
-    const Tensor& w,
-    const Tensor& scales,
-    const OptionalTensor& biases,
-    OptionalInt group_size,
-    OptionalInt bits,
-    std::string_view mode,
-    const OptionalTensor& global_scale,
-    std::optional<at::ScalarType> dtype) {
-  return DequantizeProblem::meta({"dequantize", w, scales, biases, group_size, bits, mode, global_scale}, dtype);
-}
-
-Tensors quantize_cpu(
-    const Tensor& w,
-    OptionalInt group_size,
-    OptionalInt bits,
-    std::string_view mode,
-    const OptionalTensor& global_scale) {
-  return cpu::quantize(QuantizeProblem::check(w, group_size, bits, mode, global_scale));
-}
-
-Tensors quantize_meta(
-    const Tensor& w,
-    OptionalInt group_size,
-    OptionalInt bits,
-    std::string_view mode,
-    const OptionalTensor& global_scale) {
-  return QuantizeProblem::meta(w, group_size, bits, mode, global_scale);
+// Without the name of a GPU, what runs on this CPU.
+template <typename Problem>
+std::string explain(const Problem& problem, std::string_view gpu, int64_t macos) {
+  if (gpu.empty()) {
+    TORCH_CHECK_VALUE(
+        !problem.device().is_meta(),
+        "[explain] the tensors are on device meta, so a GPU must be named: \"applegpu_g16s\".");
+    return cpu::describe();
+  }
+  return metal::explain(problem, {metal::GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
 }
 
 // --- The explicit ops: one fixed form each of the two products, and the same on every device ------------------------
@@ -296,27 +196,44 @@ Tensor affine_gather_qmm_rhs_nax(
       .squeeze(1);
 }
 
+void implement_explain(torch::Library& m) {
+  m.impl("explain_quantize", adapters::explain_quantize<explain<QuantizeProblem>>);
+  m.impl("explain_dequantize", adapters::explain_dequantize<explain<DequantizeProblem>>);
+  m.impl("explain_quantized_matmul", adapters::explain_quantized_matmul<explain<MatmulProblem>>);
+  m.impl("explain_gather_qmm", adapters::explain_gather_qmm<explain<GatherProblem>>);
+}
+
 }  // namespace
 }  // namespace quantization_mlx
 
 using namespace quantization_mlx;
 
 TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
-  m.def(
-      "quantize(Tensor w, int? group_size=None, int? bits=None, str mode='affine', *, Tensor? global_scale=None) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "dequantize(Tensor w, Tensor scales, Tensor? biases=None, int? group_size=None, int? bits=None, "
-      "str mode='affine', Tensor? global_scale=None, ScalarType? dtype=None) -> Tensor");
+  // Every op has a twin that runs nothing and tells, in JSON, what would run on this device or on the named GPU.
+  const auto define_with_twin = [&m](const std::string& name, const std::string& arguments, const char* result) {
+    m.def((name + "(" + arguments + ") -> " + result).c_str());
+    m.def(("explain_" + name + "(" + arguments + ", str gpu='', int macos=0) -> str").c_str());
+  };
+  define_with_twin(
+      "quantize", "Tensor w, int? group_size=None, int? bits=None, str mode='affine', *, Tensor? global_scale=None",
+      "(Tensor, Tensor, Tensor)");
+  define_with_twin(
+      "dequantize",
+      "Tensor w, Tensor scales, Tensor? biases=None, int? group_size=None, int? bits=None, str mode='affine', "
+      "Tensor? global_scale=None, ScalarType? dtype=None",
+      "Tensor");
   // `op` is the name that errors carry: the explicit ops below are these two under other names.
-  m.def(
-      "quantized_matmul(Tensor x, Tensor w, Tensor scales, Tensor? biases=None, bool transpose=True, "
-      "int? group_size=None, int? bits=None, str mode='affine', *, Tensor? global_scale=None, "
-      "str op='quantized_matmul') -> Tensor");
-  m.def(
-      "gather_qmm(Tensor x, Tensor w, Tensor scales, Tensor? biases=None, Tensor? lhs_indices=None, "
-      "Tensor? rhs_indices=None, bool transpose=True, int? group_size=None, int? bits=None, str mode='affine', "
-      "Tensor? global_scale=None, *, bool sorted_indices=False, str op='gather_qmm') -> Tensor");
+  define_with_twin(
+      "quantized_matmul",
+      "Tensor x, Tensor w, Tensor scales, Tensor? biases=None, bool transpose=True, int? group_size=None, "
+      "int? bits=None, str mode='affine', *, Tensor? global_scale=None, str op='quantized_matmul'",
+      "Tensor");
+  define_with_twin(
+      "gather_qmm",
+      "Tensor x, Tensor w, Tensor scales, Tensor? biases=None, Tensor? lhs_indices=None, Tensor? rhs_indices=None, "
+      "bool transpose=True, int? group_size=None, int? bits=None, str mode='affine', Tensor? global_scale=None, *, "
+      "bool sorted_indices=False, str op='gather_qmm'",
+      "Tensor");
 
   const std::string affine =
       "(Tensor x, Tensor w, Tensor scales, Tensor biases, int group_size=128, int bits=4) -> Tensor";
@@ -349,17 +266,19 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
-  m.impl("quantize", quantize_cpu);
-  m.impl("dequantize", dequantize_cpu);
-  m.impl("quantized_matmul", quantized_matmul_cpu);
-  m.impl("gather_qmm", gather_qmm_cpu);
+  m.impl("quantize", adapters::quantize<cpu::quantize>);
+  m.impl("dequantize", adapters::dequantize<cpu::dequantize>);
+  m.impl("quantized_matmul", adapters::quantized_matmul<cpu::quantized_matmul>);
+  m.impl("gather_qmm", adapters::gather_qmm<cpu::gather_qmm>);
+  implement_explain(m);
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Meta, m) {
-  m.impl("quantize", quantize_meta);
-  m.impl("dequantize", dequantize_meta);
-  m.impl("quantized_matmul", quantized_matmul_meta);
-  m.impl("gather_qmm", gather_qmm_meta);
+  m.impl("quantize", adapters::quantize_meta);
+  m.impl("dequantize", adapters::dequantize_meta);
+  m.impl("quantized_matmul", adapters::quantized_matmul_meta);
+  m.impl("gather_qmm", adapters::gather_qmm_meta);
+  implement_explain(m);
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {

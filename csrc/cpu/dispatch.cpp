@@ -295,6 +295,8 @@ const Kernels& kernels() {
   return best;
 }
 
+std::string describe() { return std::string(R"({"device": "cpu", "instruction_set": ")") + kernels().name + R"("})"; }
+
 Tensor quantized_matmul(const MatmulProblem& problem) {
   Tensor y = empty_result(problem);
   if (y.numel() == 0) {

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
 #include <tuple>
 
 #include "../problem.h"
@@ -16,5 +17,8 @@ at::Tensor gather_qmm(const GatherProblem& problem);
 at::Tensor dequantize(const DequantizeProblem& problem);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const QuantizeProblem& problem);
+
+// The instruction set of the kernels, as JSON: {"device": "cpu", "instruction_set": ...}
+std::string describe();
 
 }  // namespace quantization_mlx::cpu

@@ -24,6 +24,7 @@ from .ops import (
     quantize,
     quantized_matmul,
 )
+from .plans import explain
 
 __all__ = [
     "QuantizedEmbedding",
@@ -35,6 +36,7 @@ __all__ = [
     "affine_qmm_t_nax",
     "affine_qmv",
     "dequantize",
+    "explain",
     "gather_qmm",
     "layers",
     "load_checkpoint",
