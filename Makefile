@@ -11,7 +11,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip
 export PROMPT
 
-.PHONY: help setup build demo test lint format clean
+.PHONY: help setup build demo test bench lint format clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
 
 test: $(VENV)/.with-demo $(VENV)/.with-test build ## runs the tests
 	$(bin)/python -m pytest
+
+bench: $(VENV)/.with-demo build ## times the kernels of this machine's GPU, or else CPU, against what else there is
+	$(bin)/python benchmarks/$(if $(filter Darwin,$(shell uname)),mps,cpu).py
 
 lint: $(VENV)/.with-lint ## checks style
 	$(bin)/ruff check .
