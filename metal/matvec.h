@@ -1,147 +1,46 @@
 // Products of one to twelve rows of x with a quantized matrix, plain and gathered.
 //
-// matvec_transposed: y = x @ w.T, w [N, K], groups along K.
+// qmv: y = x @ w.T, w [N, K], groups along K.
 //
-//   simdgroup:  lane =  0  1  2 ... 7 | 8  9 ... 15 | 16 ... 23 | 24 ... 31
-//               run  =  0  1  2 ... 7 | 0  1 ...  7 |  0 ...  7 |  0 ...  7   then the next eight runs, along K
-//               row of w:     n       |    n + 1    |   n + 2   |   n + 3     and n + 4, n + 5, ... in further
-//               registers
+//   simdgroup:  lane         0  1  2 ... 7 | 8  9 ... 15 | 16 ... 23 | 24 ... 31
+//               run of 32    0  1  2 ... 7 | 0  1 ...  7 |  0 ...  7 |  0 ...  7   then the next eight, along K
+//               row of w           n       |    n + 1    |   n + 2   |   n + 3     with n + 4, ... in more registers
 //
 // Eight lanes read eight runs of one row of w: at 4 bits a whole 128-byte line, 16 bytes a lane. The four groups of
 // eight read the same x, so one line of x serves all of their rows of w, and one chunk of x in registers serves the
 // further ones. Each pair of a row of x and a row of w has an accumulator of its own, so no addition waits for another.
 // A run of w is loaded and unpacked once, for all rows of x. At the end three shuffles add up eight lanes.
 //
-// matvec_plain: y = x @ w, w [K, N], groups along N.
+// qvm of one row: y = x @ w, w [K, N], groups along N.
 //
-//   simdgroup:  lane =  0  1  2 ... 7 | 8  9 ... 15 | 16 ... 23 | 24 ... 31
-//               run  =  0  1  2 ... 7 | 0  1 ...  7 |  0 ...  7 |  0 ...  7   along N: 256 columns
-//               row of w:     k       |    k + 1    |   k + 2   |   k + 3     then on by 4 * simdgroups, along K
+//   simdgroup:  lane         0  1  2 ... 7 | 8  9 ... 15 | 16 ... 23 | 24 ... 31
+//               run of 32    0  1  2 ... 7 | 0  1 ...  7 |  0 ...  7 |  0 ...  7   along N: 256 columns
+//               row of w           k       |    k + 1    |   k + 2   |   k + 3     then on by 4 * simdgroups, along K
 //
-// A lane keeps its 32 columns to the end: two shuffles then add up the four rows, and threadgroup memory the
-// simdgroups.
+// A lane keeps its 32 columns to the end: shuffles then add up the four rows, and threadgroup memory the simdgroups.
+//
+// qvm of up to eight rows: the 256 columns are one row of w in one simdgroup, eight columns to a lane.
+//
+//   simdgroup:  lane         0       1        2        3   ...     31
+//               columns   [0, 8)  [8, 16) [16, 24) [24, 32)   [248, 256)          of rows k, k + 1, ... at once
+//
+// So a lane has eight accumulators for each row of x, which is what its registers hold, and unpacks each weight once
+// for all of them; at 4 bits the simdgroup reads whole lines as before. All lanes want the same values of x: the loads
+// of a simdgroup are one address.
 //
 // Split-K: part p of the y dimension takes its share of K and writes float32 partial sums; sum_parts adds them up.
 #pragma once
 
 #include <metal_stdlib>
 
-#include "../csrc/metal/launch.h"
-#include "dequantize.h"
+#include "operands.h"
 
 #pragma METAL fp math_mode(safe)
 
 namespace quantization_mlx {
 
-constant bool aligned_outputs [[function_constant(QUANTIZATION_MLX_ALIGNED_OUTPUTS)]];
-constant bool aligned_weights [[function_constant(QUANTIZATION_MLX_ALIGNED_WEIGHTS)]];
-constant bool aligned_x [[function_constant(QUANTIZATION_MLX_ALIGNED_X)]];
-constant bool has_global_scale [[function_constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE)]];
-constant bool has_lhs_indices [[function_constant(QUANTIZATION_MLX_HAS_LHS_INDICES)]];
-constant bool has_rhs_indices [[function_constant(QUANTIZATION_MLX_HAS_RHS_INDICES)]];
-
-static constant constexpr const int matvec_simdgroups = 2;
-static constant constexpr const int plain_simdgroups = 4;
 static constant constexpr const int lanes_along_runs = 8;
 static constant constexpr const int lanes_across_runs = 4;
-
-// Rows of w to a lane: independent accumulators for few rows of x, registers for many.
-inline constexpr int outputs_per_lane(int rows) { return rows == 1 || rows > 8 ? 2 : 4; }
-
-// --- Which matrices ------------------------------------------------------------------------------------------------
-
-// The operands of one position of the batch, moved to their matrices.
-template <typename T, typename Scale>
-struct Operands {
-  const device T* x;
-  const device uint* w;
-  const device Scale* scales;
-  const device Scale* biases;
-  float factor;  // of all scales
-};
-
-inline long batch_offset(constant BatchStrides& strides, long outer, long inner) {
-  return outer * strides.outer + inner * strides.inner;
-}
-
-inline float factor_at(const device float* global_scale, long offset) {
-  return has_global_scale ? nvfp4_decode_factor(global_scale[offset]) : 1.0f;
-}
-
-template <Mode mode, typename T, typename Scale>
-inline Operands<T, Scale> batch_operands(
-    const device T* x,
-    const device uint* w,
-    const device Scale* scales,
-    const device Scale* biases,
-    const device float* global_scale,
-    constant MatvecParams& params,
-    uint position) {
-  const long outer = position / static_cast<uint>(params.inner_size);
-  const long inner = position % static_cast<uint>(params.inner_size);
-  Operands<T, Scale> result;
-  result.x = x + batch_offset(params.x, outer, inner);
-  result.w = w + batch_offset(params.w, outer, inner);
-  result.scales = scales + batch_offset(params.scales, outer, inner);
-  result.biases = has_biases(mode) ? biases + batch_offset(params.biases, outer, inner) : biases;
-  result.factor = factor_at(global_scale, batch_offset(params.global_scale, outer, inner));
-  return result;
-}
-
-// An index of one or two words, or UINT_MAX where it is negative or beyond 32 bits.
-inline uint read_index(const device uint* indices, int words, long position) {
-  const uint low = indices[position * words];
-  return words == 2 && indices[position * 2 + 1] != 0u ? 0xFFFFFFFFu : low;
-}
-
-// False where an index is out of range; then the operands are not to be read.
-template <Mode mode, typename T, typename Scale>
-inline bool gather_operands(
-    const device T* x,
-    const device uint* w,
-    const device Scale* scales,
-    const device Scale* biases,
-    const device float* global_scale,
-    const device uint* lhs_indices,
-    const device uint* rhs_indices,
-    constant GatherParams& params,
-    uint position,
-    thread Operands<T, Scale>& result) {
-  constant MatvecParams& matvec = params.matvec;
-  const long outer = position / static_cast<uint>(matvec.inner_size);
-  const long inner = position % static_cast<uint>(matvec.inner_size);
-  const long lhs_position = batch_offset(params.lhs_indices, outer, inner);
-  const long rhs_position = batch_offset(params.rhs_indices, outer, inner);
-  const uint lhs =
-      has_lhs_indices ? read_index(lhs_indices, params.lhs_words, lhs_position) : static_cast<uint>(lhs_position);
-  const uint rhs =
-      has_rhs_indices ? read_index(rhs_indices, params.rhs_words, rhs_position) : static_cast<uint>(rhs_position);
-  if (lhs >= static_cast<uint>(params.lhs_count) || rhs >= static_cast<uint>(params.rhs_count)) {
-    return false;
-  }
-  result.x = x + lhs * matvec.x.outer;
-  result.w = w + rhs * matvec.w.outer;
-  result.scales = scales + rhs * matvec.scales.outer;
-  result.biases = has_biases(mode) ? biases + rhs * matvec.biases.outer : biases;
-  result.factor = factor_at(global_scale, rhs * matvec.global_scale.outer);
-  return true;
-}
-
-// Where y of one position and part begins.
-template <typename Y>
-inline device Y* output_at(device Y* y, constant MatvecParams& params, uint part, uint position) {
-  const long matrix = static_cast<long>(position) * params.parts + part;
-  return y + matrix * params.rows * params.n;
-}
-
-template <typename Y>
-inline void write_nan(device Y* y, constant MatvecParams& params, int first, int end, int thread_index, int threads) {
-  for (int row = 0; row < params.rows; ++row) {
-    for (int column = first + thread_index; column < min(end, params.n); column += threads) {
-      y[static_cast<long>(row) * params.n + column] = static_cast<Y>(as_type<float>(0x7FC00000u));
-    }
-  }
-}
 
 // --- Transposed ----------------------------------------------------------------------------------------------------
 
@@ -150,11 +49,11 @@ inline void write_nan(device Y* y, constant MatvecParams& params, int first, int
 template <typename T, Mode mode, int group_size, int bits, int rows, int chunks, typename Scale>
 inline void accumulate_run(
     Operands<T, Scale> operands,
-    constant MatvecParams& params,
+    constant ProductParams& params,
     int run,
     int first,
     thread float* sums) {
-  constexpr int outputs = outputs_per_lane(rows);
+  constexpr int outputs = qmv_outputs_per_lane(rows);
   constexpr int words = bits * chunks / 4;
   constexpr int span = group_size < run_elements ? group_size / chunk_elements : chunks;  // chunks with one scale
   constexpr int spans = chunks / span;
@@ -205,7 +104,8 @@ inline void accumulate_run(
       for (int m = 0; m < rows; ++m) {
         // An instance for more rows than there are repeats the last one, and does not write it.
         const int row = rows == 1 ? 0 : min(m, params.rows - 1);
-        load_chunk(x + row * params.x_row_stride + chunk * chunk_elements, aligned_x, activations + m * chunk_elements);
+        load_values<chunk_elements>(
+            x + row * params.x_row_stride + chunk * chunk_elements, aligned_x, activations + m * chunk_elements);
       }
       if (rows == 1 && has_biases(mode)) {
 #pragma unroll
@@ -246,18 +146,18 @@ inline void accumulate_run(
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Scale, typename Y>
 inline void matvec_transposed(
     Operands<T, Scale> operands,
-    constant MatvecParams& params,
+    constant ProductParams& params,
     device Y* y,
     uint block,
     uint part,
     uint simdgroup,
     uint lane) {
-  constexpr int outputs = outputs_per_lane(rows);
+  constexpr int outputs = qmv_outputs_per_lane(rows);
   const int lane_run = lane % lanes_along_runs;
-  const int first = (block * matvec_simdgroups + simdgroup) * (lanes_across_runs * outputs) + lane / lanes_along_runs;
+  const int first = (block * qmv_simdgroups() + simdgroup) * (lanes_across_runs * outputs) + lane / lanes_along_runs;
   const int runs = params.k / run_elements;
-  const int begin = part * params.part_steps;
-  const int end = min(runs, begin + params.part_steps);
+  const int begin = part * (params.part_k / run_elements);
+  const int end = min(runs, begin + params.part_k / run_elements);
 
   float sums[rows * outputs];
 #pragma unroll
@@ -296,13 +196,13 @@ template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
     const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
     const device float* global_scale [[buffer(4)]],
     device Y* y [[buffer(5)]],
-    constant MatvecParams& params [[buffer(6)]],
+    constant ProductParams& params [[buffer(6)]],
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   matvec_transposed<T, mode, group_size, bits, rows>(
       batch_operands<mode>(x, w, scales, biases, global_scale, params, threadgroup_index.z), params,
-      output_at(y, params, threadgroup_index.y, threadgroup_index.z), threadgroup_index.x, threadgroup_index.y,
+      batch_output(y, params, threadgroup_index.y, threadgroup_index.z), threadgroup_index.x, threadgroup_index.y,
       simdgroup, lane);
 }
 
@@ -315,112 +215,250 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
     const device float* global_scale [[buffer(4)]],
     device T* y [[buffer(5)]],
     constant GatherParams& params [[buffer(6)]],
-    const device uint* lhs_indices [[buffer(7)]],
-    const device uint* rhs_indices [[buffer(8)]],
+    const device long* lhs_indices [[buffer(7)]],
+    const device long* rhs_indices [[buffer(8)]],
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   Operands<T, typename ScaleOf<mode, T>::type> operands;
   const bool valid = gather_operands<mode>(
       x, w, scales, biases, global_scale, lhs_indices, rhs_indices, params, threadgroup_index.z, operands);
-  device T* out = output_at(y, params.matvec, threadgroup_index.y, threadgroup_index.z);
+  device T* out = y + threadgroup_index.z * params.product.y.outer;
   if (!valid) {
-    const int block = matvec_simdgroups * lanes_across_runs * outputs_per_lane(rows);
+    const int block = qmv_columns(rows);
     const int first = threadgroup_index.x * block;
-    write_nan(out, params.matvec, first, first + block, simdgroup * 32 + lane, matvec_simdgroups * 32);
+    write_nan(
+        out, params.product, 0, params.product.rows, first, first + block, simdgroup * 32 + lane,
+        qmv_simdgroups() * 32);
     return;
   }
   matvec_transposed<T, mode, group_size, bits, rows>(
-      operands, params.matvec, out, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
+      operands, params.product, out, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
 }
 
 // --- Not transposed ------------------------------------------------------------------------------------------------
 
-static constant constexpr const int plain_block = lanes_along_runs * run_elements;  // columns of a threadgroup
+// One row: adds the product of row k of w, 32 columns of it, to the sums; their biases count for all columns alike, and
+// are summed on their own.
+template <Mode mode, int group_size, int bits, typename T, typename Scale>
+inline void accumulate_run_of_columns(
+    Operands<T, Scale> operands,
+    constant ProductParams& params,
+    int k,
+    int column,
+    thread float* sums,
+    thread float& bias_sum) {
+  constexpr int span = group_size < run_elements ? group_size / chunk_elements : 4;  // chunks with one scale
+  const int columns = params.n - column;  // 32 or more, or in nvfp4 16
+  const long row_words = static_cast<long>(params.n / 16) * bits / 2;
+  const long first_group = k * static_cast<long>(params.n / group_size) + column / group_size;
+  const device uint* source = operands.w + k * row_words + column / run_elements * bits;
+  uint packed[bits];
+  if (group_size >= run_elements || columns >= run_elements) {
+    load_words<bits>(source, aligned_weights, packed);
+  } else {
+#pragma unroll
+    for (int i = 0; i < bits; ++i) {
+      packed[i] = i < bits / 2 ? source[i] : 0u;
+    }
+  }
+  const float activation = static_cast<float>(operands.x[k]);
+  bias_sum = fma(decode_bias<mode>(operands.biases, first_group), activation, bias_sum);
+#pragma unroll
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    if (group_size >= run_elements || chunk * chunk_elements < columns) {
+      const float scale = decode_scale<mode>(operands.scales[first_group + chunk / span]) * activation;
+      float weights[chunk_elements];
+      decode_chunk<mode, bits>(packed, chunk, weights);
+#pragma unroll
+      for (int i = 0; i < chunk_elements; ++i) {
+        sums[chunk * chunk_elements + i] = fma(weights[i], scale, sums[chunk * chunk_elements + i]);
+      }
+    }
+  }
+}
 
-// shared: plain_simdgroups - 1 times plain_block floats.
-template <typename T, Mode mode, int group_size, int bits, typename Scale, typename Y>
+// Lanes whose numbers differ in bit `mask` have sums of the same `count` columns. Each adds the other's to its own for
+// half of them, the `upper` lane for the second half: what is given away need not be added twice.
+template <int count>
+inline void share_columns(ushort mask, bool upper, thread float* sums) {
+#pragma unroll
+  for (int i = 0; i < count / 2; ++i) {
+    const float kept = upper ? sums[count / 2 + i] : sums[i];
+    const float given = upper ? sums[i] : sums[count / 2 + i];
+    sums[i] = kept + simd_shuffle_xor(given, mask);
+  }
+}
+
+// The sums of eight columns from `lane_column` on of the 256 of this block, for one row. Lanes eight apart read every
+// fourth row of w, and in the end have a quarter of their 32 columns each.
+template <Mode mode, int group_size, int bits, typename T, typename Scale>
+inline void sum_one_row(
+    Operands<T, Scale> operands,
+    constant ProductParams& params,
+    int first_column,
+    int begin,
+    int end,
+    uint simdgroup,
+    uint lane,
+    thread float* chunk_sums,
+    thread int& lane_column) {
+  const int run = lane % lanes_along_runs;
+  const int column = first_column + run * run_elements;
+  float sums[run_elements];
+#pragma unroll
+  for (int i = 0; i < run_elements; ++i) {
+    sums[i] = 0.0f;
+  }
+  float bias_sum = 0.0f;
+  if (aligned_outputs || column < params.n) {
+    const int stride = lanes_across_runs * qvm_simdgroups();
+    for (int k = begin + simdgroup * lanes_across_runs + lane / lanes_along_runs; k < end; k += stride) {
+      accumulate_run_of_columns<mode, group_size, bits>(operands, params, k, column, sums, bias_sum);
+    }
+  }
+  share_columns<run_elements>(16, (lane & 16) != 0, sums);
+  share_columns<run_elements / 2>(8, (lane & 8) != 0, sums);
+  bias_sum += simd_shuffle_xor(bias_sum, 16);
+  bias_sum += simd_shuffle_xor(bias_sum, 8);
+#pragma unroll
+  for (int i = 0; i < chunk_elements; ++i) {
+    chunk_sums[i] = sums[i] + bias_sum;
+  }
+  lane_column = run * run_elements + (lane / 16 * 2 + lane / 8 % 2) * chunk_elements;
+}
+
+// Several rows: adds the products of rows k to k + count - 1 of w, all of one chunk of columns, to sums[8 * m + i].
+template <Mode mode, int group_size, int bits, int rows, int count, typename T, typename Scale>
+inline void accumulate_columns(
+    Operands<T, Scale> operands,
+    constant ProductParams& params,
+    int k,
+    int column,
+    thread float* sums) {
+  const long row_bytes = static_cast<long>(params.n / 16) * (2 * bits);
+  const long row_groups = params.n / group_size;
+  uint packed[count * 2];
+  float scales[count];
+  float biases[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const device uchar* source = (const device uchar*)operands.w + (k + i) * row_bytes + column / chunk_elements * bits;
+    load_chunk_codes<bits>(source, aligned_weights, packed + 2 * i);
+    const long group = (k + i) * row_groups + column / group_size;
+    scales[i] = decode_scale<mode>(operands.scales[group]);
+    biases[i] = decode_bias<mode>(operands.biases, group);
+  }
+  float activations[rows * count];
+#pragma unroll
+  for (int m = 0; m < rows; ++m) {
+    // An instance for more rows than there are repeats the last one, and does not write it.
+    const device T* x = operands.x + min(m, params.rows - 1) * params.x_row_stride + k;
+    load_values<count>(x, aligned_x, activations + m * count);
+  }
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    float weights[chunk_elements];
+    decode_chunk<mode, bits>(packed + 2 * i, 0, weights);
+#pragma unroll
+    for (int j = 0; j < chunk_elements; ++j) {
+      const float weight = fma(weights[j], scales[i], biases[i]);
+#pragma unroll
+      for (int m = 0; m < rows; ++m) {
+        sums[m * chunk_elements + j] = fma(weight, activations[m * count + i], sums[m * chunk_elements + j]);
+      }
+    }
+  }
+}
+
+// As sum_one_row, for `rows` rows: sums[8 * m + i]. All lanes of a simdgroup read one row of w.
+template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
+inline void sum_rows(
+    Operands<T, Scale> operands,
+    constant ProductParams& params,
+    int first_column,
+    int begin,
+    int end,
+    uint simdgroup,
+    uint lane,
+    thread float* sums,
+    thread int& lane_column) {
+  constexpr int count = rows > 4 ? 2 : 4;  // rows of w in flight, as far as the registers go
+  lane_column = lane * chunk_elements;
+  const int column = first_column + lane_column;
+#pragma unroll
+  for (int i = 0; i < rows * chunk_elements; ++i) {
+    sums[i] = 0.0f;
+  }
+  if (aligned_outputs || column < params.n) {
+    int k = begin + static_cast<int>(simdgroup) * count;
+    for (; k + count <= end; k += qvm_simdgroups() * count) {
+      accumulate_columns<mode, group_size, bits, rows, count>(operands, params, k, column, sums);
+    }
+    for (; k < end; ++k) {  // of the last ones, fewer than count
+      accumulate_columns<mode, group_size, bits, rows, 1>(operands, params, k, column, sums);
+    }
+  }
+}
+
+// Rows of y that the simdgroups add up in threadgroup memory at a time.
+inline constexpr int rows_at_once(int rows) { return rows == 1 ? 1 : 2; }
+inline constexpr int qvm_memory(int rows) { return rows_at_once(rows) * qvm_simdgroups() * qvm_columns(); }
+
+// shared: qvm_memory(rows) floats.
+template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale, typename Y>
 inline void matvec_plain(
     Operands<T, Scale> operands,
-    constant MatvecParams& params,
+    constant ProductParams& params,
     device Y* y,
     threadgroup float* shared,
     uint block,
     uint part,
     uint simdgroup,
     uint lane) {
-  constexpr int span = group_size < run_elements ? group_size / chunk_elements : 4;  // chunks with one scale
-  const int run = block * lanes_along_runs + lane % lanes_along_runs;
-  const int column = run * run_elements;
-  const int columns = min(run_elements, params.n - column);  // 32, or 16 at the end of a row in nvfp4, or less than 1
-  const long row_words = static_cast<long>(params.n / 16) * bits / 2;
-  const long row_groups = params.n / group_size;
-  const int begin = part * params.part_steps;
-  const int end = min(params.k, begin + params.part_steps);
+  const int first_column = block * qvm_columns();
+  const int begin = part * params.part_k;
+  const int end = min(params.k, begin + params.part_k);
+  float sums[rows * chunk_elements];
+  int lane_column;
+  if (rows == 1) {
+    sum_one_row<mode, group_size, bits>(operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
+  } else {
+    sum_rows<mode, group_size, bits, rows>(
+        operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
+  }
 
-  float sums[run_elements];
 #pragma unroll
-  for (int i = 0; i < run_elements; ++i) {
-    sums[i] = 0.0f;
-  }
-  if (columns > 0) {
-    const int stride = lanes_across_runs * plain_simdgroups;
-    for (int k = begin + simdgroup * lanes_across_runs + lane / lanes_along_runs; k < end; k += stride) {
-      uint packed[bits];
-      const device uint* source = operands.w + k * row_words + run * bits;
-      if (group_size >= run_elements || columns == run_elements) {
-        load_words<bits>(source, aligned_weights, packed);
-      } else {
+  for (int first = 0; first < rows; first += rows_at_once(rows)) {
+    if (first > 0) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows before have been added up
+    }
 #pragma unroll
-        for (int i = 0; i < bits; ++i) {
-          packed[i] = i < bits / 2 ? source[i] : 0u;
-        }
-      }
-      const float activation = static_cast<float>(operands.x[k]);
+    for (int m = 0; m < rows_at_once(rows); ++m) {
 #pragma unroll
-      for (int chunk = 0; chunk < 4; ++chunk) {
-        if (chunk * chunk_elements < columns) {
-          const long group = k * row_groups + column / group_size + chunk / span;
-          const float scale = decode_scale<mode>(operands.scales[group]) * activation;
-          const float bias = decode_bias<mode>(operands.biases, group) * activation;
-          float weights[chunk_elements];
-          decode_chunk<mode, bits>(packed, chunk, weights);
-#pragma unroll
-          for (int i = 0; i < chunk_elements; ++i) {
-            sums[chunk * chunk_elements + i] = fma(weights[i], scale, sums[chunk * chunk_elements + i] + bias);
-          }
-        }
+      for (int i = 0; i < chunk_elements; ++i) {
+        shared[(m * qvm_simdgroups() + simdgroup) * qvm_columns() + lane_column + i] =
+            sums[(first + m) * chunk_elements + i];
       }
     }
-  }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
-  for (int i = 0; i < run_elements; ++i) {
-    sums[i] += simd_shuffle_xor(sums[i], 8);
-    sums[i] += simd_shuffle_xor(sums[i], 16);
-  }
-  const int slot = lane * run_elements;  // of the lanes 0 to 7, which hold all the columns
-  if (simdgroup > 0 && lane < lanes_along_runs) {
+    for (int m = 0; m < rows_at_once(rows); ++m) {
+      for (int i = simdgroup * 32 + lane; i < qvm_columns(); i += qvm_simdgroups() * 32) {
+        float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < run_elements; ++i) {
-      shared[(simdgroup - 1) * plain_block + slot + i] = sums[i];
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (simdgroup == 0 && lane < lanes_along_runs) {
-#pragma unroll
-    for (int i = 0; i < run_elements; ++i) {
-#pragma unroll
-      for (int s = 0; s < plain_simdgroups - 1; ++s) {
-        sums[i] += shared[s * plain_block + slot + i];
-      }
-      if (i < columns) {
-        y[column + i] = static_cast<Y>(sums[i] * operands.factor);
+        for (int s = 0; s < qvm_simdgroups(); ++s) {
+          sum += shared[(m * qvm_simdgroups() + s) * qvm_columns() + i];
+        }
+        if (first + m < params.rows && (aligned_outputs || first_column + i < params.n)) {
+          y[static_cast<long>(first + m) * params.n + first_column + i] = static_cast<Y>(sum * operands.factor);
+        }
       }
     }
   }
 }
 
-template <typename T, Mode mode, int group_size, int bits, typename Y>
+template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
 [[kernel]] void qvm(
     const device T* x [[buffer(0)]],
     const device uint* w [[buffer(1)]],
@@ -428,18 +466,18 @@ template <typename T, Mode mode, int group_size, int bits, typename Y>
     const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
     const device float* global_scale [[buffer(4)]],
     device Y* y [[buffer(5)]],
-    constant MatvecParams& params [[buffer(6)]],
+    constant ProductParams& params [[buffer(6)]],
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared[(plain_simdgroups - 1) * plain_block];
-  matvec_plain<T, mode, group_size, bits>(
+  threadgroup float shared[qvm_memory(rows)];
+  matvec_plain<mode, group_size, bits, rows>(
       batch_operands<mode>(x, w, scales, biases, global_scale, params, threadgroup_index.z), params,
-      output_at(y, params, threadgroup_index.y, threadgroup_index.z), shared, threadgroup_index.x, threadgroup_index.y,
-      simdgroup, lane);
+      batch_output(y, params, threadgroup_index.y, threadgroup_index.z), shared, threadgroup_index.x,
+      threadgroup_index.y, simdgroup, lane);
 }
 
-template <typename T, Mode mode, int group_size, int bits>
+template <typename T, Mode mode, int group_size, int bits, int rows>
 [[kernel]] void gather_qvm(
     const device T* x [[buffer(0)]],
     const device uint* w [[buffer(1)]],
@@ -448,27 +486,28 @@ template <typename T, Mode mode, int group_size, int bits>
     const device float* global_scale [[buffer(4)]],
     device T* y [[buffer(5)]],
     constant GatherParams& params [[buffer(6)]],
-    const device uint* lhs_indices [[buffer(7)]],
-    const device uint* rhs_indices [[buffer(8)]],
+    const device long* lhs_indices [[buffer(7)]],
+    const device long* rhs_indices [[buffer(8)]],
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared[(plain_simdgroups - 1) * plain_block];
+  threadgroup float shared[qvm_memory(rows)];
   Operands<T, typename ScaleOf<mode, T>::type> operands;
   const bool valid = gather_operands<mode>(
       x, w, scales, biases, global_scale, lhs_indices, rhs_indices, params, threadgroup_index.z, operands);
-  device T* out = output_at(y, params.matvec, threadgroup_index.y, threadgroup_index.z);
+  device T* out = y + threadgroup_index.z * params.product.y.outer;
   if (!valid) {
-    const int first = threadgroup_index.x * plain_block;
-    write_nan(out, params.matvec, first, first + plain_block, simdgroup * 32 + lane, plain_simdgroups * 32);
+    const int first = threadgroup_index.x * qvm_columns();
+    write_nan(
+        out, params.product, 0, params.product.rows, first, first + qvm_columns(), simdgroup * 32 + lane,
+        qvm_simdgroups() * 32);
     return;
   }
-  matvec_plain<T, mode, group_size, bits>(
-      operands, params.matvec, out, shared, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
+  matvec_plain<mode, group_size, bits, rows>(
+      operands, params.product, out, shared, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
 }
 
-// --- Split-K
-// ----------------------------------------------------------------------------------------------------------
+// --- Split-K ------------------------------------------------------------------------------------------------------
 
 // One thread per element of y, x dimension: size, y dimension: batch. The order of the additions is fixed.
 template <typename T>

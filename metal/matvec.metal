@@ -28,16 +28,27 @@ using namespace quantization_mlx;
   INSTANTIATE(                                                                                                    \
       KERNEL_NAME(mode, "gather_qmv", name, group_size, bits), gather_qmv<type, Mode::mode, group_size, bits, 1>) \
   GATHER_QMV_ROWS(mode, name, type, group_size, bits, 4)                                                          \
-  GATHER_QMV_ROWS(mode, name, type, group_size, bits, 8)
+  GATHER_QMV_ROWS(mode, name, type, group_size, bits, 8)                                                          \
+  GATHER_QMV_ROWS(mode, name, type, group_size, bits, 12)
 #define GATHER_QMV_ROWS(mode, name, type, group_size, bits, rows)             \
   INSTANTIATE(                                                                \
       KERNEL_NAME(mode, "gather_qmv", name, group_size, bits) "_rows_" #rows, \
       gather_qmv<type, Mode::mode, group_size, bits, rows>)
 
-#define QVM(mode, name, type, group_size, bits)                                                                        \
-  INSTANTIATE(KERNEL_NAME(mode, "qvm", name, group_size, bits), qvm<type, Mode::mode, group_size, bits, type>)         \
-  INSTANTIATE(KERNEL_NAME(mode, "qvm_splitk", name, group_size, bits), qvm<type, Mode::mode, group_size, bits, float>) \
-  INSTANTIATE(KERNEL_NAME(mode, "gather_qvm", name, group_size, bits), gather_qvm<type, Mode::mode, group_size, bits>)
+// affine_qvm_float16_gs_64_b_4 and, for up to 4 or 8 rows, affine_qvm_float16_gs_64_b_4_rows_4
+#define QVM(mode, name, type, group_size, bits)              \
+  QVM_ROWS(mode, "", name, type, group_size, bits, 1)        \
+  QVM_ROWS(mode, "_rows_4", name, type, group_size, bits, 4) \
+  QVM_ROWS(mode, "_rows_8", name, type, group_size, bits, 8)
+#define QVM_ROWS(mode, suffix, name, type, group_size, bits, rows)                                                  \
+  INSTANTIATE(                                                                                                      \
+      KERNEL_NAME(mode, "qvm", name, group_size, bits) suffix, qvm<type, Mode::mode, group_size, bits, rows, type>) \
+  INSTANTIATE(                                                                                                      \
+      KERNEL_NAME(mode, "qvm_splitk", name, group_size, bits) suffix,                                               \
+      qvm<type, Mode::mode, group_size, bits, rows, float>)                                                         \
+  INSTANTIATE(                                                                                                      \
+      KERNEL_NAME(mode, "gather_qvm", name, group_size, bits) suffix,                                               \
+      gather_qvm<type, Mode::mode, group_size, bits, rows>)
 
 // sum_parts_float16
 #define ALL(name, type)                   \

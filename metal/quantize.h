@@ -122,7 +122,7 @@ template <typename T, Mode mode, int group_size, int bits>
   const bool writes_scale = inside && chunk % lanes == 0;
 
   float values[chunk_elements];
-  load_chunk(w + chunk * chunk_elements, quantize_aligned_x, values);
+  load_values<chunk_elements>(w + chunk * chunk_elements, quantize_aligned_x, values);
   float smallest = values[0];
   float largest = values[0];
 #pragma unroll

@@ -1,9 +1,15 @@
-"""Shared fixtures: the devices under test, the hypothesis profile, and the count of values compared with mlx."""
+"""Shared fixtures: the devices under test, the hypothesis profile, and the count of values compared with mlx.
+
+On a Mac, "mps" is its GPU. Elsewhere it is the software Metal device, once as a GPU without tensor operations and once
+as one with them; what that finds wrong fails the test in which it happened.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -16,7 +22,8 @@ from torch import Tensor
 import oracle
 
 # Every op test runs once for each of these.
-DEVICES = ("cpu",)
+SOFTWARE_GPUS = {"mps-g14": "applegpu_g14s", "mps-g17": "applegpu_g17s"}
+DEVICES = ("cpu", "mps") if sys.platform == "darwin" else ("cpu", *SOFTWARE_GPUS)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -24,8 +31,30 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 @pytest.fixture(params=DEVICES, scope="session")
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in SOFTWARE_GPUS:
+        yield request.param
+        return
+    from softmetal import mps
+
+    mps.install()
+    with mps.gpu(SOFTWARE_GPUS[request.param]):
+        yield "mps"
+
+
+@pytest.fixture(autouse=True)
+def no_error_of_the_software_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test during which the software Metal device found an error, also where the test expects exceptions."""
+    if "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu" or sys.platform == "darwin":
+        yield
+        return
+    from softmetal import mps
+
+    mps.clear()
+    yield
+    errors = mps.errors()
+    mps.clear()
+    assert not errors, "\n".join(errors)
 
 
 class Tally:
@@ -40,6 +69,14 @@ class Tally:
         self.compared[name] += differs.numel()
         self.mismatched[name] += int(differs.sum())
         oracle.assert_identical(ours, expected, what)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        return {name: (count, self.mismatched[name]) for name, count in self.compared.items()}
+
+    def add(self, counts: dict[str, tuple[int, int]]) -> None:
+        for name, (compared, mismatched) in counts.items():
+            self.compared[name] += compared
+            self.mismatched[name] += mismatched
 
     def lines(self) -> list[str]:
         return [
@@ -56,9 +93,31 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels_ci: fast tests that need the package's ops and nothing else")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The build of a variant, which runs kernels_ci alone, has no compiler for the software Metal device."""
+    if config.option.markexpr == "kernels_ci":
+        items[:] = [
+            item
+            for item in items
+            if getattr(item, "callspec", None) is None or item.callspec.params.get("device") not in SOFTWARE_GPUS
+        ]
+
+
 @pytest.fixture(scope="session")
 def tally(pytestconfig: pytest.Config) -> Tally:
     return pytestconfig.stash[_tally]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under pytest-xdist, a worker hands its counts over."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["tally"] = session.config.stash[_tally].counts()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    node.config.stash[_tally].add(getattr(node, "workeroutput", {}).get("tally", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -21,6 +22,13 @@ SOME_ROWS = (1, 2, 4, 7, 33)
 # Rows of w (any number) and groups along a row: N and K / group_size with transpose, K and N / group_size without.
 WEIGHTS = ((1, 1), (3, 3), (7, 5), (31, 1), (33, 3), (64, 8), (100, 5))
 LARGE_WEIGHTS = ((9, 67), (259, 3))
+# Which rows of x meet which weights. On "mps", where a software device checks every access: every kernel meets ragged
+# shapes, and a few whole and long ones; test_every_row_count has the rest.
+PRODUCTS = {
+    "cpu": {**dict.fromkeys(WEIGHTS, ROWS), **dict.fromkeys(LARGE_WEIGHTS, SOME_ROWS)},
+    "mps": {(33, 3): (0, 1, 2, 3, 5, 7, 9, 13, 17, 33), (64, 8): (1, 8, 33), (9, 67): (1, 4, 20), (1, 1): (1, 14)},
+}
+ONE_FORMAT_PER_WIDTH = tuple(Format("affine", 64, bits) for bits in (2, 3, 4, 5, 6, 8)) + FLOAT_FORMATS
 TRANSPOSE = pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "no-transpose"])
 NVFP4 = FLOAT_FORMATS[2]
 
@@ -70,18 +78,32 @@ class Products:
         return 2 * self.torch_error[:rows].max() + 2 * rounding + 4 * torch.finfo(torch.float32).eps * terms
 
 
+def assert_products(
+    weights: Quantized, transpose: bool, dtype: torch.dtype, device: str, row_counts: Iterable[int]
+) -> None:
+    products = Products(weights, transpose, dtype)
+    for rows in row_counts:
+        ours = multiply(products.x[:rows], weights, device, transpose)
+        assert ours.dtype == dtype
+        what = f"{weights.format} M {rows}, [K, N] {tuple(products.matrix.shape)}"
+        oracle.assert_within(ours, products.reference[:rows], products.bound(rows), what)
+
+
 @TRANSPOSE
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_product(device: str, format: Format, dtype: torch.dtype, transpose: bool) -> None:
-    for rows_of_w, groups in WEIGHTS + LARGE_WEIGHTS:
+    for (rows_of_w, groups), row_counts in PRODUCTS[device].items():
         weights = oracle.random_quantized(format, rows_of_w, groups * format.group_size, dtype=dtype)
-        products = Products(weights, transpose, dtype)
-        for rows in ROWS if (rows_of_w, groups) in WEIGHTS else SOME_ROWS:
-            ours = multiply(products.x[:rows], weights, device, transpose)
-            assert ours.dtype == dtype
-            what = f"M {rows}, [K, N] {tuple(products.matrix.shape)}"
-            oracle.assert_within(ours, products.reference[:rows], products.bound(rows), what)
+        assert_products(weights, transpose, dtype, device, row_counts)
+
+
+@TRANSPOSE
+@pytest.mark.parametrize("format", ONE_FORMAT_PER_WIDTH, ids=name_of)
+def test_every_row_count(device: str, format: Format, transpose: bool) -> None:
+    """One to forty rows, in which every kernel meets its fewest and its most."""
+    weights = oracle.random_quantized(format, 33, 3 * format.group_size, dtype=torch.float16)
+    assert_products(weights, transpose, torch.float16, device, range(1, 41))
 
 
 @TRANSPOSE

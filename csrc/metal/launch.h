@@ -1,4 +1,4 @@
-// What the host and the Metal shaders agree on for a launch: parameter structs, function constants and grid constants.
+// What the host and the Metal shaders agree on for a launch: parameter structs, function constants and tile sizes.
 // Valid C++ and valid MSL; every struct has the same layout in both, with the 64-bit fields first.
 #pragma once
 
@@ -9,14 +9,37 @@
 #endif
 
 // Function constants, all bool. Macros, because MSL wants literals as their indices.
-#define QUANTIZATION_MLX_ALIGNED_OUTPUTS 0  // N is a multiple of the outputs of one threadgroup
+#define QUANTIZATION_MLX_ALIGNED_OUTPUTS 0  // N is a multiple of the columns of one threadgroup
 #define QUANTIZATION_MLX_ALIGNED_WEIGHTS 1  // every run of packed weights starts at a multiple of its load width
 #define QUANTIZATION_MLX_ALIGNED_X 2  // every row of x starts at a multiple of 16 bytes
-#define QUANTIZATION_MLX_HAS_GLOBAL_SCALE 3  // nvfp4 with a global scale
-#define QUANTIZATION_MLX_HAS_LHS_INDICES 4  // gather: else the position in the index grid is the index
-#define QUANTIZATION_MLX_HAS_RHS_INDICES 5
+#define QUANTIZATION_MLX_ALIGNED_K 3  // every part of K is a multiple of a tile's depth
+#define QUANTIZATION_MLX_HAS_GLOBAL_SCALE 4  // nvfp4 with a global scale
 
 namespace quantization_mlx {
+
+// --- Sizes that the shaders are written for and the plans count with ------------------------------------------------
+
+// Columns of y that one threadgroup of qmv computes: its two simdgroups read four rows of w at a time, and hold further
+// ones as independent accumulators where there are few rows of x.
+inline constexpr int qmv_simdgroups() { return 2; }
+inline constexpr int qmv_outputs_per_lane(int rows) { return rows == 1 || rows > 8 ? 2 : 4; }
+inline constexpr int qmv_columns(int rows) { return qmv_simdgroups() * 4 * qmv_outputs_per_lane(rows); }
+
+// Columns of y that one threadgroup of qvm computes.
+inline constexpr int qvm_simdgroups() { return 4; }
+inline constexpr int qvm_columns() { return 256; }
+
+// The tiled products: tiles of 16, 32 or 64 rows, and always so many columns and so much of K at a time.
+inline constexpr int tile_columns() { return 64; }
+inline constexpr int tile_k() { return 32; }
+inline constexpr int tile_simdgroups() { return 4; }
+
+// The tensor-op products: tiles of 32 or 64 rows.
+inline constexpr int tensor_tile_columns() { return 64; }
+inline constexpr int tensor_tile_k() { return 64; }
+inline constexpr int tensor_tile_simdgroups() { return 4; }
+
+// --- Parameters -----------------------------------------------------------------------------------------------------
 
 // The z dimension of a grid counts two batch dimensions, z = outer * inner_size + inner. Every operand has its own
 // strides, 0 where it is broadcast; in elements, for weights in 32-bit words.
@@ -25,32 +48,31 @@ struct BatchStrides {
   int64_t inner;
 };
 
-// Products of a few rows: y [batch, parts, rows, N] = x [batch, rows, K] times a quantized matrix.
-struct MatvecParams {
+// y [batch, rows, N] = x [batch, rows, K] times a quantized matrix. With split-K, y are the partial sums, in float32.
+struct ProductParams {
   BatchStrides x;
   BatchStrides w;
   BatchStrides scales;
   BatchStrides biases;
   BatchStrides global_scale;
+  BatchStrides y;
   int64_t x_row_stride;
+  int64_t y_part_stride;
   int inner_size;
   int rows;
   int k;
   int n;
-  int parts;  // split-K: launches of the y dimension; 1 without
-  int part_steps;  // of K for each part: runs of 32 elements if w is transposed, else single rows of w
+  int parts;  // of K, each to a threadgroup of its own; 1 without split-K
+  int part_k;  // elements of K for each part: a multiple of 32, and of a tile's depth in a tiled product
 };
 
-// As MatvecParams, with matrices chosen by flat indices. In `matvec` the outer strides lead from one matrix to the next
-// and the inner ones are unused.
+// As ProductParams, for pairs of indices: z is the position in both lists. The outer strides lead from one matrix to
+// the next, y.outer from one pair to the next; the inner ones are unused. The sorted form has one row of x for each
+// pair, and rows counts the pairs.
 struct GatherParams {
-  MatvecParams matvec;
-  BatchStrides lhs_indices;
-  BatchStrides rhs_indices;
+  ProductParams product;
   int lhs_count;  // matrices of x
   int rhs_count;  // matrices of w
-  int lhs_words;  // 32-bit words of an index: 1 or 2
-  int rhs_words;
 };
 
 // Sums the parts of a split-K product: y [batch, size] of partial sums float32 [batch, parts, size].

@@ -5,6 +5,6 @@ report = library.launch("name", buffers=[x, y, np.int32(n)], threadgroups=(4, 1,
 assert not report.errors
 """
 
-from .device import CompileError, Library, Report, compile
+from .device import CompileError, Library, Pipeline, Report, compile, runtime_path
 
-__all__ = ["CompileError", "Library", "Report", "compile"]
+__all__ = ["CompileError", "Library", "Pipeline", "Report", "compile", "runtime_path"]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import re
-import shutil
 import subprocess
-import tempfile
-import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,46 +16,24 @@ from typing import Any
 import numpy as np
 
 from .msl import rewrite as msl
+from .msl import toolchain
+from .msl.toolchain import CompileError, runtime_path
 
-HERE = Path(__file__).resolve().parent
-SHIM = HERE / "msl" / "include"
-RUNTIME = HERE / "msl" / "runtime.cpp"
-CACHE = HERE.parents[1] / "build" / "softmetal" / "cache"
-
-VERSIONS = {"metal3.0": 300, "metal3.1": 310, "metal3.2": 320, "metal4.0": 400}
-LANGUAGE = [
-    *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-cl-single-precision-constant", "-march=x86-64-v3"),
-    *("-Wno-unknown-attributes", "-Wno-ignored-pragmas", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-comment"),
-    *("-Wno-duplicate-decl-specifier", "-Wno-unused-value", "-Wno-pass-failed"),
-    *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__cl_clang_function_pointers,+__opencl_c_generic_address_space"),
-]
-GENERATE = [
-    *(
-        "-O2",
-        "-g1",
-        "-gdwarf-4",
-        "-fdebug-compilation-dir=.",
-        "-fPIC",
-        "-ffp-contract=off",
-        "-Xclang",
-        "-fbfloat16-excess-precision=none",
-    ),
-    # A return address must lie in the caller, at the place of the call.
-    "-fno-optimize-sibling-calls",
-]
-# Accesses stay as the shader wrote them: no combined vector accesses, no copies of loop bodies.
-CHECK = [
-    *("-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0"),
-    *("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-vectorize", "-fno-slp-vectorize", "-fno-unroll-loops"),
-]
 MAX_BUFFERS = 31
 MAX_BYTES = 4096
-MAX_THREADS = 1024
 MAX_THREADGROUP_MEMORY = 32768
-
-
-class CompileError(Exception):
-    """The shader does not compile; the message names file and line."""
+# Kernels that one run of clang compiles: its start is shared, and both cores have work.
+BATCH = 8
+# Element types of function constants.
+CONSTANT_TYPES = {
+    name: np.dtype(code)
+    for name, code in (
+        *(("bool", "u1"), ("char", "i1"), ("uchar", "u1"), ("short", "i2"), ("ushort", "u2"), ("int", "i4")),
+        *(("uint", "u4"), ("long", "i8"), ("ulong", "u8"), ("half", "f2"), ("float", "f4")),
+        *(("int8_t", "i1"), ("uint8_t", "u1"), ("int16_t", "i2"), ("uint16_t", "u2"), ("int32_t", "i4")),
+        *(("uint32_t", "u4"), ("int64_t", "i8"), ("uint64_t", "u8"), ("size_t", "u8")),
+    )
+}
 
 
 @dataclass
@@ -86,6 +61,9 @@ class _Allocation(ctypes.Structure):
         ("size", ctypes.c_uint64),
         ("writable", ctypes.c_uint32),
         ("initialized", ctypes.c_uint32),
+        ("in_place", ctypes.c_uint32),
+        ("guard", ctypes.c_uint32),
+        ("written", ctypes.c_void_p),
         ("bytes_read", ctypes.c_uint64),
         ("bytes_written", ctypes.c_uint64),
     )
@@ -93,6 +71,20 @@ class _Allocation(ctypes.Structure):
 
 class _Binding(ctypes.Structure):
     _fields_ = (("allocation", ctypes.c_int32), ("reserved", ctypes.c_uint32), ("offset", ctypes.c_uint64))
+
+
+class _Constant(ctypes.Structure):
+    _fields_ = (("slot", ctypes.c_uint32), ("size", ctypes.c_uint32), ("value", ctypes.c_uint8 * 32))
+
+
+class _Pipeline(ctypes.Structure):
+    _fields_ = (
+        ("entry", ctypes.c_void_p),
+        ("derive", ctypes.c_void_p),
+        ("constants", ctypes.POINTER(_Constant)),
+        *((name, ctypes.c_uint32) for name in ("constant_count", "buffers", "writable_buffers")),
+        *((name, ctypes.c_uint32) for name in ("threadgroup_arguments", "max_threads", "checked")),
+    )
 
 
 class _Counters(ctypes.Structure):
@@ -110,13 +102,13 @@ class _Counters(ctypes.Structure):
 
 class _Launch(ctypes.Structure):
     _fields_ = (
-        ("entry", ctypes.c_void_p),
+        ("pipeline", ctypes.POINTER(_Pipeline)),
         ("allocations", ctypes.POINTER(_Allocation)),
         ("bindings", ctypes.POINTER(_Binding)),
         ("threadgroup_lengths", ctypes.POINTER(ctypes.c_uint64)),
         ("allocation_count", ctypes.c_uint32),
         ("binding_count", ctypes.c_uint32),
-        ("threadgroup_argument_count", ctypes.c_uint32),
+        ("threadgroup_length_count", ctypes.c_uint32),
         ("threads_per_threadgroup", ctypes.c_uint32 * 3),
         ("threads", ctypes.c_uint32 * 3),
         ("seed", ctypes.c_uint32),
@@ -124,68 +116,27 @@ class _Launch(ctypes.Structure):
     )
 
 
-@cache
-def _clang() -> str:
-    names = (os.environ.get("SOFTMETAL_CLANG"), "clang++-19", "clang++-20", "clang++")
-    found = next((path for path in map(shutil.which, filter(None, names)) if path), None)
-    if found is None:
-        raise RuntimeError("the software Metal device needs clang++ (Debian package clang-19)")
-    return found
+class _Error(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_char_p),
+        ("message", ctypes.c_char_p),
+        ("offset", ctypes.c_uint64),
+        ("count", ctypes.c_uint64),
+    )
 
 
-@cache
-def _clang_version() -> str:
-    return subprocess.run([_clang(), "--version"], capture_output=True, text=True, check=True).stdout
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-def _cached(path: Path, build) -> Path:
-    """Runs build(temporary path) unless path exists. Two processes may do it at once: the last replaces the first."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            temporary = Path(directory) / path.name
-            build(temporary)
-            os.replace(temporary, path)
-    return path
-
-
-@cache
-def _runtime_path() -> Path:
-    flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-march=x86-64-v3"]
-
-    def build(path: Path) -> None:
-        subprocess.run([_clang(), *flags, str(RUNTIME), "-o", str(path), "-lm"], check=True)
-
-    return _cached(CACHE / f"runtime-{_digest(RUNTIME.read_text(), _clang_version(), *flags)}.so", build)
+class _Report(ctypes.Structure):
+    _fields_ = (("counters", _Counters), ("errors", ctypes.POINTER(_Error)), ("error_count", ctypes.c_uint32))
 
 
 @cache
 def _runtime() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_runtime_path()), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(runtime_path()), mode=ctypes.RTLD_GLOBAL)
     library.softmetal_launch.argtypes = (ctypes.POINTER(_Launch),)
-    library.softmetal_counters.argtypes = (ctypes.POINTER(_Counters),)
-    library.softmetal_error.argtypes = (
-        ctypes.c_int,
-        ctypes.POINTER(ctypes.c_char_p),
-        ctypes.POINTER(ctypes.c_char_p),
-        ctypes.POINTER(ctypes.c_uint64),
-        ctypes.POINTER(ctypes.c_uint64),
-    )
+    library.softmetal_launch.restype = ctypes.POINTER(_Report)
+    library.softmetal_free_report.argtypes = (ctypes.POINTER(_Report),)
+    library.softmetal_free_report.restype = None
     return library
-
-
-_lock = threading.Lock()
-
-
-def _run_clang(arguments: Sequence[str], text: str) -> str:
-    result = subprocess.run([_clang(), *LANGUAGE, *arguments, "-"], input=text, capture_output=True, text=True)
-    if result.returncode:
-        raise CompileError(result.stderr.strip()[:8000])
-    return result.stdout
 
 
 def compile(
@@ -205,20 +156,18 @@ def compile(
     it for all), when their code is generated. Everything compiled is cached in build/softmetal/cache.
     Raises CompileError, with file and line; ValueError for an unknown standard.
     """
-    if standard not in VERSIONS:
-        raise ValueError(f"standard is one of {', '.join(VERSIONS)}, not {standard!r}")
+    if standard not in toolchain.VERSIONS:
+        raise ValueError(f"standard is one of {', '.join(toolchain.VERSIONS)}, not {standard!r}")
     is_path = isinstance(source, Path) or ("\n" not in source and source.endswith((".metal", ".h")))
     path = Path(source).resolve() if is_path else None
     text = f'# 1 "{path}"\n' + path.read_text() if path else '# 1 "<source>"\n' + str(source)
-    includes = [f"-I{Path(d).resolve()}" for d in ([path.parent] if path else []) + list(include_dirs)]
-    macros = [f"-D{name}={value}" for name, value in (defines or {}).items()]
-    version = f"-D__METAL_VERSION__={VERSIONS[standard]}"
-    preprocessed = _run_clang(["-E", f"-I{SHIM}", *includes, *macros, version], text)
+    includes = [Path(d).resolve() for d in ([path.parent] if path else []) + list(include_dirs)]
+    preprocessed = toolchain.preprocess(text, standard, includes, defines or {})
     try:
-        program = msl.rewrite(preprocessed, str(SHIM), dict(function_constants or {}))
+        program = msl.rewrite(preprocessed, str(toolchain.SHIM))
     except msl.RewriteError as error:
         raise CompileError(str(error)) from None
-    library = Library(program)
+    library = Library(program, standard, dict(function_constants or {}))
     library.check([name for name in library.kernels if "<" not in program.kernels[name].instance])
     return library
 
@@ -226,9 +175,12 @@ def compile(
 class Library:
     """Compiled shaders. `kernels` lists their host names."""
 
-    def __init__(self, program: msl.Program) -> None:
+    def __init__(self, program: msl.Program, standard: str, function_constants: dict[int, object]) -> None:
         self._program = program
-        self._functions: dict[tuple[str, bool], tuple[ctypes.CDLL, Path]] = {}
+        self._standard = standard
+        self._constants = function_constants
+        self._modules: dict[tuple[str, bool], _Module] = {}
+        self._pipelines: dict[object, Pipeline] = {}
 
     @property
     def kernels(self) -> list[str]:
@@ -237,38 +189,90 @@ class Library:
     @property
     def function_constants(self) -> dict[int, str]:
         """Names of the function constants that the source declares, by index."""
-        return dict(self._program.function_constants)
+        return {constant.index: constant.name for constant in self._program.constants if constant.index >= 0}
 
     def check(self, names: Sequence[str] | None = None) -> None:
         """Compiles kernels (all by default) as far as the compiler can complain. Raises CompileError."""
-        entries = []
-        for number, name in enumerate(self.kernels if names is None else names):
-            entry = msl.entry_point(self._program.kernels[name])
-            entries.append(entry.replace("softmetal_entry", f"softmetal_entry_{number}"))
-        text = self._program.text + "".join(entries)
-        marker = CACHE / f"checked-{_digest(text, _clang_version(), *LANGUAGE)}"
+        entries = [self._entry(name) for name in (self.kernels if names is None else names)]
+        toolchain.check_syntax(self._program.text + "".join(entries), self._standard)
 
-        def check(path: Path) -> None:
-            _run_clang(["-fsyntax-only"], text)
-            path.touch()
+    def prepare(self, names: Sequence[str] | None = None, check: bool = True) -> None:
+        """Compiles kernels (all by default) to code that later launches find in the cache, on all cores."""
+        missing = []
+        for name in dict.fromkeys(self.kernels if names is None else names):
+            key = self._key(name, check)
+            if not toolchain.module_path(key).exists():
+                missing.append((key, self._entry(name)))
+        workers = os.cpu_count() or 1
+        size = max(1, min(BATCH, -(-len(missing) // workers)))
+        batches = [missing[i : i + size] for i in range(0, len(missing), size)]
 
-        _cached(marker, check)
+        def build(batch: list[tuple[str, str]]) -> None:
+            text = self._program.text + "".join(entry for _, entry in batch)
+            toolchain.compile_module(text, self._standard, check, [key for key, _ in batch])
 
-    def _load(self, name: str, check: bool) -> tuple[ctypes.CDLL, Path]:
-        if (name, check) not in self._functions:
-            text = self._program.text + msl.entry_point(self._program.kernels[name])
-            flags = [*GENERATE, *(CHECK if check else ())]
-            key = _digest(text, str(_runtime_path()), _clang_version(), *LANGUAGE, *flags)
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(build, batches))
 
-            def build(path: Path) -> None:
-                code = path.with_suffix(".o")
-                _run_clang([*flags, "-c", "-o", str(code)], text)
-                runtime = [str(_runtime_path()), f"-Wl,-rpath,{_runtime_path().parent}"]
-                subprocess.run([_clang(), "-shared", "-o", str(path), str(code), *runtime, "-lm"], check=True)
+    def _entry(self, name: str) -> str:
+        return msl.entry_point(self._program, name, _symbol(name))
 
-            path = _cached(CACHE / f"kernel-{key}.so", build)
-            self._functions[name, check] = ctypes.CDLL(str(path)), path
-        return self._functions[name, check]
+    def _key(self, name: str, check: bool) -> str:
+        return toolchain.module_key(self._program.text + self._entry(name), self._standard, check)
+
+    def _load(self, name: str, check: bool) -> _Module:
+        if (name, check) not in self._modules:
+            key = self._key(name, check)
+            toolchain.compile_module(self._program.text + self._entry(name), self._standard, check, [key])
+            self._modules[name, check] = _Module(toolchain.module_path(key), _symbol(name))
+        return self._modules[name, check]
+
+    def pipeline(
+        self, name: str, function_constants: Mapping[int, object] | None = None, check: bool = True
+    ) -> Pipeline:
+        """A kernel ready for raw launches, for a host-side imitation of Metal; all that such a host needs is here.
+
+        function_constants: values by index, as bytes of the declared type's size (as setConstantValue takes them) or
+            as numbers. Values override those given to compile.
+
+        Raises KeyError for an unknown kernel, CompileError, and ValueError where a function constant that the kernel
+        uses has no value (unless it asks is_function_constant_defined), or one of the wrong size.
+
+        compile(source, defines=..., standard=...) is newLibraryWithSource; Library.kernels are its function names,
+        Library.function_constants the names of its constants by index; Library.prepare(names) compiles many kernels at
+        once. Compiling is thread-safe, and processes share the cache on disk.
+
+        Pipeline.address is the address of a SoftmetalPipeline (msl/runtime.h), valid as long as the Pipeline lives. A
+        C++ host passes it to softmetal_launch with raw memory, without Python: it loads that function with
+        dlopen(runtime_path()), the library that the kernels use, too. msl/runtime.h tells the meaning of every field.
+        A host allocates each buffer with `guard` bytes of 0xFF on both sides and sets in_place, or leaves in_place 0
+        and has the runtime copy. Errors of a report are turned into texts with file and line by
+        Pipeline.describe(kind, message, offset, count).
+        """
+        kernel = self._program.kernels[name]
+        values = {**self._constants, **(function_constants or {})}
+        packed = {
+            constant.slot: _pack_constant(constant, values[constant.index])
+            for constant in self._program.constants
+            if values.get(constant.index) is not None
+        }
+        key = (name, check, tuple(sorted(packed.items())))
+        if key not in self._pipelines:
+            module = self._load(name, check)
+            self._require_constants(name, module, packed)
+            self._pipelines[key] = Pipeline(kernel, module, packed, check)
+        return self._pipelines[key]
+
+    def _require_constants(self, name: str, module: _Module, packed: Mapping[int, bytes]) -> None:
+        constants = {constant.slot: constant for constant in self._program.constants}
+        used, optional = set(module.slots), set(module.optional_slots)
+        for slot in sorted(used, reverse=True):  # a derived constant comes after its inputs
+            used.update(constants[slot].inputs)
+            optional.update(constants[slot].inputs if constants[slot].is_optional else ())
+        for slot in sorted(used - optional - set(packed)):
+            constant = constants[slot]
+            if constant.index >= 0:
+                raise ValueError(f"kernel {name} needs function constant {constant.index} ({constant.name})")
 
     def launch(
         self,
@@ -283,6 +287,7 @@ class Library:
         threads: Sequence[int] | None = None,
         uninitialized: Sequence[int] = (),
         seconds: float = 120.0,
+        function_constants: Mapping[int, object] | None = None,
     ) -> Report:
         """Runs a kernel over a grid.
 
@@ -296,6 +301,7 @@ class Library:
         uninitialized: indices of buffers whose contents the kernel may not read before it wrote them; what it
             leaves unwritten comes back as bytes 0xFF.
         seconds: after this time the launch is given up.
+        function_constants: as in pipeline().
 
         Raises KeyError for an unknown kernel, CompileError, ValueError for arguments that no device would take.
         """
@@ -305,33 +311,107 @@ class Library:
             raise ValueError("give either threadgroups or threads")
         groups = _three("threadgroups", threadgroups) if threads is None else None
         grid = [g * s for g, s in zip(groups, size, strict=True)] if groups else _three("threads", threads)
-        if np.prod(size) > MAX_THREADS:
-            raise ValueError(f"a threadgroup has at most {MAX_THREADS} threads, not {size}")
+        if np.prod(size) > kernel.max_threads:
+            raise ValueError(f"a threadgroup of {kernel.name} has at most {kernel.max_threads} threads, not {size}")
         memory = _Memory(kernel, buffers, set(uninitialized))
         lengths = _threadgroup_lengths(kernel, threadgroup_memory or {})
-        library, path = self._load(name, check)
+        pipeline = self.pipeline(name, function_constants, check)
         launch = _Launch(
-            entry=ctypes.cast(library.softmetal_entry, ctypes.c_void_p),
+            pipeline=ctypes.pointer(pipeline.structure),
             allocations=memory.allocations,
             bindings=memory.bindings,
             threadgroup_lengths=(ctypes.c_uint64 * max(len(lengths), 1))(*lengths),
             allocation_count=memory.allocation_count,
             binding_count=len(memory.bindings),
-            threadgroup_argument_count=len(lengths),
+            threadgroup_length_count=len(lengths),
             threads_per_threadgroup=(ctypes.c_uint32 * 3)(*size),
             threads=(ctypes.c_uint32 * 3)(*grid),
             seed=seed,
             seconds=seconds,
         )
-        with _lock:  # the runtime runs one launch at a time
-            _runtime().softmetal_launch(ctypes.byref(launch))
-            counters = _Counters()
-            _runtime().softmetal_counters(ctypes.byref(counters))
-            errors = list(_errors(path))
+        report = _runtime().softmetal_launch(ctypes.byref(launch))
+        counters = report.contents.counters
         totals: dict[str, Any] = {field: getattr(counters, field) for field, _ in _Counters._fields_}
+        errors = [
+            memory.name_buffers(pipeline.describe(e.kind.decode(), e.message.decode(), e.offset, e.count))
+            for e in report.contents.errors[: report.contents.error_count]
+        ]
+        _runtime().softmetal_free_report(report)
         totals["buffer_bytes_read"] = memory.by_buffer("bytes_read")
         totals["buffer_bytes_written"] = memory.by_buffer("bytes_written")
-        return Report([memory.name_buffers(error) for error in errors], totals)
+        return Report(errors, totals)
+
+
+class _Module:
+    """A loaded shared object with one kernel's entry points."""
+
+    def __init__(self, path: Path, symbol: str) -> None:
+        _runtime()  # whose symbols it needs
+        self.path = path
+        self.library = ctypes.CDLL(str(path))
+        self.entry = ctypes.cast(self.library[symbol], ctypes.c_void_p).value
+        self.derive = ctypes.cast(self.library[f"{symbol}_derive"], ctypes.c_void_p).value
+        symbols = toolchain.undefined_symbols(path)
+        self.slots = self._numbers(symbols, "softmetal_slot_")
+        self.optional_slots = self._numbers(symbols, "softmetal_defined_")
+
+    @staticmethod
+    def _numbers(symbols: set[str], prefix: str) -> list[int]:
+        return [int(name.removeprefix(prefix)) for name in symbols if name.startswith(prefix)]
+
+
+class Pipeline:
+    """A compiled kernel with its function constants; `address` is that of its SoftmetalPipeline."""
+
+    def __init__(self, kernel: msl.Kernel, module: _Module, constants: Mapping[int, bytes], check: bool) -> None:
+        self.name = kernel.name
+        self._path = module.path
+        table = (_Constant * max(len(constants), 1))()
+        for entry, (slot, value) in zip(table, constants.items(), strict=False):
+            entry.slot, entry.size = slot, len(value)
+            ctypes.memmove(entry.value, value, len(value))
+        buffers = [p for p in kernel.parameters if p.kind == "buffer"]
+        self.structure = _Pipeline(
+            entry=module.entry,
+            derive=module.derive,
+            constants=table,
+            constant_count=len(constants),
+            buffers=sum(1 << p.index for p in buffers),
+            writable_buffers=sum(1 << p.index for p in buffers if not p.is_const),
+            threadgroup_arguments=max((p.index + 1 for p in kernel.parameters if p.kind == "threadgroup"), default=0),
+            max_threads=kernel.max_threads,
+            checked=check,
+        )
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.structure)
+
+    def describe(self, kind: str, message: str, offset: int, count: int) -> str:
+        """The text of an error in a SoftmetalReport: "kind: file:line: what"."""
+        place = f"{_source_line(self._path, offset)}: " if offset else ""
+        times = f" ({count} times)" if count > 1 else ""
+        return f"{kind}: {place}{message}{times}"
+
+
+def _symbol(name: str) -> str:
+    return f"softmetal_entry_{toolchain.digest(name)}"
+
+
+def _pack_constant(constant: msl.Constant, value: Any) -> bytes:
+    """A function constant's value as the bytes of its declared type."""
+    match = re.fullmatch(r"(?:metal *:: *)?([a-z]\w*?)([234])?", constant.kind)
+    if not match or match[1] not in CONSTANT_TYPES:
+        raise ValueError(f"function constant {constant.index} has the type '{constant.kind}', which is not supported")
+    dtype, count = CONSTANT_TYPES[match[1]], int(match[2] or 1)
+    size = dtype.itemsize * (4 if count == 3 else count)
+    if isinstance(value, bytes):
+        packed = value
+    else:
+        packed = np.broadcast_to(np.asarray(value).astype(dtype), count).tobytes().ljust(size, b"\0")
+    if len(packed) != size:
+        raise ValueError(f"function constant {constant.index} ({constant.kind}) has {size} bytes, not {len(packed)}")
+    return packed
 
 
 class _Memory:
@@ -359,9 +439,10 @@ class _Memory:
         self.allocation_count = len(extents)
         self.allocations = (_Allocation * max(len(extents), 1))()
         for number, (begin, end) in enumerate(extents):
-            members = [i for i, owner in self.owner.items() if owner == number]
-            writable = any(i in parameters and not parameters[i].is_const for i in members)
-            self.allocations[number] = _Allocation(begin, end - begin, writable, not set(members) & uninitialized)
+            members = {i for i, owner in self.owner.items() if owner == number}
+            self.allocations[number] = _Allocation(
+                data=begin, size=end - begin, writable=1, initialized=not members & uninitialized
+            )
         self.bindings = (_Binding * max(count, 1))()
         for i in range(len(self.bindings)):
             owner = self.owner.get(i, -1)
@@ -415,19 +496,6 @@ def _three(name: str, values: Sequence[int]) -> list[int]:
     return result
 
 
-def _errors(path: Path):
-    kind, message = ctypes.c_char_p(), ctypes.c_char_p()
-    offset, count = ctypes.c_uint64(), ctypes.c_uint64()
-    index = 0
-    while _runtime().softmetal_error(
-        index, ctypes.byref(kind), ctypes.byref(message), ctypes.byref(offset), ctypes.byref(count)
-    ):
-        place = f"{_source_line(path, offset.value)}: " if offset.value else ""
-        times = f" ({count.value} times)" if count.value > 1 else ""
-        yield f"{kind.value.decode()}: {place}{message.value.decode()}{times}"
-        index += 1
-
-
 @cache
 def _source_line(path: Path, offset: int) -> str:
     """The innermost frame of the shader itself at an offset of the compiled kernel."""
@@ -435,5 +503,5 @@ def _source_line(path: Path, offset: int) -> str:
         ["addr2line", "-i", "-e", str(path), hex(offset)], capture_output=True, text=True, check=True
     ).stdout.split("\n")
     frames = [line.split(" (discriminator")[0] for line in lines if line]
-    user = [frame for frame in frames if not frame.startswith(str(SHIM))]
+    user = [frame for frame in frames if not frame.startswith(str(toolchain.SHIM))]
     return (user or frames)[0]

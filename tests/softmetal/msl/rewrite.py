@@ -4,7 +4,7 @@ The two languages share real address spaces; what differs is rewritten token by 
 compiler's messages and debug information still name the shader's own lines:
 
 - threadgroup variables become references into the runtime's threadgroup memory;
-- function constants become constexpr values;
+- function constants become variables of the runtime, set by each launch;
 - explicit instantiations with attributes are recorded and dropped, kernels become plain functions, and an entry point
   is generated for the one kernel that is compiled;
 - member functions get or lose the `thread` qualifier where the languages disagree on the object's address space;
@@ -56,6 +56,9 @@ FORBIDDEN = {
 SCALARS = ("char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "float", "half", "bfloat")
 VECTORS = {f"{scalar}{size}" for scalar in SCALARS for size in (2, 3, 4)}
 OPENING = {"(": ")", "[": "]", "{": "}"}
+CLOSING = set(OPENING.values())
+# Function constants and constants derived from them; runtime.cpp has as many.
+MAX_CONSTANTS = 256
 
 
 class RewriteError(Exception):
@@ -81,6 +84,21 @@ class Parameter:
     kind: str
     index: int
     is_const: bool = False
+    condition: str = ""  # the function constant that the argument depends on
+
+
+@dataclass
+class Constant:
+    """A program-scope constant whose value a launch sets or computes: a function constant, or one derived from some."""
+
+    name: str
+    kind: str  # its type
+    slot: int  # in the runtime
+    qualified: str = ""  # the name with its namespaces
+    index: int = -1  # -1: derived
+    inputs: list[int] = field(default_factory=list)  # slots that a derived one is computed from
+    is_optional: bool = False  # a derived one asks whether its inputs are defined
+    derive: str = ""  # the function that computes it
 
 
 @dataclass
@@ -90,22 +108,25 @@ class Kernel:
     name: str
     instance: str
     parameters: list[Parameter]
+    max_threads: int = 1024  # per threadgroup
 
 
 @dataclass
 class Program:
     text: str
     kernels: dict[str, Kernel] = field(default_factory=dict)
-    function_constants: dict[int, str] = field(default_factory=dict)
+    constants: list[Constant] = field(default_factory=list)
 
 
-def rewrite(preprocessed: str, shim_directory: str, function_constants: dict[int, object]) -> Program:
+def rewrite(preprocessed: str, shim_directory: str) -> Program:
     """Returns the program for clang. Raises RewriteError."""
-    return _Rewriter(preprocessed, shim_directory, function_constants).run()
+    return _Rewriter(preprocessed, shim_directory).run()
 
 
-def entry_point(kernel: Kernel) -> str:
-    """The C function through which the runtime calls one kernel."""
+def entry_point(program: Program, name: str, symbol: str) -> str:
+    """The C functions through which the runtime calls one kernel and computes its constants."""
+    kernel = program.kernels[name]
+    derived = "".join(f"{constant.derive}(); " for constant in program.constants if constant.derive)
     arguments = []
     for position, parameter in enumerate(kernel.parameters):
         kind = f"S::argument<{position}>"
@@ -113,10 +134,14 @@ def entry_point(kernel: Kernel) -> str:
             arguments.append(f"__softmetal_position<{kind}>::get({parameter.index})")
         else:
             table = "bindings" if parameter.kind == "buffer" else "threadgroups"
-            arguments.append(f"__softmetal_pointer<{kind}>::get({table}[{parameter.index}])")
+            address = f"{table}[{parameter.index}]"
+            if parameter.condition:
+                address = f"({parameter.condition}) ? {address} : 0ul"
+            arguments.append(f"__softmetal_pointer<{kind}>::get({address})")
     return (
         '\n# 1 "<entry point>"\n'
-        'extern "C" __attribute__((no_sanitize("thread"))) void softmetal_entry(ulong b, ulong t) {\n'
+        f'extern "C" __attribute__((no_sanitize("thread"))) void {symbol}_derive(void) {{ {derived}}}\n'
+        f'extern "C" __attribute__((no_sanitize("thread"))) void {symbol}(ulong b, ulong t) {{\n'
         f"  using S = __softmetal_signature<decltype({kernel.instance})>;\n"
         "  __global const ulong* bindings = (__global const ulong*)b;\n"
         "  __global const ulong* threadgroups = (__global const ulong*)t;\n"
@@ -126,15 +151,15 @@ def entry_point(kernel: Kernel) -> str:
 
 
 class _Rewriter:
-    def __init__(self, text: str, shim_directory: str, function_constants: dict[int, object]) -> None:
-        self.values = function_constants
+    def __init__(self, text: str, shim_directory: str) -> None:
         self.all_tokens = self._tokenize(text, shim_directory)
         # Significant tokens of the user's; the shim is written for clang as it is.
         self.tokens = [t for t in self.all_tokens if t.kind not in ("space", "marker") and not t.shim]
         self.program = Program("")
         self.functions: dict[str, Kernel] = {}
         self.instances: list[tuple[str, str, Token]] = []
-        self.constants: dict[str, int] = {}
+        self.constants: dict[str, Constant] = {}
+        self.pairs = self._match_brackets()
         self.vectors = set(VECTORS)
         self.variable_count = 0
 
@@ -147,14 +172,18 @@ class _Rewriter:
             function = self.functions.get(instance.split("<")[0].split("::")[-1].strip())
             if function is None:
                 raise self._error(token, f"'{host_name}' instantiates '{instance}', which is not a kernel")
-            self._add_kernel(host_name, instance, function.parameters, token)
+            self._add_kernel(host_name, instance, function, token)
         self.program.text = "".join(t.text if t.output is None else t.output for t in self.all_tokens)
         return self.program
 
     # --- Tokens ---
 
     @staticmethod
-    def _tokenize(text: str, shim_directory: str) -> list[Token]:
+    def _is_unrolling(pragma: str) -> bool:
+        return re.match(r"#\s*pragma\s+(unroll|nounroll|clang\s+loop)\b", pragma) is not None
+
+    @classmethod
+    def _tokenize(cls, text: str, shim_directory: str) -> list[Token]:
         tokens = []
         file, line = "", 1
         for match in TOKEN.finditer(text):
@@ -163,6 +192,8 @@ class _Rewriter:
             token.spaced = bool(tokens) and tokens[-1].kind in ("space", "marker")
             tokens.append(token)
             marker = MARKER.match(token.text) if token.kind == "marker" else None
+            if token.kind == "marker" and cls._is_unrolling(token.text):
+                token.output = "\n"  # copies of loop bodies only take time to compile
             if marker:
                 line, file = int(marker[1]), marker[2]
             else:
@@ -178,25 +209,29 @@ class _Rewriter:
     def _error(self, token: Token, message: str) -> RewriteError:
         return RewriteError(f"{token.file}:{token.line}: error: {message}")
 
+    def _match_brackets(self) -> dict[int, int]:
+        """The partner of every bracket, both ways."""
+        pairs: dict[int, int] = {}
+        open_ones: list[int] = []
+        for i, token in enumerate(self.tokens):
+            if token.text in OPENING:
+                open_ones.append(i)
+            elif token.text in CLOSING:
+                if not open_ones or OPENING[self.tokens[open_ones[-1]].text] != token.text:
+                    raise self._error(token, f"'{token.text}' is not opened")
+                pairs[i] = open_ones.pop()
+                pairs[pairs[i]] = i
+        if open_ones:
+            raise self._error(self.tokens[open_ones[-1]], f"'{self._text(open_ones[-1])}' is not closed")
+        return pairs
+
     def _closing(self, index: int) -> int:
         """The token that closes the bracket at index."""
-        opening, depth = self._text(index), 0
-        closing = OPENING[opening]
-        for i in range(index, len(self.tokens)):
-            depth += (self._text(i) == opening) - (self._text(i) == closing)
-            if depth == 0:
-                return i
-        raise self._error(self.tokens[index], f"'{opening}' is not closed")
+        return self.pairs[index]
 
     def _opening(self, index: int) -> int:
         """The token that opens the bracket closed at index."""
-        closing, depth = self._text(index), 0
-        opening = next(o for o, c in OPENING.items() if c == closing)
-        for i in range(index, -1, -1):
-            depth += (self._text(i) == closing) - (self._text(i) == opening)
-            if depth == 0:
-                return i
-        raise self._error(self.tokens[index], f"'{closing}' is not opened")
+        return self.pairs[index]
 
     def _closing_angle(self, index: int) -> int:
         """The '>' of the template argument list opened at index, or -1."""
@@ -320,18 +355,17 @@ class _Rewriter:
     # --- Statements ---
 
     def _scan_statements(self) -> None:
-        namespaces: list[str] = []
+        namespaces: list[str | None] = []
         i = 0
         while i < len(self.tokens):
             text = self._text(i)
             previous = self._text(i - 1)
             if text == "{":
-                words = [self._text(k) for k in range(max(0, i - 2), i)]
-                namespaces.append(words[1] if words[:1] == ["namespace"] else "")
+                namespaces.append(self._namespace(i))
             elif text == "}" and namespaces:
                 namespaces.pop()
             elif text == "__constant":
-                i = self._constant(i)
+                i = self._constant(i, namespaces)
             elif text == "__local" and previous in (";", "{", "}", ")", ""):
                 i = self._threadgroup_variable(i)
             elif text == "template" and self._text(i + 1) == "[" and self._text(i + 2) == "[":
@@ -339,12 +373,23 @@ class _Rewriter:
             elif text in ("kernel", "[") and self._is_kernel(i):
                 i = self._kernel(i, namespaces)
             elif text == "is_function_constant_defined" and self._text(i + 1) == "(":
-                defined = self.constants.get(self._text(i + 2)) in self.values
-                self._replace(i, i + 4, "true" if defined else "false")
-                i += 3
+                i = self._is_defined(i)
             else:
                 self._construction(i)
             i += 1
+
+    def _namespace(self, brace: int) -> str | None:
+        """The name of the namespace that a brace opens, "" for one without a name; None: it opens something else."""
+        begin = brace
+        while self._text(begin - 1) == "::" or (begin and self.tokens[begin - 1].kind == "word"):
+            begin -= 1
+            if self._text(begin) == "namespace":
+                return self._join(begin + 1, brace)
+        return "" if self.tokens[brace - 1].kind == "string" and self._text(brace - 2) == "extern" else None
+
+    @staticmethod
+    def _qualified(namespaces: list[str | None], name: str) -> str:
+        return "::".join(n for n in [*namespaces, name] if n)
 
     def _construction(self, i: int) -> None:
         text, previous = self._text(i), self._text(i - 1)
@@ -367,35 +412,98 @@ class _Rewriter:
             elif text in ("half", "bfloat"):
                 self.tokens[i].output = f"__softmetal_cast<{text}>"
 
-    def _constant(self, i: int) -> int:
+    def _constant(self, i: int, namespaces: list[str | None]) -> int:
         end = i
         while self._text(end) not in (";", "=", "(", ")", "{", ",", "") and not (
             self._text(end) == "[" and self._text(end + 1) == "["
         ):
             end += 1
         if self._text(end) == "[" and self._text(end + 2) == "function_constant":
-            return self._function_constant(i, end)
+            return self._function_constant(i, end, namespaces)
+        if self._text(end) in ("=", "{", "(") and None not in namespaces and self._depends_on_launch(end):
+            return self._derived_constant(i, end, namespaces)
         if self._text(i - 1) not in (")", "const", "noexcept") and self._text(i + 1) != "const":
             self.tokens[i].output = "const __constant"
         return i
 
-    def _function_constant(self, i: int, attribute: int) -> int:
+    def _add_constant(self, name: int, begin: int, index: int = -1) -> Constant:
+        """The constant named by a token, whose type begins at another."""
+        words = [self._text(k) for k in range(begin, name)]
+        kind = " ".join(w for w in words if w not in ("const", "constexpr", "static", "__constant"))
+        constant = Constant(self._text(name), kind, len(self.program.constants), index=index)
+        if constant.slot >= MAX_CONSTANTS:
+            raise self._error(self.tokens[name], f"more than {MAX_CONSTANTS} function constants")
+        self.constants[constant.name] = constant
+        self.program.constants.append(constant)
+        return constant
+
+    @staticmethod
+    def _declaration(constant: Constant) -> str:
+        return f'extern const __constant {constant.kind} {constant.name} __asm__("softmetal_slot_{constant.slot}")'
+
+    def _function_constant(self, i: int, attribute: int, namespaces: list[str | None]) -> int:
         close = self._closing(attribute)
         open_index = attribute + 3
         expression = self._join(open_index + 1, self._closing(open_index))
         if not re.fullmatch(r"[\d+\-*() ]+", expression):
             raise self._error(self.tokens[i], f"the index '{expression}' of a function constant is not a number")
-        index = eval(expression, {"__builtins__": {}})
-        name = self._text(attribute - 1)
-        kind = " ".join(w for w in (self._text(k) for k in range(i + 1, attribute - 1)) if w not in ("const",))
-        self.constants[name] = index
-        self.program.function_constants[index] = name
-        value = self.values.get(index)
-        literal = _literal(value) if value is not None else ""
-        begin = i - 1 if self._text(i - 1) in ("const", "static") else i
-        expression = f"__softmetal_make<{kind}>({literal})" if literal else f"{kind}()"
-        self._replace(begin, close + 1, f"static constexpr __constant {kind} {name} = {expression}")
+        constant = self._add_constant(attribute - 1, i + 1, eval(expression, {"__builtins__": {}}))
+        constant.qualified = self._qualified(namespaces, constant.name)
+        flag = f'extern const __constant bool __defined_{constant.name} __asm__("softmetal_defined_{constant.slot}")'
+        begin = i
+        while self._text(begin - 1) in ("const", "static"):
+            begin -= 1
+        self._replace(begin, close + 1, f"{flag}; {self._declaration(constant)}")
         return close
+
+    def _is_defined(self, i: int) -> int:
+        close = self._closing(i + 1)
+        name = self._text(close - 1)
+        if name not in self.constants or self.constants[name].index < 0:
+            raise self._error(self.tokens[i], f"'{name}' is not a function constant")
+        self._replace(i, close + 1, f"({self._join(i + 2, close - 1)}__defined_{name})")
+        return close
+
+    def _end_of_statement(self, i: int) -> int:
+        while self._text(i) not in (";", ""):
+            i = self._closing(i) + 1 if self._text(i) in OPENING else i + 1
+        return i
+
+    def _depends_on_launch(self, begin: int) -> bool:
+        return any(self._text(k) in self.constants for k in range(begin, self._end_of_statement(begin)))
+
+    def _derived_constant(self, i: int, initializer: int, namespaces: list[str | None]) -> int:
+        """A constant computed from function constants, once for each launch."""
+        end = self._end_of_statement(initializer)
+        words = {self._text(k) for k in range(initializer, end)}
+        inputs = [constant for constant in self.program.constants if constant.name in words]
+        for k in range(initializer, end):
+            if self._text(k) == "is_function_constant_defined":
+                self._is_defined(k)
+            else:
+                self._construction(k)
+        expression = "".join(
+            " " * t.spaced + (t.text if t.output is None else t.output) for t in self.tokens[initializer:end]
+        )
+        begin = i
+        while self._text(begin - 1) in ("const", "static", "constexpr"):
+            begin -= 1
+        constant = self._add_constant(initializer - 1, i + 1)
+        constant.inputs = [c.slot for c in inputs]
+        constant.is_optional = "is_function_constant_defined" in words
+        function = f"__softmetal_derive_{constant.slot}"
+        constant.derive = self._qualified(namespaces, function)
+        # The inputs come by number, so that a kernel refers only to the constants that it uses itself.
+        lines = [f"const {c.kind} {c.name} = __softmetal_constant<{c.kind}>({c.slot});" for c in inputs]
+        if constant.is_optional:
+            flags = (c for c in inputs if c.index >= 0)
+            lines += [f"const bool __defined_{c.name} = __softmetal_constant_is_defined({c.slot});" for c in flags]
+        name = constant.name
+        lines.append(f"const {constant.kind} {name}{expression};")
+        lines.append(f"__softmetal_set_constant({constant.slot}, (ulong)&{name}, sizeof({name}));")
+        body = " ".join(lines)
+        self._replace(begin, end, f"{self._declaration(constant)}; static void {function}(void) {{ {body} }}")
+        return end
 
     def _threadgroup_variable(self, i: int) -> int:
         end = i + 1
@@ -452,27 +560,28 @@ class _Rewriter:
             i = close + 1
         return i, host_name
 
-    def _instantiation(self, i: int, namespaces: list[str]) -> int:
+    def _instantiation(self, i: int, namespaces: list[str | None]) -> int:
         begin, host_name = self._attributes(i + 1)
         end = begin
         while self._text(end) not in (";", "{", ""):
             end += 1
         if host_name is None or self._text(end) != ";":
             return i
+        if self._text(begin) == "kernel":
+            begin += 1
         if self._text(begin) == "decltype":
             instance = self._join(begin + 2, self._closing(begin + 1))
         else:
             parameters = begin
-            while self._text(parameters) != "(":
+            while self._text(parameters) != "(" and parameters < end:  # or the type is a typedef
                 close = self._closing_angle(parameters) if self._text(parameters) == "<" else -1
                 parameters = max(close, parameters) + 1
             instance = self._join(begin + 1, parameters)
-        prefix = "::".join(n for n in namespaces if n)
-        self.instances.append((host_name, f"{prefix}::{instance}" if prefix else instance, self.tokens[i]))
+        self.instances.append((host_name, self._qualified(namespaces, instance), self.tokens[i]))
         self._replace(i, end + 1, "")
         return end
 
-    def _kernel(self, i: int, namespaces: list[str]) -> int:
+    def _kernel(self, i: int, namespaces: list[str | None]) -> int:
         begin = i
         host_name = None
         while self._text(begin - 1) == "]" and self._text(begin - 2) == "]":
@@ -483,6 +592,11 @@ class _Rewriter:
         if self._text(after) == "kernel":
             after, later_name = self._attributes(after + 1)
             host_name = host_name or later_name
+        attributes = [self._text(k) for k in range(begin, after)]
+        max_threads = 1024
+        if "max_total_threads_per_threadgroup" in attributes:
+            number = attributes[attributes.index("max_total_threads_per_threadgroup") + 2]
+            max_threads = int(number) if number.isdigit() else max_threads
         is_template = self._text(begin - 1) == ">"
         self._replace(begin, after, "static")
         if self._text(after) == "inline":
@@ -493,18 +607,17 @@ class _Rewriter:
         if self._text(after + 2) != "(":
             raise self._error(self.tokens[i], "cannot read this kernel's declaration")
         parameters = self._parameters(after + 2)
-        prefix = "::".join(n for n in namespaces if n)
-        instance = f"{prefix}::{name}" if prefix else name
-        self.functions[name] = Kernel(name, instance, parameters)
+        kernel = Kernel(name, self._qualified(namespaces, name), parameters, max_threads)
+        self.functions[name] = kernel
         if not is_template:
-            self._add_kernel(host_name or name, instance, parameters, self.tokens[i])
+            self._add_kernel(host_name or name, kernel.instance, kernel, self.tokens[i])
         return after + 1
 
-    def _add_kernel(self, host_name: str, instance: str, parameters: list[Parameter], token: Token) -> None:
+    def _add_kernel(self, host_name: str, instance: str, function: Kernel, token: Token) -> None:
         known = self.program.kernels.get(host_name)
         if known and known.instance != instance:
             raise self._error(token, f"two kernels have the name '{host_name}'")
-        self.program.kernels[host_name] = Kernel(host_name, instance, parameters)
+        self.program.kernels[host_name] = Kernel(host_name, instance, function.parameters, function.max_threads)
 
     def _parameters(self, opening: int) -> list[Parameter]:
         groups: list[list[int]] = [[]]
@@ -529,6 +642,12 @@ class _Rewriter:
     def _parameter(self, group: list[int], following: dict[str, int]) -> Parameter:
         words = [self._text(k) for k in group]
         position = next((w for w in words if w in BUILTINS), None)
+        condition = ""
+        if "function_constant" in words:
+            name = words[words.index(")", words.index("function_constant")) - 1]
+            if name not in self.constants:
+                raise self._error(self.tokens[group[0]], f"'{name}' is not a function constant")
+            condition = self.constants[name].qualified
         if position:
             return Parameter("position", BUILTINS[position])
         kind = "threadgroup" if "__local" in words else "buffer"
@@ -546,12 +665,4 @@ class _Rewriter:
         following[kind] = index + 1
         pointer = min((words.index(s) for s in "*&" if s in words), default=len(words))
         is_const = bool({"const", "__constant"} & set(words[:pointer]))
-        return Parameter(kind, index, is_const)
-
-
-def _literal(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (tuple, list)):
-        return ", ".join(_literal(v) for v in value)
-    return f"{value!r}f" if isinstance(value, float) else str(value)
+        return Parameter(kind, index, is_const, condition)

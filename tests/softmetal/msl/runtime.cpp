@@ -21,6 +21,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -29,7 +30,8 @@
 #error "the software Metal device switches fibers with x86-64 instructions"
 #endif
 
-#define SOFTMETAL_API extern "C" __attribute__((visibility("default")))
+#include "runtime.h"
+
 #define CALLER (reinterpret_cast<uint64_t>(__builtin_return_address(0)))
 
 namespace {
@@ -41,52 +43,16 @@ constexpr uint64_t stack_bytes = 256 * 1024;
 constexpr uint64_t page_bytes = 4096;
 constexpr uint64_t stack_stride = stack_bytes + page_bytes;
 // Filled with poison and verified after the launch, so that even an access that no hook saw is noticed.
-constexpr uint64_t guard_bytes = 64 * 1024;
+constexpr uint64_t guard_bytes = 16 * 1024;
 constexpr uint64_t arena_bytes = 1 << 20;
 constexpr uint64_t red_zone = 1024;
 constexpr uint8_t poison = 0xFF;
 constexpr size_t max_errors = 64;
+constexpr uint32_t max_cell_shift = 2;
+constexpr uint32_t slot_bytes = 32;
+constexpr uint32_t slot_count = 256;
 
 }  // namespace
-
-// --- Interface to Python: the layouts are repeated in device.py ----------------------------------------------------
-
-struct SoftmetalAllocation {
-  uint8_t* data;
-  uint64_t size;
-  uint32_t writable;
-  uint32_t initialized;
-  uint64_t bytes_read;
-  uint64_t bytes_written;
-};
-
-struct SoftmetalBinding {
-  int32_t allocation;  // -1: nil
-  uint32_t reserved;
-  uint64_t offset;
-};
-
-struct SoftmetalCounters {
-  uint64_t device_bytes_read, device_bytes_written, constant_bytes_read;
-  uint64_t threadgroup_bytes_read, threadgroup_bytes_written, threadgroup_bytes;
-  uint64_t device_loads, device_stores;
-  uint64_t threadgroup_barriers, simdgroup_barriers;
-  uint64_t simd_reductions, simd_shuffles, simd_votes, quad_operations;
-  uint64_t simdgroup_multiplies, simdgroup_loads, simdgroup_stores;
-  uint64_t atomics;
-};
-
-struct SoftmetalLaunch {
-  void (*entry)(uint64_t bindings, uint64_t threadgroup_arguments);
-  SoftmetalAllocation* allocations;
-  SoftmetalBinding* bindings;
-  uint64_t* threadgroup_lengths;
-  uint32_t allocation_count, binding_count, threadgroup_argument_count;
-  uint32_t threads_per_threadgroup[3];
-  uint32_t threads[3];  // of the whole grid; the last threadgroups may be partial
-  uint32_t seed;
-  double seconds;  // the launch is given up after this time
-};
 
 namespace {
 
@@ -95,17 +61,26 @@ enum MemoryFlags { flag_device = 1, flag_threadgroup = 2 };
 enum class State : uint8_t { running, in_collective, in_barrier, done };
 
 // The codes that the shim headers pass.
-enum class Collective : int { reduce, shuffle, vote, quad, multiply, matrix_load, matrix_store, barrier };
+enum class Collective : int { reduce, shuffle, vote, quad, multiply, matrix_load, matrix_store, barrier, tensor };
 
-// What is remembered of one byte: its last write and the reads since. One simdgroup's lane mask is enough for an exact
-// answer: a reader in another simdgroup conflicts with any writer here whatever its lane was.
+// What is remembered of one cell of memory: its last write and the reads since. Epochs are numbers of a clock that
+// never goes back: a barrier with the memory flag of the space begins a new one, and so does a threadgroup. One
+// simdgroup's lane mask is enough for an exact answer: a reader in another simdgroup conflicts with any writer here
+// whatever its lane was.
 struct Shadow {
-  uint32_t write_group, write_epoch, write_simd_epoch;
-  uint32_t read_group, read_epoch, read_simd_epoch;
+  uint32_t write_epoch, read_epoch;
   uint32_t read_simdgroups, read_lanes;
+  uint16_t write_simd_epoch, read_simd_epoch;
   uint16_t writer;
   uint8_t read_simdgroup;
-  uint8_t initialized : 1, write_atomic : 1, read_by_groups : 1;
+  uint8_t write_atomic : 1, read_by_groups : 1;
+};
+
+// The shadow of a piece of memory, in cells as wide as its narrowest access so far.
+struct ShadowMap {
+  Shadow* cells = nullptr;
+  uint64_t size = 0;  // bytes of memory
+  uint32_t shift = 0;  // a cell is 1 << shift bytes
 };
 
 struct Fiber {
@@ -116,6 +91,9 @@ struct Fiber {
   uint32_t operand;
   uint32_t participants;
   uint32_t barrier_flags;
+  // Matrix loads and stores so far. They need no meeting of the lanes; the next meeting compares them.
+  uint32_t matrix_count;
+  uint64_t matrix_trace, matrix_site;
   bool first_resumed;
   State state;
 };
@@ -133,7 +111,10 @@ struct Simdgroup {
 
 struct Region {
   uint64_t begin, end;
-  Shadow* shadow;
+  uint64_t guard;  // bytes on both sides that may be touched
+  ShadowMap shadow;  // without cells: nothing can be written, so nothing can race
+  uint8_t* written;  // null: all bytes hold values
+  bool writable;
   SoftmetalAllocation* allocation;
 };
 
@@ -158,7 +139,7 @@ struct Error {
 struct Device {
   char* stacks = nullptr;
   uint8_t* arena = nullptr;
-  Shadow* arena_shadow = nullptr;
+  ShadowMap arena_shadow;
   uint8_t* arena_owner = nullptr;
   Fiber fibers[max_threads];
   Simdgroup simdgroups[max_threads / simd_width];
@@ -171,6 +152,12 @@ struct Device {
   std::vector<uint64_t> addresses, threadgroup_addresses;
   uint8_t* memory = nullptr;
   uint64_t memory_bytes = 0;
+  std::vector<uint8_t> written;
+  uint32_t clock = 0;
+  uint32_t launch_epoch = 0;  // epochs before it belong to earlier launches, whose shadows are still there
+  Shadow* shadow = nullptr;
+  uint64_t shadow_bytes = 0;
+  uint64_t memory_capacity = 0;
   uint64_t module_begin = 0, module_end = 0;
   uint64_t random = 0;
   uint64_t steps = 0;
@@ -181,7 +168,7 @@ struct Device {
   // One threadgroup.
   void* scheduler_stack = nullptr;
   Fiber* current = nullptr;
-  uint32_t group_number = 0;  // never used twice, so that the shadow of threadgroup memory needs no clearing
+  uint32_t group_epoch = 0;
   uint32_t group[3] = {}, size[3] = {}, groups[3] = {};
   uint32_t thread_count = 0, simdgroup_count = 0, alive = 0, waiting = 0;
   uint32_t epoch[2] = {};
@@ -299,6 +286,34 @@ void release_lanes(Simdgroup& simdgroup, uint32_t lanes) {
   simdgroup.epoch[space_threadgroup] += (flags & flag_threadgroup) != 0;
 }
 
+// All lanes must have made the same matrix loads and stores.
+void compare_matrix_accesses(const Simdgroup& simdgroup, uint32_t lanes) {
+  uint32_t base = static_cast<uint32_t>(&simdgroup - gpu.simdgroups) * simd_width;
+  const Fiber* most = &gpu.fibers[base + __builtin_ctz(lanes)];
+  bool equal = true;
+  for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+    const Fiber& fiber = gpu.fibers[base + __builtin_ctz(rest)];
+    equal = equal && fiber.matrix_trace == most->matrix_trace;
+    most = fiber.matrix_count > most->matrix_count ? &fiber : most;
+  }
+  if (equal) {
+    return;
+  }
+  uint32_t together = 0;
+  for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+    Fiber& fiber = gpu.fibers[base + __builtin_ctz(rest)];
+    together |= (fiber.matrix_trace == most->matrix_trace) << fiber.lane;
+  }
+  report(
+      "divergent-simd", most->matrix_site, "only lanes 0x%08x of 0x%08x reach this simdgroup operation", together,
+      simdgroup.lanes);
+  for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+    Fiber& fiber = gpu.fibers[base + __builtin_ctz(rest)];
+    fiber.matrix_trace = most->matrix_trace;
+    fiber.matrix_count = most->matrix_count;
+  }
+}
+
 // Every living lane waits somewhere. Those at one place go on; without the others, be they elsewhere or at their end,
 // it was a divergent operation.
 void complete_collective(Simdgroup& simdgroup) {
@@ -321,6 +336,7 @@ void complete_collective(Simdgroup& simdgroup) {
         barrier ? "divergent-barrier" : "divergent-simd", first.site, "only lanes 0x%08x of 0x%08x reach this %s",
         together, simdgroup.lanes, barrier ? "simdgroup_barrier" : "simdgroup operation");
   }
+  compare_matrix_accesses(simdgroup, together);
   release_lanes(simdgroup, together);
 }
 
@@ -349,8 +365,10 @@ bool release_threadgroup() {
         "divergent-barrier", first->site, "threadgroup_barrier reached by %u of %u threads, the others returned",
         gpu.alive, gpu.thread_count);
   }
-  gpu.epoch[space_device] += (flags & flag_device) != 0;
-  gpu.epoch[space_threadgroup] += (flags & flag_threadgroup) != 0;
+  gpu.clock++;
+  for (int space : {space_device, space_threadgroup}) {
+    gpu.epoch[space] = flags & (space == space_device ? flag_device : flag_threadgroup) ? gpu.clock : gpu.epoch[space];
+  }
   gpu.waiting = 0;
   return true;
 }
@@ -369,11 +387,14 @@ Fiber* pick_runnable() {
   uint32_t start = gpu.current->simdgroup;
   uint32_t lane = gpu.current->lane;
   if (gpu.launch->seed) {
-    start = next_random() % gpu.simdgroup_count;
-    lane = next_random() % simd_width;
+    uint64_t random = next_random();
+    start = static_cast<uint32_t>(((random >> 8) & 0xFFFFFF) * gpu.simdgroup_count >> 24);
+    lane = random % simd_width;
   }
   for (uint32_t step = 0; step < gpu.simdgroup_count; step++) {
-    if (Fiber* fiber = runnable_in((start + step) % gpu.simdgroup_count, lane)) {
+    uint32_t number = start + step;
+    number -= number >= gpu.simdgroup_count ? gpu.simdgroup_count : 0;
+    if (Fiber* fiber = runnable_in(number, lane)) {
       return fiber;
     }
   }
@@ -399,13 +420,16 @@ Fiber* pick() {
 }
 
 void run_fiber() {
-  gpu.launch->entry(
+  gpu.launch->pipeline->entry(
       reinterpret_cast<uint64_t>(gpu.addresses.data()), reinterpret_cast<uint64_t>(gpu.threadgroup_addresses.data()));
   Fiber* fiber = gpu.current;
   Simdgroup& simdgroup = gpu.simdgroups[fiber->simdgroup];
   fiber->state = State::done;
   simdgroup.runnable &= ~(1u << fiber->lane);
   simdgroup.alive &= ~(1u << fiber->lane);
+  if (!simdgroup.alive) {
+    compare_matrix_accesses(simdgroup, simdgroup.lanes);
+  }
   gpu.alive--;
   if (!gpu.alive) {
     gpu.current = nullptr;
@@ -430,15 +454,12 @@ void count_collective(const Fiber& fiber) {
     case Collective::matrix_load: counters.simdgroup_loads++; break;
     case Collective::matrix_store: counters.simdgroup_stores++; break;
     case Collective::barrier: counters.simdgroup_barriers++; break;
+    case Collective::tensor: break;
   }
 }
 
-// Publishes `size` bytes, waits for the simdgroup, and returns the set of slots to read from.
-uint32_t rendezvous(Collective collective, uint64_t site, const void* source, uint32_t size) {
-  Fiber& fiber = *gpu.current;
-  Simdgroup& simdgroup = gpu.simdgroups[fiber.simdgroup];
-  uint32_t set = simdgroup.round & 1;
-  memcpy(simdgroup.slot[set][fiber.lane], source, size);
+// Waits for the simdgroup.
+void meet(Fiber& fiber, Simdgroup& simdgroup, Collective collective, uint64_t site) {
   fiber.collective = collective;
   fiber.site = site;
   fiber.state = State::in_collective;
@@ -453,80 +474,97 @@ uint32_t rendezvous(Collective collective, uint64_t site, const void* source, ui
   }
   fiber.first_resumed = !simdgroup.resumed;
   simdgroup.resumed = true;
+}
+
+// Publishes `size` bytes, waits for the simdgroup, and returns the set of slots to read from.
+uint32_t rendezvous(Collective collective, uint64_t site, const void* source, uint32_t size) {
+  Fiber& fiber = *gpu.current;
+  Simdgroup& simdgroup = gpu.simdgroups[fiber.simdgroup];
+  uint32_t set = simdgroup.round & 1;
+  memcpy(simdgroup.slot[set][fiber.lane], source, size);
+  meet(fiber, simdgroup, collective, site);
+  return set;
+}
+
+// The same for up to three words, which stay in registers.
+uint32_t rendezvous(Collective collective, uint64_t site, uint64_t a, uint64_t b = 0, uint64_t c = 0) {
+  Fiber& fiber = *gpu.current;
+  Simdgroup& simdgroup = gpu.simdgroups[fiber.simdgroup];
+  uint32_t set = simdgroup.round & 1;
+  auto* slot = reinterpret_cast<uint64_t*>(simdgroup.slot[set][fiber.lane]);
+  slot[0] = a;
+  slot[1] = b;
+  slot[2] = c;
+  meet(fiber, simdgroup, collective, site);
   return set;
 }
 
 // --- Memory checks -------------------------------------------------------------------------------------------------
 
-bool is_concurrent(Space space, uint32_t group, uint32_t thread, uint32_t epoch, uint32_t simd_epoch) {
-  const Fiber& me = *gpu.current;
-  if (!group) {
-    return false;
-  }
-  if (group != gpu.group_number) {
-    return space == space_device;
-  }
-  bool same_simdgroup = thread / simd_width == me.simdgroup;
-  return thread != me.index && epoch == gpu.epoch[space] &&
-      !(same_simdgroup && simd_epoch != gpu.simdgroups[me.simdgroup].epoch[space]);
+bool is_other_group(uint32_t epoch, Space space) {
+  return space == space_device && epoch >= gpu.launch_epoch && epoch < gpu.group_epoch;
 }
 
 bool conflicts_with_write(const Shadow& shadow, Space space, bool atomic) {
-  return !(atomic && shadow.write_atomic) &&
-      is_concurrent(space, shadow.write_group, shadow.writer, shadow.write_epoch, shadow.write_simd_epoch);
+  if (shadow.write_epoch != gpu.epoch[space]) {
+    return is_other_group(shadow.write_epoch, space) && !(atomic && shadow.write_atomic);
+  }
+  const Fiber& me = *gpu.current;
+  bool same_simdgroup = shadow.writer / simd_width == me.simdgroup;
+  uint32_t simd_epoch = gpu.simdgroups[me.simdgroup].epoch[space];
+  return shadow.writer != me.index && !(atomic && shadow.write_atomic) &&
+      !(same_simdgroup && shadow.write_simd_epoch != static_cast<uint16_t>(simd_epoch));
 }
 
 // The thread of a read that the current thread's write is not ordered with, or -1.
 int conflicting_reader(const Shadow& shadow, Space space) {
   const Fiber& me = *gpu.current;
-  if (!shadow.read_group) {
+  if (shadow.read_epoch < (space == space_device ? gpu.launch_epoch : gpu.group_epoch)) {
     return -1;
   }
-  uint32_t reader = shadow.read_simdgroup * simd_width + __builtin_ctz(shadow.read_lanes);
-  if (shadow.read_group != gpu.group_number) {
-    return space == space_device ? static_cast<int>(reader) : -1;
-  }
+  int reader = static_cast<int>(shadow.read_simdgroup * simd_width + __builtin_ctz(shadow.read_lanes));
   if (shadow.read_epoch != gpu.epoch[space]) {
-    return shadow.read_by_groups ? static_cast<int>(reader) : -1;
+    return shadow.read_epoch < gpu.group_epoch || shadow.read_by_groups ? reader : -1;
   }
   if (shadow.read_simdgroup != me.simdgroup) {
-    return static_cast<int>(reader);
+    return reader;
   }
   uint32_t others = shadow.read_lanes & ~(1u << me.lane);
-  if (others && shadow.read_simd_epoch == gpu.simdgroups[me.simdgroup].epoch[space]) {
+  if (others && shadow.read_simd_epoch == static_cast<uint16_t>(gpu.simdgroups[me.simdgroup].epoch[space])) {
     return static_cast<int>(shadow.read_simdgroup * simd_width + __builtin_ctz(others));
   }
   uint32_t other_simdgroups = shadow.read_simdgroups & ~(1u << me.simdgroup);
   if (other_simdgroups) {
     return __builtin_ctz(other_simdgroups) * static_cast<int>(simd_width);
   }
-  return shadow.read_by_groups ? static_cast<int>(reader) : -1;
+  return shadow.read_by_groups ? reader : -1;
 }
 
 void remember_write(Shadow& shadow, Space space, bool atomic) {
   const Fiber& me = *gpu.current;
-  shadow.write_group = gpu.group_number;
   shadow.write_epoch = gpu.epoch[space];
-  shadow.write_simd_epoch = gpu.simdgroups[me.simdgroup].epoch[space];
+  shadow.write_simd_epoch = static_cast<uint16_t>(gpu.simdgroups[me.simdgroup].epoch[space]);
   shadow.writer = static_cast<uint16_t>(me.index);
   shadow.write_atomic = atomic;
-  shadow.initialized = 1;
-  shadow.read_group = 0;
+  shadow.read_epoch = 0;
   shadow.read_by_groups = 0;
 }
 
 void remember_read(Shadow& shadow, Space space) {
   const Fiber& me = *gpu.current;
-  uint32_t simd_epoch = gpu.simdgroups[me.simdgroup].epoch[space];
-  bool same_group = shadow.read_group == gpu.group_number;
-  if (shadow.read_group && !same_group && space == space_device) {
-    shadow.read_by_groups = 1;
+  auto simd_epoch = static_cast<uint16_t>(gpu.simdgroups[me.simdgroup].epoch[space]);
+  bool same_epoch = shadow.read_epoch == gpu.epoch[space];
+  if (same_epoch && shadow.read_simdgroup == me.simdgroup && shadow.read_simd_epoch == simd_epoch) {
+    shadow.read_lanes |= 1u << me.lane;
+    return;
   }
-  bool same_epoch = same_group && shadow.read_epoch == gpu.epoch[space];
-  bool same_simd_epoch = same_epoch && shadow.read_simdgroup == me.simdgroup && shadow.read_simd_epoch == simd_epoch;
+  if (is_other_group(shadow.read_epoch, space)) {
+    shadow.read_by_groups = 1;
+  } else if (shadow.read_epoch < gpu.launch_epoch) {
+    shadow.read_by_groups = 0;
+  }
   shadow.read_simdgroups = (same_epoch ? shadow.read_simdgroups : 0) | 1u << me.simdgroup;
-  shadow.read_lanes = (same_simd_epoch ? shadow.read_lanes : 0) | 1u << me.lane;
-  shadow.read_group = gpu.group_number;
+  shadow.read_lanes = 1u << me.lane;
   shadow.read_epoch = gpu.epoch[space];
   shadow.read_simdgroup = static_cast<uint8_t>(me.simdgroup);
   shadow.read_simd_epoch = simd_epoch;
@@ -541,46 +579,63 @@ struct Access {
   uint64_t site;
 };
 
-void check_shadow(Shadow* shadow, const Access& access, Space space, const Place& place) {
+// Halves the cells until none is wider than an access: what was known of a cell holds for each part of it.
+void split_cells(ShadowMap& map, uint32_t shift) {
+  uint64_t count = (map.size >> map.shift) + 1;
+  uint32_t parts = 1u << (map.shift - shift);
+  for (uint64_t i = count; i-- > 0;) {
+    std::fill_n(map.cells + i * parts, parts, Shadow(map.cells[i]));
+  }
+  map.shift = shift;
+}
+
+uint32_t cell_shift(uint64_t offset, uint32_t size) {
+  return std::min(static_cast<uint32_t>(__builtin_ctzll(offset | size)), max_cell_shift);
+}
+
+__attribute__((noinline)) void report_race(const Shadow& cell, const Access& access, Space space, const Place& place) {
   const char* race = space == space_device ? "device-race" : "threadgroup-race";
+  if (conflicts_with_write(cell, space, access.atomic)) {
+    report(
+        race, access.site, "%s of %s %zu byte %lu, written by thread %u%s with no barrier between",
+        access.write ? "write" : "read", place.what, place.number, place.offset, cell.writer,
+        cell.write_epoch < gpu.group_epoch ? " of another threadgroup" : "");
+    return;
+  }
+  report(
+      race, access.site, "write of %s %zu byte %lu, read by thread %d%s with no barrier between", place.what,
+      place.number, place.offset, conflicting_reader(cell, space),
+      cell.read_epoch < gpu.group_epoch ? " of another threadgroup" : "");
+}
+
+// `offset` is that of the access in the map.
+void check_shadow(ShadowMap& map, uint64_t offset, const Access& access, Space space, const Place& place) {
+  if ((offset | access.size) & ((1u << map.shift) - 1)) {
+    split_cells(map, cell_shift(offset, access.size));
+  }
+  Shadow* cell = map.cells + (offset >> map.shift);
+  Shadow* end = map.cells + ((offset + access.size) >> map.shift);
   bool reported = false;
-  for (uint32_t i = 0; i < access.size; i++) {
-    Shadow& byte = shadow[i];
-    if (!reported && conflicts_with_write(byte, space, access.atomic)) {
-      report(
-          race, access.site, "%s of %s %zu byte %lu, written by thread %u%s with no barrier between",
-          access.write ? "write" : "read", place.what, place.number, place.offset + i, byte.writer,
-          byte.write_group != gpu.group_number ? " of another threadgroup" : "");
-      reported = true;
-    }
-    int reader = access.write && !access.atomic && !reported ? conflicting_reader(byte, space) : -1;
-    if (reader >= 0) {
-      report(
-          race, access.site, "write of %s %zu byte %lu, read by thread %d%s with no barrier between", place.what,
-          place.number, place.offset + i, reader, byte.read_group != gpu.group_number ? " of another threadgroup" : "");
+  for (Shadow* first = cell; cell < end; cell++) {
+    if (!reported &&
+        (conflicts_with_write(*cell, space, access.atomic) ||
+         (access.write && !access.atomic && conflicting_reader(*cell, space) >= 0))) {
+      uint64_t byte = place.offset + (static_cast<uint64_t>(cell - first) << map.shift);
+      report_race(*cell, access, space, {place.what, place.number, byte});
       reported = true;
     }
     if (access.write) {
-      remember_write(byte, space, access.atomic);
+      remember_write(*cell, space, access.atomic);
     } else if (!access.atomic) {
-      remember_read(byte, space);
+      remember_read(*cell, space);
     }
   }
 }
 
-bool is_initialized(const Shadow& shadow, Space space) {
-  return space == space_device ? shadow.initialized : shadow.write_group == gpu.group_number;
-}
-
-void check_initialized(const Shadow* shadow, const Access& access, Space space, const Place& place) {
-  for (uint32_t i = 0; i < access.size; i++) {
-    if (!is_initialized(shadow[i], space)) {
-      report(
-          space == space_device ? "device-uninitialized" : "threadgroup-uninitialized", access.site,
-          "read of %s %zu byte %lu, which nothing has written", place.what, place.number, place.offset + i);
-      return;
-    }
-  }
+void report_uninitialized(const Access& access, Space space, const Place& place, uint32_t byte) {
+  report(
+      space == space_device ? "device-uninitialized" : "threadgroup-uninitialized", access.site,
+      "read of %s %zu byte %lu, which nothing has written", place.what, place.number, place.offset + byte);
 }
 
 void check_alignment(const Access& access, const Place& place) {
@@ -604,11 +659,16 @@ void access_threadgroup(const Access& access) {
   const ThreadgroupVariable& variable = gpu.variables[owner - 1];
   Place place{"threadgroup variable", owner - 1u, offset - variable.offset};
   check_alignment(access, place);
-  Shadow* shadow = gpu.arena_shadow + offset;
+  check_shadow(gpu.arena_shadow, offset, access, space_threadgroup, place);
   if (!access.write) {
-    check_initialized(shadow, access, space_threadgroup, place);
+    const ShadowMap& map = gpu.arena_shadow;
+    for (uint64_t i = 0; i < access.size; i += 1u << map.shift) {
+      if (map.cells[(offset + i) >> map.shift].write_epoch < gpu.group_epoch) {
+        report_uninitialized(access, space_threadgroup, place, static_cast<uint32_t>(i));
+        break;
+      }
+    }
   }
-  check_shadow(shadow, access, space_threadgroup, place);
 }
 
 Region* find_region(uint64_t address) {
@@ -630,7 +690,7 @@ Region* find_region(uint64_t address) {
 void report_outside(const Access& access) {
   const char* action = access.write ? "write" : "read";
   for (const Region& region : gpu.regions) {
-    if (access.address + access.size > region.begin - guard_bytes && access.address < region.end + guard_bytes) {
+    if (access.address + access.size > region.begin - region.guard && access.address < region.end + region.guard) {
       int64_t past = static_cast<int64_t>(access.address - region.begin);
       report(
           "device-out-of-bounds", access.site, "%s of %u bytes at byte %ld of memory %zu, which has %lu bytes", action,
@@ -657,20 +717,27 @@ void access_device(const Access& access) {
     allocation.bytes_read += access.size;
     gpu.counters.device_bytes_read += access.size;
     gpu.counters.device_loads++;
-    if (region->shadow && !allocation.initialized) {
-      check_initialized(region->shadow + offset, access, space_device, place);
+    if (region->written) {
+      const void* missing = memchr(region->written + offset, 0, access.size);
+      if (missing) {
+        uint64_t byte = static_cast<const uint8_t*>(missing) - region->written;
+        report_uninitialized(access, space_device, place, static_cast<uint32_t>(byte - offset));
+      }
     }
   }
   if (access.write) {
     allocation.bytes_written += access.size;
     gpu.counters.device_bytes_written += access.size;
     gpu.counters.device_stores++;
-    if (!allocation.writable) {
+    if (!region->writable) {
       report("readonly-write", access.site, "write to byte %lu of a buffer that the kernel takes as const", offset);
     }
+    if (region->written) {
+      memset(region->written + offset, 1, access.size);
+    }
   }
-  if (region->shadow) {
-    check_shadow(region->shadow + offset, access, space_device, place);
+  if (region->shadow.cells) {
+    check_shadow(region->shadow, offset + region->begin % 16, access, space_device, place);
   }
 }
 
@@ -693,6 +760,14 @@ void check_access(const Access& access) {
 
 // --- Launch --------------------------------------------------------------------------------------------------------
 
+void forget_shadows() {
+  if (gpu.shadow) {
+    memset(gpu.shadow, 0, gpu.shadow_bytes);
+  }
+  memset(gpu.arena_shadow.cells, 0, arena_bytes * sizeof(Shadow));
+  gpu.clock = 0;
+}
+
 uint8_t* map_memory(uint64_t size) {
   void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
@@ -712,7 +787,7 @@ void create_device() {
   }
   gpu.arena = map_memory(arena_bytes);
   gpu.arena_owner = map_memory(arena_bytes);
-  gpu.arena_shadow = reinterpret_cast<Shadow*>(map_memory(arena_bytes * sizeof(Shadow)));
+  gpu.arena_shadow = {reinterpret_cast<Shadow*>(map_memory((arena_bytes + 8) * sizeof(Shadow))), arena_bytes, 0};
 }
 
 int find_module(dl_phdr_info* info, size_t, void* entry) {
@@ -733,36 +808,82 @@ int find_module(dl_phdr_info* info, size_t, void* entry) {
   return 1;
 }
 
-// Device memory is a copy with guard zones. It keeps the host address modulo 16, so a view stays as misaligned as it
-// is.
-void upload(const SoftmetalLaunch& launch) {
-  gpu.memory_bytes = guard_bytes;
-  for (uint32_t i = 0; i < launch.allocation_count; i++) {
-    gpu.memory_bytes += (launch.allocations[i].size + 255) / 256 * 256 + guard_bytes + 256;
+// Which allocations the kernel may write: those that some argument takes as writable.
+std::vector<bool> find_writable(const SoftmetalLaunch& launch) {
+  std::vector<bool> writable(launch.allocation_count);
+  for (uint32_t i = 0; i < launch.binding_count; i++) {
+    int32_t owner = launch.bindings[i].allocation;
+    if (owner >= 0 && (launch.pipeline->writable_buffers >> i) & 1 && launch.allocations[owner].writable) {
+      writable[owner] = true;
+    }
   }
-  gpu.memory = map_memory(gpu.memory_bytes);
+  return writable;
+}
+
+// Shadows outlive the launch: what earlier threadgroups left in them is recognized by its epoch.
+void reserve_shadow(uint64_t bytes) {
+  if (bytes > gpu.shadow_bytes) {
+    if (gpu.shadow) {
+      munmap(gpu.shadow, gpu.shadow_bytes);
+    }
+    gpu.shadow_bytes = std::max(bytes, 2 * gpu.shadow_bytes);
+    gpu.shadow = reinterpret_cast<Shadow*>(map_memory(gpu.shadow_bytes));
+  }
+}
+
+void reserve_memory(uint64_t bytes) {
+  if (bytes > gpu.memory_capacity) {
+    if (gpu.memory) {
+      munmap(gpu.memory, gpu.memory_capacity);
+    }
+    gpu.memory_capacity = bytes;
+    gpu.memory = map_memory(bytes);
+  }
+}
+
+uint64_t padded(uint64_t size) { return (size + 255) / 256 * 256 + 256; }
+
+// Copies have guard zones. They keep the host address modulo 16, so a view stays as misaligned as it is.
+void upload(const SoftmetalLaunch& launch) {
+  gpu.memory_bytes = 256;  // never nothing
+  uint64_t shadow_count = 0, written_count = 0;
+  const std::vector<bool> writable = find_writable(launch);
+  for (uint32_t i = 0; i < launch.allocation_count; i++) {
+    const SoftmetalAllocation& allocation = launch.allocations[i];
+    gpu.memory_bytes += allocation.in_place ? 0 : guard_bytes + padded(allocation.size) + guard_bytes;
+    shadow_count += writable[i] ? allocation.size + 32 : 0;
+    written_count += allocation.initialized || allocation.written ? 0 : allocation.size;
+  }
+  reserve_memory(gpu.memory_bytes);
+  reserve_shadow(shadow_count * sizeof(Shadow));
+  gpu.written.assign(written_count, 0);
   gpu.regions.clear();
-  uint64_t offset = guard_bytes;
-  uint64_t base = reinterpret_cast<uint64_t>(gpu.memory);
-  memset(gpu.memory, poison, guard_bytes);
+  Shadow* shadow = gpu.shadow;
+  uint8_t* written = gpu.written.data();
+  uint64_t next = reinterpret_cast<uint64_t>(gpu.memory);
   for (uint32_t i = 0; i < launch.allocation_count; i++) {
     SoftmetalAllocation& allocation = launch.allocations[i];
-    uint64_t shift = reinterpret_cast<uint64_t>(allocation.data) % 16;
-    memset(gpu.memory + offset, poison, shift);
-    uint64_t begin = base + offset + shift;
-    if (allocation.initialized) {
-      memcpy(reinterpret_cast<void*>(begin), allocation.data, allocation.size);
-    } else {
-      memset(reinterpret_cast<void*>(begin), poison, allocation.size);
+    allocation.bytes_read = allocation.bytes_written = 0;
+    uint64_t begin = reinterpret_cast<uint64_t>(allocation.data);
+    if (!allocation.in_place) {
+      uint64_t shift = begin % 16;
+      memset(reinterpret_cast<void*>(next), poison, guard_bytes + shift);
+      begin = next + guard_bytes + shift;
+      next += guard_bytes + padded(allocation.size) + guard_bytes;
+      if (allocation.initialized || allocation.written) {
+        memcpy(reinterpret_cast<void*>(begin), allocation.data, allocation.size);
+      } else {
+        memset(reinterpret_cast<void*>(begin), poison, allocation.size);
+      }
+      memset(reinterpret_cast<void*>(begin + allocation.size), poison, next - begin - allocation.size);
     }
-    offset += (allocation.size + 255) / 256 * 256 + 256;
-    memset(
-        reinterpret_cast<void*>(begin + allocation.size), poison,
-        base + offset + guard_bytes - begin - allocation.size);
-    offset += guard_bytes;
-    Shadow* shadow =
-        allocation.writable ? reinterpret_cast<Shadow*>(map_memory((allocation.size + 1) * sizeof(Shadow))) : nullptr;
-    gpu.regions.push_back({begin, begin + allocation.size, shadow, &allocation});
+    bool own = !allocation.written && !allocation.initialized;
+    gpu.regions.push_back(
+        {begin, begin + allocation.size, allocation.in_place ? allocation.guard : guard_bytes,
+         ShadowMap{writable[i] ? shadow : nullptr, allocation.size + 16, max_cell_shift},
+         own ? written : allocation.written, writable[i], &allocation});
+    shadow += writable[i] ? allocation.size + 32 : 0;
+    written += own ? allocation.size : 0;
   }
   gpu.addresses.assign(launch.binding_count, 0);
   for (uint32_t i = 0; i < launch.binding_count; i++) {
@@ -781,18 +902,21 @@ uint64_t first_overwritten(uint64_t begin, uint64_t end) {
 }
 
 void check_guard_zones() {
-  uint64_t memory_begin = reinterpret_cast<uint64_t>(gpu.memory);
-  for (size_t i = 0; i <= gpu.regions.size(); i++) {
-    uint64_t begin = i ? gpu.regions[i - 1].end : memory_begin;
-    uint64_t end = i < gpu.regions.size() ? gpu.regions[i].begin : memory_begin + gpu.memory_bytes;
-    uint64_t found = first_overwritten(begin, end);
-    if (found == end) {
-      continue;
+  for (size_t i = 0; i < gpu.regions.size(); i++) {
+    const Region& region = gpu.regions[i];
+    uint64_t end = region.end + region.guard;
+    uint64_t found = first_overwritten(region.end, end);
+    if (found != end) {
+      report(
+          "device-out-of-bounds", 0, "overwritten guard zone: %lu bytes past the end of memory %zu", found - region.end,
+          i);
     }
-    bool past = i == gpu.regions.size() || (i && found - begin < end - found);
-    report(
-        "device-out-of-bounds", 0, "overwritten guard zone: %lu bytes %s memory %zu",
-        past ? found - begin : end - found, past ? "past the end of" : "before the start of", past ? i - 1 : i);
+    found = first_overwritten(region.begin - region.guard, region.begin);
+    if (found != region.begin) {
+      report(
+          "device-out-of-bounds", 0, "overwritten guard zone: %lu bytes before the start of memory %zu",
+          region.begin - found, i);
+    }
   }
 }
 
@@ -801,12 +925,10 @@ void download() {
   check_guard_zones();
   for (Region& region : gpu.regions) {
     SoftmetalAllocation& allocation = *region.allocation;
-    if (allocation.writable) {
+    if (region.writable && !allocation.in_place) {
       memcpy(allocation.data, reinterpret_cast<void*>(region.begin), allocation.size);
-      munmap(region.shadow, (allocation.size + 1) * sizeof(Shadow));
     }
   }
-  munmap(gpu.memory, gpu.memory_bytes);
   gpu.regions.clear();
 }
 
@@ -829,7 +951,7 @@ uint64_t allocate_threadgroup(int id, uint64_t size, uint64_t site) {
   if (used > arena_bytes || gpu.variables.size() >= 254) {
     abandon();
   }
-  gpu.arena_used = used;
+  gpu.arena_used = gpu.arena_shadow.size = used;
   gpu.variables.push_back({id, offset, size});
   memset(gpu.arena_owner + offset, static_cast<int>(gpu.variables.size()), size);
   memset(gpu.arena + offset, poison, gpu.arena_used - offset);
@@ -864,7 +986,8 @@ void start_fiber(Fiber& fiber, uint32_t index) {
   fiber.simdgroup = index / simd_width;
   fiber.state = State::running;
   // The first switch pops six registers and returns into run_fiber, which expects rsp 8 mod 16 as after a call.
-  auto* stack = reinterpret_cast<uint64_t*>(gpu.stacks + (index + 1) * stack_stride) - 1;
+  // Stacks begin at different cache lines, or they would all compete for the same few.
+  auto* stack = reinterpret_cast<uint64_t*>(gpu.stacks + (index + 1) * stack_stride - index * 7 % 64 * 64) - 1;
   *stack = 0;
   *--stack = reinterpret_cast<uint64_t>(run_fiber);
   stack -= 6;
@@ -880,7 +1003,7 @@ void run_threadgroup(const SoftmetalLaunch& launch) {
   gpu.thread_count = gpu.alive = gpu.size[0] * gpu.size[1] * gpu.size[2];
   gpu.simdgroup_count = (gpu.thread_count + simd_width - 1) / simd_width;
   gpu.waiting = 0;
-  gpu.epoch[0] = gpu.epoch[1] = 1;
+  gpu.epoch[0] = gpu.epoch[1] = gpu.group_epoch = ++gpu.clock;
   reset_arena();
   for (uint32_t s = 0; s < gpu.simdgroup_count; s++) {
     uint32_t lanes = std::min(gpu.thread_count - s * simd_width, simd_width);
@@ -893,8 +1016,8 @@ void run_threadgroup(const SoftmetalLaunch& launch) {
   for (uint32_t i = 0; i < gpu.thread_count; i++) {
     start_fiber(gpu.fibers[i], i);
   }
-  for (uint32_t i = 0; i < launch.threadgroup_argument_count; i++) {
-    uint64_t length = launch.threadgroup_lengths[i];
+  for (uint32_t i = 0; i < launch.pipeline->threadgroup_arguments; i++) {
+    uint64_t length = i < launch.threadgroup_length_count ? launch.threadgroup_lengths[i] : 0;
     gpu.threadgroup_addresses[i] = length ? allocate_threadgroup(-1 - static_cast<int>(i), length, 0) : 0;
   }
   gpu.current = &gpu.fibers[launch.seed ? next_random() % gpu.thread_count : 0];
@@ -918,7 +1041,6 @@ void run_grid(const SoftmetalLaunch& launch) {
     }
   }
   for (uint32_t number : order) {
-    gpu.group_number++;
     gpu.group[0] = number % gpu.groups[0];
     gpu.group[1] = number / gpu.groups[0] % gpu.groups[1];
     gpu.group[2] = number / (gpu.groups[0] * gpu.groups[1]);
@@ -948,21 +1070,54 @@ constexpr int crash_signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 
 }  // namespace
 
-SOFTMETAL_API int softmetal_launch(const SoftmetalLaunch* launch) {
-  create_device();
-  gpu.launch = launch;
-  gpu.counters = {};
-  gpu.errors.clear();
-  gpu.abandoned = false;
-  gpu.steps = 0;
-  gpu.last_region = 0;
-  gpu.random = 0x9E3779B97F4A7C15ull * (launch->seed + 1);
-  gpu.deadline =
-      std::chrono::steady_clock::now() + std::chrono::microseconds(static_cast<int64_t>(launch->seconds * 1e6));
-  dl_iterate_phdr(find_module, reinterpret_cast<void*>(launch->entry));
-  gpu.threadgroup_addresses.assign(launch->threadgroup_argument_count, 0);
-  upload(*launch);
+// The values of function constants, and whether they have one. Kernels refer to slot i as softmetal_slot_i.
+asm(R"(
+.altmacro
+.macro softmetal_symbol prefix, number, bytes
+.globl softmetal_\prefix\()_\number
+.type softmetal_\prefix\()_\number, @object
+.size softmetal_\prefix\()_\number, \bytes
+softmetal_\prefix\()_\number:
+.zero \bytes
+.endm
+.macro softmetal_symbols prefix, bytes
+.set softmetal_next, 0
+.rept 256
+softmetal_symbol \prefix, %softmetal_next, \bytes
+.set softmetal_next, softmetal_next + 1
+.endr
+.endm
+.data
+.balign 32
+softmetal_symbols slot, 32
+softmetal_symbols defined, 1
+.text
+)");
+extern "C" uint8_t softmetal_slot_0[slot_count * slot_bytes];
+extern "C" uint8_t softmetal_defined_0[slot_count];
 
+namespace {
+
+struct OwnedReport {
+  SoftmetalReport report;
+  std::vector<Error> texts;
+  std::vector<SoftmetalError> errors;
+};
+
+void set_constants(const SoftmetalPipeline& pipeline) {
+  memset(softmetal_slot_0, 0, slot_count * slot_bytes);
+  memset(softmetal_defined_0, 0, slot_count);
+  for (uint32_t i = 0; i < pipeline.constant_count; i++) {
+    const SoftmetalConstant& constant = pipeline.constants[i];
+    memcpy(softmetal_slot_0 + constant.slot * slot_bytes, constant.value, constant.size);
+    softmetal_defined_0[constant.slot] = 1;
+  }
+  if (pipeline.derive) {
+    pipeline.derive();
+  }
+}
+
+void run_guarded(const SoftmetalLaunch& launch) {
   static char signal_stack[64 * 1024];
   stack_t alternate{}, previous_stack{};
   alternate.ss_sp = signal_stack;
@@ -976,41 +1131,76 @@ SOFTMETAL_API int softmetal_launch(const SoftmetalLaunch* launch) {
   }
   crash_handled = 0;
   if (sigsetjmp(crash_return, 1) == 0) {
-    run_grid(*launch);
+    run_grid(launch);
   }
   for (int i = 0; i < 4; i++) {
     sigaction(crash_signals[i], &previous[i], nullptr);
   }
   sigaltstack(&previous_stack, nullptr);
   gpu.current = nullptr;
-  download();
-  return static_cast<int>(gpu.errors.size());
 }
 
-SOFTMETAL_API void softmetal_counters(SoftmetalCounters* counters) { *counters = gpu.counters; }
-
-SOFTMETAL_API int softmetal_error(
-    int index,
-    const char** kind,
-    const char** message,
-    uint64_t* offset,
-    uint64_t* count) {
-  if (index < 0 || index >= static_cast<int>(gpu.errors.size())) {
-    return 0;
+SoftmetalReport* make_report() {
+  auto* owned = new OwnedReport;
+  owned->texts = std::move(gpu.errors);
+  for (const Error& error : owned->texts) {
+    bool in_module = error.site > gpu.module_begin && error.site <= gpu.module_end;
+    // The place of the call, not of the return address.
+    uint64_t offset = in_module ? error.site - 1 - gpu.module_begin : 0;
+    owned->errors.push_back({error.kind.c_str(), error.message.c_str(), offset, error.count});
   }
-  const Error& error = gpu.errors[index];
-  *kind = error.kind.c_str();
-  *message = error.message.c_str();
-  bool in_module = error.site > gpu.module_begin && error.site <= gpu.module_end;
-  *offset = in_module ? error.site - 1 - gpu.module_begin : 0;  // of the call, not of the return address
-  *count = error.count;
-  return 1;
+  owned->report = {gpu.counters, owned->errors.data(), static_cast<uint32_t>(owned->errors.size())};
+  return &owned->report;
 }
+
+}  // namespace
+
+SOFTMETAL_API SoftmetalReport* softmetal_launch(const SoftmetalLaunch* launch) {
+  static std::mutex one_at_a_time;
+  std::lock_guard<std::mutex> lock(one_at_a_time);
+  create_device();
+  gpu.launch = launch;
+  gpu.counters = {};
+  gpu.errors.clear();
+  gpu.abandoned = false;
+  gpu.steps = 0;
+  gpu.last_region = 0;
+  if (gpu.clock > 1u << 31) {
+    forget_shadows();
+  }
+  gpu.launch_epoch = gpu.clock + 1;
+  gpu.arena_shadow.shift = max_cell_shift;
+  gpu.random = 0x9E3779B97F4A7C15ull * (launch->seed + 1);
+  gpu.deadline =
+      std::chrono::steady_clock::now() + std::chrono::microseconds(static_cast<int64_t>(launch->seconds * 1e6));
+  dl_iterate_phdr(find_module, reinterpret_cast<void*>(launch->pipeline->entry));
+  gpu.threadgroup_addresses.assign(launch->pipeline->threadgroup_arguments, 0);
+  set_constants(*launch->pipeline);
+  upload(*launch);
+  run_guarded(*launch);
+  download();
+  return make_report();
+}
+
+SOFTMETAL_API void softmetal_free_report(SoftmetalReport* report) { delete reinterpret_cast<OwnedReport*>(report); }
 
 // --- Interface to the shim headers ---------------------------------------------------------------------------------
 
 SOFTMETAL_API uint64_t __softmetal_threadgroup_variable(int id, uint64_t size) {
   return allocate_threadgroup(id, size, CALLER);
+}
+
+SOFTMETAL_API uint64_t __softmetal_constant_address(int slot) {
+  return reinterpret_cast<uint64_t>(softmetal_slot_0 + slot * slot_bytes);
+}
+
+SOFTMETAL_API bool __softmetal_constant_is_defined(int slot) { return softmetal_defined_0[slot]; }
+
+SOFTMETAL_API void __softmetal_set_constant(int slot, uint64_t value, uint32_t size) {
+  if (size > slot_bytes) {
+    abort();  // the rewriter takes scalars and vectors only
+  }
+  memcpy(softmetal_slot_0 + slot * slot_bytes, reinterpret_cast<void*>(value), size);
 }
 
 SOFTMETAL_API uint32_t __softmetal_lane() { return gpu.current->lane; }
@@ -1065,11 +1255,6 @@ SOFTMETAL_API void __softmetal_threadgroup_barrier(uint32_t flags) {
 SOFTMETAL_API void __softmetal_simdgroup_barrier(uint32_t flags) {
   gpu.current->barrier_flags = flags;
   rendezvous(Collective::barrier, CALLER, &flags, 0);
-}
-
-// A rendezvous without data: the loads and stores of simdgroup matrices.
-SOFTMETAL_API void __softmetal_simdgroup_arrive(int collective) {
-  rendezvous(static_cast<Collective>(collective), CALLER, &collective, 0);
 }
 
 namespace {
@@ -1197,6 +1382,19 @@ SOFTMETAL_API void __softmetal_simd_reduce(
   memcpy(reinterpret_cast<void*>(target), simdgroup.result[set], size);
 }
 
+// The same for a value of at most eight bytes.
+SOFTMETAL_API uint64_t
+__softmetal_simd_reduce_word(int operation, int type, uint32_t components, uint32_t width, uint64_t value) {
+  uint32_t set = rendezvous(width == simd_width ? Collective::reduce : Collective::quad, CALLER, value);
+  Simdgroup& simdgroup = gpu.simdgroups[gpu.current->simdgroup];
+  ReduceRequest request{
+      static_cast<Reduction>(operation), components, width, gpu.current->participants, simdgroup.slot[set]};
+  if (width != simd_width || gpu.current->first_resumed) {
+    with_type(type, [&](auto zero) { reduce_all<decltype(zero)>(request, simdgroup.result[set]); });
+  }
+  return slot_value<uint64_t>(simdgroup.result[set], 0);
+}
+
 SOFTMETAL_API void __softmetal_simd_scan(
     int operation,
     int type,
@@ -1214,6 +1412,27 @@ SOFTMETAL_API void __softmetal_simd_scan(
       type, [&](auto zero) { scan_all<decltype(zero)>(request, exclusive != 0, reinterpret_cast<uint8_t*>(target)); });
 }
 
+namespace {
+
+// The slot that a lane reads after a shuffle, with the checks of its operands.
+const uint8_t* shuffle_source(uint32_t set, uint64_t site, uint32_t from, bool varying, uint32_t width) {
+  const Fiber& fiber = *gpu.current;
+  uint32_t lane = fiber.lane / width * width + from % width;
+  if (!((fiber.participants >> lane) & 1)) {
+    report("inactive-lane", site, "lane %u reads from lane %u, which is not active", fiber.lane, lane);
+  }
+  const Fiber* lanes = &gpu.fibers[fiber.simdgroup * simd_width];
+  for (uint32_t rest = !varying && fiber.first_resumed ? fiber.participants : 0; rest; rest &= rest - 1) {
+    if (lanes[__builtin_ctz(rest)].operand != fiber.operand) {
+      report("nonuniform-operand", site, "the lanes pass different lane numbers, deltas or masks");
+      break;
+    }
+  }
+  return gpu.simdgroups[fiber.simdgroup].slot[set][lane];
+}
+
+}  // namespace
+
 // `from` is the lane to read; a lane without a source (beyond the edge) passes its own number or reads its fill value.
 // `operand` must be the same in all lanes unless `varying`.
 SOFTMETAL_API void __softmetal_simd_shuffle(
@@ -1224,31 +1443,24 @@ SOFTMETAL_API void __softmetal_simd_shuffle(
     uint64_t source,
     uint64_t target,
     uint32_t size) {
-  Fiber& fiber = *gpu.current;
-  fiber.operand = operand;
+  gpu.current->operand = operand;
   uint64_t site = CALLER;
   Collective collective = width == simd_width ? Collective::shuffle : Collective::quad;
   uint32_t set = rendezvous(collective, site, reinterpret_cast<void*>(source), size);
-  Simdgroup& simdgroup = gpu.simdgroups[fiber.simdgroup];
-  uint32_t lane = fiber.lane / width * width + from % width;
-  if (!((fiber.participants >> lane) & 1)) {
-    report("inactive-lane", site, "lane %u reads from lane %u, which is not active", fiber.lane, lane);
-  }
-  uint32_t base = fiber.simdgroup * simd_width;
-  if (!varying && fiber.first_resumed) {
-    for (uint32_t rest = fiber.participants; rest; rest &= rest - 1) {
-      if (gpu.fibers[base + __builtin_ctz(rest)].operand != operand) {
-        report("nonuniform-operand", site, "the lanes pass different lane numbers, deltas or masks");
-        break;
-      }
-    }
-  }
-  memcpy(reinterpret_cast<void*>(target), simdgroup.slot[set][lane], size);
+  memcpy(reinterpret_cast<void*>(target), shuffle_source(set, site, from, varying, width), size);
+}
+
+SOFTMETAL_API uint64_t
+__softmetal_simd_shuffle_word(uint32_t from, uint32_t operand, int varying, uint32_t width, uint64_t value) {
+  gpu.current->operand = operand;
+  uint64_t site = CALLER;
+  uint32_t set = rendezvous(width == simd_width ? Collective::shuffle : Collective::quad, site, value);
+  return slot_value<uint64_t>(shuffle_source(set, site, from, varying, width), 0);
 }
 
 // The lanes whose predicate holds, in the upper half the lanes that took part.
 SOFTMETAL_API uint64_t __softmetal_simd_ballot(uint32_t predicate) {
-  uint32_t set = rendezvous(Collective::vote, CALLER, &predicate, sizeof predicate);
+  uint32_t set = rendezvous(Collective::vote, CALLER, predicate);
   Fiber& fiber = *gpu.current;
   uint32_t mask = 0;
   for (uint32_t rest = fiber.participants; rest; rest &= rest - 1) {
@@ -1290,21 +1502,100 @@ void multiply_fragments(uint8_t (*slots)[64], float* result) {
 
 }  // namespace
 
-// `source` holds two elements each of A, B and C as float; two elements of A * B + C go to `target`.
-SOFTMETAL_API void __softmetal_simdgroup_multiply(uint64_t source, uint64_t target) {
+// Each argument is two elements as float; so is the result, of A * B + C.
+SOFTMETAL_API uint64_t __softmetal_simdgroup_multiply(uint64_t a, uint64_t b, uint64_t c) {
   uint64_t site = CALLER;
-  uint32_t set = rendezvous(Collective::multiply, site, reinterpret_cast<void*>(source), 6 * sizeof(float));
+  uint32_t set = rendezvous(Collective::multiply, site, a, b, c);
   Fiber& fiber = *gpu.current;
   Simdgroup& simdgroup = gpu.simdgroups[fiber.simdgroup];
   if (fiber.participants != ~0u) {
     report("divergent-simd", site, "a simdgroup matrix needs all 32 lanes, not 0x%08x", fiber.participants);
   }
-  auto* result = reinterpret_cast<float*>(simdgroup.result[set]);
   if (fiber.first_resumed) {
-    multiply_fragments(simdgroup.slot[set], result);
+    multiply_fragments(simdgroup.slot[set], reinterpret_cast<float*>(simdgroup.result[set]));
   }
-  memcpy(reinterpret_cast<void*>(target), result + 2 * fiber.lane, 2 * sizeof(float));
+  return slot_value<uint64_t>(simdgroup.result[set], fiber.lane);
 }
+
+namespace {
+
+struct MatrixAccess {
+  uint64_t address[2];  // of a lane's two elements
+  uint32_t size;
+};
+
+// Notes that a lane loads or stores a matrix, and finds its elements.
+MatrixAccess begin_matrix_access(
+    Collective collective,
+    uint64_t site,
+    uint64_t base,
+    uint64_t row_elements,
+    uint64_t x,
+    uint64_t y,
+    int transpose,
+    uint32_t size) {
+  Fiber& fiber = *gpu.current;
+  fiber.collective = collective;
+  fiber.matrix_count++;
+  fiber.matrix_trace = (fiber.matrix_trace ^ site) * 0x9E3779B97F4A7C15ull;
+  fiber.matrix_site = site;
+  count_collective(fiber);
+  if (gpu.simdgroups[fiber.simdgroup].lanes != ~0u) {
+    report("divergent-simd", site, "a simdgroup matrix needs all 32 lanes");
+  }
+  uint64_t row = fragment_row(fiber.lane), column = fragment_column(fiber.lane);
+  uint64_t first = transpose ? (y + column) * row_elements + x + row : (y + row) * row_elements + x + column;
+  uint64_t step = transpose ? row_elements : 1;
+  return {{base + first * size, base + (first + step) * size}, size};
+}
+
+void check_matrix_access(const MatrixAccess& access, bool write, uint64_t site) {
+  if (gpu.launch->pipeline->checked) {
+    for (uint64_t address : access.address) {
+      check_access({address, access.size, write, true, false, site});
+    }
+  }
+}
+
+}  // namespace
+
+// Two elements of `size` bytes each travel in one word. The lanes need not meet.
+SOFTMETAL_API uint64_t __softmetal_simdgroup_load(
+    uint64_t source,
+    uint64_t row_elements,
+    uint64_t x,
+    uint64_t y,
+    int transpose,
+    uint32_t size) {
+  uint64_t site = CALLER;
+  MatrixAccess access = begin_matrix_access(Collective::matrix_load, site, source, row_elements, x, y, transpose, size);
+  check_matrix_access(access, false, site);
+  uint64_t elements[2] = {};
+  for (int i = 0; i < 2; i++) {
+    memcpy(&elements[i], reinterpret_cast<void*>(access.address[i]), size);
+  }
+  return elements[0] | elements[1] << (8 * size);
+}
+
+SOFTMETAL_API void __softmetal_simdgroup_store(
+    uint64_t elements,
+    uint64_t target,
+    uint64_t row_elements,
+    uint64_t x,
+    uint64_t y,
+    int transpose,
+    uint32_t size) {
+  uint64_t site = CALLER;
+  MatrixAccess access =
+      begin_matrix_access(Collective::matrix_store, site, target, row_elements, x, y, transpose, size);
+  check_matrix_access(access, true, site);
+  for (int i = 0; i < 2; i++) {
+    uint64_t element = elements >> (8 * size * i);
+    memcpy(reinterpret_cast<void*>(access.address[i]), &element, size);
+  }
+}
+
+#include "tensor_ops.h"
 
 // --- Atomics: threads are fibers, so a plain operation is atomic ----------------------------------------------------
 

@@ -1,10 +1,6 @@
 // Math, integer, relational and geometric functions: scalar float, the same through float for half, and componentwise.
 #pragma once
 
-#define __METAL_MAYBE_FAST_MATH__ 0
-#define __METAL_FAST_MATH__ 1
-#define __METAL_PRECISE_MATH__ 0
-
 // clang-format off
 #define SOFTMETAL_LIBM(X)                                                                         \
   X(acos) X(acosh) X(asin) X(asinh) X(atan) X(atanh) X(cos) X(cosh) X(exp) X(exp2) X(exp10) X(log) \

@@ -2,8 +2,17 @@
 #pragma once
 
 extern "C" {
-SOFTMETAL_COLLECTIVE void __softmetal_simdgroup_multiply(ulong source, ulong target);
-SOFTMETAL_COLLECTIVE void __softmetal_simdgroup_arrive(int collective);
+SOFTMETAL_COLLECTIVE ulong __softmetal_simdgroup_multiply(ulong a, ulong b, ulong c);
+SOFTMETAL_COLLECTIVE ulong
+__softmetal_simdgroup_load(ulong source, ulong row_elements, ulong x, ulong y, int transpose, uint size);
+SOFTMETAL_COLLECTIVE void __softmetal_simdgroup_store(
+    ulong elements,
+    ulong target,
+    ulong row_elements,
+    ulong x,
+    ulong y,
+    int transpose,
+    uint size);
 }
 
 namespace metal {
@@ -37,23 +46,20 @@ METAL_FUNC simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(T val
   return result;
 }
 
+template <class D, class S>
+METAL_FUNC vec<D, 2> __convert(vec<S, 2> source) {
+  return vec<D, 2>{static_cast<D>(source.x), static_cast<D>(source.y)};
+}
+
 template <class D, class A, class B, class C>
 METAL_FUNC void simdgroup_multiply_accumulate(
     __private simdgroup_matrix<D, 8, 8>& d,
     __private simdgroup_matrix<A, 8, 8>& a,
     __private simdgroup_matrix<B, 8, 8>& b,
     __private simdgroup_matrix<C, 8, 8>& c) {
-  float source[6];
-  float target[2];
-  for (int i = 0; i < 2; i++) {
-    source[i] = static_cast<float>(a.elements[i]);
-    source[2 + i] = static_cast<float>(b.elements[i]);
-    source[4 + i] = static_cast<float>(c.elements[i]);
-  }
-  __softmetal_simdgroup_multiply((ulong)&source[0], (ulong)&target[0]);
-  for (int i = 0; i < 2; i++) {
-    d.elements[i] = static_cast<D>(target[i]);
-  }
+  d.elements = __convert<D>(as_type<vec<float, 2>>(__softmetal_simdgroup_multiply(
+      as_type<ulong>(__convert<float>(a.elements)), as_type<ulong>(__convert<float>(b.elements)),
+      as_type<ulong>(__convert<float>(c.elements)))));
 }
 
 template <class D, class A, class B>
@@ -66,7 +72,6 @@ METAL_FUNC void simdgroup_multiply(
   simdgroup_multiply_accumulate(d, a, b, zero);
 }
 
-// Codes as in runtime.cpp's Collective.
 template <class T, class Pointer>
 METAL_FUNC void simdgroup_load(
     __private simdgroup_matrix<T, 8, 8>& d,
@@ -74,13 +79,10 @@ METAL_FUNC void simdgroup_load(
     ulong elements_per_row = 8,
     vec<ulong, 2> origin = 0,
     bool transpose = false) {
-  __softmetal_simdgroup_arrive(5);
-  ulong row = __fragment_row(__softmetal_lane());
-  ulong column = __fragment_column(__softmetal_lane());
-  for (ulong i = 0; i < 2; i++) {
-    d.elements[i] = transpose ? source[(origin.y + column + i) * elements_per_row + origin.x + row]
-                              : source[(origin.y + row) * elements_per_row + origin.x + column + i];
-  }
+  static_assert(is_same_v<decay_t<remove_pointer_t<Pointer>>, T>, "the matrix and the memory have one type");
+  const ulong elements =
+      __softmetal_simdgroup_load((ulong)source, elements_per_row, origin.x, origin.y, transpose, sizeof(T));
+  d.elements = __from_word<vec<T, 2>>(elements);
 }
 
 template <class T, class Pointer>
@@ -90,14 +92,9 @@ METAL_FUNC void simdgroup_store(
     ulong elements_per_row = 8,
     vec<ulong, 2> origin = 0,
     bool transpose = false) {
-  __softmetal_simdgroup_arrive(6);
-  ulong row = __fragment_row(__softmetal_lane());
-  ulong column = __fragment_column(__softmetal_lane());
-  for (ulong i = 0; i < 2; i++) {
-    ulong place = transpose ? (origin.y + column + i) * elements_per_row + origin.x + row
-                            : (origin.y + row) * elements_per_row + origin.x + column + i;
-    target[place] = d.elements[i];
-  }
+  static_assert(is_same_v<decay_t<remove_pointer_t<Pointer>>, T>, "the matrix and the memory have one type");
+  __softmetal_simdgroup_store(
+      __to_word(d.elements), (ulong)target, elements_per_row, origin.x, origin.y, transpose, sizeof(T));
 }
 
 }  // namespace metal

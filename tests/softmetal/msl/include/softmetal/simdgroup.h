@@ -27,6 +27,9 @@ SOFTMETAL_COLLECTIVE void __softmetal_simd_shuffle(
     ulong source,
     ulong target,
     uint size);
+SOFTMETAL_COLLECTIVE ulong
+__softmetal_simd_reduce_word(int operation, int type, uint components, uint width, ulong value);
+SOFTMETAL_COLLECTIVE ulong __softmetal_simd_shuffle_word(uint from, uint operand, int varying, uint width, ulong value);
 SOFTMETAL_COLLECTIVE ulong __softmetal_simd_ballot(uint predicate);
 }
 
@@ -37,14 +40,19 @@ template <class T>
 constexpr __constant bool __is_simd_type = __scalar<typename __shape<T>::element>::code >= 0;
 
 // Codes as in runtime.cpp's Reduction.
-#define SOFTMETAL_REDUCE(PREFIX, NAME, OPERATION, WIDTH, CONDITION)                                                 \
-  template <class T>                                                                                                \
-  METAL_FUNC enable_if_t<__is_simd_type<T> && CONDITION, T> PREFIX##NAME(T value) {                                 \
-    typedef typename __shape<T>::element Element;                                                                   \
-    T result;                                                                                                       \
-    __softmetal_simd_reduce(                                                                                        \
-        OPERATION, __scalar<Element>::code, __shape<T>::size, WIDTH, (ulong) & value, (ulong) & result, sizeof(T)); \
-    return result;                                                                                                  \
+#define SOFTMETAL_REDUCE(PREFIX, NAME, OPERATION, WIDTH, CONDITION)                                        \
+  template <class T>                                                                                       \
+  METAL_FUNC enable_if_t<__is_simd_type<T> && CONDITION, T> PREFIX##NAME(T value) {                        \
+    typedef typename __shape<T>::element Element;                                                          \
+    constexpr int code = __scalar<Element>::code;                                                          \
+    constexpr int size = __shape<T>::size;                                                                 \
+    if constexpr (sizeof(T) <= 8) {                                                                        \
+      return __from_word<T>(__softmetal_simd_reduce_word(OPERATION, code, size, WIDTH, __to_word(value))); \
+    } else {                                                                                               \
+      T result;                                                                                            \
+      __softmetal_simd_reduce(OPERATION, code, size, WIDTH, (ulong) & value, (ulong) & result, sizeof(T)); \
+      return result;                                                                                       \
+    }                                                                                                      \
   }
 #define SOFTMETAL_SCAN(PREFIX, NAME, OPERATION, WIDTH, EXCLUSIVE)                                                  \
   template <class T>                                                                                               \
@@ -78,52 +86,49 @@ struct __fill_pair {
 };
 
 // Reads `value` of lane FROM. A lane number may vary; deltas, masks and broadcast lanes may not.
-#define SOFTMETAL_EXCHANGE(FROM, OPERAND, VARYING, WIDTH) \
-  T result;                                               \
-  uint from = static_cast<uint>(FROM);                    \
-  __softmetal_simd_shuffle(from, OPERAND, VARYING, WIDTH, (ulong) & value, (ulong) & result, sizeof(T));
+#define SOFTMETAL_EXCHANGE(FROM, OPERAND, VARYING, WIDTH)                                                  \
+  uint from = static_cast<uint>(FROM);                                                                     \
+  if constexpr (sizeof(T) <= 8) {                                                                          \
+    return __from_word<T>(__softmetal_simd_shuffle_word(from, OPERAND, VARYING, WIDTH, __to_word(value))); \
+  } else {                                                                                                 \
+    T result;                                                                                              \
+    __softmetal_simd_shuffle(from, OPERAND, VARYING, WIDTH, (ulong) & value, (ulong) & result, sizeof(T)); \
+    return result;                                                                                         \
+  }
 #define SOFTMETAL_SHUFFLES(PREFIX, WIDTH)                                                                      \
   template <class T>                                                                                           \
   METAL_FUNC enable_if_t<__is_simd_type<T>, T> PREFIX##shuffle(T value, ushort source) {                       \
     SOFTMETAL_EXCHANGE(source, source, 1, WIDTH)                                                               \
-    return result;                                                                                             \
   }                                                                                                            \
   template <class T>                                                                                           \
   METAL_FUNC enable_if_t<__is_simd_type<T>, T> PREFIX##broadcast(T value, ushort source) {                     \
     SOFTMETAL_EXCHANGE(source, source, WIDTH != 32, WIDTH)                                                     \
-    return result;                                                                                             \
   }                                                                                                            \
   template <class T>                                                                                           \
   METAL_FUNC enable_if_t<__is_simd_type<T>, T> PREFIX##broadcast_first(T value) {                              \
     SOFTMETAL_EXCHANGE(0, 0, 0, WIDTH)                                                                         \
-    return result;                                                                                             \
   }                                                                                                            \
   template <class T>                                                                                           \
   METAL_FUNC enable_if_t<__is_simd_type<T>, T> PREFIX##shuffle_xor(T value, ushort mask) {                     \
     SOFTMETAL_EXCHANGE((__softmetal_lane() ^ mask) % WIDTH, mask, WIDTH != 32, WIDTH)                          \
-    return result;                                                                                             \
   }                                                                                                            \
   template <class T>                                                                                           \
   METAL_FUNC enable_if_t<__is_simd_type<T>, T> PREFIX##shuffle_down(T value, ushort delta) {                   \
     uint lane = __softmetal_lane() % WIDTH;                                                                    \
     SOFTMETAL_EXCHANGE(lane + delta < WIDTH ? lane + delta : lane, delta, WIDTH != 32, WIDTH)                  \
-    return result;                                                                                             \
   }                                                                                                            \
   template <class T>                                                                                           \
   METAL_FUNC enable_if_t<__is_simd_type<T>, T> PREFIX##shuffle_up(T value, ushort delta) {                     \
     uint lane = __softmetal_lane() % WIDTH;                                                                    \
     SOFTMETAL_EXCHANGE(lane >= delta ? lane - delta : lane, delta, WIDTH != 32, WIDTH)                         \
-    return result;                                                                                             \
   }                                                                                                            \
   template <class T>                                                                                           \
   METAL_FUNC enable_if_t<__is_simd_type<T>, T> PREFIX##shuffle_rotate_down(T value, ushort delta) {            \
     SOFTMETAL_EXCHANGE((__softmetal_lane() + delta) % WIDTH, delta, WIDTH != 32, WIDTH)                        \
-    return result;                                                                                             \
   }                                                                                                            \
   template <class T>                                                                                           \
   METAL_FUNC enable_if_t<__is_simd_type<T>, T> PREFIX##shuffle_rotate_up(T value, ushort delta) {              \
     SOFTMETAL_EXCHANGE((__softmetal_lane() - delta) % WIDTH, delta, WIDTH != 32, WIDTH)                        \
-    return result;                                                                                             \
   }                                                                                                            \
   template <class T>                                                                                           \
   METAL_FUNC enable_if_t<__is_simd_type<T>, T> PREFIX##shuffle_and_fill_down(                                  \

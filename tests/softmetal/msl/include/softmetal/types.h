@@ -1,17 +1,8 @@
 // Scalar and vector types, type traits, limits, casts, barriers.
 #pragma once
+#include <softmetal/macros.h>
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
-
-#define __METAL__ 1
-#define __HAVE_BFLOAT__ 1
-#define device __global
-#define threadgroup __local
-#define constant __constant
-#define thread __private
-#define METAL_FUNC inline __attribute__((__always_inline__))
-#define METAL_CONST __attribute__((__const__))
-#define METAL_PURE __attribute__((__pure__))
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -29,33 +20,6 @@ typedef ulong size_t;
 typedef long ptrdiff_t;
 typedef ulong uintptr_t;
 typedef __bf16 bfloat;
-
-#define INFINITY (__builtin_inff())
-#define NAN (__builtin_nanf(""))
-#define HUGE_VALF (__builtin_huge_valf())
-#define FLT_MAX 3.40282346638528859812e+38f
-#define FLT_MIN 1.17549435082228750797e-38f
-#define FLT_EPSILON 1.1920928955078125e-07f
-#define HALF_MAX 65504.0h
-#define HALF_MIN 6.103515625e-05h
-#define HALF_EPSILON 9.765625e-04h
-#define INT_MAX 2147483647
-#define INT_MIN (-2147483647 - 1)
-#define UINT_MAX 4294967295u
-#define SHRT_MAX 32767
-#define USHRT_MAX 65535
-#define CHAR_BIT 8
-#define UCHAR_MAX 255
-#define M_E_F 2.71828182845904523536f
-#define M_LOG2E_F 1.44269504088896340736f
-#define M_LN2_F 0.69314718055994530942f
-#define M_LN10_F 2.30258509299404568402f
-#define M_PI_F 3.14159265358979323846f
-#define M_PI_2_F 1.57079632679489661923f
-#define M_1_PI_F 0.31830988618379067154f
-#define M_2_SQRTPI_F 1.12837916709551257390f
-#define M_SQRT2_F 1.41421356237309504880f
-#define M_SQRT1_2_F 0.70710678118654752440f
 
 namespace metal {
 
@@ -371,15 +335,46 @@ METAL_FUNC constexpr D as_type(S source) {
 
 // --- Runtime. Addresses travel as integers, so that no address space leaks. ---
 
-// The runtime tells collectives apart by the place of the call, so two of them may not become one.
-#define SOFTMETAL_COLLECTIVE __attribute__((convergent, nomerge))
-
 extern "C" {
 ulong __softmetal_threadgroup_variable(int id, ulong size);
-uint __softmetal_lane(void);
-uint __softmetal_builtin(int which, int component);
+uint __softmetal_lane(void) METAL_CONST;
+uint __softmetal_builtin(int which, int component) METAL_CONST;
+ulong __softmetal_constant_address(int slot);
+bool __softmetal_constant_is_defined(int slot);
+void __softmetal_set_constant(int slot, ulong value, uint size);
 SOFTMETAL_COLLECTIVE void __softmetal_threadgroup_barrier(uint flags);
 SOFTMETAL_COLLECTIVE void __softmetal_simdgroup_barrier(uint flags);
+}
+
+// A value of at most eight bytes as a word, and back: what stays in registers needs no check.
+template <class T>
+METAL_FUNC ulong __to_word(T value) {
+  if constexpr (sizeof(T) == 8) {
+    return __builtin_bit_cast(ulong, value);
+  } else if constexpr (sizeof(T) == 4) {
+    return __builtin_bit_cast(uint, value);
+  } else if constexpr (sizeof(T) == 2) {
+    return __builtin_bit_cast(ushort, value);
+  } else {
+    return __builtin_bit_cast(uchar, value);
+  }
+}
+template <class T>
+METAL_FUNC T __from_word(ulong word) {
+  if constexpr (sizeof(T) == 8) {
+    return __builtin_bit_cast(T, word);
+  } else if constexpr (sizeof(T) == 4) {
+    return __builtin_bit_cast(T, static_cast<uint>(word));
+  } else if constexpr (sizeof(T) == 2) {
+    return __builtin_bit_cast(T, static_cast<ushort>(word));
+  } else {
+    return __builtin_bit_cast(T, static_cast<uchar>(word));
+  }
+}
+
+template <class T>
+METAL_FUNC T __softmetal_constant(int slot) {
+  return *(__global const T*)__softmetal_constant_address(slot);
 }
 
 namespace metal {

@@ -1,0 +1,13 @@
+// Pipelines of the shaders in metal/, compiled or loaded at their first use and kept.
+#pragma once
+
+#import <Metal/Metal.h>
+
+#include "plan.h"
+
+namespace quantization_mlx::metal {
+
+// For any thread. Raises RuntimeError with the text of Metal's compiler where there is no such pipeline.
+id<MTLComputePipelineState> pipeline(const Launch& launch);
+
+}  // namespace quantization_mlx::metal

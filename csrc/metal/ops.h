@@ -1,0 +1,22 @@
+// The ops on an Apple GPU: checked problems in, tensors out.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+#include "../problem.h"
+
+namespace quantization_mlx::metal {
+
+at::Tensor quantized_matmul(const MatmulProblem& problem);
+
+// A row of the result whose pair has an index out of range is NaN. With the environment variable QUANTIZATION_MLX_DEBUG
+// set, waits for the device and raises IndexError instead, as the CPU does.
+at::Tensor gather_qmm(const GatherProblem& problem);
+
+at::Tensor dequantize(const DequantizeProblem& problem);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const QuantizeProblem& problem);
+
+}  // namespace quantization_mlx::metal

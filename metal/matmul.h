@@ -1,0 +1,382 @@
+// Tiled products of many rows of x with a quantized matrix, on simdgroup matrices: plain, split along K, and gathered.
+//
+// One threadgroup of four simdgroups computes a tile of y, 16, 32 or 64 rows x 64 columns, and walks K in steps of 32:
+//
+//            K ->   32     32     32                w, packed               tile of y, by simdgroups
+//          +------+------+------+---                   |                    64 rows        16 or 32 rows
+//     rows |  x   |  x   |  x   |                      v                    +---+---+      +-+-+-+-+
+//          +------+------+------+---     x     64 x 32 weights as T         | 0 | 1 |      |0|1|2|3|
+//            |                                  in threadgroup memory       +---+---+      +-+-+-+-+
+//            v                                                              | 2 | 3 |
+//     rows x 32 in threadgroup memory                                       +---+---+
+//
+//   fetch 0 | store | barrier | fetch 1, multiply 0 | barrier | store | barrier | fetch 2, multiply 1 | ...
+//
+// Every weight is unpacked once for all rows of the tile, by the thread that loaded it, and every value of x is loaded
+// once for all 64 columns. What a step needs is on its way to registers while the matrix units work on the step before,
+// so neither their latency nor a second copy in threadgroup memory is paid for: there is room for several threadgroups
+// on a core. A fragment of x, once in registers, meets two or four fragments of weights, and the other way round, and
+// each pair has its own accumulator: eight or sixteen independent multiplications of 8x8 matrices between two loads.
+// Fragments of rows that do not exist are not multiplied.
+//
+// gather_qmm_rhs: a tile of 32 pairs goes through the runs of equal matrices in it. Lane i of every simdgroup knows
+// pair i, so the runs are found without memory; sorted pairs make one run of most tiles.
+#pragma once
+
+#include <metal_stdlib>
+
+#include "tile.h"
+
+#pragma METAL fp math_mode(safe)
+
+namespace quantization_mlx {
+
+static constant constexpr const int fragment_size = 8;
+static constant constexpr const int tile_threads = 32 * tile_simdgroups();
+
+typedef simdgroup_matrix<float, 8, 8> Accumulator;
+
+// --- Who does what -------------------------------------------------------------------------------------------------
+
+// Of the tile, in simdgroups and in fragments of one simdgroup. Where simdgroups stand side by side, all of them have
+// work as soon as there is one fragment of rows.
+inline constexpr int simdgroups_down(int rows) { return rows == 64 ? 2 : 1; }
+inline constexpr int simdgroups_across(int rows) { return tile_simdgroups() / simdgroups_down(rows); }
+inline constexpr int fragments_down(int rows) { return rows / fragment_size / simdgroups_down(rows); }
+inline constexpr int fragments_across(int rows) { return tile_columns() / fragment_size / simdgroups_across(rows); }
+
+inline int first_row_of(int rows, uint simdgroup) {
+  return simdgroup / simdgroups_across(rows) * fragments_down(rows) * fragment_size;
+}
+
+inline int first_column_of(int rows, uint simdgroup) {
+  return simdgroup % simdgroups_across(rows) * fragments_across(rows) * fragment_size;
+}
+
+struct FragmentPlace {
+  int row;
+  int column;  // and the next one
+};
+
+// The two elements of an 8x8 matrix that a lane holds. Metal's specification leaves it open; all of Apple's GPUs so far
+// have this order. Nothing else depends on it.
+inline FragmentPlace fragment_place(uint lane) {
+  FragmentPlace place;
+  place.row = (lane / 4 & 4) + lane / 2 % 4;
+  place.column = (lane / 4 & 2) * 2 + lane % 2 * 2;
+  return place;
+}
+
+// --- Memory --------------------------------------------------------------------------------------------------------
+
+// In units of uint4, so that rows are aligned for vectors.
+inline constexpr int weight_memory(int element_size, bool transpose) {
+  return block_rows(transpose, tile_columns(), tile_k()) *
+      (block_row_elements(transpose, tile_columns(), tile_k()) * element_size / 16 + 1);
+}
+
+inline constexpr int x_memory(int element_size, int rows) { return rows * (tile_k() * element_size / 16 + 1); }
+
+// --- One step ------------------------------------------------------------------------------------------------------
+
+// Multiplies fragments [begin, end) of rows, and with `all` every one, at `x` and `weights` in threadgroup memory.
+template <typename T, int rows, bool transpose, bool all>
+inline void multiply_step(
+    threadgroup const T* x,
+    threadgroup const T* weights,
+    int begin,
+    int end,
+    thread Accumulator* sums) {
+  constexpr int across = fragments_across(rows);
+  constexpr int x_stride = padded<T>(tile_k());
+  constexpr int weight_stride = padded<T>(block_row_elements(transpose, tile_columns(), tile_k()));
+#pragma unroll
+  for (int k = 0; k < tile_k(); k += fragment_size) {
+    simdgroup_matrix<T, 8, 8> right[across];
+#pragma unroll
+    for (int j = 0; j < across; ++j) {
+      const int column = j * fragment_size;
+      simdgroup_load(
+          right[j], weights + (transpose ? column * weight_stride + k : k * weight_stride + column), weight_stride,
+          ulong2(0, 0), transpose);
+    }
+#pragma unroll
+    for (int i = 0; i < fragments_down(rows); ++i) {
+      if (all || (i >= begin && i < end)) {
+        simdgroup_matrix<T, 8, 8> left;
+        simdgroup_load(left, x + i * fragment_size * x_stride + k, x_stride, ulong2(0, 0), false);
+#pragma unroll
+        for (int j = 0; j < across; ++j) {
+          simdgroup_multiply_accumulate(sums[i * across + j], left, right[j], sums[i * across + j]);
+        }
+      }
+    }
+  }
+}
+
+// --- One tile ------------------------------------------------------------------------------------------------------
+
+// Where a thread stands in its threadgroup.
+struct Position {
+  int thread_index;
+  uint simdgroup;
+  uint lane;
+};
+
+template <int rows>
+inline void clear(thread Accumulator* sums) {
+#pragma unroll
+  for (int i = 0; i < fragments_down(rows) * fragments_across(rows); ++i) {
+    sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+}
+
+// Adds the products of rows [first_row, end_row) of the tile, along K from k_begin to k_end, to the sums. The pieces
+// know which rows of x are the tile's.
+template <Mode mode, int group_size, int bits, int rows, bool transpose, typename T, typename Scale>
+inline void multiply_tile(
+    thread const Operands<T, Scale>& operands,
+    constant ProductParams& params,
+    thread RowPieces<T, rows, tile_k(), tile_threads>& pieces,
+    int first_row,
+    int end_row,
+    int column,
+    int k_begin,
+    int k_end,
+    Position position,
+    threadgroup T* weights,
+    threadgroup T* x,
+    thread Accumulator* sums) {
+  constexpr int elements = tile_columns() * tile_k() / tile_threads;
+  const int simdgroup_row = first_row_of(rows, position.simdgroup);
+  const int simdgroup_column = first_column_of(rows, position.simdgroup);
+  const int begin = max(0, first_row - simdgroup_row) / fragment_size;
+  const int end = max(0, end_row - simdgroup_row + fragment_size - 1) / fragment_size;
+  const bool all = begin == 0 && end >= fragments_down(rows);
+  threadgroup const T* left = x + simdgroup_row * padded<T>(tile_k());
+  threadgroup const T* right = weights + (transpose ? simdgroup_column * padded<T>(tile_k()) : simdgroup_column);
+
+  PackedWeights<mode, group_size, bits, elements> packed;
+  if (k_begin < k_end) {
+    fetch_block<transpose, tile_columns(), tile_k()>(operands, params, k_begin, column, position.thread_index, packed);
+    fetch_rows(k_begin, position.thread_index, pieces);
+  }
+  for (int k = k_begin; k < k_end; k += tile_k()) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the step before has been multiplied
+    store_block<transpose, tile_columns(), tile_k()>(packed, position.thread_index, weights);
+    store_rows(pieces, position.thread_index, x);
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // this one is complete
+    if (k + tile_k() < k_end) {
+      fetch_block<transpose, tile_columns(), tile_k()>(
+          operands, params, k + tile_k(), column, position.thread_index, packed);
+      fetch_rows(k + tile_k(), position.thread_index, pieces);
+    }
+    if (all) {
+      multiply_step<T, rows, transpose, true>(left, right, 0, 0, sums);
+    } else {
+      multiply_step<T, rows, transpose, false>(left, right, begin, end, sums);
+    }
+  }
+}
+
+// Rows [first_row, end_row) of the tile to y, where row 0 of the tile begins.
+template <int rows, typename Y>
+inline void store_sums(
+    thread Accumulator* sums,
+    device Y* y,
+    constant ProductParams& params,
+    int first_row,
+    int end_row,
+    int column,
+    float factor,
+    Position position) {
+  constexpr int across = fragments_across(rows);
+  const FragmentPlace place = fragment_place(position.lane);
+#pragma unroll
+  for (int i = 0; i < fragments_down(rows); ++i) {
+    const int row = first_row_of(rows, position.simdgroup) + i * fragment_size + place.row;
+    if (row >= first_row && row < end_row) {
+#pragma unroll
+      for (int j = 0; j < across; ++j) {
+        const int n = column + first_column_of(rows, position.simdgroup) + j * fragment_size + place.column;
+        device Y* target = y + row * static_cast<long>(params.n) + n;
+        const Y first = static_cast<Y>(sums[i * across + j].thread_elements()[0] * factor);
+        const Y second = static_cast<Y>(sums[i * across + j].thread_elements()[1] * factor);
+        if (aligned_outputs) {
+          *(device vec<Y, 2>*)target = vec<Y, 2>(first, second);
+        } else {
+          if (n < params.n) {
+            target[0] = first;
+          }
+          if (n + 1 < params.n) {
+            target[1] = second;
+          }
+        }
+      }
+    }
+  }
+}
+
+// --- Plain products ------------------------------------------------------------------------------------------------
+
+// One tile of the product of a matrix of x with one of w.
+template <Mode mode, int group_size, int bits, int rows, bool transpose, typename T, typename Scale, typename Y>
+inline void matmul_tile(
+    thread const Operands<T, Scale>& operands,
+    constant ProductParams& params,
+    device Y* y,
+    int row,
+    int column,
+    int k_begin,
+    Position position,
+    threadgroup uint4* weights,
+    threadgroup uint4* x) {
+  static_assert(rows == 16 || rows == 32 || rows == 64, "rows of a tile");
+  const int end_row = min(rows, params.rows - row);
+  RowPieces<T, rows, tile_k(), tile_threads> pieces;
+#pragma unroll
+  for (int i = 0; i < pieces_per_thread(sizeof(T), rows, tile_k(), tile_threads); ++i) {
+    const int piece_row = row_of_piece<T, tile_k(), tile_threads>(position.thread_index, i);
+    pieces.source[i] = operands.x + (row + piece_row) * params.x_row_stride;
+    pieces.exist[i] = piece_row < end_row ? params.k : 0;
+  }
+  Accumulator sums[fragments_down(rows) * fragments_across(rows)];
+  clear<rows>(sums);
+  multiply_tile<mode, group_size, bits, rows, transpose>(
+      operands, params, pieces, 0, end_row, column, k_begin, min(params.k, k_begin + params.part_k), position,
+      (threadgroup T*)weights, (threadgroup T*)x, sums);
+  store_sums<rows>(sums, y + row * static_cast<long>(params.n), params, 0, end_row, column, operands.factor, position);
+}
+
+template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose, typename Y>
+[[kernel, max_total_threads_per_threadgroup(128)]] void qmm(
+    const device T* x [[buffer(0)]],
+    const device uint* w [[buffer(1)]],
+    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
+    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
+    const device float* global_scale [[buffer(4)]],
+    device Y* y [[buffer(5)]],
+    constant ProductParams& params [[buffer(6)]],
+    uint3 threadgroup_index [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup uint4 shared_weights[weight_memory(sizeof(T), transpose)];
+  threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
+  const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
+  const int row_tiles = (params.rows + rows - 1) / rows;
+  const int part = threadgroup_index.y / row_tiles;
+  const int row = static_cast<int>(threadgroup_index.y - part * row_tiles) * rows;
+  const Operands<T, typename ScaleOf<mode, T>::type> operands =
+      batch_operands<mode>(x, w, scales, biases, global_scale, params, threadgroup_index.z);
+  matmul_tile<mode, group_size, bits, rows, transpose>(
+      operands, params, batch_output(y, params, part, threadgroup_index.z), row, threadgroup_index.x * tile_columns(),
+      part * params.part_k, position, shared_weights, shared_x);
+}
+
+// --- Gathered products ---------------------------------------------------------------------------------------------
+
+// Each pair of indices with its own rows of x.
+template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
+[[kernel, max_total_threads_per_threadgroup(128)]] void gather_qmm(
+    const device T* x [[buffer(0)]],
+    const device uint* w [[buffer(1)]],
+    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
+    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
+    const device float* global_scale [[buffer(4)]],
+    device T* y [[buffer(5)]],
+    constant GatherParams& params [[buffer(6)]],
+    const device long* lhs_indices [[buffer(7)]],
+    const device long* rhs_indices [[buffer(8)]],
+    uint3 threadgroup_index [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup uint4 shared_weights[weight_memory(sizeof(T), transpose)];
+  threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
+  const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
+  const int row = threadgroup_index.y * rows;
+  const int column = threadgroup_index.x * tile_columns();
+  device T* out = y + threadgroup_index.z * params.product.y.outer;
+  Operands<T, typename ScaleOf<mode, T>::type> operands;
+  const bool valid = gather_operands<mode>(
+      x, w, scales, biases, global_scale, lhs_indices, rhs_indices, params, threadgroup_index.z, operands);
+  if (valid) {
+    matmul_tile<mode, group_size, bits, rows, transpose>(
+        operands, params.product, out, row, column, 0, position, shared_weights, shared_x);
+  } else {
+    write_nan(
+        out, params.product, row, row + rows, column, column + tile_columns(), position.thread_index, tile_threads);
+  }
+}
+
+// Pairs of indices with one row of x each, in any order; fast where equal matrices follow one another.
+template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
+[[kernel, max_total_threads_per_threadgroup(128)]] void gather_qmm_rhs(
+    const device T* x [[buffer(0)]],
+    const device uint* w [[buffer(1)]],
+    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
+    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
+    const device float* global_scale [[buffer(4)]],
+    device T* y [[buffer(5)]],
+    constant GatherParams& params [[buffer(6)]],
+    const device long* lhs_indices [[buffer(7)]],
+    const device long* rhs_indices [[buffer(8)]],
+    uint3 threadgroup_index [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  static_assert(rows == 32, "a lane for each pair");
+  threadgroup uint4 shared_weights[weight_memory(sizeof(T), transpose)];
+  threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
+  constant ProductParams& product = params.product;
+  const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
+  const int row = threadgroup_index.y * rows;
+  const int column = threadgroup_index.x * tile_columns();
+  const int pairs = min(rows, product.rows - row);
+
+  // This lane's pair: its row of x and its matrix, -1 where an index is out of range.
+  int lhs = 0;
+  int rhs = -1;
+  if (static_cast<int>(lane) < pairs) {
+    const long left = lhs_indices[row + lane];
+    const long right = rhs_indices[row + lane];
+    if (is_valid_index(left, params.lhs_count) && is_valid_index(right, params.rhs_count)) {
+      lhs = static_cast<int>(left);
+      rhs = static_cast<int>(right);
+    }
+  }
+  RowPieces<T, rows, tile_k(), tile_threads> pieces;
+#pragma unroll
+  for (int i = 0; i < pieces_per_thread(sizeof(T), rows, tile_k(), tile_threads); ++i) {
+    const int piece_row = row_of_piece<T, tile_k(), tile_threads>(position.thread_index, i);
+    pieces.source[i] = x + simd_shuffle(lhs, static_cast<ushort>(piece_row)) * product.x.outer;
+  }
+
+  for (int first = 0; first < pairs;) {
+    const int matrix = simd_shuffle(rhs, static_cast<ushort>(first));
+    int end = first + 1;
+    while (end < pairs && simd_shuffle(rhs, static_cast<ushort>(end)) == matrix) {
+      ++end;
+    }
+    if (matrix < 0) {
+      write_nan(
+          y, product, row + first, row + end, column, column + tile_columns(), position.thread_index, tile_threads);
+    } else {
+#pragma unroll
+      for (int i = 0; i < pieces_per_thread(sizeof(T), rows, tile_k(), tile_threads); ++i) {
+        const int piece_row = row_of_piece<T, tile_k(), tile_threads>(position.thread_index, i);
+        pieces.exist[i] = piece_row >= first && piece_row < end ? product.k : 0;
+      }
+      const Operands<T, typename ScaleOf<mode, T>::type> operands =
+          operands_of_matrix<mode>(x, w, scales, biases, global_scale, product, matrix);
+      Accumulator sums[fragments_down(rows) * fragments_across(rows)];
+      clear<rows>(sums);
+      multiply_tile<mode, group_size, bits, rows, transpose>(
+          operands, product, pieces, first, end, column, 0, product.k, position, (threadgroup T*)shared_weights,
+          (threadgroup T*)shared_x, sums);
+      store_sums<rows>(
+          sums, y + row * static_cast<long>(product.n), product, first, end, column, operands.factor, position);
+    }
+    first = end;
+  }
+}
+
+}  // namespace quantization_mlx

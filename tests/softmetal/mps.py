@@ -1,0 +1,317 @@
+"""Device "mps" on Linux: the project's own Objective-C++ on the software Metal device, in a torch that has no MPS.
+
+mps.install()                      # once
+y = quantization_mlx.quantized_matmul(x.to("mps"), ...)
+mps.launched()                     # the kernels that ran, in order
+mps.errors()                       # what the device found wrong; every test must end with none
+
+The library is built from csrc/ and metal/ at the first use, with a cache in build/softmetal. It registers into the
+namespace of the installed package's ops.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from . import device
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+HOST = HERE / "host"
+BUILD = ROOT / "build" / "softmetal" / "host"
+# What ships, unmodified.
+SHIPPED = [
+    *("csrc/problem.cpp", "csrc/metal/plan.cpp", "csrc/metal/ops.cpp", "csrc/metal/self_check.cpp"),
+    *("csrc/metal/binding.cpp", "csrc/metal/encode.mm", "csrc/metal/library.mm"),
+]
+IMITATED = ["foundation.mm", "device.cpp", "metal.mm", "stream.mm", "backend.cpp", "module.cpp", "misuse.mm"]
+STANDARDS = {310: "metal3.1", 320: "metal3.2", 400: "metal4.0"}
+
+
+# --- The library --------------------------------------------------------------------------------------------------
+
+
+def _compiler() -> str:
+    found = shutil.which("clang++-19") or shutil.which("clang++")
+    if found is None:
+        raise RuntimeError("the software Metal device needs clang++ (Debian package clang-19)")
+    return found
+
+
+@cache
+def _flags() -> tuple[str, ...]:
+    import torch
+
+    torch_headers = Path(torch.__file__).parent / "include"
+    return (
+        *("-std=gnu++20", "-O1", "-fPIC", "-fblocks", "-fobjc-runtime=gcc", "-fconstant-string-class=NSConstantString"),
+        "-Wno-incomplete-implementation",
+        # One op namespace with the installed package; the same visibility as its extension.
+        *("-DTORCH_EXTENSION_NAME=_C", "-DQUANTIZATION_MLX_NAMESPACE=quantization_mlx", "-fvisibility=hidden"),
+        *(f"-DTORCH_VERSION_STRING={torch.__version__}", "-Wno-protocol", "-Wno-objc-property-implementation"),
+        *(f"-I{ROOT / 'csrc'}", f"-I{HOST / 'apple'}", "-include", str(HOST / "prefix.h")),
+        *("-isystem", str(torch_headers), "-isystem", str(torch_headers / "torch/csrc/api/include")),
+        *("-isystem", sysconfig.get_path("include")),
+    )
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _state(paths: list[str]) -> dict[str, str]:
+    return {path: _digest(Path(path).read_bytes()) if Path(path).exists() else "" for path in paths}
+
+
+def _build_object(source: Path, flags: Sequence[str] = ()) -> Path:
+    """The object of a source; compiled where one of the project's files that it was made of has changed."""
+    command = [_compiler(), *_flags(), *flags, *(("-x", "objective-c++") if source.suffix == ".mm" else ())]
+    target = BUILD / f"{source.stem}-{_digest(str(source).encode(), *map(str.encode, command))}.o"
+    record = target.with_suffix(".json")
+    if target.exists() and record.exists():
+        known = json.loads(record.read_text())
+        if _state(list(known)) == known:
+            return target
+    listing = target.with_suffix(".d")
+    _run([*command, "-MMD", "-MF", str(listing), "-MT", "object", "-c", str(source), "-o", str(target)])
+    names = listing.read_text().replace("\\\n", " ").split()[1:]
+    own = [str(Path(name).resolve()) for name in names if "site-packages" not in name]
+    record.write_text(json.dumps(_state([path for path in own if path.startswith(str(ROOT))])))
+    return target
+
+
+def embed_shaders(output: Path) -> None:
+    """Writes the C++ source of the embedded shaders, as every build without a Metal compiler does."""
+    cmake = shutil.which("cmake", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+    if cmake is None:
+        raise RuntimeError("cmake is not installed")
+    temporary = output.with_suffix(".new.cpp")
+    _run([cmake, "-D", f"OUTPUT={temporary}", "-P", str(ROOT / "cmake/embed_shaders.cmake")])
+    if not output.exists() or output.read_bytes() != temporary.read_bytes():
+        os.replace(temporary, output)
+
+
+def _link(objects: list[Path]) -> Path:
+    import torch
+
+    libraries = Path(torch.__file__).parent / "lib"
+    arguments = [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", "-lobjc", "-lBlocksRuntime", "-ldl"]
+    content = b"".join(path.read_bytes() for path in objects)
+    library = BUILD / f"softmetal_host-{_digest(content, *map(str.encode, arguments))}.so"
+    if not library.exists():
+        temporary = library.with_suffix(".new")
+        # Python's symbols are the program's; whatever else is missing is noticed when the library is loaded.
+        _run([_compiler(), "-shared", *map(str, objects), *arguments, "-o", str(temporary)])
+        os.replace(temporary, library)
+    return library
+
+
+def _metallib_flags() -> list[str]:
+    """What kernel-builder defines for library.mm, with the stand-in for its header."""
+    files = "".join(f"{path}\\n" for path in sorted((ROOT / "metal").glob("*.metal")))
+    return [
+        f'-DEMBEDDED_METALLIB_HEADER="{HOST / "metallib.h"}"',
+        "-DEMBEDDED_METALLIB_NAMESPACE=softmetal_metallib",
+        f'-DSOFTMETAL_SHADERS="{files}"',
+    ]
+
+
+def build(metallib: bool = False) -> Path:
+    """Builds the library where anything has changed. Returns its path.
+
+    metallib: as kernel-builder builds, with a library of all shaders compiled beforehand, and not as pip does, with
+        their source.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sources = {HOST / name: [] for name in IMITATED} | {ROOT / name: [] for name in SHIPPED}
+        if metallib:
+            sources[ROOT / "csrc/metal/library.mm"] = _metallib_flags()
+        else:
+            shaders = BUILD / "shader_source.cpp"
+            embed_shaders(shaders)
+            sources[shaders] = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(_build_object, sources, sources.values()))
+        return _link(objects)
+
+
+# --- The device ---------------------------------------------------------------------------------------------------
+
+
+class _Shaders:
+    """An MTLLibrary's shaders: of one source, or of all files of a metallib. Pairs of a library and its source."""
+
+    def __init__(self, *libraries: tuple[device.Library, str]) -> None:
+        self._libraries = {name: library for library, _ in libraries for name in library.kernels}
+        self._with_tensor_ops = {
+            name for library, text in libraries for name in library.kernels if "<MetalPerformancePrimitives/" in text
+        }
+
+    @property
+    def kernels(self) -> list[str]:
+        return list(self._libraries)
+
+    def uses_tensor_ops(self, name: str) -> bool:
+        return name in self._with_tensor_ops
+
+    def pipeline(self, name: str, constants: Mapping[int, bytes]) -> device.Pipeline:
+        return self._libraries[name].pipeline(name, constants)
+
+
+def _compile(source: str, macros: Mapping[str, str], version: int) -> _Shaders:
+    return _Shaders((device.compile(source, defines=macros, standard=STANDARDS[version]), source))
+
+
+def _load(data: str) -> _Shaders:
+    files = [Path(path) for path in data.removeprefix("MTLB").splitlines()]
+    return _Shaders(*((device.compile(path, standard="metal4.0"), _with_own_header(path)) for path in files))
+
+
+def _with_own_header(path: Path) -> str:
+    return "".join(part.read_text() for part in (path, path.with_suffix(".h")) if part.exists())
+
+
+_module: ModuleType | None = None
+
+
+def _host() -> ModuleType:
+    if _module is None:
+        raise RuntimeError("call install() first")
+    return _module
+
+
+def _storage_on_mps(storage: Any) -> Any:
+    """A storage's copy on the device, as torch.load makes it. A torch without MPS cannot make such a storage itself."""
+    import torch
+
+    bytes_on_host = torch.empty(0, dtype=torch.uint8).set_(storage)
+    return bytes_on_host.to("mps").untyped_storage()
+
+
+def install(metallib: bool = False) -> None:
+    """Gives torch a device "mps", and the package's ops their kernels for it. Does nothing the second time.
+
+    metallib: see build().
+    """
+    global _module
+    if _module is not None:
+        return
+    import torch
+
+    import quantization_mlx  # noqa: F401  (its ops must be there)
+
+    loader = ExtensionFileLoader("softmetal_host", str(build(metallib)))
+    spec = importlib.util.spec_from_file_location("softmetal_host", loader.path, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    module.configure(_compile, _load, str(device.runtime_path()))
+    torch.UntypedStorage.mps = _storage_on_mps
+    torch.backends.mps.is_available.cache_clear()
+    _module = module
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that ran. constants are the indices of the function constants that were true."""
+
+    kernel: str
+    constants: tuple[int, ...]
+    threadgroups: tuple[int, int, int]
+    threads: tuple[int, int, int]
+    counters: dict[str, int]
+
+
+def launched() -> list[Launch]:
+    """What has run since the last call of clear()."""
+    return [
+        Launch(
+            record["kernel"],
+            tuple(index for index, value in sorted(record["constants"].items()) if any(value)),
+            record["threadgroups"],
+            record["threads"],
+            record["counters"],
+        )
+        for record in _host().logs()["launches"]
+    ]
+
+
+def errors() -> list[str]:
+    """What the device has found wrong since the last call of clear()."""
+    return _host().errors()
+
+
+def logs() -> dict:
+    """Everything since the last call of clear(): errors, launches, compiles, fallbacks (ops of torch that ran on the
+    CPU), transfers (copies between host and device), synchronizations."""
+    return _host().logs()
+
+
+def clear() -> None:
+    _host().clear_logs()
+
+
+def live_objects() -> dict[str, int]:
+    """Objective-C objects in existence, by class."""
+    return _host().live_objects()
+
+
+def misuses() -> list[str]:
+    """What a host file can do wrong, of which host/misuse.mm has an example each."""
+    return _host().misuses()
+
+
+def misuse(name: str) -> None:
+    """Runs one of misuses(). Raises RuntimeError as the device notices."""
+    _host().misuse(name)
+
+
+def set_gpu(name: str = "applegpu_g17s", macos: int = 2602) -> None:
+    """The GPU and the release of macOS (1400, 1500, 2600 for 26.0, 2602 for 26.2) that the device claims to be."""
+    _host().set(name, macos, _host().settings()[2])
+
+
+@contextmanager
+def gpu(name: str = "applegpu_g17s", macos: int = 2602) -> Iterator[None]:
+    """set_gpu for a while."""
+    before = _host().settings()
+    set_gpu(name, macos)
+    try:
+        yield
+    finally:
+        set_gpu(*before[:2])
+
+
+@contextmanager
+def corrupted(part_of_name: str) -> Iterator[None]:
+    """For a while, kernels whose names contain this give wrong results."""
+    name, macos, _ = _host().settings()
+    _host().set(name, macos, part_of_name)
+    try:
+        yield
+    finally:
+        name, macos, _ = _host().settings()
+        _host().set(name, macos, "")
