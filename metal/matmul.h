@@ -16,7 +16,7 @@
 // once for all 64 columns. What a step needs is on its way to registers while the matrix units work on the step before,
 // so neither their latency nor a second copy in threadgroup memory is paid for: there is room for several threadgroups
 // on a core. A fragment of x, once in registers, meets two or four fragments of weights, and the other way round, and
-// each pair has its own accumulator: eight or sixteen independent multiplications of 8x8 matrices between two loads.
+// each pair has its own accumulator: up to sixteen independent multiplications of 8x8 matrices between two loads.
 // Fragments of rows that do not exist are not multiplied.
 //
 // gather_qmm_rhs: a tile of 32 pairs goes through the runs of equal matrices in it. Lane i of every simdgroup knows

@@ -44,6 +44,85 @@ static constant constexpr const int lanes_across_runs = 4;
 
 // --- Transposed ----------------------------------------------------------------------------------------------------
 
+// One row of x with `span` chunks, from chunk `first` on, of a run in each of the `outputs` rows of w. They have one
+// scale and bias each, `stride` apart in the arrays, which come in once for all of them.
+template <Mode mode, int bits, int outputs, int span, typename T>
+inline void multiply_row(
+    const device T* x,
+    thread const uint* packed,
+    int first,
+    thread const float* scales,
+    thread const float* biases,
+    int stride,
+    thread float* sums) {
+  float x_sum = 0.0f;
+  float partial[outputs];
+#pragma unroll
+  for (int r = 0; r < outputs; ++r) {
+    partial[r] = 0.0f;
+  }
+#pragma unroll
+  for (int chunk = 0; chunk < span; ++chunk) {
+    float activations[chunk_elements];
+    load_values<chunk_elements>(x + chunk * chunk_elements, aligned_x, activations);
+    if (has_biases(mode)) {
+#pragma unroll
+      for (int i = 0; i < chunk_elements; ++i) {
+        x_sum += activations[i];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < outputs; ++r) {
+      float weights[chunk_elements];
+      decode_chunk<mode, bits>(packed + r * bits, first + chunk, weights);
+#pragma unroll
+      for (int i = 0; i < chunk_elements; ++i) {
+        partial[r] = fma(weights[i], activations[i], partial[r]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < outputs; ++r) {
+    sums[r] = fma(scales[r * stride], partial[r], fma(biases[r * stride], x_sum, sums[r]));
+  }
+}
+
+// Several rows of x with one chunk. The weights stay in registers while the rows pass by: that takes fewer of them than
+// the other way round.
+template <Mode mode, int bits, int outputs, int rows, typename T>
+inline void multiply_rows(
+    const device T* x,
+    constant ProductParams& params,
+    thread const uint* packed,
+    int chunk,
+    thread const float* scales,
+    thread const float* biases,
+    int stride,
+    thread float* sums) {
+  float weights[outputs * chunk_elements];
+#pragma unroll
+  for (int r = 0; r < outputs; ++r) {
+    decode_chunk<mode, bits>(packed + r * bits, chunk, weights + r * chunk_elements);
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      weights[r * chunk_elements + i] = fma(weights[r * chunk_elements + i], scales[r * stride], biases[r * stride]);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < rows; ++m) {
+    // An instance for more rows than there are repeats the last one, and does not write it.
+    float activations[chunk_elements];
+    load_values<chunk_elements>(x + min(m, params.rows - 1) * params.x_row_stride, aligned_x, activations);
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+#pragma unroll
+      for (int r = 0; r < outputs; ++r) {
+        sums[m * outputs + r] = fma(weights[r * chunk_elements + i], activations[i], sums[m * outputs + r]);
+      }
+    }
+  }
+}
+
 // Adds the products of the first `chunks` chunks of one run: of row m of x and row first + 4 * r of w to
 // sums[m * outputs + r].
 template <typename T, Mode mode, int group_size, int bits, int rows, int chunks, typename Scale>
@@ -91,53 +170,14 @@ inline void accumulate_run(
   const device T* x = operands.x + static_cast<long>(run) * run_elements;
 #pragma unroll
   for (int s = 0; s < spans; ++s) {
-    float x_sum = 0.0f;
-    float partial[outputs];  // of codes, for a single row: scale and bias come in once a span
-#pragma unroll
-    for (int r = 0; r < outputs; ++r) {
-      partial[r] = 0.0f;
-    }
-#pragma unroll
-    for (int chunk = s * span; chunk < (s + 1) * span; ++chunk) {
-      float activations[rows * chunk_elements];
-#pragma unroll
-      for (int m = 0; m < rows; ++m) {
-        // An instance for more rows than there are repeats the last one, and does not write it.
-        const int row = rows == 1 ? 0 : min(m, params.rows - 1);
-        load_values<chunk_elements>(
-            x + row * params.x_row_stride + chunk * chunk_elements, aligned_x, activations + m * chunk_elements);
-      }
-      if (rows == 1 && has_biases(mode)) {
-#pragma unroll
-        for (int i = 0; i < chunk_elements; ++i) {
-          x_sum += activations[i];
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < outputs; ++r) {
-        float weights[chunk_elements];
-        decode_chunk<mode, bits>(packed + r * bits, chunk, weights);
-        if (rows == 1) {
-#pragma unroll
-          for (int i = 0; i < chunk_elements; ++i) {
-            partial[r] = fma(weights[i], activations[i], partial[r]);
-          }
-        } else {
-#pragma unroll
-          for (int i = 0; i < chunk_elements; ++i) {
-            const float weight = fma(weights[i], scales[r * spans + s], biases[r * spans + s]);
-#pragma unroll
-            for (int m = 0; m < rows; ++m) {
-              sums[m * outputs + r] = fma(weight, activations[m * chunk_elements + i], sums[m * outputs + r]);
-            }
-          }
-        }
-      }
-    }
     if (rows == 1) {
+      multiply_row<mode, bits, outputs, span>(
+          x + s * span * chunk_elements, packed, s * span, scales + s, biases + s, spans, sums);
+    } else {
 #pragma unroll
-      for (int r = 0; r < outputs; ++r) {
-        sums[r] = fma(scales[r * spans + s], partial[r], fma(biases[r * spans + s], x_sum, sums[r]));
+      for (int chunk = s * span; chunk < (s + 1) * span; ++chunk) {
+        multiply_rows<mode, bits, outputs, rows>(
+            x + chunk * chunk_elements, params, packed, chunk, scales + s, biases + s, spans, sums);
       }
     }
   }

@@ -17,13 +17,17 @@ import pytest
 # Before torch loads OpenMP: threads that spin while they wait make thousands of small calls crawl on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import torch
 from torch import Tensor
 
 import oracle
+import quantization_mlx as qm
+from quantization_mlx import plans
 
 # Every op test runs once for each of these.
 SOFTWARE_GPUS = {"mps-g14": "applegpu_g14s", "mps-g17": "applegpu_g17s"}
-DEVICES = ("cpu", "mps") if sys.platform == "darwin" else ("cpu", *SOFTWARE_GPUS)
+NATIVE_DEVICES = ("cpu", "mps") if sys.platform == "darwin" else ("cpu",)
+DEVICES = NATIVE_DEVICES if "mps" in NATIVE_DEVICES else (*NATIVE_DEVICES, *SOFTWARE_GPUS)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -38,14 +42,25 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     from softmetal import mps
 
     mps.install()
-    with mps.gpu(SOFTWARE_GPUS[request.param]):
+    with mps.gpu(SOFTWARE_GPUS[request.param]), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CI", "true")  # a failed self-check raises
+        run_every_self_check()
         yield "mps"
+
+
+def run_every_self_check() -> None:
+    """Afterwards, what an op call launches is its plan and nothing else."""
+    for dtype in oracle.DTYPES:
+        packed = qm.quantize(torch.ones(64, 64, dtype=dtype, device="mps"))
+        for transpose in (True, False):
+            for rows in (1, 40):
+                qm.quantized_matmul(torch.ones(rows, 64, dtype=dtype, device="mps"), *packed, transpose)
 
 
 @pytest.fixture(autouse=True)
 def no_error_of_the_software_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test during which the software Metal device found an error, also where the test expects exceptions."""
-    if "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu" or sys.platform == "darwin":
+    if not on_software_device(request):
         yield
         return
     from softmetal import mps
@@ -55,6 +70,25 @@ def no_error_of_the_software_device(request: pytest.FixtureRequest) -> Iterator[
     errors = mps.errors()
     mps.clear()
     assert not errors, "\n".join(errors)
+
+
+@pytest.fixture
+def plans_are_followed(request: pytest.FixtureRequest, no_error_of_the_software_device: None) -> Iterator[None]:
+    """On the software device, the kernels that ran are those that the plans of the ops name, in that order."""
+    if not on_software_device(request):
+        yield
+        return
+    from softmetal import mps
+
+    with plans.Recorder() as recorder:
+        yield
+    planned = [launch.kernel for plan in recorder.plans for launch in plan.launches]
+    assert [launch.kernel for launch in mps.launched()] == planned
+
+
+def on_software_device(request: pytest.FixtureRequest) -> bool:
+    callspec = getattr(request.node, "callspec", None)
+    return callspec is not None and callspec.params.get("device") in SOFTWARE_GPUS
 
 
 class Tally:

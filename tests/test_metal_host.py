@@ -30,6 +30,8 @@ def software_device(monkeypatch) -> Iterator[None]:
     mps.install()
     mps.clear()
     monkeypatch.setenv("CI", "true")  # a kernel that fails its self-check is an error
+    for name in ("QUANTIZATION_MLX_GPU", "QUANTIZATION_MLX_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
     with mps.gpu("applegpu_g17s", 2602):
         yield
     assert not mps.errors()
@@ -134,6 +136,17 @@ def test_product(mode, rows):
     assert_close(product(x.to("mps"), on_mps(packed), mode), product(x, packed, mode))
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_any_order_of_threads(rows, seed):
+    packed = weights(72, 2048)
+    x = oracle.random_x(rows, 2048).to(torch.float16)
+    with mps.gpu("applegpu_g14s"):
+        in_order = product(x.to("mps"), on_mps(packed))
+        with mps.shuffled(seed):
+            assert torch.equal(product(x.to("mps"), on_mps(packed)).cpu(), in_order.cpu())
+
+
 def expected_launches(plan: str) -> list[str]:
     return [launch["kernel"] for launch in json.loads(plan)["launches"]]
 
@@ -166,7 +179,7 @@ def test_nothing_but_commands_is_done():
     mps.clear()
     product(x, packed)
     log = mps.logs()
-    assert len(log["launches"]) == 1
+    assert (len(log["launches"]), log["checked_plans"]) == (1, 1)
     assert (log["transfers"], log["synchronizations"], log["fallbacks"]) == (0, 0, [])
 
 
@@ -331,6 +344,56 @@ def test_language_and_macros(macos, version):
     assert any("nax" in kernel for kernel in kernels) == (macos == 2602)
 
 
+def test_error_of_the_compiler_reaches_the_caller():
+    done = in_new_process(
+        """
+        compile = mps.device.compile
+        def broken(source, **options):
+            raise mps.device.CompileError("metal/quantize.h:7: error: something is wrong")
+        mps.device.compile = broken
+        w = torch.ones(8, 64).to("mps")
+        for _ in range(2):
+            try:
+                q.quantize(w, 64, 4)
+            except RuntimeError as error:
+                print(error)
+        mps.device.compile = compile
+        print(q.quantize(w, 64, 4)[0].device)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    message = (
+        "[quantization_mlx] Metal does not compile metal/quantize.metal for affine_quantize_float32_gs_64_b_4:\n"
+        "metal/quantize.h:7: error: something is wrong\n"
+    )
+    assert done.stdout == message * 2 + "mps:0\n"
+
+
+def test_shader_that_the_library_does_not_have():
+    done = in_new_process(
+        """
+        mps.device.Library.kernels = property(lambda library: [])
+        q.quantize(torch.ones(8, 64).to("mps"), 64, 4)
+        """
+    )
+    assert "there is no shader affine_quantize_float32_gs_64_b_4: Function" in done.stderr
+
+
+def test_pipeline_of_too_few_threads():
+    done = in_new_process(
+        """
+        make = mps.device.Library.pipeline
+        def narrow(*arguments):
+            pipeline = make(*arguments)
+            pipeline.structure.max_threads = 32
+            return pipeline
+        mps.device.Library.pipeline = narrow
+        q.quantize(torch.ones(8, 64).to("mps"), 64, 4)
+        """
+    )
+    assert "runs with at most 32 threads in a threadgroup on this GPU and needs 64." in done.stderr
+
+
 def test_library_that_was_compiled_beforehand():
     """kernel-builder's builds have all shaders in one metallib, of language 4.0."""
     done = in_new_process(
@@ -384,6 +447,23 @@ def test_wrong_family_is_not_used(broken, excluded, family):
     for name in excluded:
         assert done.stderr.count(f'Kernel family "{name}" fails its self-check') == 1
     assert done.stderr.count("fails its self-check") == len(excluded)
+
+
+def test_split_product_where_matvecs_are_wrong():
+    """Its parts are summed by a kernel of the matvecs' file, which is not what their check is about."""
+    done = in_new_process(
+        """
+        mps.set_gpu("applegpu_g14d")
+        packed = weights(64, 4096)
+        with mps.corrupted("_qmv_"):
+            for rows in (1, 20):
+                x = oracle.random_x(rows, 4096).to(torch.float16)
+                assert_close(product(x.to("mps"), on_mps(packed)), product(x, packed))
+        print(json.dumps([launch.kernel for launch in mps.launched()][-2:]))
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["affine_qmm_t_splitk_float16_gs_64_b_4_rows_32", "sum_parts_float16"]
 
 
 def test_error_where_every_family_is_wrong():

@@ -209,7 +209,8 @@ def test_constructor_refuses_what_cannot_be() -> None:
 def test_compiles_to_one_graph_for_all_batch_sizes(format: Format, device: str) -> None:
     torch._dynamo.reset()
     table, layer = embedding(format, device), linear(format, device)
-    counter = CompileCounterWithBackend("inductor")
+    # In torch 2.13, the Metal that inductor writes has no uint32.
+    counter = CompileCounterWithBackend("inductor" if device == "cpu" else "aot_eager")
     compiled = torch.compile(lambda indices: layer(table(indices)), backend=counter, fullgraph=True, dynamic=True)
     for batch in (2, 3, 7):
         indices = torch.randint(0, OUT, (batch, 4), generator=oracle.generator(batch)).to(device)

@@ -512,6 +512,8 @@ bool is_dense(const Matrices& matrices) {
       matrices.matrix_stride == matrices.row_stride * matrices.tensor.size(-2);
 }
 
+bool is_empty(const Sizes<int64_t>& sizes) { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
+
 // --- As text -------------------------------------------------------------------------------------------------------
 
 std::string describe(const Plan& plan, const Target& target) {
@@ -615,13 +617,18 @@ GpuTraits GpuTraits::parse(std::string_view architecture, int macos) {
   return traits;
 }
 
-Plan plan(const MatmulProblem& problem, const Target& target) { return ProductPlanner(problem, target).matmul(); }
+Plan plan(const MatmulProblem& problem, const Target& target) {
+  return is_empty(problem.shape.output) ? Plan{} : ProductPlanner(problem, target).matmul();
+}
 
 Plan plan(const GatherProblem& problem, const Target& target) {
-  return ProductPlanner(problem.matmul, target).gather(problem);
+  return is_empty(problem.matmul.shape.output) ? Plan{} : ProductPlanner(problem.matmul, target).gather(problem);
 }
 
 Plan plan(const DequantizeProblem& problem, const Target&) {
+  if (is_empty(problem.output)) {
+    return {};
+  }
   const auto& weights = problem.weights;
   const Matrices& words = weights.words;
   // Matrices without gaps are one long row.
@@ -658,6 +665,9 @@ Plan plan(const DequantizeProblem& problem, const Target&) {
 }
 
 Plan plan(const QuantizeProblem& problem, const Target&) {
+  if (problem.w.numel() == 0) {
+    return {};
+  }
   constexpr int64_t elements_per_thread = 8;
   Launch launch;
   launch.kernel = kernel_name(problem.format, "quantize", problem.w.scalar_type());

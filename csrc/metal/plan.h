@@ -85,7 +85,7 @@ struct Launch {
 };
 
 struct Plan {
-  std::vector<Launch> launches;  // in order, each after the one before
+  std::vector<Launch> launches;  // in order, each after the one before; none where there is nothing to compute
   int64_t workspace = 0;  // float32 values of Role::partial_sums
 };
 

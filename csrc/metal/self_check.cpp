@@ -54,6 +54,7 @@ struct Example {
   Tensor w;
   Tensor scales;
   std::optional<Tensor> biases;
+  std::optional<Tensor> global_scale;  // none
   Format format;
   bool transpose;
 
@@ -76,8 +77,6 @@ struct Example {
     }
     return result;
   }
-
-  std::optional<Tensor> global_scale;
 };
 
 Example example(Format format, at::ScalarType dtype, bool transpose) {
@@ -222,7 +221,8 @@ bool passes(const Subject& subject) {
   const auto text = [&] {
     return c10::str(
         "[quantization_mlx] Kernel family \"", name_of(subject.family), "\" fails its self-check for ", subject.dtype,
-        " on ", subject.gpu.architecture, " and is not used: ", *reason);
+        subject.transpose ? " with transpose=True" : " with transpose=False", " on ", subject.gpu.architecture,
+        " and is not used: ", *reason);
   };
   TORCH_CHECK(!reason.has_value() || !is_ci(), text());
   verdicts.push_back({subject.gpu.architecture, subject.family, subject.dtype, subject.transpose, !reason.has_value()});
@@ -251,7 +251,9 @@ Plan checked_product(const Problem& problem) {
     const Target target = target_of_product(problem);
     Plan result = plan(problem, target);
     const bool passed = std::all_of(result.launches.begin(), result.launches.end(), [&](const Launch& launch) {
-      return passes({target.gpu, launch.family, launch.format, product.dtype, product.transpose});
+      // What is excluded and planned all the same has nothing that could take its place, such as the sum of split-K.
+      return target.excluded.contains(launch.family) ||
+          passes({target.gpu, launch.family, launch.format, product.dtype, product.transpose});
     });
     if (passed) {
       return result;

@@ -21,7 +21,7 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
@@ -40,7 +40,12 @@ SHIPPED = [
     *("csrc/problem.cpp", "csrc/metal/plan.cpp", "csrc/metal/ops.cpp", "csrc/metal/self_check.cpp"),
     *("csrc/metal/binding.cpp", "csrc/metal/encode.mm", "csrc/metal/library.mm"),
 ]
-IMITATED = ["foundation.mm", "device.cpp", "metal.mm", "stream.mm", "backend.cpp", "module.cpp", "misuse.mm"]
+IMITATED = [
+    *("foundation.mm", "device.cpp", "metal.mm", "stream.mm", "backend.cpp", "module.cpp"),
+    *("misuse.mm", "plan_check.cpp"),
+]
+# quantization_mlx::metal::encode: plan_check.cpp comes between its callers and it.
+ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_4PlanESt5arrayIN2at6TensorELm10EE"
 STANDARDS = {310: "metal3.1", 320: "metal3.2", 400: "metal4.0"}
 
 
@@ -58,16 +63,18 @@ def _compiler() -> str:
 def _flags() -> tuple[str, ...]:
     import torch
 
-    torch_headers = Path(torch.__file__).parent / "include"
+    headers = Path(torch.__file__).parent / "include"
     return (
-        *("-std=gnu++20", "-O1", "-fPIC", "-fblocks", "-fobjc-runtime=gcc", "-fconstant-string-class=NSConstantString"),
-        "-Wno-incomplete-implementation",
-        # One op namespace with the installed package; the same visibility as its extension.
-        *("-DTORCH_EXTENSION_NAME=_C", "-DQUANTIZATION_MLX_NAMESPACE=quantization_mlx", "-fvisibility=hidden"),
-        *(f"-DTORCH_VERSION_STRING={torch.__version__}", "-Wno-protocol", "-Wno-objc-property-implementation"),
+        *("-std=gnu++20", "-O1", "-fPIC", "-fvisibility=hidden"),
+        *("-fblocks", "-fobjc-runtime=gcc", "-fconstant-string-class=NSConstantString"),
+        # The frameworks' protocols have more than is imitated.
+        *("-Wno-protocol", "-Wno-objc-property-implementation", "-Wno-incomplete-implementation"),
+        *("-DTORCH_EXTENSION_NAME=_C", "-DQUANTIZATION_MLX_NAMESPACE=quantization_mlx"),
+        f'-DSOFTMETAL_ENCODE="{ENCODE}"',
         *(f"-I{ROOT / 'csrc'}", f"-I{HOST / 'apple'}", "-include", str(HOST / "prefix.h")),
-        *("-isystem", str(torch_headers), "-isystem", str(torch_headers / "torch/csrc/api/include")),
+        *("-isystem", str(headers), "-isystem", str(headers / "torch/csrc/api/include")),
         *("-isystem", sysconfig.get_path("include")),
+        f"-DSOFTMETAL_TORCH={torch.__version__}",  # objects belong to one release
     )
 
 
@@ -117,7 +124,16 @@ def _link(objects: list[Path]) -> Path:
     import torch
 
     libraries = Path(torch.__file__).parent / "lib"
-    arguments = [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", "-lobjc", "-lBlocksRuntime", "-ldl"]
+    arguments = [
+        f"-Wl,--wrap={ENCODE}",
+        f"-L{libraries}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-lobjc",
+        "-lBlocksRuntime",
+        "-ldl",
+    ]
     content = b"".join(path.read_bytes() for path in objects)
     library = BUILD / f"softmetal_host-{_digest(content, *map(str.encode, arguments))}.so"
     if not library.exists():
@@ -266,7 +282,8 @@ def errors() -> list[str]:
 
 def logs() -> dict:
     """Everything since the last call of clear(): errors, launches, compiles, fallbacks (ops of torch that ran on the
-    CPU), transfers (copies between host and device), synchronizations."""
+    CPU), transfers (copies between host and device), synchronizations, checked_plans (each op's plan is compared with
+    what was launched, a difference is an error)."""
     return _host().logs()
 
 
@@ -289,29 +306,38 @@ def misuse(name: str) -> None:
     _host().misuse(name)
 
 
+@contextmanager
+def _changed(**changes: object) -> Iterator[None]:
+    before = _host().settings()
+    _change(**changes)
+    try:
+        yield
+    finally:
+        _change(**{name: getattr(before, name) for name in changes})
+
+
+def _change(**changes: object) -> None:
+    settings = _host().settings()
+    for name, value in changes.items():
+        setattr(settings, name, value)
+    _host().set(settings)
+
+
 def set_gpu(name: str = "applegpu_g17s", macos: int = 2602) -> None:
     """The GPU and the release of macOS (1400, 1500, 2600 for 26.0, 2602 for 26.2) that the device claims to be."""
-    _host().set(name, macos, _host().settings()[2])
+    _change(gpu=name, macos=macos)
 
 
-@contextmanager
-def gpu(name: str = "applegpu_g17s", macos: int = 2602) -> Iterator[None]:
+def gpu(name: str = "applegpu_g17s", macos: int = 2602) -> AbstractContextManager[None]:
     """set_gpu for a while."""
-    before = _host().settings()
-    set_gpu(name, macos)
-    try:
-        yield
-    finally:
-        set_gpu(*before[:2])
+    return _changed(gpu=name, macos=macos)
 
 
-@contextmanager
-def corrupted(part_of_name: str) -> Iterator[None]:
+def corrupted(part_of_name: str) -> AbstractContextManager[None]:
     """For a while, kernels whose names contain this give wrong results."""
-    name, macos, _ = _host().settings()
-    _host().set(name, macos, part_of_name)
-    try:
-        yield
-    finally:
-        name, macos, _ = _host().settings()
-        _host().set(name, macos, "")
+    return _changed(corrupted=part_of_name)
+
+
+def shuffled(seed: int) -> AbstractContextManager[None]:
+    """For a while, threads and threadgroups run in an order that the seed draws; 0: in order."""
+    return _changed(seed=seed)

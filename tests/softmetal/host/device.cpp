@@ -46,7 +46,13 @@ void clear_logs() {
   current_logs = {};
 }
 
+std::vector<LaunchRecord>& launches_of_this_thread() {
+  thread_local std::vector<LaunchRecord> launches;
+  return launches;
+}
+
 void add(LaunchRecord record) {
+  launches_of_this_thread().push_back(record);
   std::lock_guard lock(mutex);
   current_logs.launches.push_back(std::move(record));
 }
@@ -69,6 +75,11 @@ void add_transfer() {
 void add_synchronization() {
   std::lock_guard lock(mutex);
   ++current_logs.synchronizations;
+}
+
+void add_checked_plan() {
+  std::lock_guard lock(mutex);
+  ++current_logs.checked_plans;
 }
 
 void record_error(std::string text) {

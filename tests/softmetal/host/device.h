@@ -24,6 +24,7 @@ struct Settings {
   std::string gpu = "applegpu_g17s";  // what MTLArchitecture.name says
   int macos = 2602;  // 26.2
   std::string corrupted;  // results of kernels whose names contain this are spoilt; empty: of none
+  uint32_t seed = 0;  // of the order of threads and threadgroups; 0: in order
 };
 Settings settings();
 void set(const Settings& settings);
@@ -54,6 +55,7 @@ struct Logs {
   std::vector<std::string> fallbacks;  // names of ops that ran on the CPU instead
   int64_t transfers = 0;  // copies between host and device
   int64_t synchronizations = 0;
+  int64_t checked_plans = 0;  // compared with the launches that they led to
 };
 Logs logs();
 void clear_logs();
@@ -62,6 +64,8 @@ void add(CompileRecord record);
 void add_fallback(std::string op);
 void add_transfer();
 void add_synchronization();
+void add_checked_plan();
+std::vector<LaunchRecord>& launches_of_this_thread();
 
 // Kept until a test asks for it, so that no caller can swallow it.
 void record_error(std::string text);

@@ -439,6 +439,7 @@ void run(EncoderState& state, MTLSize threads, MTLSize threads_per_threadgroup) 
     record.threadgroups[i] = (grid[i] + sizes[i] - 1) / sizes[i];
   }
   launch.seconds = max_seconds;
+  launch.seed = settings().seed;
   const std::unique_ptr<SoftmetalReport, decltype(&softmetal_free_report)> report(
       runtime().launch(&launch), runtime().free_report);
   record.counters = report->counters;

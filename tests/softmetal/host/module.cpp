@@ -163,6 +163,7 @@ py::dict all_logs() {
   result["fallbacks"] = logs.fallbacks;
   result["transfers"] = logs.transfers;
   result["synchronizations"] = logs.synchronizations;
+  result["checked_plans"] = logs.checked_plans;
   return result;
 }
 
@@ -174,13 +175,14 @@ PYBIND11_MODULE(softmetal_host, m) {
   m.def("errors", [] { return logs().errors; });
   m.def("clear_logs", clear_logs);
   m.def("live_objects", live_objects);
-  m.def("settings", [] {
-    const Settings current = settings();
-    return py::make_tuple(current.gpu, current.macos, current.corrupted);
-  });
-  m.def("set", [](std::string gpu, int macos, std::string corrupted) {
-    set(Settings{std::move(gpu), macos, std::move(corrupted)});
-  });
+  py::class_<Settings>(m, "Settings")
+      .def(py::init([](const Settings& other) { return other; }))
+      .def_readwrite("gpu", &Settings::gpu)
+      .def_readwrite("macos", &Settings::macos)
+      .def_readwrite("corrupted", &Settings::corrupted)
+      .def_readwrite("seed", &Settings::seed);
+  m.def("settings", settings);
+  m.def("set", softmetal::set);
   m.def("misuses", softmetal_misuses);
   m.def("misuse", softmetal_misuse, py::call_guard<py::gil_scoped_release>());
 }

@@ -161,6 +161,13 @@ class _Rewriter:
         self.constants: dict[str, Constant] = {}
         self.pairs = self._match_brackets()
         self.vectors = set(VECTORS)
+        self.type_parameters = {
+            self._text(i + 1)
+            for i, token in enumerate(self.tokens)
+            if token.text in ("typename", "class")
+            and self._text(i - 1) in ("<", ",")
+            and self._text(i + 2) in (",", ">", "=")
+        }
         self.variable_count = 0
 
     def run(self) -> Program:
@@ -393,6 +400,15 @@ class _Rewriter:
 
     def _construction(self, i: int) -> None:
         text, previous = self._text(i), self._text(i - 1)
+        if text == "(" and self._text(i + 2) == ")" and self._is_cast(i):
+            self.tokens[i].output, self.tokens[i + 2].output = "__softmetal_as<", ">{} ->* "
+            return
+        if text == "=" and self._text(i + 1) == "{" and self._is_vector_declarator(i - 1):
+            close = self._closing(i + 1)
+            if close > i + 2:
+                self.tokens[i + 1].output = f"__softmetal_fill<{self._declared_vector(i - 1)}>("
+                self.tokens[close].output = ")"
+            return
         if previous in ("operator", ".", "->", "struct", "class", "using"):
             return
         if text == "static_cast":
@@ -407,10 +423,36 @@ class _Rewriter:
                 if previous == "::" and self._text(i - 2) == "metal":
                     self.tokens[i - 1].output = self.tokens[i - 2].output = ""
         elif self._text(i + 1) == "(" and self._text(i + 2) not in (")", "*", "&"):
-            if text in self.vectors:
+            if text in self.vectors or text in self.type_parameters:
                 self.tokens[i].output = f"__softmetal_make<{text}>"
             elif text in ("half", "bfloat"):
                 self.tokens[i].output = f"__softmetal_cast<{text}>"
+
+    def _is_cast(self, i: int) -> bool:
+        """True for `(name)` before an operand, where name is a vector or a template's type parameter."""
+        before, after = self.tokens[i - 1], self.tokens[i + 3] if i + 3 < len(self.tokens) else None
+        if self._text(i + 1) not in self.vectors | self.type_parameters or after is None:
+            return False
+        if before.text in (")", "]", ">") or (before.kind == "word" and before.text not in ("return", "else", "case")):
+            return False
+        return after.kind in ("word", "number") or after.text in ("(", "-", "+", "~", "!", "*", "&")
+
+    def _declared_vector(self, name: int) -> str:
+        """The vector type of the declaration that a declarator is part of, or nothing."""
+        begin = name
+        while self._text(begin - 1) not in (";", "{", ")", "(", ""):
+            if self._text(begin - 1) == "}":
+                if self._text(self._opening(begin - 1) - 1) != "=":
+                    break
+                begin = self._opening(begin - 1)
+            else:
+                begin = self._opening(begin - 1) if self._text(begin - 1) == "]" else begin - 1
+        while self._text(begin) in ("const", "constexpr", "static", "__private"):
+            begin += 1
+        return self._text(begin) if self._text(begin) in self.vectors else ""
+
+    def _is_vector_declarator(self, name: int) -> bool:
+        return self.tokens[name].kind == "word" and self._declared_vector(name) != ""
 
     def _constant(self, i: int, namespaces: list[str | None]) -> int:
         end = i
@@ -562,21 +604,22 @@ class _Rewriter:
 
     def _instantiation(self, i: int, namespaces: list[str | None]) -> int:
         begin, host_name = self._attributes(i + 1)
+        if self._text(begin) == "kernel":
+            begin, later_name = self._attributes(begin + 1)
+            host_name = host_name or later_name
         end = begin
         while self._text(end) not in (";", "{", ""):
             end += 1
         if host_name is None or self._text(end) != ";":
             return i
-        if self._text(begin) == "kernel":
-            begin += 1
         if self._text(begin) == "decltype":
             instance = self._join(begin + 2, self._closing(begin + 1))
         else:
-            parameters = begin
-            while self._text(parameters) != "(" and parameters < end:  # or the type is a typedef
-                close = self._closing_angle(parameters) if self._text(parameters) == "<" else -1
-                parameters = max(close, parameters) + 1
-            instance = self._join(begin + 1, parameters)
+            name_end = begin + 1
+            while self._text(name_end) not in ("(", ";"):
+                close = self._closing_angle(name_end) if self._text(name_end) == "<" else -1
+                name_end = max(close, name_end) + 1
+            instance = self._join(begin + 1, name_end)
         self.instances.append((host_name, self._qualified(namespaces, instance), self.tokens[i]))
         self._replace(i, end + 1, "")
         return end

@@ -32,7 +32,7 @@ LANGUAGE = [
     *("-Wno-unknown-attributes", "-Wno-ignored-pragmas", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-comment"),
     *("-Wno-duplicate-decl-specifier", "-Wno-unused-value", "-Wno-pass-failed"),
     *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__cl_clang_function_pointers,+__opencl_c_generic_address_space"),
-    *("-O2", "-fPIC", "-ffp-contract=off", "-Xclang", "-fbfloat16-excess-precision=none"),
+    *("-O1", "-fPIC", "-ffp-contract=off", "-Xclang", "-fbfloat16-excess-precision=none"),
     *("-Xclang", "-debug-info-kind=line-tables-only", "-gdwarf-4", "-fdebug-compilation-dir=."),
     # A return address must lie in the caller, at the place of the call.
     "-fno-optimize-sibling-calls",

@@ -97,6 +97,14 @@ namespace metal {
   template <class T, int N>                                                                     \
   METAL_FUNC enable_if_t<is_floating_point_v<T>, vec<T, N>> NAME(vec<T, N> x, vec<T, N> y) {    \
     SOFTMETAL_COMPONENTS(T, __metal_##NAME(static_cast<float>(x[i]), static_cast<float>(y[i]))) \
+  }                                                                                             \
+  template <class T, int N, class S>                                                            \
+  METAL_FUNC enable_if_t<is_arithmetic_v<S>, vec<T, N>> NAME(vec<T, N> x, S y) {                \
+    return NAME(x, static_cast<vec<T, N>>(static_cast<T>(y)));                                  \
+  }                                                                                             \
+  template <class T, int N, class S>                                                            \
+  METAL_FUNC enable_if_t<is_arithmetic_v<S>, vec<T, N>> NAME(S x, vec<T, N> y) {                \
+    return NAME(static_cast<vec<T, N>>(static_cast<T>(x)), y);                                  \
   }
 #define SOFTMETAL_TERNARY(NAME)                                                                                    \
   METAL_FUNC float NAME(float x, float y, float z) { return __metal_##NAME(x, y, z); }                             \
@@ -107,6 +115,10 @@ namespace metal {
   METAL_FUNC enable_if_t<is_floating_point_v<T>, vec<T, N>> NAME(vec<T, N> x, vec<T, N> y, vec<T, N> z) {          \
     SOFTMETAL_COMPONENTS(                                                                                          \
         T, __metal_##NAME(static_cast<float>(x[i]), static_cast<float>(y[i]), static_cast<float>(z[i])))           \
+  }                                                                                                                \
+  template <class T, int N, class S>                                                                               \
+  METAL_FUNC enable_if_t<is_arithmetic_v<S>, vec<T, N>> NAME(vec<T, N> x, vec<T, N> y, S z) {                      \
+    return NAME(x, y, static_cast<vec<T, N>>(static_cast<T>(z)));                                                  \
   }
 // clang-format off
 #define SOFTMETAL_FUNCTIONS(X1, X2, X3)                                                                     \
@@ -199,6 +211,29 @@ template <class T, int N>
 METAL_FUNC vec<T, N> clamp(vec<T, N> x, vec<T, N> low, vec<T, N> high) {
   SOFTMETAL_COMPONENTS(T, min(max(x[i], low[i]), high[i]))
 }
+template <class T, int N, class S>
+METAL_FUNC enable_if_t<is_arithmetic_v<S>, vec<T, N>> min(vec<T, N> a, S b) {
+  SOFTMETAL_COMPONENTS(T, min(a[i], static_cast<T>(b)))
+}
+template <class T, int N, class S>
+METAL_FUNC enable_if_t<is_arithmetic_v<S>, vec<T, N>> min(S a, vec<T, N> b) {
+  SOFTMETAL_COMPONENTS(T, min(static_cast<T>(a), b[i]))
+}
+template <class T, int N, class S>
+METAL_FUNC enable_if_t<is_arithmetic_v<S>, vec<T, N>> max(vec<T, N> a, S b) {
+  SOFTMETAL_COMPONENTS(T, max(a[i], static_cast<T>(b)))
+}
+template <class T, int N, class S>
+METAL_FUNC enable_if_t<is_arithmetic_v<S>, vec<T, N>> max(S a, vec<T, N> b) {
+  SOFTMETAL_COMPONENTS(T, max(static_cast<T>(a), b[i]))
+}
+template <class T, int N, class S>
+METAL_FUNC enable_if_t<is_arithmetic_v<S>, vec<T, N>> clamp(vec<T, N> x, S low, S high){
+    SOFTMETAL_COMPONENTS(T, min(max(x[i], static_cast<T>(low)), static_cast<T>(high)))} METAL_FUNC
+    float smoothstep(float low, float high, float x) {
+  float t = clamp((x - low) / (high - low), 0.0f, 1.0f);
+  return t * t * (3.0f - 2.0f * t);
+}
 template <class T, int N>
 METAL_FUNC vec<T, N> abs(vec<T, N> a) {
   SOFTMETAL_COMPONENTS(T, abs(a[i]))
@@ -207,6 +242,10 @@ METAL_FUNC vec<T, N> abs(vec<T, N> a) {
 template <class T, class C, int N>
 METAL_FUNC vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<C, N> condition) {
   SOFTMETAL_COMPONENTS(T, condition[i] ? b[i] : a[i])
+}
+template <int N>
+METAL_FUNC vec<int, N> __mask(__bool_vector<N> condition) {
+  SOFTMETAL_COMPONENTS(int, condition[i])
 }
 template <class C, int N>
 METAL_FUNC bool any(vec<C, N> condition) {
@@ -223,6 +262,22 @@ METAL_FUNC bool all(vec<C, N> condition) {
     result = result && condition[i];
   }
   return result;
+}
+template <class T, int N>
+METAL_FUNC vec<T, N> select(vec<T, N> a, vec<T, N> b, __bool_vector<N> condition) {
+  SOFTMETAL_COMPONENTS(T, condition[i] ? b[i] : a[i])
+}
+template <int N>
+METAL_FUNC bool any(__bool_vector<N> condition) {
+  return any(static_cast<vec<int, N>>(0) != __mask(condition));
+}
+template <int N>
+METAL_FUNC bool all(__bool_vector<N> condition) {
+  return all(static_cast<vec<int, N>>(0) != __mask(condition));
+}
+template <class T, int N>
+METAL_FUNC vec<int, N> isnan(vec<T, N> a) {
+  return __builtin_convertvector(a != a, vec<int, N>);
 }
 template <class T, int N>
 METAL_FUNC T dot(vec<T, N> a, vec<T, N> b) {

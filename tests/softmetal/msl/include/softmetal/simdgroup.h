@@ -216,3 +216,4 @@ using metal::__metal_simd_shuffle_up;
 using metal::__metal_simd_shuffle_xor;
 using metal::__metal_simd_sum;
 METAL_FUNC ushort __metal_get_simdgroup_size(ushort) { return 32; }
+METAL_FUNC ushort __metal_get_thread_index_in_simdgroup(ushort) { return static_cast<ushort>(__softmetal_lane()); }

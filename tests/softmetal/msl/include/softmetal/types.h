@@ -192,9 +192,22 @@ constexpr __constant bool is_arithmetic_v = is_arithmetic<T>::value;
 template <class T>
 struct is_scalar : is_arithmetic<T> {};
 template <class T>
+constexpr __constant bool is_scalar_v = is_scalar<T>::value;
+template <class T>
 struct is_unsigned : bool_constant<is_integral<T>::value && (T(-1) > T(0))> {};
 template <class T>
 struct is_signed : bool_constant<is_arithmetic<T>::value && !(T(-1) > T(0))> {};
+
+template <class T>
+constexpr __constant bool is_unsigned_v = is_unsigned<T>::value;
+template <class T>
+constexpr __constant bool is_signed_v = is_signed<T>::value;
+template <class A, class B>
+constexpr __constant bool is_base_of_v = is_base_of<A, B>::value;
+template <class T>
+constexpr __constant bool is_enum_v = is_enum<T>::value;
+template <class T>
+constexpr __constant bool is_class_v = is_class<T>::value;
 
 // Element type and number of components of a scalar or vector.
 template <class T>
@@ -245,7 +258,94 @@ SOFTMETAL_LIMITS(half, 65504.0f, 6.103515625e-5f, 9.765625e-4f, 11)
 SOFTMETAL_LIMITS(bfloat, 3.38953138925153547590e38f, FLT_MIN, 7.8125e-3f, 8)
 #undef SOFTMETAL_LIMITS
 
+// --- Arrays and vectors of bool ---
+
+#define SOFTMETAL_ARRAY
+template <class T, size_t N>
+struct array {
+  T elements[N];
+  constexpr T operator[](size_t i) const { return elements[i]; }
+  constexpr T operator[](size_t i) const __constant { return elements[i]; }
+  constexpr __private T& operator[](size_t i) __private { return elements[i]; }
+  constexpr __local T& operator[](size_t i) __local { return elements[i]; }
+  constexpr __global T& operator[](size_t i) __global { return elements[i]; }
+  static constexpr size_t size() { return N; }
+};
+
+// clang has no vectors of bool; comparisons give vectors of integers, which convert.
+template <int N>
+struct __bool_vector;
+template <int N>
+struct __bool_members {
+  union {
+    struct {
+      bool x, y, z, w;
+    };
+    bool values[4];
+  };
+};
+template <>
+struct __bool_members<2> {
+  union {
+    struct {
+      bool x, y;
+    };
+    bool values[2];
+  };
+};
+template <int N>
+struct __bool_vector : __bool_members<N> {
+  __bool_vector() = default;
+  METAL_FUNC __bool_vector(bool all) {
+    for (int i = 0; i < N; i++) {
+      this->values[i] = all;
+    }
+  }
+  template <class... B>
+  METAL_FUNC __bool_vector(bool first, bool second, B... rest) {
+    static_assert(sizeof...(B) + 2 == N, "give all components");
+    const bool given[] = {first, second, static_cast<bool>(rest)...};
+    for (int i = 0; i < N; i++) {
+      this->values[i] = given[i];
+    }
+  }
+  template <class T>
+  METAL_FUNC __bool_vector(vec<T, N> source) {
+    for (int i = 0; i < N; i++) {
+      this->values[i] = source[i] != 0;
+    }
+  }
+  METAL_FUNC bool operator[](int i) const { return this->values[i]; }
+  METAL_FUNC __private bool& operator[](int i) __private { return this->values[i]; }
+  METAL_FUNC __bool_vector operator!() const {
+    __bool_vector result;
+    for (int i = 0; i < N; i++) {
+      result.values[i] = !this->values[i];
+    }
+    return result;
+  }
+};
+#define SOFTMETAL_BOOL_OPERATOR(OPERATOR)                                                 \
+  template <int N>                                                                        \
+  METAL_FUNC __bool_vector<N> operator OPERATOR(__bool_vector<N> a, __bool_vector<N> b) { \
+    for (int i = 0; i < N; i++) {                                                         \
+      a[i] = a[i] OPERATOR b[i];                                                          \
+    }                                                                                     \
+    return a;                                                                             \
+  }
+SOFTMETAL_BOOL_OPERATOR(&&)
+SOFTMETAL_BOOL_OPERATOR(||)
+SOFTMETAL_BOOL_OPERATOR(&)
+SOFTMETAL_BOOL_OPERATOR(|)
+SOFTMETAL_BOOL_OPERATOR(==)
+SOFTMETAL_BOOL_OPERATOR(!=)
+#undef SOFTMETAL_BOOL_OPERATOR
+
 }  // namespace metal
+
+typedef metal::__bool_vector<2> bool2;
+typedef metal::__bool_vector<3> bool3;
+typedef metal::__bool_vector<4> bool4;
 
 // --- Casts and constructors; the rewriter turns `static_cast`, `half(x)`, `bfloat(x)` and `float4(...)` into these ---
 
@@ -280,7 +380,9 @@ template <class V, class... A>
 METAL_FUNC constexpr V __softmetal_make(A... values) {
   typedef typename metal::__shape<V>::element T;
   constexpr int size = metal::__shape<V>::size;
-  if constexpr (size == 1 || (sizeof...(A) == 1 && (metal::__shape<A>::size + ...) == size)) {
+  if constexpr (size == 1 && sizeof...(A) > 1) {
+    return V(values...);
+  } else if constexpr (size == 1 || (sizeof...(A) == 1 && (metal::__shape<A>::size + ...) == size)) {
     return __softmetal_cast<V>(values...);
   } else if constexpr (sizeof...(A) == 1) {
     return (V)((static_cast<T>(values), ...));
@@ -289,6 +391,38 @@ METAL_FUNC constexpr V __softmetal_make(A... values) {
   } else {
     static_assert((metal::__shape<A>::size + ...) == size, "wrong number of components");
     V result;
+    int next = 0;
+    (__softmetal_append(result, next, values), ...);
+    return result;
+  }
+}
+
+// `(float4)x`: the rewriter makes `__softmetal_as<float4>{} ->* x` of it, whose operator binds like a cast.
+template <class V>
+struct __softmetal_as {};
+template <class V, class A>
+METAL_FUNC constexpr V operator->*(__softmetal_as<V>, A value) {
+  return __softmetal_make<V>(value);
+}
+template <class V>
+struct __softmetal_minus {};
+template <class V>
+METAL_FUNC constexpr __softmetal_minus<V> operator-(__softmetal_as<V>) {
+  return {};
+}
+template <class V, class A>
+METAL_FUNC constexpr V operator->*(__softmetal_minus<V>, A value) {
+  return -__softmetal_make<V>(value);
+}
+
+// `float4 v = {0}`: components that are not given are zero.
+template <class V, class... A>
+METAL_FUNC constexpr V __softmetal_fill(A... values) {
+  typedef typename metal::__shape<V>::element T;
+  if constexpr (sizeof...(A) == metal::__shape<V>::size) {
+    return V{static_cast<T>(values)...};
+  } else {
+    V result = static_cast<T>(0);
     int next = 0;
     (__softmetal_append(result, next, values), ...);
     return result;
