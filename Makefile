@@ -13,10 +13,10 @@ pip := $(bin)/python -m pip
 WORKERS ?= 2
 export PROMPT
 
-.PHONY: help setup build demo test bench lint format clean
+.PHONY: help setup build demo test mac-check bench lint format clean
 
 help: ## lists the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.with-demo $(VENV)/.with-test $(VENV)/.with-lint ## creates .venv with what all the other targets need
 
@@ -28,6 +28,9 @@ demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
 
 test: $(VENV)/.with-demo $(VENV)/.with-test build ## runs the tests
 	$(bin)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+
+mac-check: $(VENV)/.with-mac-check ## compiles and links the macOS build, and checks its Objective-C++, without a Mac
+	$(bin)/python tests/mac_check.py
 
 bench: $(VENV)/.with-demo build ## times the kernels of this machine's GPU, or else CPU, against what else there is
 	$(bin)/python benchmarks/$(if $(filter Darwin,$(shell uname)),mps,cpu).py

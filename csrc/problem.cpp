@@ -76,8 +76,6 @@ constexpr std::pair<std::string_view, Mode> modes[] = {
     {"mxfp8", Mode::mxfp8},
     {"nvfp4", Mode::nvfp4}};
 
-std::string_view name_of(Mode mode) { return modes[static_cast<int>(mode)].first; }
-
 Format parse_format(
     std::string_view op,
     std::string_view name,
@@ -396,6 +394,17 @@ std::tuple<Tensor, Tensor, Tensor> empty_results(const Tensor& w, Format format,
 }
 
 }  // namespace
+
+std::string_view name_of(Mode mode) { return modes[static_cast<int>(mode)].first; }
+
+void check_range(std::string_view op, const char* name, const Tensor& indices, int64_t matrices) {
+  const int64_t* values = indices.const_data_ptr<int64_t>();
+  const int64_t* end = values + indices.numel();
+  const int64_t* bad = std::find_if(values, end, [&](int64_t index) { return index < 0 || index >= matrices; });
+  TORCH_CHECK_INDEX(
+      bad == end, "[", op, "] ", name, " holds ", *bad, " at position ", bad - values,
+      "; it must be at least 0 and below ", matrices, ".");
+}
 
 ScalarType result_dtype(const WeightArguments& arguments, const Tensor& x) {
   ScalarType dtype = x.scalar_type();

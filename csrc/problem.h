@@ -135,6 +135,12 @@ struct QuantizeProblem {
 // The three results of quantize, uninitialised; the third is empty in the floating-point modes.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_quantized(const QuantizeProblem& problem);
 
+// "affine", "mxfp4", "mxfp8" or "nvfp4"; ends in a zero byte.
+std::string_view name_of(Mode mode);
+
+// Raises IndexError unless all of these int64 indices, contiguous and in host memory, choose one of `matrices`.
+void check_range(std::string_view op, const char* name, const at::Tensor& indices, int64_t matrices);
+
 // For every position of batch, in row-major order, the matrix of an operand with these leading sizes that serves it.
 c10::SmallVector<int64_t, 8> broadcast_matrices(c10::IntArrayRef operand_batch, c10::IntArrayRef batch);
 

@@ -1,14 +1,14 @@
 """Builds the macOS package on Linux as far as that goes: `make mac-check`, or `python tests/mac_check.py`.
 
-- compiles CMakeLists.txt's sources for Apple silicon with zig's clang, against the headers of each torch release's macOS
-  wheel and the declarations in softmetal/host/apple; warnings in Objective-C++ are errors;
+- compiles what CMakeLists.txt lists for Apple silicon, with zig's clang, against the headers of each torch release's
+  macOS wheel and the declarations in softmetal/host/apple; warnings in Objective-C++ are errors;
 - links strictly: every symbol has to be in torch's libraries, in the C++ library or in SYSTEM_LIBRARIES below, so that
   names which torch does not have, and functions that .cpp and .mm files mangle differently, are found here;
 - runs clang's retain-count analyzer on the Objective-C++ files, which count references by hand;
 - compares the declarations with public type encodings (type_encodings.py).
 
 No Mac and no file of Apple's frameworks is needed; everything comes from Python wheels, kept in build/mac-check.
-What this cannot tell: whether the shaders compile, whether Metal makes pipelines of them, and anything about a real GPU.
+What this cannot tell: whether Apple's compiler takes the shaders, and anything about a real GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import type_encodings
 
@@ -103,7 +105,7 @@ def unpack_wheel(requirement: str, folder: Path, wanted: tuple[str, ...]) -> Non
     shutil.rmtree(wheels)
 
 
-def cached(folder: Path, make: callable) -> Path:
+def cached(folder: Path, make: Callable[[Path], None]) -> Path:
     """The folder, made in one step: an interrupted download leaves nothing that looks complete."""
     if not folder.exists():
         unfinished = folder.with_name(folder.name + ".unfinished")
@@ -145,8 +147,9 @@ def write_toolchain() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for library, content in SYSTEM_LIBRARIES.items():
         write_library_description(folder / f"{library}.tbd", content)
-    # CMake builds a bundle that leaves all unknown symbols to the loader, Python's custom. zig's linker knows no bundles,
-    # and this link is to be strict.
+    # CMake builds a bundle that leaves all unknown symbols to the loader, as Python modules do. zig's linker knows no
+    # bundles, and this link is to be strict.
+    # To learn which compiler this is, CMake is as glad of an object file, for which zig builds no libraries.
     write_program(
         folder / "c++",
         f"""for argument; do
@@ -154,6 +157,7 @@ def write_toolchain() -> Path:
   case $argument in
     -bundle) set -- "$@" -shared -F{folder} {folder}/compiler.tbd {folder}/python.tbd ;;
     -Xlinker | -undefined | dynamic_lookup) ;;
+    *CompilerId.*) set -- "$@" -c "$argument" ;;
     *) set -- "$@" "$argument" ;;
   esac
 done
@@ -214,7 +218,11 @@ def build(version: str, source: Path = ROOT, folder: Path | None = None) -> Path
     """Compiles and links the extension for one release of torch. Returns the build folder."""
     folder = folder or CACHE / f"build-{version}"
     generate = ["cmake", "-S", source, "-B", folder, "-G", "Ninja", "--toolchain", write_toolchain()]
-    generate += ["-DCMAKE_BUILD_TYPE=Check", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    generate += [
+        "-DCMAKE_BUILD_TYPE=Check",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     # The programs that pip installed beside this Python come first.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     run(generate, PATH=path, PYTHONPATH=str(torch_release(version)))
@@ -230,9 +238,9 @@ class CompileCommand:
     folder: Path
     arguments: tuple[str, ...]
 
-    def compile(self, file: Path | None = None) -> None:
+    def compile(self, file: Path | None = None, flags: Sequence[str] = ()) -> None:
         """Compiles the file, or another one in its place."""
-        self._run("-c", file or self.file, CACHE / "scratch.o")
+        self._run("-c", file or self.file, CACHE / "scratch.o", flags)
 
     def preprocess(self, file: Path | None = None) -> Path:
         """The file with all that it includes."""
@@ -240,13 +248,13 @@ class CompileCommand:
         self._run("-E", file or self.file, result)
         return result
 
-    def _run(self, action: str, file: Path, output: Path) -> None:
+    def _run(self, action: str, file: Path, output: Path, flags: Sequence[str] = ()) -> None:
         command: list[str | Path] = list(self.arguments)
         command[command.index("-c")] = action
         command[command.index(str(self.file))] = file
         command[command.index("-o") + 1] = output
         # Another file finds the headers beside the original.
-        run([*command, f"-I{self.file.parent}"])
+        run([*command, f"-I{self.file.parent}", *flags])
 
 
 def objective_cxx_commands(build_folder: Path) -> list[CompileCommand]:
@@ -281,7 +289,7 @@ def compare_declarations(stubs: Path = type_encodings.STUBS) -> type_encodings.R
 
 
 def main() -> None:
-    def step(what: str, check: callable) -> object:
+    def step(what: str, check: Callable[[], Any]) -> Any:
         start = time.monotonic()
         print(f"{what} ...", flush=True)
         result = check()

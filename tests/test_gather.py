@@ -12,7 +12,7 @@ import oracle
 import quantization_mlx as qm
 from oracle import DTYPES, FLOAT_FORMATS, FORMATS, SOME_FORMATS, Format, Quantized, name_of
 
-pytestmark = [pytest.mark.kernels_ci, pytest.mark.usefixtures("plans_are_followed")]
+pytestmark = pytest.mark.kernels_ci
 
 TRANSPOSE = pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "no-transpose"])
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)

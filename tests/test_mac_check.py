@@ -41,6 +41,17 @@ def test_references_are_balanced(objective_cxx):
         mac_check.analyze(command)
 
 
+def test_the_form_for_kernel_builder_compiles(objective_cxx, tmp_path):
+    """There the shaders are compiled beforehand, and a generated header has the function that loads them."""
+    header = tmp_path / "metallib.h"
+    header.write_text(
+        "#import <Metal/Metal.h>\n"
+        "namespace embedded { id<MTLLibrary> createLibrary(id<MTLDevice> device, NSError** error); }\n"
+    )
+    flags = [f'-DEMBEDDED_METALLIB_HEADER="{header}"', "-DEMBEDDED_METALLIB_NAMESPACE=embedded"]
+    objective_cxx["library.mm"].compile(flags=flags)
+
+
 # --- Seeded mistakes -------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +97,7 @@ def test_analyzer_finds(objective_cxx, tmp_path, right, wrong, message):
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [
-        ("setBytes:(const void *)bytes length:(NSUInteger)", "setBytes:(const void *)bytes length:(int)", "argument 2"),
+        ("setBytes:(const void*)bytes length:(NSUInteger)", "setBytes:(const void*)bytes length:(int)", "argument 2"),
         ("- (BOOL)supportsFamily:", "- (NSUInteger)supportsFamily:", "the result is B, not Q"),
         ("setBufferOffset:(NSUInteger)", "setBufferOfset:(NSUInteger)", "no package knows this selector"),
         ("MTLDataTypeBool = 53", "MTLDataTypeBool = 54", "MTLDataTypeBool is 53, not 54"),
@@ -107,14 +118,17 @@ def test_type_encodings_find(tmp_path, right, wrong, message):
 @pytest.mark.parametrize(
     ("caller", "message"),
     [
-        ("namespace at::mps { void no_such_function(); } void caller() { at::mps::no_such_function(); }", "no_such_fun"),
+        (
+            "namespace at::mps { void no_such_function(); } void caller() { at::mps::no_such_function(); }",
+            "no_such_fun",
+        ),
         ("void shared(void* buffer); void caller() { shared(nullptr); }", "sharedPv"),
     ],
     ids=["not in torch", "Objective-C type in a signature"],
 )
 def test_linker_finds(tmp_path, caller, message):
     (tmp_path / "caller.cpp").write_text(caller)
-    (tmp_path / "shared.mm").write_text("#import <Metal/Metal.h>\nvoid shared(id<MTLBuffer> buffer) { (void)buffer; }\n")
+    (tmp_path / "shared.mm").write_text("#import <Metal/Metal.h>\nvoid shared(id<MTLBuffer>) {}\n")
     torch = mac_check.torch_release(mac_check.TORCH_RELEASES[-1]) / "torch" / "lib"
     toolchain = mac_check.write_toolchain().parent
     target = f"--target=aarch64-macos.{mac_check.DEPLOYMENT_TARGET}"

@@ -15,7 +15,7 @@ import oracle
 import quantization_mlx as qm
 from oracle import DTYPES, FLOAT_FORMATS, FORMATS, SOME_FORMATS, Format, Quantized, name_of
 
-pytestmark = [pytest.mark.kernels_ci, pytest.mark.usefixtures("plans_are_followed")]
+pytestmark = pytest.mark.kernels_ci
 
 ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 64, 100)
 SOME_ROWS = (1, 2, 4, 7, 33)

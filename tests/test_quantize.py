@@ -14,7 +14,7 @@ import quantization_mlx as qm
 from conftest import Tally
 from oracle import AFFINE_FORMATS, DTYPES, FLOAT_FORMATS, FORMATS, Format, Quantized, name_of
 
-pytestmark = [pytest.mark.kernels_ci, pytest.mark.usefixtures("plans_are_followed")]
+pytestmark = pytest.mark.kernels_ci
 
 E8M0_FORMATS = FLOAT_FORMATS[:2]
 NVFP4 = FLOAT_FORMATS[2]

@@ -1,10 +1,14 @@
 """The software Metal device: every detector on a wrong kernel and on its legal twin, and whole kernels on numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import softmetal
 
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ("3.1", "3.2", "4.0")
 HEADER = """#include <metal_stdlib>
 using namespace metal;
 """
@@ -77,6 +81,21 @@ SEEDED = {
         "threadgroup-race",
         f"threadgroup uchar s[64]; s[tid / 2] = tid; {BARRIER} y[gid] = s[tid / 2];",
         f"threadgroup uchar s[64]; s[tid] = tid; {BARRIER} y[gid] = s[63 - tid];",
+    ),
+    # Cells of the shadow get narrower as accesses do: a word, then its halves.
+    "half_of_a_word": (
+        "threadgroup-race",
+        f"threadgroup uint s[64]; s[tid] = tid; {BARRIER} threadgroup ushort* h = (threadgroup ushort*)s; "
+        "h[2 * tid + 1] = 1; y[gid] = s[tid ^ 1];",
+        f"threadgroup uint s[64]; s[tid] = tid; {BARRIER} threadgroup ushort* h = (threadgroup ushort*)s; "
+        "h[2 * tid + 1] = 1; y[gid] = h[2 * (tid ^ 1)];",
+    ),
+    "matrix_store_and_load": (
+        "threadgroup-race",
+        f"threadgroup float s[64]; s[tid] = x[gid]; {BARRIER} simdgroup_float8x8 m; simdgroup_load(m, s); "
+        "if (simd == 0) simdgroup_store(m, s); y[gid] = m.thread_elements()[1];",
+        f"threadgroup float s[64]; s[tid] = x[gid]; {BARRIER} simdgroup_float8x8 m; simdgroup_load(m, s); "
+        f"{BARRIER} if (simd == 0) simdgroup_store(m, s); y[gid] = m.thread_elements()[1];",
     ),
     "uninitialized_threadgroup_read": (
         "threadgroup-uninitialized",
@@ -298,6 +317,115 @@ def test_compile_error_names_its_line(line, message):
     with pytest.raises(softmetal.CompileError, match=r"<source>:[34]:") as caught:
         softmetal.compile(HEADER + line + "\n")
     assert message in str(caught.value).replace("__bf16", "bfloat")
+
+
+# --- The lint: what Apple's compiler rejects and ours takes ----------------------------------------------------------
+
+# rule: (wrong, legal twin), at language version 3.1.
+LINT = {
+    "address-space parameter": ("void f(float* p);", "void f(thread float* p);"),
+    "address-space reference": ("int f(const int& n) { return n; }", "int f(const thread int& n) { return n; }"),
+    "address-space result": ("float* f(device float* p);", "device float* f(device float* p);"),
+    "address-space member": ("struct S { float* p; };", "struct S { device float* p; };"),
+    "address-space local": (
+        "void f(device float* p) { float* q = p; q[0] = 1; }",
+        "void f(device float* p) { device float* q = p; q[0] = *p * *q; }",
+    ),
+    "address-space cast": (
+        "uint f(device float* p) { return ((device uint*)(float*)p)[0]; }",
+        "uint f(device float* p) { return ((device uint*)p)[0]; }",
+    ),
+    "address-space template argument": (
+        "template <typename T> struct S { T p; };\nvoid f(S<float*> s);",
+        "template <typename T> struct S { T p; };\nvoid f(S<device float*> s);",
+    ),
+    "no-such-word virtual": ("struct S { virtual void f(); };", "struct S { void f(); };"),
+    "no-such-word goto": ("void f() { again: goto again; }", "void f() { for (;;) {} }"),
+    "no-such-word try": ("void f() { try { } catch (...) { } }", "void f() { { } }"),
+    "no-such-word dynamic_cast": ("int f(int a) { return dynamic_cast<int>(a); }", "int f(int a) { return a; }"),
+    "no-such-word new": ("void f() { new int(1); }", "void f() { int a(1); }"),
+    "no-such-word double": ("float f(float a) { return double(a); }", "float f(float a) { return half(a); }"),
+    "no-such-word long long": ("long long f();", "long f();"),
+    "std": ("float f(float a) { return std::exp(a); }", "float f(float a) { return metal::exp(a); }"),
+    "threadgroup-variable in a function": (
+        "void f() { threadgroup float s[4]; }",
+        "kernel void f() { threadgroup float s[4]; threadgroup float* p = s; }",
+    ),
+    "threadgroup-variable with a value": (
+        "kernel void f() { threadgroup int s = 1; }",
+        "kernel void f() { threadgroup int s; s = 1; }",
+    ),
+    "kernel-type": ("kernel int f() { return 1; }", "kernel void f() { }"),
+    "lambda": (
+        "int f() { auto g = [](int a) { return a; }; return g(1); }",
+        "int f() { int g[1] = {1}; return g[0]; }",
+    ),
+    "size-in-argument": ("kernel void f(constant size_t& n) { }", "kernel void f(constant ulong& n) { }"),
+    "size-in-argument of a struct": (
+        "struct P { size_t n; };\nkernel void f(constant P& p) { }",
+        "struct P { ulong n; };\nkernel void f(constant P& p) { }",
+    ),
+    "host-name": (
+        "template <typename T> kernel void f(device T* p) { }\n"
+        'template [[host_name("a")]] [[kernel]] decltype(f<int>) f<int>;'
+        'template [[host_name("a")]] [[kernel]] decltype(f<half>) f<half>;',
+        "template <typename T> kernel void f(device T* p) { }\n"
+        'template [[host_name("a")]] [[kernel]] decltype(f<int>) f<int>;'
+        'template [[host_name("b")]] [[kernel]] decltype(f<half>) f<half>;',
+    ),
+    "vector-size": ("void f(vec<half, 8> v);", "void f(vec<half, 4> v);"),
+    "cpp17 if constexpr": ("int f() { if constexpr (true) return 1; return 2; }", "int f() { if (true) return 1; }"),
+    "cpp17 namespaces": ("namespace a::b { }", "namespace a { namespace b { } }"),
+    "cpp17 bindings": (
+        "struct S { int a, b; }; int f(S s) { auto [a, b] = s; return a; }",
+        "struct S { int a, b; }; int f(S s) { auto a = s.a; return a; }",
+    ),
+    "cpp17 auto": ("template <auto n> int f();", "template <int n> int f();"),
+    "constant": ("float table[2] = {1, 2};", "constant float table[2] = {1, 2};"),
+    "constant member": (
+        "struct S { static constexpr int n = 1; };",
+        "struct S { static constexpr constant int n = 1; };",
+    ),
+    "argument-index": (
+        "kernel void f(device int* p [[buffer(1)]], device int* q [[buffer(1)]]) { }",
+        "kernel void f(device int* p [[buffer(1)]], device int* q [[buffer(2)]]) { }",
+    ),
+    "position-type": (
+        "kernel void f(int i [[thread_position_in_grid]]) { }",
+        "kernel void f(ushort2 i [[thread_position_in_grid]]) { }",
+    ),
+    "kernel-call": ("kernel void f() { }\nkernel void g() { f(); }", "void f() { }\nkernel void g() { f(); }"),
+    "recursion": ("int f(int n) { return n > 0 ? f(n - 1) : 0; }", "int g(int n);\nint f(int n) { return g(n - 1); }"),
+    "main": ("void main();", "void start();"),
+}
+
+
+@pytest.mark.parametrize("rule", LINT)
+def test_lint_rule(rule):
+    wrong, legal = LINT[rule]
+    found = softmetal.lint(HEADER + wrong)
+    assert {finding.rule for finding in found} == {rule.split()[0]}, found
+    assert softmetal.lint(HEADER + legal) == []
+
+
+def test_lint_follows_the_language_version():
+    source = HEADER + LINT["lambda"][0] + LINT["cpp17 if constexpr"][0].replace("f()", "g()")
+    rules = {version: {f.rule for f in softmetal.lint(source, standard=f"metal{version}")} for version in VERSIONS}
+    assert rules == {"3.1": {"lambda", "cpp17"}, "3.2": {"cpp17"}, "4.0": set()}
+
+
+def test_lint_names_the_line(tmp_path):
+    shader = tmp_path / "wrong.metal"
+    shader.write_text(f"{HEADER}\nvoid f(float* p);\n")
+    (finding,) = softmetal.lint(shader)
+    assert str(finding).startswith(f"{shader}:4: error: 'float* p' names no address space")
+
+
+@pytest.mark.parametrize("version", ["3.1", "4.0"])
+@pytest.mark.parametrize("shader", sorted((ROOT / "metal").glob("*.metal")), ids=lambda path: path.stem)
+def test_shaders_pass_the_lint(shader, version):
+    found = softmetal.lint(shader, standard=f"metal{version}")
+    assert [str(finding) for finding in found if finding.level != "note" and finding.rule != "cpp17"] == []
 
 
 @pytest.mark.parametrize(
@@ -530,6 +658,186 @@ def test_rms_norm_with_function_constants(residual):
     assert report.counters["threadgroup_bytes"] == 128
 
 
+CONSTANTS = """
+namespace settings {
+constant bool negate [[function_constant(3)]];
+constant int2 offset [[function_constant(4)]];
+constant float given [[function_constant(5)]];
+constant float factor = is_function_constant_defined(given) ? given : 2.0;
+constant float sign = negate ? -factor : factor;
+}
+kernel void scaled(const device float* x, device float* y,
+    device float* extra [[buffer(2), function_constant(settings::negate)]], uint i [[thread_position_in_grid]]) {
+  y[i] = settings::sign * x[i] + settings::offset.y;
+  if (settings::negate) {
+    extra[i] = 1;
+  }
+}
+kernel void plain(device float* y) { y[0] = is_function_constant_defined(settings::offset) ? settings::offset.x : 7; }
+kernel void other(device float* y) { y[0] = 1; }
+"""
+
+
+def test_function_constants_are_set_by_the_launch(tmp_path, monkeypatch):
+    monkeypatch.setattr(softmetal.device.toolchain, "CACHE", tmp_path)
+    library = softmetal.compile(HEADER + CONSTANTS)
+    x, y = np.arange(4, dtype=np.float32), np.empty(4, np.float32)
+    for negate, given in ((False, None), (True, None), (True, 0.5)):
+        extra = np.zeros(4, np.float32)
+        values = {3: negate, 4: (1, 2), 5: given}
+        report = library.launch("scaled", [x, y, extra], threads=(4,), function_constants=values)
+        assert report.errors == []
+        np.testing.assert_array_equal(y, x * (given or 2) * (-1 if negate else 1) + 2)
+        np.testing.assert_array_equal(extra, [negate] * 4)
+    assert len(list(tmp_path.glob("kernel-*.so"))) == 1
+    for values, result in (({}, 7), ({4: (5, 6)}, 5), ({4: np.array([8, 9], np.int32).tobytes()}, 8)):
+        assert library.launch("plain", [y], threads=(1,), function_constants=values).errors == []
+        assert y[0] == result
+
+
+def test_missing_function_constants():
+    library = softmetal.compile(HEADER + CONSTANTS)
+    with pytest.raises(ValueError, match=r"kernel scaled needs function constant 3 \(negate\)"):
+        library.pipeline("scaled", {4: (1, 2)})
+    with pytest.raises(ValueError, match=r"kernel scaled needs function constant 4 \(offset\)"):
+        library.pipeline("scaled", {3: True})
+    with pytest.raises(ValueError, match=r"function constant 4 \(int2\) has 8 bytes, not 4"):
+        library.pipeline("scaled", {3: True, 4: bytes(4)})
+    assert library.pipeline("other").name == "other"
+
+
+def raw_launch(pipeline, allocations, threads):
+    """A launch as a host makes it; returns the errors' texts."""
+    device = softmetal.device
+    launch = device._Launch(
+        pipeline=device.ctypes.pointer(device._Pipeline.from_address(pipeline.address)),
+        allocations=(device._Allocation * len(allocations))(*allocations),
+        bindings=(device._Binding * len(allocations))(*(device._Binding(i, 0, 0) for i in range(len(allocations)))),
+        allocation_count=len(allocations),
+        binding_count=len(allocations),
+        threads_per_threadgroup=(32, 1, 1),
+        threads=(threads, 1, 1),
+        seconds=10,
+    )
+    runtime = device.ctypes.CDLL(str(softmetal.runtime_path()))
+    runtime.softmetal_launch.restype = device.ctypes.POINTER(device._Report)
+    report = runtime.softmetal_launch(device.ctypes.byref(launch))
+    errors = report.contents.errors[: report.contents.error_count]
+    texts = [pipeline.describe(e.kind.decode(), e.message.decode(), e.offset, e.count) for e in errors]
+    runtime.softmetal_free_report(report)
+    return texts
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_raw_launch_on_a_hosts_memory(check):
+    guard, size = 64, 128
+    library = softmetal.compile(
+        HEADER + "kernel void add(const device float* x, device float* y, uint i [[thread_position_in_grid]]) "
+        "{ y[i + 1] = x[i] + 1; }"
+    )
+    memory = np.full((2, guard + size + guard), 0xFF, np.uint8)
+    inner = memory[:, guard : guard + size].view(np.float32)
+    inner[0] = np.arange(32)
+    written = np.zeros((2, size), np.uint8)
+    written[0, :96] = 1
+    allocations = [
+        softmetal.device._Allocation(
+            data=inner[i].ctypes.data, size=size, writable=1, in_place=1, guard=guard, written=written[i].ctypes.data
+        )
+        for i in range(2)
+    ]
+    pipeline = library.pipeline("add", check=check)
+    assert raw_launch(pipeline, allocations, 24) == []
+    np.testing.assert_array_equal(inner[1, 1:25], np.arange(1, 25))
+    if check:
+        np.testing.assert_array_equal(written[1], [0] * 4 + [1] * 96 + [0] * 28)
+        (error,) = raw_launch(pipeline, allocations, 25)
+        assert "<source>:3: read of memory 0 byte 96, which nothing has written" in error
+    written[:] = 1
+    errors = raw_launch(pipeline, allocations, 32)
+    assert {error.split(":")[0] for error in errors} == {"device-out-of-bounds"}
+    assert "device-out-of-bounds: overwritten guard zone: 0 bytes past the end of memory 1" in errors
+
+
+def test_prepare_compiles_in_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(softmetal.device.toolchain, "CACHE", tmp_path)
+    kernels = [f"kernel void k{i}(device int* y) {{ y[0] = {i}; }}" for i in range(20)]
+    library = softmetal.compile(HEADER + "\n".join(kernels))
+    library.prepare()
+    files = sorted(tmp_path.glob("kernel-*.so"))
+    assert len(files) == 20 and len({path.stat().st_ino for path in files}) < 20
+    y = np.zeros(1, np.int32)
+    for i in (0, 7, 19):
+        assert library.launch(f"k{i}", [y], threads=(1,)).errors == []
+        assert y[0] == i
+    assert sorted(tmp_path.glob("kernel-*.so")) == files
+
+
+# Constructs that shaders of other projects are full of.
+LANGUAGE = """
+typedef struct { half d; uchar qs[16]; } block;
+struct Pair { packed_float3 first; bool flag; };
+template <typename V>
+void unpack(device const block* b, short part, thread V& out) {
+  for (int i = 0; i < 4; i++) {
+    out[i] = b->d * b->qs[part * 4 + i];
+  }
+}
+template <short part, typename B, void (*unpacker)(device const B*, short, thread half4&)>
+kernel void unpacked(device const B* b, device half4* y, uint i [[thread_position_in_grid]]) {
+  half4 value = {0};
+  unpacker(b + i, part, value);
+  y[i] = value;
+}
+typedef decltype(unpacked<0, block, unpack>) unpacked_t;
+template [[host_name("unpack_0")]] kernel unpacked_t unpacked<0, block, unpack>;
+template [[host_name("unpack_3")]] kernel unpacked_t unpacked<3, block, unpack>;
+
+float total(const thread float4& v) { return v.x + v.y + v.z + v.w; }
+
+kernel void language(device float* y, device atomic_ulong* largest, uint i [[thread_position_in_grid]]) {
+  const float4 a = float4(1, 2, 3, 4);
+  const half4 h = (half4)a * 2;
+  const float4x4 m = float4x4(2.0);
+  const bool4 less = a < float4(2.5);
+  short2 pair(3, 4);
+  Pair p;
+  p.first = float3(5, 6, 7) * 2;
+  metal::array<int, 2> both;
+  both[1] = 9;
+  const float results[] = {
+      total(a), total(float4(h)), -((float4)h).y, (m * a).z, m[1][1], float(any(less)), float(all(less)),
+      select(a, -a, less).y, select(a, -a, less).z, float(pair.y), p.first[2], float(both[1]), clamp(a, 2, 3).w,
+      fmax(2.5, a).x, float(1.5bf), 3 / 2. + 1e-1, float(extract_bits(0xABCDu, 4, 8)),
+      float(insert_bits(0u, 5u, 3, 4)), float(popcount(255u)), float(clz(1u)), float(as_type<uint>(1.0f) >> 23),
+      precise::exp(0.0f), fast::rsqrt(4.0f), float(half(65504.0h)), float(MAXHALF), float(reverse_bits(1u) >> 31)};
+  for (int k = 0; k < 26; k++) {
+    y[k] = results[k];
+  }
+  atomic_max_explicit(largest, ulong(1) << 40, memory_order_relaxed);
+  atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst, thread_scope_device);
+}
+"""
+
+
+def test_language_on_numbers():
+    library = softmetal.compile(HEADER + LANGUAGE, standard="metal3.2")
+    y, largest = np.empty(26, np.float32), np.zeros(1, np.uint64)
+    assert library.launch("language", [y, largest], threads=(1,), uninitialized=[0]).errors == []
+    expected = [
+        *(10, 20, -4, 6, 2, 1, 0, -2, 3, 4, 14, 9, 3, 2.5, 1.5, 1.6, 0xBC, 40, 8, 31, 127, 1, 0.5),
+        *(65504, 65504, 1),
+    ]
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    assert largest[0] == 1 << 40
+    blocks = np.zeros(3, [("d", np.float16), ("qs", np.uint8, 16)])
+    blocks["d"], blocks["qs"] = [0.5, 1, 2], np.arange(48).reshape(3, 16)
+    for part in (0, 3):
+        y = np.empty((3, 4), np.float16)
+        assert library.launch(f"unpack_{part}", [blocks, y], threads=(3,), uninitialized=[1]).errors == []
+        np.testing.assert_array_equal(y, blocks["d"].reshape(3, 1) * blocks["qs"][:, part * 4 : part * 4 + 4])
+
+
 @pytest.mark.parametrize("name, tolerance", [("float", 1e-5), ("half", 1e-5), ("bfloat", 1e-5)])
 def test_tiled_product(name, tolerance):
     random = np.random.default_rng(3)
@@ -635,4 +943,4 @@ def test_a_kernel_is_compiled_once(tmp_path, monkeypatch):
     softmetal.compile(source).launch("one", [y], (1,), (1,))
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-*")}
     softmetal.compile(source).launch("one", [y], (1,), (1,))
-    assert files == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-*")} and len(files) == 2
+    assert files == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-*")} and len(files) == 3

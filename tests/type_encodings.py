@@ -133,7 +133,7 @@ def agrees(ours: str, theirs: str) -> bool:
 
 
 def declarations(zig: Path, stubs: Path = STUBS) -> Declarations:
-    """What clang for Apple silicon reads in the headers; those of libobjc and libdispatch are zig's copies of Apple's."""
+    """What clang for Apple silicon reads in the headers. The headers of libobjc and libdispatch are zig's."""
     library = zig.parent / "lib"
     command = [zig, "clang", "--target=arm64-apple-macos14.0", "-x", "objective-c", "-fblocks", "-nostdlibinc"]
     command += ["-isystem", library / "include", "-isystem", library / "libc" / "include" / "any-darwin-any"]

@@ -266,15 +266,6 @@ Tensor empty_result(const MatmulProblem& problem) {
   return at::empty(problem.shape.output, problem.x.tensor.options().dtype(problem.dtype));
 }
 
-void check_range(std::string_view op, const char* name, const Tensor& indices, int64_t matrices) {
-  const int64_t* values = indices.const_data_ptr<int64_t>();
-  const int64_t* end = values + indices.numel();
-  const int64_t* bad = std::find_if(values, end, [&](int64_t index) { return index < 0 || index >= matrices; });
-  TORCH_CHECK_INDEX(
-      bad == end, "[", op, "] ", name, " holds ", *bad, " at position ", bad - values,
-      "; it must be at least 0 and below ", matrices, ".");
-}
-
 }  // namespace
 
 const Kernels& kernels() {

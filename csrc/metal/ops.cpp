@@ -1,9 +1,6 @@
 #include "ops.h"
 
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
-
-#include <algorithm>
 #include <cstdlib>
 
 #include "encode.h"
@@ -34,16 +31,6 @@ bool is_debugging() {
   return value != nullptr && *value != '\0';
 }
 
-void check_range(std::string_view op, const char* name, const Tensor& indices, int64_t matrices) {
-  const Tensor on_host = indices.cpu();
-  const int64_t* values = on_host.const_data_ptr<int64_t>();
-  const int64_t* end = values + on_host.numel();
-  const int64_t* bad = std::find_if(values, end, [&](int64_t index) { return index < 0 || index >= matrices; });
-  TORCH_CHECK_INDEX(
-      bad == end, "[", op, "] ", name, " holds ", *bad, " at position ", bad - values,
-      "; it must be at least 0 and below ", matrices, ".");
-}
-
 }  // namespace
 
 Tensor quantized_matmul(const MatmulProblem& given) {
@@ -59,8 +46,8 @@ Tensor quantized_matmul(const MatmulProblem& given) {
 
 Tensor gather_qmm(const GatherProblem& given) {
   if (is_debugging()) {
-    check_range(given.matmul.op, "lhs_indices", given.lhs_indices, given.matmul.x.count);
-    check_range(given.matmul.op, "rhs_indices", given.rhs_indices, given.matmul.weights.words.count);
+    check_range(given.matmul.op, "lhs_indices", given.lhs_indices.cpu(), given.matmul.x.count);
+    check_range(given.matmul.op, "rhs_indices", given.rhs_indices.cpu(), given.matmul.weights.words.count);
   }
   Tensor y = empty_result(given.matmul);
   if (y.numel() > 0) {

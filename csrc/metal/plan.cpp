@@ -43,7 +43,7 @@ constexpr Variant variants[] = {{'p', 6}, {'g', 10}, {'s', 20}, {'c', 32}, {'d',
 // A core hides the latency of memory with about this many threadgroups of each kind; below it, split-K makes more.
 constexpr int qmv_threadgroups_per_core = 8;  // of 64 threads
 constexpr int qvm_threadgroups_per_core = 8;  // of 128 threads
-constexpr int tile_threadgroups_per_core = 4;  // of 128 threads, with up to 16 KiB of threadgroup memory
+constexpr int tile_threadgroups_per_core = 4;  // of 128 threads, with 6 to 18 KiB of threadgroup memory
 // A shorter part of K than this costs more in partial sums, written and read again, than it gains.
 constexpr int qmv_part_k = 1024;
 constexpr int qvm_part_k = 128;
@@ -69,17 +69,12 @@ int smallest_at_least(const int (&instances)[count], int64_t rows) {
   return found == std::end(instances) ? instances[count - 1] : *found;
 }
 
-const char* name_of(Mode mode) {
-  constexpr const char* names[] = {"affine", "mxfp4", "mxfp8", "nvfp4"};
-  return names[static_cast<int>(mode)];
-}
-
 const char* name_of(at::ScalarType dtype) {
   return dtype == at::kHalf ? "float16" : dtype == at::kBFloat16 ? "bfloat16" : "float32";
 }
 
 std::string kernel_name(Format format, const char* op, at::ScalarType dtype, int rows = 0) {
-  std::string name = std::string(name_of(format.mode)) + "_" + op + "_" + name_of(dtype) + "_gs_" +
+  std::string name = std::string(quantization_mlx::name_of(format.mode)) + "_" + op + "_" + name_of(dtype) + "_gs_" +
       std::to_string(format.group_size) + "_b_" + std::to_string(format.bits);
   return rows > 0 ? name + "_rows_" + std::to_string(rows) : name;
 }
@@ -419,7 +414,7 @@ class ProductPlanner {
     }
     plan_.launches.push_back(std::move(launch));
     if (split) {
-      sum_parts(block, parts, y_offset);
+      sum_parts(kernel.family, block, parts, y_offset);
     }
   }
 
@@ -473,13 +468,13 @@ class ProductPlanner {
     return params;
   }
 
-  void sum_parts(const Block& block, int64_t parts, int64_t y_offset) {
+  void sum_parts(Family family, const Block& block, int64_t parts, int64_t y_offset) {
     const int64_t batch = block.batch.count();
     const int64_t size = narrow(problem_.op, "rows of x times columns of w", block.rows * shape_.N);
     Launch launch;
     launch.kernel = std::string("sum_parts_") + name_of(problem_.dtype);
     launch.file = "matvec";
-    launch.family = Family::matvec;
+    launch.family = family;  // it is part of that product
     launch.format = format_;
     launch.dtype = problem_.dtype;
     launch.threads = 64;

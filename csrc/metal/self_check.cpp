@@ -59,12 +59,7 @@ struct Example {
   bool transpose;
 
   WeightArguments arguments() const {
-    return {"self-check", w, scales, biases, format.group_size, format.bits, mode_name(), global_scale};
-  }
-
-  const char* mode_name() const {
-    constexpr const char* names[] = {"affine", "mxfp4", "mxfp8", "nvfp4"};
-    return names[static_cast<int>(format.mode)];
+    return {"self-check", w, scales, biases, format.group_size, format.bits, name_of(format.mode), global_scale};
   }
 
   Example on(at::Device device) const {
@@ -134,7 +129,7 @@ Tensor cpu_product(const Example& example) {
           .typed<decltype(ops::quantized_matmul)>();
   return op.call(
       example.x, example.w, example.scales, example.biases, example.transpose, example.format.group_size,
-      example.format.bits, example.mode_name(), std::nullopt, "self-check");
+      example.format.bits, name_of(example.format.mode), std::nullopt, "self-check");
 }
 
 struct Subject {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ import numpy as np
 
 from .msl import rewrite as msl
 from .msl import toolchain
+from .msl.lint import Finding
+from .msl.lint import lint as find_faults
 from .msl.toolchain import CompileError, runtime_path
 
 MAX_BUFFERS = 31
@@ -41,9 +44,11 @@ class Report:
     """What a launch did.
 
     errors: one text per distinct error, "kind: file:line: what"; empty when the launch was right.
-    counters: totals over the grid. Bytes count what the compiled code loads and stores (an upper bound: a value may be
-        loaded again after a store); barriers, reductions, shuffles and multiplies count one per group that executes
-        them. buffer_bytes_read and buffer_bytes_written are dicts by buffer index.
+    counters: totals over the grid. Bytes, loads and stores are those of the compiled code, counted with check=True
+        only: an upper bound, since a value may be loaded again after a store, and without accesses wider than 16 bytes
+        (ulong4, vectors of eight), which the compiler does not instrument: nothing checks those either. Barriers,
+        reductions, shuffles, votes, multiplies and matrix loads count one per group that executes them, always.
+        buffer_bytes_read and buffer_bytes_written are dicts by buffer index.
     """
 
     errors: list[str]
@@ -156,20 +161,51 @@ def compile(
     it for all), when their code is generated. Everything compiled is cached in build/softmetal/cache.
     Raises CompileError, with file and line; ValueError for an unknown standard.
     """
+    preprocessed = _preprocess(source, include_dirs, defines, standard)
+    try:
+        program = _rewritten(preprocessed)
+    except msl.RewriteError as error:
+        raise CompileError(str(error)) from None
+    library = Library(program, standard, dict(function_constants or {}))
+    library.check([name for name in library.kernels if "<" not in program.kernels[name].instance])
+    return library
+
+
+def _rewritten(preprocessed: str) -> msl.Program:
+    key = toolchain.digest(preprocessed, _rewriter_source())
+
+    def build(path: Path) -> None:
+        path.write_bytes(pickle.dumps(msl.rewrite(preprocessed, str(toolchain.SHIM))))
+
+    return pickle.loads(toolchain.cached(f"program-{key}", build).read_bytes())
+
+
+@cache
+def _rewriter_source() -> str:
+    return Path(msl.__file__).read_text()
+
+
+def lint(
+    source: str | Path,
+    include_dirs: Sequence[str | Path] = (),
+    defines: Mapping[str, object] | None = None,
+    standard: str = "metal3.1",
+) -> list[Finding]:
+    """What Apple's compiler would reject or warn about and compile() does not notice; arguments as for compile()."""
+    preprocessed = _preprocess(source, include_dirs, defines, standard)
+    return find_faults(preprocessed, str(toolchain.SHIM), toolchain.VERSIONS[standard])
+
+
+def _preprocess(
+    source: str | Path, include_dirs: Sequence[str | Path], defines: Mapping[str, object] | None, standard: str
+) -> str:
     if standard not in toolchain.VERSIONS:
         raise ValueError(f"standard is one of {', '.join(toolchain.VERSIONS)}, not {standard!r}")
     is_path = isinstance(source, Path) or ("\n" not in source and source.endswith((".metal", ".h")))
     path = Path(source).resolve() if is_path else None
     text = f'# 1 "{path}"\n' + path.read_text() if path else '# 1 "<source>"\n' + str(source)
     includes = [Path(d).resolve() for d in ([path.parent] if path else []) + list(include_dirs)]
-    preprocessed = toolchain.preprocess(text, standard, includes, defines or {})
-    try:
-        program = msl.rewrite(preprocessed, str(toolchain.SHIM))
-    except msl.RewriteError as error:
-        raise CompileError(str(error)) from None
-    library = Library(program, standard, dict(function_constants or {}))
-    library.check([name for name in library.kernels if "<" not in program.kernels[name].instance])
-    return library
+    return toolchain.preprocess(text, standard, includes, defines or {})
 
 
 class Library:

@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from . import device
+from .msl.toolchain import clang
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -50,13 +51,6 @@ STANDARDS = {310: "metal3.1", 320: "metal3.2", 400: "metal4.0"}
 
 
 # --- The library --------------------------------------------------------------------------------------------------
-
-
-def _compiler() -> str:
-    found = shutil.which("clang++-19") or shutil.which("clang++")
-    if found is None:
-        raise RuntimeError("the software Metal device needs clang++ (Debian package clang-19)")
-    return found
 
 
 @cache
@@ -94,7 +88,7 @@ def _state(paths: list[str]) -> dict[str, str]:
 
 def _build_object(source: Path, flags: Sequence[str] = ()) -> Path:
     """The object of a source; compiled where one of the project's files that it was made of has changed."""
-    command = [_compiler(), *_flags(), *flags, *(("-x", "objective-c++") if source.suffix == ".mm" else ())]
+    command = [clang(), *_flags(), *flags, *(("-x", "objective-c++") if source.suffix == ".mm" else ())]
     target = BUILD / f"{source.stem}-{_digest(str(source).encode(), *map(str.encode, command))}.o"
     record = target.with_suffix(".json")
     if target.exists() and record.exists():
@@ -125,21 +119,15 @@ def _link(objects: list[Path]) -> Path:
 
     libraries = Path(torch.__file__).parent / "lib"
     arguments = [
-        f"-Wl,--wrap={ENCODE}",
-        f"-L{libraries}",
-        "-ltorch",
-        "-ltorch_cpu",
-        "-lc10",
-        "-lobjc",
-        "-lBlocksRuntime",
-        "-ldl",
+        *(f"-Wl,--wrap={ENCODE}", f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"),
+        *("-l:libobjc.so.4", "-l:libBlocksRuntime.so.0"),  # Debian's libobjc4 and libblocksruntime0
     ]
     content = b"".join(path.read_bytes() for path in objects)
     library = BUILD / f"softmetal_host-{_digest(content, *map(str.encode, arguments))}.so"
     if not library.exists():
         temporary = library.with_suffix(".new")
         # Python's symbols are the program's; whatever else is missing is noticed when the library is loaded.
-        _run([_compiler(), "-shared", *map(str, objects), *arguments, "-o", str(temporary)])
+        _run([clang(), "-shared", *map(str, objects), *arguments, "-o", str(temporary)])
         os.replace(temporary, library)
     return library
 
@@ -259,6 +247,7 @@ class Launch:
     threadgroups: tuple[int, int, int]
     threads: tuple[int, int, int]
     counters: dict[str, int]
+    bytes_read: dict[int, int]  # by index of a buffer, without what setBytes gave
 
 
 def launched() -> list[Launch]:
@@ -270,6 +259,7 @@ def launched() -> list[Launch]:
             record["threadgroups"],
             record["threads"],
             record["counters"],
+            record["bytes_read"],
         )
         for record in _host().logs()["launches"]
     ]

@@ -147,10 +147,13 @@ def gather_qmm(
         lhs_indices, rhs_indices: integer tensors that broadcast, counting the matrices of ``x`` and of ``w`` in
             row-major order of their leading sizes. One that is missing counts through its operand.
         global_scale: nvfp4 only, float32, one element or one per matrix of ``w``.
-        sorted_indices: a promise that ``rhs_indices`` ascend; it may save time and never changes the result.
+        sorted_indices: a promise that ``rhs_indices`` ascend; it may save time, and changes the result by rounding at
+            most, also where it is not kept.
 
     Returns:
-        ``[*indices, M, N]``. A bad index raises ``IndexError`` on CPU.
+        ``[*indices, M, N]``. An index out of range raises ``IndexError`` on CPU. On "mps", where that would have to wait
+        for the device, the rows of such a pair are NaN; with the environment variable ``QUANTIZATION_MLX_DEBUG`` set,
+        it waits and raises.
     """
     return ops.gather_qmm(
         x,
@@ -195,14 +198,14 @@ def affine_qmm_n(
 def affine_qmm_t_nax(
     x: Tensor, w: Tensor, scales: Tensor, biases: Tensor, group_size: int = 128, bits: int = 4
 ) -> Tensor:
-    """:func:`affine_qmm_t` for GPUs with tensor operations; the same result everywhere else."""
+    """:func:`affine_qmm_t`, which itself takes tensor operations where the GPU has them; ``explain`` tells."""
     return ops.affine_qmm_t_nax(x, w, scales, biases, group_size, bits)
 
 
 def affine_qmm_n_nax(
     x: Tensor, w: Tensor, scales: Tensor, biases: Tensor, output_features: int, group_size: int = 128, bits: int = 4
 ) -> Tensor:
-    """:func:`affine_qmm_n` for GPUs with tensor operations; the same result everywhere else."""
+    """:func:`affine_qmm_n`, which itself takes tensor operations where the GPU has them; ``explain`` tells."""
     return ops.affine_qmm_n_nax(x, w, scales, biases, output_features, group_size, bits)
 
 

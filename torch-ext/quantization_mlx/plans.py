@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._ops import ops
 
-__all__ = ["Launch", "Plan", "Recorder", "explain"]
+__all__ = ["Launch", "Plan", "explain"]
 
 _OPS = ("quantize", "dequantize", "quantized_matmul", "gather_qmm")
 
@@ -71,10 +71,10 @@ def _plan(op: str, text: str) -> Plan:
     return Plan(op=op, launches=launches, excluded=tuple(fields.pop("excluded", ())), **fields)
 
 
-class Recorder(TorchDispatchMode):
-    """A context in which `plans` collects the plan of each of this package's ops that runs; see `explain`."""
+class _Recorder(TorchDispatchMode):
+    """Asks for the plan of each of this package's ops before running it."""
 
-    def __init__(self, gpu: str = "", macos: int = 0) -> None:
+    def __init__(self, gpu: str, macos: int) -> None:
         super().__init__()
         self.plans: list[Plan] = []
         self._named = {"gpu": gpu, "macos": macos}
@@ -107,6 +107,6 @@ def explain(
     >>> plan.launches[0].family
     'tile'
     """
-    with Recorder(gpu or "", 100 * macos[0] + macos[1]) as recorder, torch.no_grad():
+    with _Recorder(gpu or "", 100 * macos[0] + macos[1]) as recorder, torch.no_grad():
         function(*args, **kwargs)
     return recorder.plans

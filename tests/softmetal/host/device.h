@@ -40,6 +40,7 @@ struct LaunchRecord {
   uint64_t threadgroups[3];
   uint64_t threads[3];
   SoftmetalCounters counters;
+  std::map<int, uint64_t> bytes_read;  // by index of a buffer; those that share one have the sum
 };
 
 struct CompileRecord {

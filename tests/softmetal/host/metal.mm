@@ -431,7 +431,7 @@ void run(EncoderState& state, MTLSize threads, MTLSize threads_per_threadgroup) 
   launch.threadgroup_length_count = pipeline.threadgroup_arguments;
   const NSUInteger sizes[] = {size.width, size.height, size.depth};
   const NSUInteger grid[] = {threads.width, threads.height, threads.depth};
-  LaunchRecord record{name, *state.pipeline->_constants, {}, {}, {}};
+  LaunchRecord record{name, *state.pipeline->_constants, {}, {}, {}, {}};
   for (int i = 0; i < 3; ++i) {
     launch.threads_per_threadgroup[i] = static_cast<uint32_t>(sizes[i]);
     launch.threads[i] = static_cast<uint32_t>(grid[i]);
@@ -443,6 +443,12 @@ void run(EncoderState& state, MTLSize threads, MTLSize threads_per_threadgroup) 
   const std::unique_ptr<SoftmetalReport, decltype(&softmetal_free_report)> report(
       runtime().launch(&launch), runtime().free_report);
   record.counters = report->counters;
+  for (size_t index = 0; index < allocations.bindings.size(); ++index) {
+    const int32_t number = allocations.bindings[index].allocation;
+    if (number >= 0 && allocations.buffers[number] != nil) {
+      record.bytes_read[static_cast<int>(index)] = allocations.list[number].bytes_read;
+    }
+  }
   add(std::move(record));
   const std::string corrupted = settings().corrupted;
   if (!corrupted.empty() && name.find(corrupted) != std::string::npos) {

@@ -146,6 +146,7 @@ py::dict all_logs() {
     launch["threadgroups"] = py::make_tuple(record.threadgroups[0], record.threadgroups[1], record.threadgroups[2]);
     launch["threads"] = py::make_tuple(record.threads[0], record.threads[1], record.threads[2]);
     launch["counters"] = counters_of(record.counters);
+    launch["bytes_read"] = record.bytes_read;
     launches.append(launch);
   }
   py::list compiles;

@@ -21,6 +21,7 @@ TOKEN = re.compile(
     r"""|(?P<word>[A-Za-z_]\w*)|(?P<number>\.?\d(?:[\w.]|(?<=[eEpP])[+-])*)|(?P<sign>::|->|[\s\S])""",
     re.MULTILINE,
 )
+REAL = re.compile(r"(\d+\.\d*|\.\d+)([eE][+-]?\d+)?|\d+[eE][+-]?\d+|0[xX][\dA-Fa-f.]+[pP][+-]?\d+")
 MARKER = re.compile(r'#(?:line)? (\d+) "((?:\\.|[^"\\])*)"')
 
 # The codes of __softmetal_builtin in runtime.cpp.
@@ -57,6 +58,7 @@ SCALARS = ("char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "
 VECTORS = {f"{scalar}{size}" for scalar in SCALARS for size in (2, 3, 4)}
 OPENING = {"(": ")", "[": "]", "{": "}"}
 CLOSING = set(OPENING.values())
+ALWAYS_INLINE = "inline __attribute__((__always_inline__))"
 # Function constants and constants derived from them; runtime.cpp has as many.
 MAX_CONSTANTS = 256
 
@@ -160,6 +162,11 @@ class _Rewriter:
         self.instances: list[tuple[str, str, Token]] = []
         self.constants: dict[str, Constant] = {}
         self.pairs = self._match_brackets()
+        self.function_names = {
+            token.text
+            for i, token in enumerate(self.tokens)
+            if token.kind == "word" and self._text(i + 1) == "(" and self._text(self.pairs[i + 1] + 1) == "{"
+        }
         self.vectors = set(VECTORS)
         self.type_parameters = {
             self._text(i + 1)
@@ -173,6 +180,7 @@ class _Rewriter:
     def run(self) -> Program:
         self._check_words()
         self._collect_vector_names()
+        self._replace_function_parameters()
         self._scan_scopes()
         self._scan_statements()
         for host_name, instance, token in self.instances:
@@ -212,6 +220,11 @@ class _Rewriter:
 
     def _join(self, begin: int, end: int) -> str:
         return "".join(" " * t.spaced + t.text for t in self.tokens[begin:end]).strip()
+
+    def _written(self, begin: int, end: int) -> str:
+        """As _join, with what was replaced."""
+        tokens = self.tokens[begin:end]
+        return "".join(" " * t.spaced + (t.text if t.output is None else t.output) for t in tokens).strip()
 
     def _error(self, token: Token, message: str) -> RewriteError:
         return RewriteError(f"{token.file}:{token.line}: error: {message}")
@@ -272,6 +285,10 @@ class _Rewriter:
                 raise self._error(token, f"MSL has no '{token.text}'")
             if token.text in RENAMED:
                 token.output = token.text + "_"
+            if token.kind == "number" and REAL.fullmatch(token.text):
+                token.output = token.text + "f"  # a real literal is a float
+            elif token.kind == "number" and token.text.endswith("bf") and not token.text.startswith("0x"):
+                token.output = f"__softmetal_cast<bfloat>({token.text[:-2]}f)"
 
     def _collect_vector_names(self) -> None:
         for i, token in enumerate(self.tokens):
@@ -284,6 +301,71 @@ class _Rewriter:
                     self.vectors.add(self._text(i + 1))
             if token.text == "typedef" and self._text(i + 1) == "vec" and self._text(i + 2) == "<":
                 self.vectors.add(self._text(self._closing_angle(i + 2) + 1))
+
+    # --- Functions as template arguments: clang does not find templates among them, so they become types ---
+
+    def _replace_function_parameters(self) -> None:
+        parameters: set[str] = set()
+        templates: set[str] = set()
+        for i, token in enumerate(self.tokens):
+            if token.text == "template" and self._text(i + 1) == "<":
+                names = self._function_parameters(i + 1)
+                parameters |= names
+                if names:
+                    templates.add(self._declared_template(self._closing_angle(i + 1) + 1))
+        if not parameters:
+            return
+        functions: set[str] = set()
+        for i, token in enumerate(self.tokens):
+            if token.text in parameters and self._text(i + 1) == "(" and token.output is None:
+                token.output = f"{token.text}::call"
+            elif token.text in templates and self._text(i + 1) == "<":
+                functions |= self._function_arguments(i + 1, parameters)
+        for i, token in enumerate(self.tokens):
+            if token.text in functions and self._text(i + 1) == "(":
+                body = self._closing(i + 1) + 1
+                if self._text(body) == "{":
+                    functions.discard(token.text)
+                    head = f"template <class... A> static {ALWAYS_INLINE} auto call(A&&... a)"
+                    wrapper = f"struct __softmetal_function_{token.text} {{ {head} {{ return {token.text}(a...); }} }};"
+                    self.tokens[self._closing(body)].output = "} " + wrapper
+
+    def _function_parameters(self, opening: int) -> set[str]:
+        """Turns `R (*name)(A...)` in a template's head into `typename name`."""
+        close = self._closing_angle(opening)
+        names: set[str] = set()
+        begin, k = opening + 1, opening + 1
+        while k < close:
+            text = self._text(k)
+            if text == "(" and self._text(k + 1) == "*" and self._text(k + 3) == ")" and self._text(k + 4) == "(":
+                names.add(self._text(k + 2))
+                end = self._closing(k + 4)
+                self._replace(begin, end + 1, f"typename {self._text(k + 2)}")
+                self.tokens[k + 2].output = self.tokens[k + 2].output or ""
+                k = end
+            elif text == ",":
+                begin = k + 1
+            elif text in OPENING:
+                k = self._closing(k)
+            k += 1
+        return names
+
+    def _declared_template(self, begin: int) -> str:
+        """The name of the function that a template's head stands before."""
+        while self._text(begin) not in ("(", ";", "{", "") or self._text(begin - 1) in ("]", "decltype"):
+            begin = self._closing(begin) + 1 if self._text(begin) in OPENING else begin + 1
+        return self._text(begin - 1)
+
+    def _function_arguments(self, opening: int, parameters: set[str]) -> set[str]:
+        close = self._closing_angle(opening)
+        names = set()
+        for k in range(opening + 1, max(close, opening)):
+            token = self.tokens[k]
+            alone = self._text(k - 1) in ("<", ",") and self._text(k + 1) in (",", ">")
+            if alone and token.text in self.function_names and token.text not in parameters:
+                token.output = f"__softmetal_function_{token.text}"
+                names.add(token.text)
+        return names
 
     # --- Scopes: member functions and their address space ---
 
@@ -373,6 +455,8 @@ class _Rewriter:
                 namespaces.pop()
             elif text == "__constant":
                 i = self._constant(i, namespaces)
+            elif text == "__private":
+                self._constant_reference(i)
             elif text == "__local" and previous in (";", "{", "}", ")", ""):
                 i = self._threadgroup_variable(i)
             elif text == "template" and self._text(i + 1) == "[" and self._text(i + 2) == "[":
@@ -381,6 +465,8 @@ class _Rewriter:
                 i = self._kernel(i, namespaces)
             elif text == "is_function_constant_defined" and self._text(i + 1) == "(":
                 i = self._is_defined(i)
+            elif text in self.vectors and namespaces and namespaces[-1] is None and self._is_initialized(i):
+                self.tokens[i + 2].output = f" = __softmetal_make<{text}>("
             else:
                 self._construction(i)
             i += 1
@@ -427,6 +513,35 @@ class _Rewriter:
                 self.tokens[i].output = f"__softmetal_make<{text}>"
             elif text in ("half", "bfloat"):
                 self.tokens[i].output = f"__softmetal_cast<{text}>"
+
+    def _constant_reference(self, i: int) -> None:
+        """`const thread T& x` as a parameter: clang's temporaries have no address space, so it takes a value."""
+        begin = i
+        while self._text(begin - 1) in ("const", "typename") or self.tokens[begin - 1].kind == "word":
+            begin -= 1
+        end = i
+        while self.tokens[end].kind == "word" or self._text(end) in ("::", "<"):
+            end = self._closing_angle(end) + 1 if self._text(end) == "<" else end + 1
+            if end <= i:
+                return
+        words = {self._text(k) for k in range(begin, end)}
+        if (
+            "const" in words
+            and self._text(begin - 1) in ("(", ",")
+            and self._text(end) == "&"
+            and self.tokens[end + 1].kind == "word"
+            and self._text(end + 2) in (",", ")")
+        ):
+            self.tokens[i].output = self.tokens[end].output = ""
+
+    def _is_initialized(self, i: int) -> bool:
+        """True for `float2 name(a, b);`, which is no declaration of a function."""
+        if self.tokens[i + 1].kind != "word" or self._text(i + 2) != "(" or self._text(i - 1) in ("->", "."):
+            return False
+        first, close = self._text(i + 3), self._closing(i + 2)
+        is_type = first in self.vectors | self.type_parameters | {*SCALARS, "const", "void"}
+        is_declaration = (is_type and self._text(i + 4) != "(") or first.startswith("__") or first == ")"
+        return self._text(close + 1) in (";", ",") and not is_declaration
 
     def _is_cast(self, i: int) -> bool:
         """True for `(name)` before an operand, where name is a vector or a template's type parameter."""
@@ -524,9 +639,7 @@ class _Rewriter:
                 self._is_defined(k)
             else:
                 self._construction(k)
-        expression = "".join(
-            " " * t.spaced + (t.text if t.output is None else t.output) for t in self.tokens[initializer:end]
-        )
+        expression = self._written(initializer, end)
         begin = i
         while self._text(begin - 1) in ("const", "static", "constexpr"):
             begin -= 1
@@ -613,13 +726,13 @@ class _Rewriter:
         if host_name is None or self._text(end) != ";":
             return i
         if self._text(begin) == "decltype":
-            instance = self._join(begin + 2, self._closing(begin + 1))
+            instance = self._written(begin + 2, self._closing(begin + 1))
         else:
             name_end = begin + 1
             while self._text(name_end) not in ("(", ";"):
                 close = self._closing_angle(name_end) if self._text(name_end) == "<" else -1
                 name_end = max(close, name_end) + 1
-            instance = self._join(begin + 1, name_end)
+            instance = self._written(begin + 1, name_end)
         self.instances.append((host_name, self._qualified(namespaces, instance), self.tokens[i]))
         self._replace(i, end + 1, "")
         return end

@@ -54,6 +54,32 @@ constexpr uint32_t slot_count = 256;
 
 }  // namespace
 
+// The values of function constants, and whether they have one. Kernels refer to slot i as softmetal_slot_i.
+asm(R"(
+.altmacro
+.macro softmetal_symbol prefix, number, bytes
+.globl softmetal_\prefix\()_\number
+.type softmetal_\prefix\()_\number, @object
+.size softmetal_\prefix\()_\number, \bytes
+softmetal_\prefix\()_\number:
+.zero \bytes
+.endm
+.macro softmetal_symbols prefix, bytes
+.set softmetal_next, 0
+.rept 256
+softmetal_symbol \prefix, %softmetal_next, \bytes
+.set softmetal_next, softmetal_next + 1
+.endr
+.endm
+.data
+.balign 32
+softmetal_symbols slot, 32
+softmetal_symbols defined, 1
+.text
+)");
+extern "C" uint8_t softmetal_slot_0[slot_count * slot_bytes];
+extern "C" uint8_t softmetal_defined_0[slot_count];
+
 namespace {
 
 enum Space { space_device = 0, space_threadgroup = 1 };
@@ -705,6 +731,11 @@ void report_outside(const Access& access) {
 
 void access_device(const Access& access) {
   Region* region = find_region(access.address);
+  uint64_t slots = reinterpret_cast<uint64_t>(softmetal_slot_0);
+  if (!region && access.address - slots < slot_count * (slot_bytes + 1)) {
+    gpu.counters.constant_bytes_read += access.size;  // function constants
+    return;
+  }
   if (!region || access.address + access.size > region->end) {
     report_outside(access);
     return;
@@ -1070,32 +1101,6 @@ constexpr int crash_signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 
 }  // namespace
 
-// The values of function constants, and whether they have one. Kernels refer to slot i as softmetal_slot_i.
-asm(R"(
-.altmacro
-.macro softmetal_symbol prefix, number, bytes
-.globl softmetal_\prefix\()_\number
-.type softmetal_\prefix\()_\number, @object
-.size softmetal_\prefix\()_\number, \bytes
-softmetal_\prefix\()_\number:
-.zero \bytes
-.endm
-.macro softmetal_symbols prefix, bytes
-.set softmetal_next, 0
-.rept 256
-softmetal_symbol \prefix, %softmetal_next, \bytes
-.set softmetal_next, softmetal_next + 1
-.endr
-.endm
-.data
-.balign 32
-softmetal_symbols slot, 32
-softmetal_symbols defined, 1
-.text
-)");
-extern "C" uint8_t softmetal_slot_0[slot_count * slot_bytes];
-extern "C" uint8_t softmetal_defined_0[slot_count];
-
 namespace {
 
 struct OwnedReport {
@@ -1357,6 +1362,7 @@ void with_type(int type, Action action) {
     case 6: return action(float{});
     case 7: return action(_Float16{});
     case 8: return action(__bf16{});
+    case 9: return action(uint64_t{});
     default: abort();
   }
 }
@@ -1550,10 +1556,16 @@ MatrixAccess begin_matrix_access(
 }
 
 void check_matrix_access(const MatrixAccess& access, bool write, uint64_t site) {
-  if (gpu.launch->pipeline->checked) {
-    for (uint64_t address : access.address) {
-      check_access({address, access.size, write, true, false, site});
-    }
+  if (!gpu.launch->pipeline->checked) {
+    return;
+  }
+  uint32_t size = access.size;
+  if (access.address[1] == access.address[0] + size && access.address[0] % size == 0) {
+    check_access({access.address[0], 2 * size, write, false, false, site});
+    return;
+  }
+  for (uint64_t address : access.address) {
+    check_access({address, size, write, true, false, site});
   }
 }
 
@@ -1674,6 +1686,8 @@ SOFTMETAL_API int __softmetal_atomic_compare_exchange(
   memcpy(reinterpret_cast<void*>(expected), reinterpret_cast<void*>(address), size);
   return 0;
 }
+
+SOFTMETAL_API void __softmetal_fence() {}
 
 // Rounds to nearest even, as compiler-rt does; here so that kernels need no runtime library of the compiler.
 SOFTMETAL_API __bf16 __truncsfbf2(float value) {

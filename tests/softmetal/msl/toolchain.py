@@ -14,6 +14,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -29,8 +30,7 @@ HEADERS = ("metal_stdlib", "metal_tensor", "MetalPerformancePrimitives/MetalPerf
 VERSIONS = {"metal3.0": 300, "metal3.1": 310, "metal3.2": 320, "metal4.0": 400}
 LANGUAGE = [
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-cl-single-precision-constant", "-march=x86-64-v3"),
-    *("-Wno-unknown-attributes", "-Wno-ignored-pragmas", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-comment"),
-    *("-Wno-duplicate-decl-specifier", "-Wno-unused-value", "-Wno-pass-failed"),
+    "-w",  # warnings would only hide what is an error
     *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__cl_clang_function_pointers,+__opencl_c_generic_address_space"),
     *("-O1", "-fPIC", "-ffp-contract=off", "-Xclang", "-fbfloat16-excess-precision=none"),
     *("-Xclang", "-debug-info-kind=line-tables-only", "-gdwarf-4", "-fdebug-compilation-dir=."),
@@ -95,11 +95,25 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     return path
 
 
+def _prune() -> None:
+    """Removes what was compiled more than a week ago; kernels change with every edit of a shader."""
+    oldest = time.time() - 7 * 24 * 3600
+    for path in CACHE.glob("*-*"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+
+
 def runtime_path() -> Path:
     """The runtime's shared library; kernels find its symbols when it is loaded with RTLD_GLOBAL."""
     sources = [path.read_text() for path in (RUNTIME, *sorted(HERE.glob("*.h")))]
     name = f"runtime-{digest(*sources, _clang_identity(), *RUNTIME_FLAGS)}.so"
-    return cached(name, lambda path: _run([clang(), *RUNTIME_FLAGS, str(RUNTIME), "-o", str(path), "-lm"], None))
+
+    def build(path: Path) -> None:
+        _prune()
+        _run([clang(), *RUNTIME_FLAGS, str(RUNTIME), "-o", str(path), "-lm"], None)
+
+    return cached(name, build)
 
 
 def _run(command: Sequence[str], text: str | None) -> str:
@@ -160,7 +174,7 @@ def _compile(text: str, standard: str, checked: bool, output: Path | None) -> No
 
 def check_syntax(text: str, standard: str) -> None:
     """Raises CompileError where clang complains; generates no code."""
-    key = digest(text, _shim(standard), _clang_identity(), *LANGUAGE)
+    key = digest(text, *_frontend(standard, False))  # which is made before the lock below is taken
 
     def check(path: Path) -> None:
         _compile(text, standard, False, None)

@@ -26,9 +26,13 @@
 
 #define NS_ASSUME_NONNULL_BEGIN _Pragma("clang assume_nonnull begin")
 #define NS_ASSUME_NONNULL_END _Pragma("clang assume_nonnull end")
-#define NS_ENUM(type, name) enum __attribute__((enum_extensibility(open))) name : type name; enum name : type
+#define NS_ENUM(type, name)                                        \
+  enum __attribute__((enum_extensibility(open))) name : type name; \
+  enum name : type
 // In C++ the options have to be combined with |, so the named type is the integer itself.
-#define NS_OPTIONS(type, name) type name; enum __attribute__((flag_enum, enum_extensibility(open))) : type
+#define NS_OPTIONS(type, name) \
+  type name;                   \
+  enum __attribute__((flag_enum, enum_extensibility(open))) : type
 
 // What a framework declares in C and a program in C++ shares.
 typedef struct _NSRange {
@@ -48,11 +52,11 @@ NS_ASSUME_NONNULL_BEGIN
 @class NSArray<ObjectType>, NSDictionary<KeyType, ObjectType>, NSError, NSString;
 
 typedef struct _NSZone NSZone;
-typedef NSString *NSErrorDomain;
-typedef NSString *NSErrorUserInfoKey;
+typedef NSString* NSErrorDomain;
+typedef NSString* NSErrorUserInfoKey;
 
 @protocol NSCopying
-- (id)copyWithZone:(nullable NSZone *)zone;
+- (id)copyWithZone:(nullable NSZone*)zone;
 @end
 
 @protocol NSFastEnumeration
@@ -65,46 +69,46 @@ typedef NS_ENUM(NSUInteger, NSStringEncoding_) {
 typedef NSUInteger NSStringEncoding;
 
 @interface NSString : NSObject <NSCopying>
-+ (nullable instancetype)stringWithUTF8String:(const char *)bytes;
-- (nullable instancetype)initWithUTF8String:(const char *)bytes;
-- (nullable instancetype)initWithBytes:(const void *)bytes length:(NSUInteger)length encoding:(NSStringEncoding)encoding;
-@property (readonly, nullable) const char *UTF8String;
-@property (readonly) NSUInteger length;
-- (BOOL)isEqualToString:(NSString *)other;
-- (BOOL)hasPrefix:(NSString *)prefix;
++ (nullable instancetype)stringWithUTF8String:(const char*)bytes;
+- (nullable instancetype)initWithUTF8String:(const char*)bytes;
+- (nullable instancetype)initWithBytes:(const void*)bytes length:(NSUInteger)length encoding:(NSStringEncoding)encoding;
+@property(readonly, nullable) const char* UTF8String;
+@property(readonly) NSUInteger length;
+- (BOOL)isEqualToString:(NSString*)other;
+- (BOOL)hasPrefix:(NSString*)prefix;
 @end
 
 @interface NSError : NSObject <NSCopying>
 + (instancetype)errorWithDomain:(NSErrorDomain)domain
                            code:(NSInteger)code
-                       userInfo:(nullable NSDictionary<NSErrorUserInfoKey, id> *)info;
-@property (readonly, copy) NSErrorDomain domain;
-@property (readonly) NSInteger code;
-@property (readonly, copy) NSDictionary<NSErrorUserInfoKey, id> *userInfo;
-@property (readonly, copy) NSString *localizedDescription;
+                       userInfo:(nullable NSDictionary<NSErrorUserInfoKey, id>*)info;
+@property(readonly, copy) NSErrorDomain domain;
+@property(readonly) NSInteger code;
+@property(readonly, copy) NSDictionary<NSErrorUserInfoKey, id>* userInfo;
+@property(readonly, copy) NSString* localizedDescription;
 @end
 
 FOUNDATION_EXPORT NSErrorUserInfoKey const NSLocalizedDescriptionKey;
 
 @interface NSNumber : NSObject <NSCopying>
-+ (NSNumber *)numberWithBool:(BOOL)value;
-+ (NSNumber *)numberWithInt:(int)value;
-+ (NSNumber *)numberWithLong:(long)value;
-+ (NSNumber *)numberWithUnsignedInt:(unsigned int)value;
-+ (NSNumber *)numberWithUnsignedLong:(unsigned long)value;
-+ (NSNumber *)numberWithUnsignedInteger:(NSUInteger)value;
-+ (NSNumber *)numberWithDouble:(double)value;
-@property (readonly) BOOL boolValue;
-@property (readonly) int intValue;
-@property (readonly) long long longLongValue;
-@property (readonly) NSUInteger unsignedIntegerValue;
-@property (readonly) double doubleValue;
-@property (readonly, copy) NSString *stringValue;
++ (NSNumber*)numberWithBool:(BOOL)value;
++ (NSNumber*)numberWithInt:(int)value;
++ (NSNumber*)numberWithLong:(long)value;
++ (NSNumber*)numberWithUnsignedInt:(unsigned int)value;
++ (NSNumber*)numberWithUnsignedLong:(unsigned long)value;
++ (NSNumber*)numberWithUnsignedInteger:(NSUInteger)value;
++ (NSNumber*)numberWithDouble:(double)value;
+@property(readonly) BOOL boolValue;
+@property(readonly) int intValue;
+@property(readonly) long long longLongValue;
+@property(readonly) NSUInteger unsignedIntegerValue;
+@property(readonly) double doubleValue;
+@property(readonly, copy) NSString* stringValue;
 @end
 
 @interface NSArray<__covariant ObjectType> : NSObject <NSCopying, NSFastEnumeration>
 + (instancetype)arrayWithObjects:(const ObjectType _Nonnull[_Nullable])objects count:(NSUInteger)count;
-@property (readonly) NSUInteger count;
+@property(readonly) NSUInteger count;
 - (ObjectType)objectAtIndex:(NSUInteger)index;
 - (ObjectType)objectAtIndexedSubscript:(NSUInteger)index;
 - (BOOL)containsObject:(ObjectType)object;
@@ -116,8 +120,8 @@ FOUNDATION_EXPORT NSErrorUserInfoKey const NSLocalizedDescriptionKey;
 + (instancetype)dictionaryWithObjects:(const ObjectType _Nonnull[_Nullable])objects
                               forKeys:(const KeyType<NSCopying> _Nonnull[_Nullable])keys
                                 count:(NSUInteger)count;
-@property (readonly) NSUInteger count;
-@property (readonly, copy) NSArray<KeyType> *allKeys;
+@property(readonly) NSUInteger count;
+@property(readonly, copy) NSArray<KeyType>* allKeys;
 - (nullable ObjectType)objectForKey:(KeyType)key;
 - (nullable ObjectType)objectForKeyedSubscript:(KeyType)key;
 @end
@@ -128,14 +132,14 @@ FOUNDATION_EXPORT NSErrorUserInfoKey const NSLocalizedDescriptionKey;
 @end
 
 @interface NSData : NSObject <NSCopying>
-+ (instancetype)dataWithBytes:(nullable const void *)bytes length:(NSUInteger)length;
-@property (readonly) NSUInteger length;
-@property (readonly) const void *bytes;
++ (instancetype)dataWithBytes:(nullable const void*)bytes length:(NSUInteger)length;
+@property(readonly) NSUInteger length;
+@property(readonly) const void* bytes;
 @end
 
 @interface NSURL : NSObject <NSCopying>
-+ (NSURL *)fileURLWithPath:(NSString *)path;
-@property (nullable, readonly, copy) NSString *path;
++ (NSURL*)fileURLWithPath:(NSString*)path;
+@property(nullable, readonly, copy) NSString* path;
 @end
 
 typedef struct {
@@ -145,8 +149,8 @@ typedef struct {
 } NSOperatingSystemVersion;
 
 @interface NSProcessInfo : NSObject
-@property (class, readonly, strong) NSProcessInfo *processInfo;
-@property (readonly) NSOperatingSystemVersion operatingSystemVersion;
+@property(class, readonly, strong) NSProcessInfo* processInfo;
+@property(readonly) NSOperatingSystemVersion operatingSystemVersion;
 - (BOOL)isOperatingSystemAtLeastVersion:(NSOperatingSystemVersion)version;
 @end
 

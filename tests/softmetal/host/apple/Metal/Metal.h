@@ -20,8 +20,10 @@ static inline MTLSize MTLSizeMake(NSUInteger width, NSUInteger height, NSUIntege
 
 NS_ASSUME_NONNULL_BEGIN
 
-@protocol MTLBuffer, MTLCommandBuffer, MTLCommandQueue, MTLComputeCommandEncoder;
-@protocol MTLComputePipelineState, MTLDevice, MTLEvent, MTLFunction, MTLLibrary, MTLSharedEvent;
+@protocol MTLBuffer
+, MTLCommandBuffer, MTLCommandQueue, MTLComputeCommandEncoder;
+@protocol MTLComputePipelineState
+, MTLDevice, MTLEvent, MTLFunction, MTLLibrary, MTLSharedEvent;
 @class MTLComputePipelineReflection;
 
 // --- Devices --------------------------------------------------------------------------------------------------------
@@ -46,7 +48,7 @@ typedef NS_ENUM(NSInteger, MTLGPUFamily) {
 };
 
 @interface MTLArchitecture : NSObject <NSCopying>
-@property (nonatomic, readonly) NSString *name;
+@property(nonatomic, readonly) NSString* name;
 @end
 
 // --- Resources ------------------------------------------------------------------------------------------------------
@@ -87,17 +89,17 @@ typedef NS_OPTIONS(NSUInteger, MTLResourceUsage) {
 };
 
 @protocol MTLResource <NSObject>
-@property (nullable, copy, atomic) NSString *label;
-@property (readonly) id<MTLDevice> device;
-@property (readonly) MTLStorageMode storageMode;
-@property (readonly) MTLResourceOptions resourceOptions;
+@property(nullable, copy, atomic) NSString* label;
+@property(readonly) id<MTLDevice> device;
+@property(readonly) MTLStorageMode storageMode;
+@property(readonly) MTLResourceOptions resourceOptions;
 @end
 
 @protocol MTLBuffer <MTLResource>
-@property (readonly) NSUInteger length;
-- (void *)contents;
+@property(readonly) NSUInteger length;
+- (void*)contents;
 - (void)didModifyRange:(NSRange)range;
-@property (readonly) uint64_t gpuAddress;
+@property(readonly) uint64_t gpuAddress;
 @end
 
 // --- Libraries and functions ----------------------------------------------------------------------------------------
@@ -183,48 +185,47 @@ typedef NS_ENUM(NSUInteger, MTLFunctionType) {
 };
 
 @interface MTLCompileOptions : NSObject <NSCopying>
-@property (nullable, readwrite, copy, nonatomic) NSDictionary<NSString *, NSObject *> *preprocessorMacros;
+@property(nullable, readwrite, copy, nonatomic) NSDictionary<NSString*, NSObject*>* preprocessorMacros;
 // Deprecated from macOS 15, where mathMode takes its place, and the only one of the two before.
-@property (readwrite, nonatomic) BOOL fastMathEnabled;
-@property (readwrite, nonatomic) MTLMathMode mathMode API_AVAILABLE(macos(15.0));
-@property (readwrite, nonatomic)
-    MTLMathFloatingPointFunctions mathFloatingPointFunctions API_AVAILABLE(macos(15.0));
-@property (readwrite, nonatomic) MTLLanguageVersion languageVersion;
-@property (readwrite, nonatomic) MTLLibraryOptimizationLevel optimizationLevel;
-@property (readwrite, nonatomic) BOOL preserveInvariance;
-@property (readwrite, nonatomic) NSUInteger maxTotalThreadsPerThreadgroup;
+@property(readwrite, nonatomic) BOOL fastMathEnabled;
+@property(readwrite, nonatomic) MTLMathMode mathMode API_AVAILABLE(macos(15.0));
+@property(readwrite, nonatomic) MTLMathFloatingPointFunctions mathFloatingPointFunctions API_AVAILABLE(macos(15.0));
+@property(readwrite, nonatomic) MTLLanguageVersion languageVersion;
+@property(readwrite, nonatomic) MTLLibraryOptimizationLevel optimizationLevel;
+@property(readwrite, nonatomic) BOOL preserveInvariance;
+@property(readwrite, nonatomic) NSUInteger maxTotalThreadsPerThreadgroup;
 @end
 
 @interface MTLFunctionConstantValues : NSObject <NSCopying>
-- (void)setConstantValue:(const void *)value type:(MTLDataType)type atIndex:(NSUInteger)index;
-- (void)setConstantValues:(const void *)values type:(MTLDataType)type withRange:(NSRange)range;
-- (void)setConstantValue:(const void *)value type:(MTLDataType)type withName:(NSString *)name;
+- (void)setConstantValue:(const void*)value type:(MTLDataType)type atIndex:(NSUInteger)index;
+- (void)setConstantValues:(const void*)values type:(MTLDataType)type withRange:(NSRange)range;
+- (void)setConstantValue:(const void*)value type:(MTLDataType)type withName:(NSString*)name;
 - (void)reset;
 @end
 
 @interface MTLFunctionConstant : NSObject
-@property (readonly) NSString *name;
-@property (readonly) MTLDataType type;
-@property (readonly) NSUInteger index;
-@property (readonly) BOOL required;
+@property(readonly) NSString* name;
+@property(readonly) MTLDataType type;
+@property(readonly) NSUInteger index;
+@property(readonly) BOOL required;
 @end
 
 @protocol MTLFunction <NSObject>
-@property (nullable, copy, atomic) NSString *label;
-@property (readonly) id<MTLDevice> device;
-@property (readonly) MTLFunctionType functionType;
-@property (readonly) NSString *name;
-@property (readonly) NSDictionary<NSString *, MTLFunctionConstant *> *functionConstantsDictionary;
+@property(nullable, copy, atomic) NSString* label;
+@property(readonly) id<MTLDevice> device;
+@property(readonly) MTLFunctionType functionType;
+@property(readonly) NSString* name;
+@property(readonly) NSDictionary<NSString*, MTLFunctionConstant*>* functionConstantsDictionary;
 @end
 
 @protocol MTLLibrary <NSObject>
-@property (nullable, copy, atomic) NSString *label;
-@property (readonly) id<MTLDevice> device;
-@property (readonly) NSArray<NSString *> *functionNames;
-- (nullable id<MTLFunction>)newFunctionWithName:(NSString *)name;
-- (nullable id<MTLFunction>)newFunctionWithName:(NSString *)name
-                                 constantValues:(MTLFunctionConstantValues *)values
-                                          error:(NSError *_Nullable *_Nullable)error;
+@property(nullable, copy, atomic) NSString* label;
+@property(readonly) id<MTLDevice> device;
+@property(readonly) NSArray<NSString*>* functionNames;
+- (nullable id<MTLFunction>)newFunctionWithName:(NSString*)name;
+- (nullable id<MTLFunction>)newFunctionWithName:(NSString*)name
+                                 constantValues:(MTLFunctionConstantValues*)values
+                                          error:(NSError* _Nullable* _Nullable)error;
 @end
 
 // --- Pipelines ------------------------------------------------------------------------------------------------------
@@ -234,18 +235,18 @@ typedef NS_OPTIONS(NSUInteger, MTLPipelineOption) {
 };
 
 @interface MTLComputePipelineDescriptor : NSObject <NSCopying>
-@property (nullable, copy, nonatomic) NSString *label;
-@property (nullable, readwrite, nonatomic, strong) id<MTLFunction> computeFunction;
-@property (readwrite, nonatomic) BOOL threadGroupSizeIsMultipleOfThreadExecutionWidth;
-@property (readwrite, nonatomic) NSUInteger maxTotalThreadsPerThreadgroup;
+@property(nullable, copy, nonatomic) NSString* label;
+@property(nullable, readwrite, nonatomic, strong) id<MTLFunction> computeFunction;
+@property(readwrite, nonatomic) BOOL threadGroupSizeIsMultipleOfThreadExecutionWidth;
+@property(readwrite, nonatomic) NSUInteger maxTotalThreadsPerThreadgroup;
 @end
 
 @protocol MTLComputePipelineState <NSObject>
-@property (nullable, readonly) NSString *label;
-@property (readonly) id<MTLDevice> device;
-@property (readonly) NSUInteger maxTotalThreadsPerThreadgroup;
-@property (readonly) NSUInteger threadExecutionWidth;
-@property (readonly) NSUInteger staticThreadgroupMemoryLength;
+@property(nullable, readonly) NSString* label;
+@property(readonly) id<MTLDevice> device;
+@property(readonly) NSUInteger maxTotalThreadsPerThreadgroup;
+@property(readonly) NSUInteger threadExecutionWidth;
+@property(readonly) NSUInteger staticThreadgroupMemoryLength;
 @end
 
 // --- Commands -------------------------------------------------------------------------------------------------------
@@ -272,18 +273,18 @@ typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {
 typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 
 @protocol MTLCommandEncoder <NSObject>
-@property (readonly) id<MTLDevice> device;
-@property (nullable, copy, atomic) NSString *label;
+@property(readonly) id<MTLDevice> device;
+@property(nullable, copy, atomic) NSString* label;
 - (void)endEncoding;
-- (void)insertDebugSignpost:(NSString *)text;
-- (void)pushDebugGroup:(NSString *)name;
+- (void)insertDebugSignpost:(NSString*)text;
+- (void)pushDebugGroup:(NSString*)name;
 - (void)popDebugGroup;
 @end
 
 @protocol MTLComputeCommandEncoder <MTLCommandEncoder>
-@property (readonly) MTLDispatchType dispatchType;
+@property(readonly) MTLDispatchType dispatchType;
 - (void)setComputePipelineState:(id<MTLComputePipelineState>)state;
-- (void)setBytes:(const void *)bytes length:(NSUInteger)length atIndex:(NSUInteger)index;
+- (void)setBytes:(const void*)bytes length:(NSUInteger)length atIndex:(NSUInteger)index;
 - (void)setBuffer:(nullable id<MTLBuffer>)buffer offset:(NSUInteger)offset atIndex:(NSUInteger)index;
 - (void)setBufferOffset:(NSUInteger)offset atIndex:(NSUInteger)index;
 - (void)setThreadgroupMemoryLength:(NSUInteger)length atIndex:(NSUInteger)index;
@@ -295,11 +296,11 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 @end
 
 @protocol MTLCommandBuffer <NSObject>
-@property (nullable, copy, atomic) NSString *label;
-@property (readonly) id<MTLDevice> device;
-@property (readonly) id<MTLCommandQueue> commandQueue;
-@property (readonly) MTLCommandBufferStatus status;
-@property (nullable, readonly) NSError *error;
+@property(nullable, copy, atomic) NSString* label;
+@property(readonly) id<MTLDevice> device;
+@property(readonly) id<MTLCommandQueue> commandQueue;
+@property(readonly) MTLCommandBufferStatus status;
+@property(nullable, readonly) NSError* error;
 - (void)enqueue;
 - (void)commit;
 - (void)waitUntilScheduled;
@@ -311,14 +312,14 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 @end
 
 @protocol MTLCommandQueue <NSObject>
-@property (nullable, copy, atomic) NSString *label;
-@property (readonly) id<MTLDevice> device;
+@property(nullable, copy, atomic) NSString* label;
+@property(readonly) id<MTLDevice> device;
 - (nullable id<MTLCommandBuffer>)commandBuffer;
 @end
 
 @protocol MTLEvent <NSObject>
-@property (nullable, readonly) id<MTLDevice> device;
-@property (nullable, copy, atomic) NSString *label;
+@property(nullable, readonly) id<MTLDevice> device;
+@property(nullable, copy, atomic) NSString* label;
 @end
 
 typedef void (^MTLSharedEventNotificationBlock)(id<MTLSharedEvent> event, uint64_t value);
@@ -327,39 +328,39 @@ typedef void (^MTLSharedEventNotificationBlock)(id<MTLSharedEvent> event, uint64
 @end
 
 @protocol MTLSharedEvent <MTLEvent>
-@property (readwrite) uint64_t signaledValue;
+@property(readwrite) uint64_t signaledValue;
 @end
 
 // --- What makes all of these ----------------------------------------------------------------------------------------
 
 @protocol MTLDevice <NSObject>
-@property (readonly) NSString *name;
-@property (readonly) uint64_t registryID;
-@property (nonatomic, readonly) MTLArchitecture *architecture;
-@property (readonly) MTLSize maxThreadsPerThreadgroup;
-@property (readonly) NSUInteger maxThreadgroupMemoryLength;
-@property (readonly) NSUInteger maxBufferLength;
-@property (readonly) uint64_t recommendedMaxWorkingSetSize;
-@property (readonly) BOOL hasUnifiedMemory;
+@property(readonly) NSString* name;
+@property(readonly) uint64_t registryID;
+@property(nonatomic, readonly) MTLArchitecture* architecture;
+@property(readonly) MTLSize maxThreadsPerThreadgroup;
+@property(readonly) NSUInteger maxThreadgroupMemoryLength;
+@property(readonly) NSUInteger maxBufferLength;
+@property(readonly) uint64_t recommendedMaxWorkingSetSize;
+@property(readonly) BOOL hasUnifiedMemory;
 - (BOOL)supportsFamily:(MTLGPUFamily)family;
 - (nullable id<MTLCommandQueue>)newCommandQueue;
 - (nullable id<MTLBuffer>)newBufferWithLength:(NSUInteger)length options:(MTLResourceOptions)options;
-- (nullable id<MTLBuffer>)newBufferWithBytes:(const void *)bytes
+- (nullable id<MTLBuffer>)newBufferWithBytes:(const void*)bytes
                                       length:(NSUInteger)length
                                      options:(MTLResourceOptions)options;
 - (nullable id<MTLLibrary>)newDefaultLibrary;
-- (nullable id<MTLLibrary>)newLibraryWithURL:(NSURL *)url error:(NSError *_Nullable *_Nullable)error;
-- (nullable id<MTLLibrary>)newLibraryWithData:(dispatch_data_t)data error:(NSError *_Nullable *_Nullable)error;
-- (nullable id<MTLLibrary>)newLibraryWithSource:(NSString *)source
-                                        options:(nullable MTLCompileOptions *)options
-                                          error:(NSError *_Nullable *_Nullable)error;
+- (nullable id<MTLLibrary>)newLibraryWithURL:(NSURL*)url error:(NSError* _Nullable* _Nullable)error;
+- (nullable id<MTLLibrary>)newLibraryWithData:(dispatch_data_t)data error:(NSError* _Nullable* _Nullable)error;
+- (nullable id<MTLLibrary>)newLibraryWithSource:(NSString*)source
+                                        options:(nullable MTLCompileOptions*)options
+                                          error:(NSError* _Nullable* _Nullable)error;
 - (nullable id<MTLComputePipelineState>)newComputePipelineStateWithFunction:(id<MTLFunction>)function
-                                                                      error:(NSError *_Nullable *_Nullable)error;
+                                                                      error:(NSError* _Nullable* _Nullable)error;
 - (nullable id<MTLComputePipelineState>)
-    newComputePipelineStateWithDescriptor:(MTLComputePipelineDescriptor *)descriptor
+    newComputePipelineStateWithDescriptor:(MTLComputePipelineDescriptor*)descriptor
                                   options:(MTLPipelineOption)options
-                               reflection:(MTLComputePipelineReflection *_Nullable *_Nullable)reflection
-                                    error:(NSError *_Nullable *_Nullable)error;
+                               reflection:(MTLComputePipelineReflection* _Nullable* _Nullable)reflection
+                                    error:(NSError* _Nullable* _Nullable)error;
 - (nullable id<MTLSharedEvent>)newSharedEvent;
 @end
 

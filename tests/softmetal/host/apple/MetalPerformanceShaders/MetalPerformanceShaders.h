@@ -5,6 +5,6 @@
 
 #ifdef __OBJC__
 @interface MPSCommandBuffer : NSObject <MTLCommandBuffer>
-@property (readonly, nonnull) id<MTLCommandBuffer> commandBuffer;
+@property(readonly, nonnull) id<MTLCommandBuffer> commandBuffer;
 @end
 #endif

@@ -18,13 +18,13 @@
 @end
 @protocol OS_dispatch_data <OS_dispatch_object>
 @end
-typedef NSObject<OS_dispatch_object> *dispatch_object_t;
-typedef NSObject<OS_dispatch_queue> *dispatch_queue_t;
-typedef NSObject<OS_dispatch_data> *dispatch_data_t;
+typedef NSObject<OS_dispatch_object>* dispatch_object_t;
+typedef NSObject<OS_dispatch_queue>* dispatch_queue_t;
+typedef NSObject<OS_dispatch_data>* dispatch_data_t;
 #else
-typedef struct dispatch_object_s *dispatch_object_t;
-typedef struct dispatch_queue_s *dispatch_queue_t;
-typedef struct dispatch_data_s *dispatch_data_t;
+typedef struct dispatch_object_s* dispatch_object_t;
+typedef struct dispatch_queue_s* dispatch_queue_t;
+typedef struct dispatch_data_s* dispatch_data_t;
 #endif
 
 #ifdef __cplusplus
@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 typedef long dispatch_once_t;
-typedef void (*dispatch_function_t)(void *context);
+typedef void (*dispatch_function_t)(void* context);
 #ifdef __BLOCKS__
 typedef void (^dispatch_block_t)(void);
 #endif
@@ -42,18 +42,24 @@ typedef void (^dispatch_block_t)(void);
 #ifdef __BLOCKS__
 void dispatch_sync(dispatch_queue_t queue, dispatch_block_t block);
 void dispatch_async(dispatch_queue_t queue, dispatch_block_t block);
-void dispatch_once(dispatch_once_t *predicate, dispatch_block_t block);
+void dispatch_once(dispatch_once_t* predicate, dispatch_block_t block);
 // Copies the bytes where the destructor is DISPATCH_DATA_DESTRUCTOR_DEFAULT.
 dispatch_data_t dispatch_data_create(
-    const void *bytes, size_t size, dispatch_queue_t queue, dispatch_block_t destructor);
+    const void* bytes,
+    size_t size,
+    dispatch_queue_t queue,
+    dispatch_block_t destructor);
 #define DISPATCH_DATA_DESTRUCTOR_DEFAULT ((dispatch_block_t) nullptr)
 #endif
-void dispatch_sync_f(dispatch_queue_t queue, void *context, dispatch_function_t function);
-dispatch_queue_t dispatch_queue_create(const char *label, void *attributes);
+void dispatch_sync_f(dispatch_queue_t queue, void* context, dispatch_function_t function);
+dispatch_queue_t dispatch_queue_create(const char* label, void* attributes);
 size_t dispatch_data_get_size(dispatch_data_t data);
-void *dispatch_get_specific(const void *key);
+void* dispatch_get_specific(const void* key);
 void dispatch_queue_set_specific(
-    dispatch_queue_t queue, const void *key, void *context, dispatch_function_t destructor);
+    dispatch_queue_t queue,
+    const void* key,
+    void* context,
+    dispatch_function_t destructor);
 #ifdef __OBJC__
 #define dispatch_retain(object) ((void)[(object) retain])
 #define dispatch_release(object) [(object) release]

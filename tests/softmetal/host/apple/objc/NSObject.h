@@ -11,26 +11,27 @@
 
 @protocol NSObject
 - (BOOL)isEqual:(id)object;
-@property (readonly) NSUInteger hash;
+@property(readonly) NSUInteger hash;
 - (Class)class;
 - (instancetype)self;
 - (BOOL)isKindOfClass:(Class)type;
-- (BOOL)conformsToProtocol:(Protocol *)protocol;
+- (BOOL)conformsToProtocol:(Protocol*)protocol;
 - (BOOL)respondsToSelector:(SEL)selector;
 - (instancetype)retain;
 - (oneway void)release;
 - (instancetype)autorelease;
 - (NSUInteger)retainCount;
-@property (readonly, copy) NSString *description;
+@property(readonly, copy) NSString* description;
 @end
 
-__attribute__((objc_root_class)) @interface NSObject<NSObject> {
+__attribute__((objc_root_class))
+@interface NSObject<NSObject> {
   Class isa;
-  // Apple's runtime counts elsewhere. With GCC's runtime the offsets of fields are fixed when a subclass is compiled, so
-  // all fields have to be declared where the class is: one for what a class of the frameworks keeps.
+  // Apple's runtime counts elsewhere. With GCC's runtime the offsets of fields are fixed when a subclass is compiled,
+  // so all fields have to be declared where the class is: one for what a class of the frameworks keeps.
   NSUInteger _references;
  @public
-  void *_state;
+  void* _state;
 }
 + (void)load;
 + (void)initialize;

@@ -9,12 +9,12 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-typedef struct objc_class *Class;
+typedef struct objc_class* Class;
 struct objc_object {
   Class isa;
 };
-typedef struct objc_object *id;
-typedef const struct objc_selector *SEL;
+typedef struct objc_object* id;
+typedef const struct objc_selector* SEL;
 typedef id (*IMP)(id, SEL, ...);
 #ifdef __OBJC__
 @class Protocol;

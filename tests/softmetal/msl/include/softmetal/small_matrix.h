@@ -25,7 +25,7 @@ struct matrix {
   METAL_FUNC explicit matrix(matrix<S, C, R> other) {
     for (int i = 0; i < C; i++) {
       for (int j = 0; j < R; j++) {
-        columns[i][j] = static_cast<T>(other.columns[i][j]);
+        columns[i][j] = __softmetal_cast<T>(other.columns[i][j]);
       }
     }
   }

@@ -446,7 +446,7 @@ SOFTMETAL_VECTOR(half)
 SOFTMETAL_VECTOR(bfloat)
 #undef SOFTMETAL_VECTOR
 
-// Aligned as their scalar. The three-component forms, 3 scalars wide in Metal, are not provided.
+// Aligned as their scalar.
 #define SOFTMETAL_PACKED(T)                                                                        \
   typedef T packed_##T##2 __attribute__((ext_vector_type(2))) __attribute__((aligned(sizeof(T)))); \
   typedef T packed_##T##4 __attribute__((ext_vector_type(4))) __attribute__((aligned(sizeof(T))));
@@ -460,6 +460,28 @@ SOFTMETAL_PACKED(float)
 SOFTMETAL_PACKED(half)
 SOFTMETAL_PACKED(bfloat)
 #undef SOFTMETAL_PACKED
+
+// Three scalars; clang's vectors of three are as wide as four.
+template <class T>
+struct __packed3 {
+  T x, y, z;
+  __packed3() = default;
+  METAL_FUNC __packed3(T x_, T y_, T z_) : x(x_), y(y_), z(z_) {}
+  METAL_FUNC __packed3(metal::vec<T, 3> v) : x(v.x), y(v.y), z(v.z) {}
+  METAL_FUNC operator metal::vec<T, 3>() const { return metal::vec<T, 3>{x, y, z}; }
+  METAL_FUNC operator metal::vec<T, 3>() const __constant { return metal::vec<T, 3>{x, y, z}; }
+  METAL_FUNC T operator[](int i) const { return i == 0 ? x : i == 1 ? y : z; }
+  METAL_FUNC T operator[](int i) const __constant { return i == 0 ? x : i == 1 ? y : z; }
+};
+typedef __packed3<char> packed_char3;
+typedef __packed3<uchar> packed_uchar3;
+typedef __packed3<short> packed_short3;
+typedef __packed3<ushort> packed_ushort3;
+typedef __packed3<int> packed_int3;
+typedef __packed3<uint> packed_uint3;
+typedef __packed3<float> packed_float3;
+typedef __packed3<half> packed_half3;
+typedef __packed3<bfloat> packed_bfloat3;
 
 template <class D, class S>
 METAL_FUNC constexpr D as_type(S source) {
@@ -530,7 +552,7 @@ constexpr mem_flags operator|(mem_flags a, mem_flags b) {
 template <class T>
 using uniform = T;
 template <class T>
-METAL_FUNC T make_uniform(T value) {
+METAL_FUNC constexpr T make_uniform(T value) {
   return value;
 }
 
