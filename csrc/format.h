@@ -9,6 +9,11 @@
 #ifdef __METAL_VERSION__
 #include <metal_stdlib>
 #define QUANTIZATION_MLX_MATH metal
+// For all shaders, which all begin with this file: infinity and NaN are values. Metal 3.1 knows no such pragma; what
+// compiles shaders for it asks for safe arithmetic itself.
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
 #else
 #include <cmath>
 #include <cstdint>
@@ -72,6 +77,15 @@ inline uint32_t bits_from_float(float value) {
 }
 
 inline float round_half_even(float value) { return QUANTIZATION_MLX_MATH::rint(value); }
+
+// Correctly rounded, also where the compiler may divide fast.
+inline float quotient(float dividend, float divisor) {
+#ifdef __METAL_VERSION__
+  return metal::precise::divide(dividend, divisor);
+#else
+  return dividend / divisor;
+#endif
+}
 
 inline float magnitude(float value) { return QUANTIZATION_MLX_MATH::fabs(value); }
 
@@ -155,16 +169,16 @@ inline uint32_t e8m0_from_ratio(float ratio) {
 // --- Quantizing one group -----------------------------------------------------------------------------------------
 
 // The scale of a group whose largest magnitude is absmax, before rounding to the scale's own type.
-inline float fp_scale_ratio(Mode mode, float absmax) { return absmax / (mode == Mode::mxfp8 ? 448.0f : 6.0f); }
+inline float fp_scale_ratio(Mode mode, float absmax) { return quotient(absmax, mode == Mode::mxfp8 ? 448.0f : 6.0f); }
 
 // nvfp4 scales count in units of global_scale / 2688, where 2688 = 448 * 6 is the largest value two codes can express.
 // Finite also for the global scale 0 of an all-zero tensor, where MLX's is infinite.
 inline float nvfp4_encode_factor(float global_scale) {
-  float factor = 2688.0f / global_scale;
+  float factor = quotient(2688.0f, global_scale);
   return factor < 3.4028235e38f ? factor : 3.4028235e38f;
 }
 
-inline float nvfp4_decode_factor(float global_scale) { return global_scale / 2688.0f; }
+inline float nvfp4_decode_factor(float global_scale) { return quotient(global_scale, 2688.0f); }
 
 struct AffineParameters {
   float scale;
@@ -186,18 +200,18 @@ inline AffineParameters affine_parameters(float minimum, float maximum, int bits
     result.bias = edge;
     return result;
   }
-  float scale = range / steps;
+  float scale = quotient(range, steps);
   scale = scale > 1e-7f ? scale : 1e-7f;
   scale = from_minimum ? scale : -scale;
-  float zero_code = round_half_even(edge / scale);
-  result.scale = zero_code != 0.0f ? edge / zero_code : scale;
+  float zero_code = round_half_even(quotient(edge, scale));
+  result.scale = zero_code != 0.0f ? quotient(edge, zero_code) : scale;
   result.bias = zero_code != 0.0f ? edge : 0.0f;
   return result;
 }
 
 inline uint32_t affine_code(float value, AffineParameters parameters, int bits) {
   float last = static_cast<float>((1 << bits) - 1);
-  float code = round_half_even((value - parameters.bias) / parameters.scale);
+  float code = round_half_even(quotient(value - parameters.bias, parameters.scale));
   code = code > 0.0f ? code : 0.0f;  // also where code is NaN
   return static_cast<uint32_t>(code > last ? last : code);
 }

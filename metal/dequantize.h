@@ -17,8 +17,6 @@
 
 #include "../csrc/format.h"
 
-#pragma METAL fp math_mode(safe)
-
 namespace quantization_mlx {
 
 using namespace metal;

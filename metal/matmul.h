@@ -27,8 +27,6 @@
 
 #include "tile.h"
 
-#pragma METAL fp math_mode(safe)
-
 namespace quantization_mlx {
 
 static constant constexpr const int fragment_size = 8;

@@ -2,8 +2,7 @@
 #include "instantiate.h"
 #include "matmul.h"
 
-using namespace metal;
-using namespace quantization_mlx;
+namespace quantization_mlx {
 
 // affine_qmm_t_float16_gs_64_b_4_rows_32
 #define QMM(mode, op, name, type, group_size, bits, rows, transpose, y) \
@@ -29,3 +28,5 @@ using namespace quantization_mlx;
 
 #define ALL(name, type) FOR_EACH_FORMAT(MATMUL, name, type)
 FOR_EACH_TYPE(ALL)
+
+}  // namespace quantization_mlx

@@ -36,8 +36,6 @@
 #include "operands.h"
 #include "tile.h"
 
-#pragma METAL fp math_mode(safe)
-
 namespace quantization_mlx {
 
 static constant constexpr const int tensor_depth = tensor_tile_k();

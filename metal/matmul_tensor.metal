@@ -5,8 +5,7 @@
 
 #if QUANTIZATION_MLX_TENSOR_OPS
 
-using namespace metal;
-using namespace quantization_mlx;
+namespace quantization_mlx {
 
 // affine_qmm_t_nax_float16_gs_64_b_4_rows_64
 #define QMM_NAX(mode, op, name, type, group_size, bits, rows, transpose) \
@@ -29,5 +28,7 @@ using namespace quantization_mlx;
 #define ALL(name, type) FOR_EACH_FORMAT(NAX, name, type)
 FLOAT16_TYPE(ALL)
 BFLOAT16_TYPE(ALL)
+
+}  // namespace quantization_mlx
 
 #endif

@@ -35,8 +35,6 @@
 
 #include "operands.h"
 
-#pragma METAL fp math_mode(safe)
-
 namespace quantization_mlx {
 
 static constant constexpr const int lanes_along_runs = 8;

@@ -2,8 +2,7 @@
 #include "instantiate.h"
 #include "matvec.h"
 
-using namespace metal;
-using namespace quantization_mlx;
+namespace quantization_mlx {
 
 // affine_qmv_float16_gs_64_b_4 and, for up to 2, 3, 4, 6, 8 or 12 rows, affine_qmv_float16_gs_64_b_4_rows_2
 #define QMV(mode, name, type, group_size, bits)                                                                   \
@@ -57,3 +56,5 @@ using namespace quantization_mlx;
   FOR_EACH_FORMAT(QVM, name, type)        \
   INSTANTIATE("sum_parts_" #name, sum_parts<type>)
 FOR_EACH_TYPE(ALL)
+
+}  // namespace quantization_mlx

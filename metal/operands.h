@@ -6,8 +6,6 @@
 #include "../csrc/metal/launch.h"
 #include "dequantize.h"
 
-#pragma METAL fp math_mode(safe)
-
 namespace quantization_mlx {
 
 constant bool aligned_outputs [[function_constant(QUANTIZATION_MLX_ALIGNED_OUTPUTS)]];

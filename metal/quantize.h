@@ -17,8 +17,7 @@
 #include "../csrc/metal/launch.h"
 #include "dequantize.h"
 
-// Codes are compared bit for bit with the CPU's: no reassociation, correctly rounded division, no fused operations.
-#pragma METAL fp math_mode(safe)
+// Codes are those of the CPU bit for bit: no fused operations, either.
 #pragma METAL fp contract(off)
 
 namespace quantization_mlx {
@@ -86,8 +85,8 @@ inline void affine_codes(thread const float* values, AffineParameters parameters
 
 // Quotients round to T, the type of w: that matters where they are subnormal in half, and in nvfp4.
 template <typename T>
-inline float rounded(float quotient) {
-  return static_cast<float>(static_cast<T>(quotient));
+inline float rounded(float value) {
+  return static_cast<float>(static_cast<T>(value));
 }
 
 template <typename T, Mode mode>
@@ -101,8 +100,8 @@ inline uint fp_code(float value, float decoded, float encode) {
   if (decoded == 0.0f) {  // an nvfp4 group too small for any scale becomes zeros
     return 0u;
   }
-  const float quotient = mode == Mode::nvfp4 ? rounded<T>(value / decoded) * encode : value / decoded;
-  return mode == Mode::mxfp8 ? e4m3_from_float(quotient) : e2m1_from_float(quotient);
+  const float scaled = mode == Mode::nvfp4 ? rounded<T>(quotient(value, decoded)) * encode : quotient(value, decoded);
+  return mode == Mode::mxfp8 ? e4m3_from_float(scaled) : e2m1_from_float(scaled);
 }
 
 template <typename T, Mode mode, int group_size, int bits>

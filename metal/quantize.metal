@@ -2,8 +2,7 @@
 #include "instantiate.h"
 #include "quantize.h"
 
-using namespace metal;
-using namespace quantization_mlx;
+namespace quantization_mlx {
 
 #define QUANTIZE(mode, name, type, group_size, bits)                                                               \
   INSTANTIATE(KERNEL_NAME(mode, "quantize", name, group_size, bits), quantize<type, Mode::mode, group_size, bits>) \
@@ -11,3 +10,5 @@ using namespace quantization_mlx;
 
 #define ALL(name, type) FOR_EACH_FORMAT(QUANTIZE, name, type)
 FOR_EACH_TYPE(ALL)
+
+}  // namespace quantization_mlx

@@ -17,8 +17,6 @@
 
 #include "operands.h"
 
-#pragma METAL fp math_mode(safe)
-
 namespace quantization_mlx {
 
 static constant constexpr const int half_run_elements = run_elements / 2;

@@ -101,6 +101,7 @@ MISUSES = {
     "function constant of the wrong type": "has 1 bytes, not 4",
     "source that does not compile": "undeclared identifier 'nonsense'",
     "language of a later macOS": "does not compile Metal 400",
+    "mathFloatingPointFunctions before macOS 15": "no mathFloatingPointFunctions before macOS 15",
     "mathMode before macOS 15": "no mathMode before macOS 15",
     "library data that is none": "Invalid library file",
     "method that the class does not have": "has no method setObject:forKey:",

@@ -311,10 +311,15 @@ def test_endless_loop_is_given_up():
             "float, half",
         ),
         ("bool g(bool a) { return simd_sum(a); }", "simd_sum"),
+        (
+            "namespace q { template <typename T> kernel void f(device T* p) { *p = 0; } }\nusing namespace q;\n"
+            'template [[host_name("g")]] [[kernel]] decltype(f<int>) f<int>;',
+            "'q::f' outside of its namespace",
+        ),
     ],
 )
 def test_compile_error_names_its_line(line, message):
-    with pytest.raises(softmetal.CompileError, match=r"<source>:[34]:") as caught:
+    with pytest.raises(softmetal.CompileError, match=r"<source>:[345]:") as caught:
         softmetal.compile(HEADER + line + "\n")
     assert message in str(caught.value).replace("__bf16", "bfloat")
 

@@ -73,6 +73,7 @@ MTLCompileOptions* compile_options(const Instances& instances) {
   // Infinity and NaN are values that weights and results may have.
   if (__builtin_available(macOS 15.0, *)) {
     options.mathMode = MTLMathModeSafe;
+    options.mathFloatingPointFunctions = MTLMathFloatingPointFunctionsPrecise;
   } else {
     options.fastMathEnabled = NO;
   }

@@ -151,9 +151,9 @@ def gather_qmm(
             most, also where it is not kept.
 
     Returns:
-        ``[*indices, M, N]``. An index out of range raises ``IndexError`` on CPU. On "mps", where that would have to wait
-        for the device, the rows of such a pair are NaN; with the environment variable ``QUANTIZATION_MLX_DEBUG`` set,
-        it waits and raises.
+        ``[*indices, M, N]``. An index out of range raises ``IndexError`` on CPU. On "mps", where that would have to
+        wait for the device, the rows of such a pair are NaN; with the environment variable
+        ``QUANTIZATION_MLX_DEBUG`` set, it waits and raises.
     """
     return ops.gather_qmm(
         x,

@@ -114,6 +114,7 @@ struct CompileOptions {
   NSDictionary* macros = nil;
   MTLLanguageVersion version;
   bool fast = true;
+  bool precise_functions = false;  // before macOS 15, fast decides that too
 };
 
 static CompileOptions& state(MTLCompileOptions* options) { return *static_cast<CompileOptions*>(options->_state); }
@@ -151,6 +152,15 @@ static CompileOptions& state(MTLCompileOptions* options) { return *static_cast<C
     misuse("MTLCompileOptions has no mathMode before macOS 15");
   }
   state(self).fast = mode != MTLMathModeSafe;
+}
+- (MTLMathFloatingPointFunctions)mathFloatingPointFunctions {
+  return state(self).precise_functions ? MTLMathFloatingPointFunctionsPrecise : MTLMathFloatingPointFunctionsFast;
+}
+- (void)setMathFloatingPointFunctions:(MTLMathFloatingPointFunctions)functions {
+  if (settings().macos < 1500) {
+    misuse("MTLCompileOptions has no mathFloatingPointFunctions before macOS 15");
+  }
+  state(self).precise_functions = functions == MTLMathFloatingPointFunctionsPrecise;
 }
 - (void)dealloc {
   [state(self).macros release];
@@ -630,7 +640,8 @@ static id<MTLLibrary> new_library(NSError** error, const Make& make) {
     NSObject* value = [state(options).macros objectForKey:name];
     macros[name.UTF8String] = value.description.UTF8String;
   }
-  add(CompileRecord{macros, version, !state(options).fast});
+  const bool precise = settings().macos < 1500 || state(options).precise_functions;
+  add(CompileRecord{macros, version, !state(options).fast && precise});
   return new_library(error, [&] { return runtime().compiler->compile(source.UTF8String, macros, version); });
 }
 - (id<MTLLibrary>)newLibraryWithData:(dispatch_data_t)data error:(NSError**)error {

@@ -336,6 +336,8 @@ const std::map<std::string, void (*)()>& functions() {
            fail(error);
          }
        }},
+      {"mathFloatingPointFunctions before macOS 15",
+       [] { [[MTLCompileOptions new] autorelease].mathFloatingPointFunctions = MTLMathFloatingPointFunctionsPrecise; }},
       {"mathMode before macOS 15", [] { [[MTLCompileOptions new] autorelease].mathMode = MTLMathModeSafe; }},
       {"library data that is none",
        [] {

@@ -140,11 +140,14 @@ def entry_point(program: Program, name: str, symbol: str) -> str:
             if parameter.condition:
                 address = f"({parameter.condition}) ? {address} : 0ul"
             arguments.append(f"__softmetal_pointer<{kind}>::get({address})")
+    # The arguments of a template are names of the namespace in which it was instantiated.
+    namespace = kernel.instance.split("<")[0].rpartition("::")[0]
+    scope = f"using namespace {namespace}; " if namespace else ""
     return (
         '\n# 1 "<entry point>"\n'
         f'extern "C" __attribute__((no_sanitize("thread"))) void {symbol}_derive(void) {{ {derived}}}\n'
         f'extern "C" __attribute__((no_sanitize("thread"))) void {symbol}(ulong b, ulong t) {{\n'
-        f"  using S = __softmetal_signature<decltype({kernel.instance})>;\n"
+        f"  {scope}using S = __softmetal_signature<decltype({kernel.instance})>;\n"
         "  __global const ulong* bindings = (__global const ulong*)b;\n"
         "  __global const ulong* threadgroups = (__global const ulong*)t;\n"
         f"  {kernel.instance}({', '.join(arguments)});\n"
@@ -187,6 +190,8 @@ class _Rewriter:
             function = self.functions.get(instance.split("<")[0].split("::")[-1].strip())
             if function is None:
                 raise self._error(token, f"'{host_name}' instantiates '{instance}', which is not a kernel")
+            if instance.split("<")[0].strip() != function.instance:
+                raise self._error(token, f"explicit instantiation of '{function.instance}' outside of its namespace")
             self._add_kernel(host_name, instance, function, token)
         self.program.text = "".join(t.text if t.output is None else t.output for t in self.all_tokens)
         return self.program
