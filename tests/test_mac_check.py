@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,7 @@ import mac_check
 import type_encodings
 from mac_check import CheckFailed
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="a Mac builds the package itself"),
-    # One process: the steps share build folders.
-    pytest.mark.xdist_group("mac_check"),
-]
+pytestmark = pytest.mark.xdist_group("mac_check")  # one process: the steps share build folders
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def test_tensor_ops_run_where_gpu_system_and_dtype_have_them():
 
 
 @pytest.mark.parametrize("gpu", ["applegpu_g14s", "applegpu_g17s"])
-def test_few_rows_read_the_weights_once(gpu):
+def test_few_rows_are_one_matvec(gpu):
     for rows in range(1, 13):
         plan = matmul_plan(gpu, rows, 4096, 4096)
         assert families(plan) == ["matvec"]

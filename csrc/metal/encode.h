@@ -13,6 +13,7 @@ namespace quantization_mlx::metal {
 using Operands = std::array<at::Tensor, role_count>;
 
 inline at::Tensor& operand(Operands& operands, Role role) { return operands[static_cast<size_t>(role)]; }
+inline const at::Tensor& operand(const Operands& operands, Role role) { return operands[static_cast<size_t>(role)]; }
 
 // Compiles what the plan needs and was not used before. Raises RuntimeError with the text of Metal's compiler.
 void prepare(const Plan& plan);

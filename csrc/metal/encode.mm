@@ -25,7 +25,7 @@ void set_argument(
     const Operands& operands,
     const Argument& argument,
     NSUInteger index) {
-  const at::Tensor& tensor = operands[static_cast<size_t>(argument.role)];
+  const at::Tensor& tensor = operand(operands, argument.role);
   if (!tensor.defined()) {
     // Every op of torch uses this encoder, and what the last one bound here is still bound.
     [encoder setBuffer:nil offset:0 atIndex:index];
@@ -72,7 +72,7 @@ GpuTraits gpu_traits() {
   }
   @autoreleasepool {
     const char* name = at::mps::MPSDevice::getInstance()->device().architecture.name.UTF8String;
-    return GpuTraits::parse(name, macos_version());
+    return GpuTraits::of_device(name != nullptr ? name : "", macos_version());
   }
 }
 

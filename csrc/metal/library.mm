@@ -35,7 +35,11 @@ id<MTLLibrary> library(const Launch&) {
   if (library == nil) {
     NSError* error = nil;
     library = EMBEDDED_METALLIB_NAMESPACE::createLibrary(at::mps::MPSDevice::getInstance()->device(), &error);
-    TORCH_CHECK(library != nil, "[quantization_mlx] macOS does not load the compiled shaders: ", text_of(error));
+    TORCH_CHECK(
+        library != nil,
+        "[quantization_mlx] macOS does not load the compiled shaders, which are for macOS 26 and later (the "
+        "pip package compiles its own): ",
+        text_of(error));
   }
   return library;
 }

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <cstdlib>
+#include <string_view>
 
 #include "encode.h"
 #include "plan.h"
@@ -28,7 +29,7 @@ Tensor empty_result(const MatmulProblem& problem) {
 
 bool is_debugging() {
   const char* value = std::getenv("QUANTIZATION_MLX_DEBUG");
-  return value != nullptr && *value != '\0';
+  return value != nullptr && *value != '\0' && std::string_view(value) != "0";
 }
 
 }  // namespace

@@ -231,11 +231,15 @@ class ProductPlanner {
     narrow(problem_.op, "the number of matrices of w", problem_.weights.words.count);
     // Gathered matrices are chosen by their index, so all that a launch steps over is y.
     const BatchPart batch{{pairs_, 0, 0, 1}, {1, 0, 0, 0}, 0, 0, 0};
-    if (is_sorted_product(problem) && uses_tiles(/*rows=*/sorted_pairs)) {
+    require_any();
+    const bool tiles = available(Family::tile);
+    if (is_sorted_product(problem) && (has_tensor_ops() || tiles)) {
       sorted(Block{{}, 0, pairs_});
-    } else if (shape_.M > matvec_rows() && available(Family::tile)) {
+    } else if (tiles && (shape_.M > matvec_rows() || !available(Family::matvec))) {
       gather_tile({batch, 0, shape_.M});
     } else {
+      // Tensor operations alone are left for sorted pairs only.
+      TORCH_CHECK(available(Family::matvec), no_family_left());
       matvecs(batch);
     }
     return std::move(plan_);
@@ -251,17 +255,21 @@ class ProductPlanner {
     return target_.gpu.tensor_ops && problem_.dtype != at::kFloat && available(Family::tensor);
   }
 
-  int64_t matvec_rows() const { return problem_.transpose ? qmv_rows[6] : qvm_rows[2]; }
+  int64_t matvec_rows() const { return problem_.transpose ? std::end(qmv_rows)[-1] : std::end(qvm_rows)[-1]; }
 
   bool uses_tiles(int64_t rows) const {
     require_any();
     return (rows > matvec_rows() || !available(Family::matvec)) && (has_tensor_ops() || available(Family::tile));
   }
 
+  std::string no_family_left() const {
+    return c10::str(
+        "[", problem_.op, "] every kernel family that could serve failed its self-check on this GPU (",
+        target_.gpu.architecture, ").");
+  }
+
   void require_any() const {
-    TORCH_CHECK(
-        has_tensor_ops() || available(Family::tile) || available(Family::matvec), "[", problem_.op,
-        "] every kernel family failed its self-check on this GPU (", target_.gpu.architecture, ").");
+    TORCH_CHECK(has_tensor_ops() || available(Family::tile) || available(Family::matvec), no_family_left());
   }
 
   Family matmul_family() const {
@@ -498,8 +506,9 @@ class ProductPlanner {
 constexpr uint32_t matrix_threads = 64;
 
 uint32_t threadgroups_for(std::string_view op, int64_t threads) {
-  const int64_t threadgroups = ceil_div(threads, matrix_threads);
-  return static_cast<uint32_t>(narrow(op, "the number of groups of elements", threadgroups));
+  // A kernel knows its place as the number of a thread, in 32 bits.
+  narrow(op, "the number of runs of elements", threads);
+  return static_cast<uint32_t>(ceil_div(threads, matrix_threads));
 }
 
 bool is_dense(const Matrices& matrices) {
@@ -507,13 +516,40 @@ bool is_dense(const Matrices& matrices) {
       matrices.matrix_stride == matrices.row_stride * matrices.tensor.size(-2);
 }
 
+std::optional<GpuTraits> known(std::string_view architecture, int macos) {
+  constexpr std::string_view prefix = "applegpu_g";
+  const bool complete = architecture.substr(0, prefix.size()) == prefix && architecture.size() > prefix.size() + 1;
+  const std::string_view rest = complete ? architecture.substr(prefix.size()) : std::string_view();
+  const bool digits = complete && rest.size() <= 4 &&
+      std::all_of(rest.begin(), rest.end() - 1, [](char c) { return c >= '0' && c <= '9'; });
+  const Variant* variant = digits
+      ? std::find_if(std::begin(variants), std::end(variants), [&](Variant v) { return v.letter == rest.back(); })
+      : std::end(variants);
+  if (variant == std::end(variants)) {
+    return std::nullopt;
+  }
+  GpuTraits traits;
+  traits.architecture = std::string(architecture);
+  traits.macos = macos;
+  traits.generation = std::stoi(std::string(rest.substr(0, rest.size() - 1)));
+  traits.variant = variant->letter;
+  traits.cores = variant->cores;
+  // The phone chip of generation 17 came before the matrix units.
+  traits.tensor_ops = traits.generation >= (traits.variant == 'p' ? 18 : 17) && macos >= 2602;
+  return traits;
+}
+
 bool is_empty(const Sizes<int64_t>& sizes) { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
 
 // --- As text -------------------------------------------------------------------------------------------------------
 
 std::string describe(const Plan& plan, const Target& target) {
-  constexpr const char* constants[] = {
-      "aligned_outputs", "aligned_weights", "aligned_x", "aligned_k", "has_global_scale"};
+  constexpr std::pair<int, const char*> constants[] = {
+      {QUANTIZATION_MLX_ALIGNED_OUTPUTS, "aligned_outputs"},
+      {QUANTIZATION_MLX_ALIGNED_WEIGHTS, "aligned_weights"},
+      {QUANTIZATION_MLX_ALIGNED_X, "aligned_x"},
+      {QUANTIZATION_MLX_ALIGNED_K, "aligned_k"},
+      {QUANTIZATION_MLX_HAS_GLOBAL_SCALE, "has_global_scale"}};
   std::ostringstream out;
   const auto list = [&](const auto& items, const auto& write) {
     const char* separator = "";
@@ -535,9 +571,9 @@ std::string describe(const Plan& plan, const Target& target) {
   out << ", \"launches\": ";
   list(plan.launches, [&](const Launch& launch) {
     std::vector<const char*> set;
-    for (size_t i = 0; i < std::size(constants); ++i) {
-      if (launch.constants >> i & 1u) {
-        set.push_back(constants[i]);
+    for (const auto& [index, name] : constants) {
+      if (launch.constants >> index & 1u) {
+        set.push_back(name);
       }
     }
     out << "{\"kernel\": ";
@@ -589,27 +625,20 @@ DequantizeProblem with_kernel_dtype(DequantizeProblem problem) {
 }
 
 GpuTraits GpuTraits::parse(std::string_view architecture, int macos) {
-  constexpr std::string_view prefix = "applegpu_g";
-  const bool complete = architecture.substr(0, prefix.size()) == prefix && architecture.size() > prefix.size() + 1;
-  const std::string_view rest = complete ? architecture.substr(prefix.size()) : std::string_view();
-  GpuTraits traits;
-  traits.architecture = std::string(architecture);
-  traits.macos = macos;
-  const bool digits =
-      complete && std::all_of(rest.begin(), rest.end() - 1, [](char c) { return c >= '0' && c <= '9'; });
-  const Variant* variant = digits
-      ? std::find_if(std::begin(variants), std::end(variants), [&](Variant v) { return v.letter == rest.back(); })
-      : std::end(variants);
+  const auto traits = known(architecture, macos);
   TORCH_CHECK_VALUE(
-      digits && rest.size() <= 4 && variant != std::end(variants), "The GPU is named \"", architecture,
+      traits.has_value(), "The GPU is named \"", architecture,
       "\"; expected is Metal's name of an architecture, applegpu_g and a generation and p, g, s, c or d: "
       "applegpu_g16s.");
-  traits.generation = std::stoi(std::string(rest.substr(0, rest.size() - 1)));
-  traits.variant = variant->letter;
-  traits.cores = variant->cores;
-  // The phone chip of generation 17 came before the matrix units.
-  traits.tensor_ops = traits.generation >= (traits.variant == 'p' ? 18 : 17) && macos >= 2602;
-  return traits;
+  return *traits;
+}
+
+GpuTraits GpuTraits::of_device(std::string_view architecture, int macos) {
+  GpuTraits plain;
+  plain.architecture = std::string(architecture);
+  plain.cores = 10;
+  plain.macos = macos;
+  return known(architecture, macos).value_or(plain);
 }
 
 Plan plan(const MatmulProblem& problem, const Target& target) {

@@ -40,6 +40,8 @@ struct GpuTraits {
 
   // Raises ValueError where the name is not one of an Apple GPU.
   static GpuTraits parse(std::string_view architecture, int macos);
+  // As parse; of a GPU with another name, such as a virtual one, nothing is assumed.
+  static GpuTraits of_device(std::string_view architecture, int macos);
 };
 
 // What a plan is made for. Excluded families are not used: they gave wrong results here.

@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <list>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "../../torch-ext/torch_binding.h"
 #include "device.h"
@@ -22,8 +24,15 @@ namespace {
 
 using at::Tensor;
 
-// More than one tile of rows, and a last one that is not full; N no multiple of a tile's columns; several steps of K.
-constexpr int64_t check_rows = 33;
+// Row counts of one product for each kind of kernel in a family; among them more than one tile of rows, with a last one
+// that is not full. N is no multiple of a tile's columns, and K several steps.
+std::vector<int64_t> check_rows(Family family) {
+  switch (family) {
+    case Family::matvec: return {1, 33};
+    case Family::tile: return {16, 33};
+    default: return {32, 33};
+  }
+}
 constexpr int64_t check_k = 256;
 constexpr int64_t check_n = 72;
 constexpr int64_t check_n_packed = 128;  // in the other form N is what is packed, in whole groups
@@ -74,7 +83,7 @@ struct Example {
   }
 };
 
-Example example(Format format, at::ScalarType dtype, bool transpose) {
+Example example(Format format, at::ScalarType dtype, bool transpose, int64_t x_rows) {
   Generator random;
   const int64_t length = transpose ? check_k : check_n_packed;
   const int64_t rows = transpose ? check_n : check_k;
@@ -82,7 +91,7 @@ Example example(Format format, at::ScalarType dtype, bool transpose) {
   Example result;
   result.format = format;
   result.transpose = transpose;
-  result.x = filled<float>({check_rows, check_k}, at::kFloat, [&] { return random.uniform(-1.0f, 1.0f); }).to(dtype);
+  result.x = filled<float>({x_rows, check_k}, at::kFloat, [&] { return random.uniform(-1.0f, 1.0f); }).to(dtype);
   // Every code but, of E4M3, those from 2 up, among which is NaN.
   const uint32_t mask = format.mode == Mode::mxfp8 ? 0xBFBFBFBFu : 0xFFFFFFFFu;
   result.w = filled<uint32_t>({rows, length * format.bits / 32}, at::kUInt32, [&] { return random.bits() & mask; });
@@ -122,14 +131,18 @@ double difference(const Tensor& result, const Tensor& expected) {
   return distance / largest;
 }
 
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> cpu_op(const std::string& name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE) "::" + name).c_str(), "")
+      .typed<Signature>();
+}
+
 Tensor cpu_product(const Example& example) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow(QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE) "::quantized_matmul", "")
-          .typed<decltype(ops::quantized_matmul)>();
-  return op.call(
-      example.x, example.w, example.scales, example.biases, example.transpose, example.format.group_size,
-      example.format.bits, name_of(example.format.mode), std::nullopt, "self-check");
+  return cpu_op<decltype(ops::quantized_matmul)>("quantized_matmul")
+      .call(
+          example.x, example.w, example.scales, example.biases, example.transpose, example.format.group_size,
+          example.format.bits, name_of(example.format.mode), std::nullopt, "self-check");
 }
 
 struct Subject {
@@ -140,9 +153,9 @@ struct Subject {
   bool transpose;
 };
 
-// What is wrong with a family, or nothing.
-std::optional<std::string> failure(const Subject& subject) {
-  const Example host = example(subject.format, subject.dtype, subject.transpose);
+// What is wrong with a product of this many rows, or nothing.
+std::optional<std::string> failure(const Subject& subject, int64_t rows) {
+  const Example host = example(subject.format, subject.dtype, subject.transpose, rows);
   const Example device = host.on(at::Device(at::kMPS, 0));
   const MatmulProblem problem = with_kernel_dtype(MatmulProblem::check(device.arguments(), device.x, device.transpose));
   Target alone{subject.gpu, {}};
@@ -172,29 +185,98 @@ std::optional<std::string> failure(const Subject& subject) {
   return c10::str("its result differs from the CPU's by ", apart, " of the largest value.");
 }
 
+// What is wrong with a family, or nothing.
+std::optional<std::string> failure(const Subject& subject) {
+  for (const int64_t rows : check_rows(subject.family)) {
+    if (auto reason = failure(subject, rows)) {
+      return reason;
+    }
+  }
+  return std::nullopt;
+}
+
+bool same_bytes(const Tensor& device, const Tensor& host) {
+  const Tensor copy = device.cpu();
+  return std::memcmp(copy.const_data_ptr(), host.const_data_ptr(), host.nbytes()) == 0;
+}
+
+// What is wrong with dequantizing these, on the device, or nothing.
+std::optional<std::string> dequantize_failure(
+    const Subject& subject,
+    const Tensor& words,
+    const Tensor& scales,
+    const Tensor& biases) {
+  const Format format = subject.format;
+  const std::optional<Tensor> none;
+  const std::optional<Tensor> given = has_biases(format.mode) ? std::optional(biases) : none;
+  const DequantizeProblem problem = with_kernel_dtype(
+      DequantizeProblem::check(
+          {"self-check", words, scales, given, format.group_size, format.bits, name_of(format.mode), none},
+          subject.dtype));
+  const Tensor y = at::empty(problem.output, words.options().dtype(problem.dtype));
+  Operands operands;
+  operand(operands, Role::w) = words;
+  operand(operands, Role::scales) = problem.weights.scales.tensor;
+  operand(operands, Role::biases) = problem.weights.biases.tensor;
+  operand(operands, Role::y) = y;
+  encode(plan(problem, {subject.gpu, {}}), std::move(operands));
+  const Tensor expected = cpu_op<decltype(ops::dequantize)>("dequantize")
+                              .call(
+                                  words.cpu(), scales.cpu(), given.has_value() ? std::optional(given->cpu()) : none,
+                                  format.group_size, format.bits, name_of(format.mode), none, subject.dtype);
+  const double apart = difference(y, expected);
+  if (apart <= tolerance(subject.dtype)) {
+    return std::nullopt;
+  }
+  return c10::str("dequantize differs from the CPU's by ", apart, " of the largest value.");
+}
+
+// What is wrong with quantizing and dequantizing, or nothing.
+std::optional<std::string> conversion_failure(const Subject& subject) {
+  const Format format = subject.format;
+  const Tensor matrix = example({Mode::affine, 4, 64}, subject.dtype, /*transpose=*/true, /*x_rows=*/33).x;
+  const auto expected = cpu_op<decltype(ops::quantize)>("quantize")
+                            .call(matrix, format.group_size, format.bits, name_of(format.mode), std::nullopt);
+  const QuantizeProblem problem = QuantizeProblem::check(
+      matrix.to(at::Device(at::kMPS, 0)), format.group_size, format.bits, name_of(format.mode), std::nullopt);
+  const auto [words, scales, biases] = empty_quantized(problem);
+  Operands operands;
+  operand(operands, Role::x) = problem.w;
+  operand(operands, Role::w) = words;
+  operand(operands, Role::scales) = scales;
+  operand(operands, Role::biases) = biases;
+  encode(plan(problem, {gpu_traits(), {}}), std::move(operands));
+  if (!same_bytes(words, std::get<0>(expected)) || !same_bytes(scales, std::get<1>(expected)) ||
+      !same_bytes(biases, std::get<2>(expected))) {
+    return "quantize gives other codes or scales than on the CPU.";
+  }
+  return dequantize_failure(subject, words, scales, biases);
+}
+
 // --- What is known --------------------------------------------------------------------------------------------------
 
 struct Verdict {
-  std::string architecture;
-  Family family;
-  at::ScalarType dtype;
-  bool transpose;
+  Subject subject;
   bool passed;
 };
 
+// Held while a check runs: it is short, and nothing else may use kernels that are being checked.
 std::mutex mutex;
 std::list<Verdict> verdicts;  // few, and guarded by mutex
 
-bool concerns(const Verdict& verdict, const GpuTraits& gpu, at::ScalarType dtype, bool transpose) {
-  return verdict.dtype == dtype && verdict.transpose == transpose && verdict.architecture == gpu.architecture;
+bool is_same(const Subject& a, const Subject& b) {
+  return a.dtype == b.dtype && a.transpose == b.transpose && a.format.mode == b.format.mode &&
+      a.format.bits == b.format.bits && a.format.group_size == b.format.group_size &&
+      a.gpu.architecture == b.gpu.architecture;
 }
 
-Families failed_families(const GpuTraits& gpu, at::ScalarType dtype, bool transpose) {
+// All that is_same as the subject, whatever its family.
+Families failed_families(const Subject& subject) {
   const std::lock_guard lock(mutex);
   Families failed;
   for (const Verdict& verdict : verdicts) {
-    if (!verdict.passed && concerns(verdict, gpu, dtype, transpose)) {
-      failed.insert(verdict.family);
+    if (!verdict.passed && is_same(verdict.subject, subject)) {
+      failed.insert(verdict.subject.family);
     }
   }
   return failed;
@@ -208,19 +290,21 @@ bool is_ci() {
 bool passes(const Subject& subject) {
   const std::lock_guard lock(mutex);
   for (const Verdict& verdict : verdicts) {
-    if (verdict.family == subject.family && concerns(verdict, subject.gpu, subject.dtype, subject.transpose)) {
+    if (verdict.subject.family == subject.family && is_same(verdict.subject, subject)) {
       return verdict.passed;
     }
   }
-  const auto reason = failure(subject);
+  const bool converts = subject.family == Family::quantize;
+  const auto reason = converts ? conversion_failure(subject) : failure(subject);
   const auto text = [&] {
+    const char* form = converts ? "" : (subject.transpose ? " with transpose=True" : " with transpose=False");
     return c10::str(
         "[quantization_mlx] Kernel family \"", name_of(subject.family), "\" fails its self-check for ", subject.dtype,
-        subject.transpose ? " with transpose=True" : " with transpose=False", " on ", subject.gpu.architecture,
-        " and is not used: ", *reason);
+        " and ", name_of(subject.format.mode), " of ", subject.format.bits, " bits", form, " on ",
+        subject.gpu.architecture, " and is not used: ", *reason);
   };
-  TORCH_CHECK(!reason.has_value() || !is_ci(), text());
-  verdicts.push_back({subject.gpu.architecture, subject.family, subject.dtype, subject.transpose, !reason.has_value()});
+  TORCH_CHECK(!reason.has_value() || !(is_ci() || converts), text());
+  verdicts.push_back({subject, !reason.has_value()});
   if (reason.has_value()) {
     TORCH_WARN(text());
   }
@@ -235,7 +319,8 @@ template <typename Problem>
 Target target_of_product(const Problem& problem) {
   const MatmulProblem& product = product_of(problem);
   Target target{gpu_traits(), {}};
-  target.excluded = failed_families(target.gpu, product.dtype, product.transpose);
+  target.excluded =
+      failed_families({target.gpu, Family::tensor, product.weights.format, product.dtype, product.transpose});
   return target;
 }
 
@@ -246,14 +331,23 @@ Plan checked_product(const Problem& problem) {
     const Target target = target_of_product(problem);
     Plan result = plan(problem, target);
     const bool passed = std::all_of(result.launches.begin(), result.launches.end(), [&](const Launch& launch) {
-      // What is excluded and planned all the same has nothing that could take its place, such as the sum of split-K.
-      return target.excluded.contains(launch.family) ||
-          passes({target.gpu, launch.family, launch.format, product.dtype, product.transpose});
+      return passes({target.gpu, launch.family, launch.format, product.dtype, product.transpose});
     });
     if (passed) {
       return result;
     }
   }
+}
+
+// Nothing stands in for these: passes raises.
+template <typename Problem>
+Plan checked_conversion(const Problem& problem) {
+  const Target target = current_target(problem);
+  Plan result = plan(problem, target);
+  for (const Launch& launch : result.launches) {
+    passes({target.gpu, launch.family, launch.format, launch.dtype, /*transpose=*/false});
+  }
+  return result;
 }
 
 }  // namespace
@@ -270,8 +364,8 @@ Plan checked_plan(const MatmulProblem& problem) { return checked_product(problem
 
 Plan checked_plan(const GatherProblem& problem) { return checked_product(problem); }
 
-Plan checked_plan(const DequantizeProblem& problem) { return plan(problem, current_target(problem)); }
+Plan checked_plan(const DequantizeProblem& problem) { return checked_conversion(problem); }
 
-Plan checked_plan(const QuantizeProblem& problem) { return plan(problem, current_target(problem)); }
+Plan checked_plan(const QuantizeProblem& problem) { return checked_conversion(problem); }
 
 }  // namespace quantization_mlx::metal

@@ -1,7 +1,8 @@
 // Plans of kernels that have shown on this GPU that they compute what the CPU does.
 //
-// The first use of a kernel family, for a dtype and a form of the product, runs one small product that needs every part
-// of a tile. Compilers have got exactly such kernels wrong, and only for more rows than a quick look tries.
+// The first use of a kernel family, for a format, a dtype and a form of the product, runs small products that need
+// every part of a tile. Compilers have got exactly such kernels wrong, and only for more rows than a quick look tries.
+// Gathered forms are made of the same parts and are not run by themselves.
 #pragma once
 
 #include "plan.h"
