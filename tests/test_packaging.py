@@ -67,6 +67,12 @@ def run_python(code: str, folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """The variant is the CPU's. A device "mps" in the same process would make `kernels` want the other one."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
 # --- What kernel-builder reads ---------------------------------------------------------------------------------------
 
 
