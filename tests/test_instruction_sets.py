@@ -36,7 +36,7 @@ def test_other_kernels() -> None:
         result = _run(
             instruction_set,
             *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"),
-            *("-k", "not usage_example and not explicit and not (6-bit-720 or wide-n)"),
+            *("-k", "not mps and not usage_example and not explicit and not (6-bit-720 or wide-n)"),
             *TESTS,
         )
         assert result.returncode == 0, f"{instruction_set}: {result.stdout}"
