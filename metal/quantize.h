@@ -14,17 +14,12 @@
 
 #include <metal_stdlib>
 
-#include "../csrc/metal/launch.h"
-#include "dequantize.h"
+#include "operands.h"
 
 // Codes are those of the CPU bit for bit: no fused operations, either.
 #pragma METAL fp contract(off)
 
 namespace quantization_mlx {
-
-constant bool quantize_with_global_scale [[function_constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE)]];
-constant bool quantize_aligned_weights [[function_constant(QUANTIZATION_MLX_ALIGNED_WEIGHTS)]];
-constant bool quantize_aligned_x [[function_constant(QUANTIZATION_MLX_ALIGNED_X)]];
 
 template <int lanes>
 inline float min_over(float value) {
@@ -121,7 +116,7 @@ template <typename T, Mode mode, int group_size, int bits>
   const bool writes_scale = inside && chunk % lanes == 0;
 
   float values[chunk_elements];
-  load_values<chunk_elements>(w + chunk * chunk_elements, quantize_aligned_x, values);
+  load_values<chunk_elements>(w + chunk * chunk_elements, aligned_x, values);
   float smallest = values[0];
   float largest = values[0];
 #pragma unroll
@@ -141,7 +136,7 @@ template <typename T, Mode mode, int group_size, int bits>
       biases[group] = static_cast<typename ScaleOf<mode, T>::type>(parameters.bias);
     }
   } else {
-    const float encode = quantize_with_global_scale ? nvfp4_encode_factor(global_scale[0]) : 1.0f;
+    const float encode = has_global_scale ? nvfp4_encode_factor(global_scale[0]) : 1.0f;
     const uint scale = fp_scale<T, mode>(max(magnitude(smallest), magnitude(largest)), encode);
     const float decoded = decode_scale<mode>(static_cast<uchar>(scale));
 #pragma unroll
@@ -174,14 +169,14 @@ template <typename T, Mode mode, int group_size, int bits>
   const bool whole = group_size >= run_elements || first + run_elements <= params.elements;
   uint packed[bits];
   if (whole) {
-    load_words<bits>(words + run * bits, quantize_aligned_weights, packed);
+    load_words<bits>(words + run * bits, aligned_weights, packed);
   } else {
 #pragma unroll
     for (int i = 0; i < bits; ++i) {
       packed[i] = i < bits / 2 ? words[run * bits + i] : 0u;
     }
   }
-  const float factor = quantize_with_global_scale ? nvfp4_decode_factor(global_scale[0]) : 1.0f;
+  const float factor = factor_at(global_scale, 0);
 #pragma unroll
   for (int chunk = 0; chunk < 4; ++chunk) {
     if (whole || chunk < 2) {

@@ -51,7 +51,6 @@ constexpr int tile_part_k = 512;
 // Parts are whole steps of a kernel along K.
 constexpr int qmv_step_k = 256;
 constexpr int qvm_step_k = 32;
-constexpr int tile_step_k = tile_k();
 
 // The sorted-expert form pays from so many pairs on, and so many for each expert: with fewer, most rows of a tile are
 // idle, and a matvec for each pair reads no more.
@@ -257,11 +256,6 @@ class ProductPlanner {
 
   int64_t matvec_rows() const { return problem_.transpose ? std::end(qmv_rows)[-1] : std::end(qvm_rows)[-1]; }
 
-  bool uses_tiles(int64_t rows) const {
-    require_any();
-    return (rows > matvec_rows() || !available(Family::matvec)) && (has_tensor_ops() || available(Family::tile));
-  }
-
   std::string no_family_left() const {
     return c10::str(
         "[", problem_.op, "] every kernel family that could serve failed its self-check on this GPU (",
@@ -273,7 +267,9 @@ class ProductPlanner {
   }
 
   Family matmul_family() const {
-    if (!uses_tiles(shape_.M)) {
+    require_any();
+    const bool tiles = has_tensor_ops() || available(Family::tile);
+    if (!tiles || (shape_.M <= matvec_rows() && available(Family::matvec))) {
       return Family::matvec;
     }
     return has_tensor_ops() ? Family::tensor : Family::tile;
