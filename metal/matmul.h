@@ -1,6 +1,7 @@
 // Tiled products of many rows of x with a quantized matrix, on simdgroup matrices: plain, split along K, and gathered.
 //
-// One threadgroup of four simdgroups computes a tile of y, 16, 32 or 64 rows x 64 columns, and walks K in steps of 32:
+// One threadgroup of four simdgroups computes a tile of y, 16, 32 or 64 rows x 64 columns, and walks K in steps of 32,
+// or of 64 where the tile has few rows of half or bfloat:
 //
 //            K ->   32     32     32                w, packed               tile of y, by simdgroups
 //          +------+------+------+---                   |                    64 rows        16 or 32 rows
@@ -18,6 +19,11 @@
 // on a core. A fragment of x, once in registers, meets two or four fragments of weights, and the other way round, and
 // each pair has its own accumulator: up to sixteen independent multiplications of 8x8 matrices between two loads.
 // Fragments of rows that do not exist are not multiplied.
+//
+// What timing this source on a GPU taught (docs/gpu-lane.md): with few rows a step is short, and its two barriers and
+// the wait for w are most of it, so steps of 64 take four fifths of the time; with 64 rows they would gain little and
+// leave room for half as many threadgroups. A product is cut along K until every core has several threadgroups,
+// whatever the tile, because unpacking each weight once is worth more than a smaller tile.
 //
 // gather_qmm_rhs: a tile of 32 pairs goes through the runs of equal matrices in it. Lane i of every simdgroup knows
 // pair i, so the runs are found without memory; sorted pairs make one run of most tiles.
@@ -68,12 +74,14 @@ inline FragmentPlace fragment_place(uint lane) {
 // --- Memory --------------------------------------------------------------------------------------------------------
 
 // In units of uint4, so that rows are aligned for vectors.
-inline constexpr int weight_memory(int element_size, bool transpose) {
-  return block_rows(transpose, tile_columns(), tile_k()) *
-      (block_row_elements(transpose, tile_columns(), tile_k()) * element_size / 16 + 1);
+inline constexpr int weight_memory(int element_size, int rows, bool transpose) {
+  return block_rows(transpose, tile_columns(), tile_k(rows, element_size)) *
+      (block_row_elements(transpose, tile_columns(), tile_k(rows, element_size)) * element_size / 16 + 1);
 }
 
-inline constexpr int x_memory(int element_size, int rows) { return rows * (tile_k() * element_size / 16 + 1); }
+inline constexpr int x_memory(int element_size, int rows) {
+  return rows * (tile_k(rows, element_size) * element_size / 16 + 1);
+}
 
 // --- One step ------------------------------------------------------------------------------------------------------
 
@@ -86,10 +94,11 @@ inline void multiply_step(
     int end,
     thread Accumulator* sums) {
   constexpr int across = fragments_across(rows);
-  constexpr int x_stride = padded<T>(tile_k());
-  constexpr int weight_stride = padded<T>(block_row_elements(transpose, tile_columns(), tile_k()));
+  constexpr int depth = tile_k(rows, sizeof(T));
+  constexpr int x_stride = padded<T>(depth);
+  constexpr int weight_stride = padded<T>(block_row_elements(transpose, tile_columns(), depth));
 #pragma unroll
-  for (int k = 0; k < tile_k(); k += fragment_size) {
+  for (int k = 0; k < depth; k += fragment_size) {
     simdgroup_matrix<T, 8, 8> right[across];
 #pragma unroll
     for (int j = 0; j < across; ++j) {
@@ -135,7 +144,7 @@ template <Mode mode, int group_size, int bits, int rows, bool transpose, typenam
 inline void multiply_tile(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
-    thread RowPieces<T, rows, tile_k(), tile_threads>& pieces,
+    thread RowPieces<T, rows, tile_k(rows, sizeof(T)), tile_threads>& pieces,
     int first_row,
     int end_row,
     int column,
@@ -145,29 +154,29 @@ inline void multiply_tile(
     threadgroup T* weights,
     threadgroup T* x,
     thread Accumulator* sums) {
-  constexpr int elements = tile_columns() * tile_k() / tile_threads;
+  constexpr int depth = tile_k(rows, sizeof(T));
+  constexpr int elements = tile_columns() * depth / tile_threads;
   const int simdgroup_row = first_row_of(rows, position.simdgroup);
   const int simdgroup_column = first_column_of(rows, position.simdgroup);
   const int begin = max(0, first_row - simdgroup_row) / fragment_size;
   const int end = max(0, end_row - simdgroup_row + fragment_size - 1) / fragment_size;
   const bool all = begin == 0 && end >= fragments_down(rows);
-  threadgroup const T* left = x + simdgroup_row * padded<T>(tile_k());
-  threadgroup const T* right = weights + (transpose ? simdgroup_column * padded<T>(tile_k()) : simdgroup_column);
+  threadgroup const T* left = x + simdgroup_row * padded<T>(depth);
+  threadgroup const T* right = weights + (transpose ? simdgroup_column * padded<T>(depth) : simdgroup_column);
 
   PackedWeights<mode, group_size, bits, elements> packed;
   if (k_begin < k_end) {
-    fetch_block<transpose, tile_columns(), tile_k()>(operands, params, k_begin, column, position.thread_index, packed);
+    fetch_block<transpose, tile_columns(), depth>(operands, params, k_begin, column, position.thread_index, packed);
     fetch_rows(k_begin, position.thread_index, pieces);
   }
-  for (int k = k_begin; k < k_end; k += tile_k()) {
+  for (int k = k_begin; k < k_end; k += depth) {
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the step before has been multiplied
-    store_block<transpose, tile_columns(), tile_k()>(packed, position.thread_index, weights);
+    store_block<transpose, tile_columns(), depth>(packed, position.thread_index, weights);
     store_rows(pieces, position.thread_index, x);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // this one is complete
-    if (k + tile_k() < k_end) {
-      fetch_block<transpose, tile_columns(), tile_k()>(
-          operands, params, k + tile_k(), column, position.thread_index, packed);
-      fetch_rows(k + tile_k(), position.thread_index, pieces);
+    if (k + depth < k_end) {
+      fetch_block<transpose, tile_columns(), depth>(operands, params, k + depth, column, position.thread_index, packed);
+      fetch_rows(k + depth, position.thread_index, pieces);
     }
     if (all) {
       multiply_step<T, rows, transpose, true>(left, right, 0, 0, sums);
@@ -193,13 +202,14 @@ inline void store_sums(
 #pragma unroll
   for (int i = 0; i < fragments_down(rows); ++i) {
     const int row = first_row_of(rows, position.simdgroup) + i * fragment_size + place.row;
-    if (row >= first_row && row < end_row) {
 #pragma unroll
-      for (int j = 0; j < across; ++j) {
-        const int n = column + first_column_of(rows, position.simdgroup) + j * fragment_size + place.column;
-        device Y* target = y + row * static_cast<long>(params.n) + n;
-        const Y first = static_cast<Y>(sums[i * across + j].thread_elements()[0] * factor);
-        const Y second = static_cast<Y>(sums[i * across + j].thread_elements()[1] * factor);
+    for (int j = 0; j < across; ++j) {
+      // All lanes look at their elements together, whoever has something to write.
+      const Y first = static_cast<Y>(sums[i * across + j].thread_elements()[0] * factor);
+      const Y second = static_cast<Y>(sums[i * across + j].thread_elements()[1] * factor);
+      const int n = column + first_column_of(rows, position.simdgroup) + j * fragment_size + place.column;
+      device Y* target = y + row * static_cast<long>(params.n) + n;
+      if (row >= first_row && row < end_row) {
         if (aligned_outputs) {
           *(device vec<Y, 2>*)target = vec<Y, 2>(first, second);
         } else {
@@ -231,10 +241,11 @@ inline void matmul_tile(
     threadgroup uint4* x) {
   static_assert(rows == 16 || rows == 32 || rows == 64, "rows of a tile");
   const int end_row = min(rows, params.rows - row);
-  RowPieces<T, rows, tile_k(), tile_threads> pieces;
+  constexpr int depth = tile_k(rows, sizeof(T));
+  RowPieces<T, rows, depth, tile_threads> pieces;
 #pragma unroll
-  for (int i = 0; i < pieces_per_thread(sizeof(T), rows, tile_k(), tile_threads); ++i) {
-    const int piece_row = row_of_piece<T, tile_k(), tile_threads>(position.thread_index, i);
+  for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, tile_threads); ++i) {
+    const int piece_row = row_of_piece<T, depth, tile_threads>(position.thread_index, i);
     pieces.source[i] = operands.x + (row + piece_row) * params.x_row_stride;
     pieces.exist[i] = piece_row < end_row ? params.k : 0;
   }
@@ -258,7 +269,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup uint4 shared_weights[weight_memory(sizeof(T), transpose)];
+  threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
   const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
   const int row_tiles = (params.rows + rows - 1) / rows;
@@ -288,7 +299,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup uint4 shared_weights[weight_memory(sizeof(T), transpose)];
+  threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
   const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
   const int row = threadgroup_index.y * rows;
@@ -322,7 +333,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   static_assert(rows == 32, "a lane for each pair");
-  threadgroup uint4 shared_weights[weight_memory(sizeof(T), transpose)];
+  threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
   constant ProductParams& product = params.product;
   const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
@@ -341,10 +352,11 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
       rhs = static_cast<int>(right);
     }
   }
-  RowPieces<T, rows, tile_k(), tile_threads> pieces;
+  constexpr int depth = tile_k(rows, sizeof(T));
+  RowPieces<T, rows, depth, tile_threads> pieces;
 #pragma unroll
-  for (int i = 0; i < pieces_per_thread(sizeof(T), rows, tile_k(), tile_threads); ++i) {
-    const int piece_row = row_of_piece<T, tile_k(), tile_threads>(position.thread_index, i);
+  for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, tile_threads); ++i) {
+    const int piece_row = row_of_piece<T, depth, tile_threads>(position.thread_index, i);
     pieces.source[i] = x + simd_shuffle(lhs, static_cast<ushort>(piece_row)) * product.x.outer;
   }
 
@@ -359,8 +371,8 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
           y, product, row + first, row + end, column, column + tile_columns(), position.thread_index, tile_threads);
     } else {
 #pragma unroll
-      for (int i = 0; i < pieces_per_thread(sizeof(T), rows, tile_k(), tile_threads); ++i) {
-        const int piece_row = row_of_piece<T, tile_k(), tile_threads>(position.thread_index, i);
+      for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, tile_threads); ++i) {
+        const int piece_row = row_of_piece<T, depth, tile_threads>(position.thread_index, i);
         pieces.exist[i] = piece_row >= first && piece_row < end ? product.k : 0;
       }
       const Operands<T, typename ScaleOf<mode, T>::type> operands =

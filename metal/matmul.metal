@@ -14,11 +14,13 @@ namespace quantization_mlx {
       KERNEL_NAME(mode, op, name, group_size, bits) "_rows_32",             \
       function<type, Mode::mode, group_size, bits, 32, transpose>)
 
+#define ROWS(mode, op, name, type, group_size, bits, rows, transpose)      \
+  QMM(mode, "qmm" op, name, type, group_size, bits, rows, transpose, type) \
+  QMM(mode, "qmm" op "_splitk", name, type, group_size, bits, rows, transpose, float)
 #define TILES(mode, op, name, type, group_size, bits, transpose)                     \
-  QMM(mode, "qmm" op, name, type, group_size, bits, 16, transpose, type)             \
-  QMM(mode, "qmm" op, name, type, group_size, bits, 32, transpose, type)             \
-  QMM(mode, "qmm" op, name, type, group_size, bits, 64, transpose, type)             \
-  QMM(mode, "qmm" op "_splitk", name, type, group_size, bits, 32, transpose, float)  \
+  ROWS(mode, op, name, type, group_size, bits, 16, transpose)                        \
+  ROWS(mode, op, name, type, group_size, bits, 32, transpose)                        \
+  ROWS(mode, op, name, type, group_size, bits, 64, transpose)                        \
   GATHER(mode, "gather_qmm" op, gather_qmm, name, type, group_size, bits, transpose) \
   GATHER(mode, "gather_qmm_rhs" op, gather_qmm_rhs, name, type, group_size, bits, transpose)
 

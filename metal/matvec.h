@@ -2,14 +2,21 @@
 //
 // qmv: y = x @ w.T, w [N, K], groups along K.
 //
-//   simdgroup:  lane         0  1  2 ... 7 | 8  9 ... 15 | 16 ... 23 | 24 ... 31
-//               run of 32    0  1  2 ... 7 | 0  1 ...  7 |  0 ...  7 |  0 ...  7   then the next eight, along K
-//               row of w           n       |    n + 1    |   n + 2   |   n + 3     with n + 4, ... in more registers
+//   simdgroup 0:  lane         0   1  ...  15 | 16  17  ...  31
+//                 part of K    0   1  ...  15 |  0   1  ...  15    parts of 32 elements for few rows of x, else of 16
+//                 row of w           n        |       n + 1        with n + 2, n + 4, n + 6 in more registers
+//   simdgroups 1, 2, 3:       16  17  ...  31 ...  63 of the same rows of w; then all of them go on by 64 parts
 //
-// Eight lanes read eight runs of one row of w: at 4 bits a whole 128-byte line, 16 bytes a lane. The four groups of
-// eight read the same x, so one line of x serves all of their rows of w, and one chunk of x in registers serves the
-// further ones. Each pair of a row of x and a row of w has an accumulator of its own, so no addition waits for another.
-// A run of w is loaded and unpacked once, for all rows of x. At the end three shuffles add up eight lanes.
+// Sixteen lanes read a row of w side by side, 16 bytes a lane at 4 bits: whole lines. What is in registers of x serves
+// four rows of w, and every part of w that is loaded and unpacked serves all rows of x. Each pair of a row of x and a
+// row of w has an accumulator of its own, so no addition waits for another. At the end four shuffles add up the lanes,
+// and threadgroup memory the simdgroups, with the one barrier of the kernel.
+//
+// What timing this source on a GPU taught (docs/gpu-lane.md), and why it should hold on Apple's: a threadgroup whose
+// simdgroups divide K puts four times as many loads on their way as one that divides N, and needs no second kernel to
+// add up parts; four rows of w to a lane instead of two halve what is loaded and added of x; codes and addresses are
+// the rest of the work, so both are kept to few and cheap operations; and the code of one step is kept short enough for
+// an instruction cache, by taking 16 elements at a time where there are many rows.
 //
 // qvm of one row: y = x @ w, w [K, N], groups along N.
 //
@@ -28,7 +35,8 @@
 // for all of them; at 4 bits the simdgroup reads whole lines as before. All lanes want the same values of x: the loads
 // of a simdgroup are one address.
 //
-// Split-K: part p of the y dimension takes its share of K and writes float32 partial sums; sum_parts adds them up.
+// Split-K, of qvm: part p of the y dimension takes its share of K and writes float32 partial sums; sum_parts adds them
+// up.
 #pragma once
 
 #include <metal_stdlib>
@@ -37,211 +45,211 @@
 
 namespace quantization_mlx {
 
-static constant constexpr const int lanes_along_runs = 8;
-static constant constexpr const int lanes_across_runs = 4;
-
 // --- Transposed ----------------------------------------------------------------------------------------------------
 
-// One row of x with `span` chunks, from chunk `first` on, of a run in each of the `outputs` rows of w. They have one
-// scale and bias each, `stride` apart in the arrays, which come in once for all of them.
-template <Mode mode, int bits, int outputs, int span, typename T>
-inline void multiply_row(
-    const device T* x,
-    thread const uint* packed,
-    int first,
-    thread const float* scales,
-    thread const float* biases,
-    int stride,
-    thread float* sums) {
-  float x_sum = 0.0f;
-  float partial[outputs];
-#pragma unroll
-  for (int r = 0; r < outputs; ++r) {
-    partial[r] = 0.0f;
-  }
-#pragma unroll
-  for (int chunk = 0; chunk < span; ++chunk) {
-    float activations[chunk_elements];
-    load_values<chunk_elements>(x + chunk * chunk_elements, aligned_x, activations);
-    if (has_biases(mode)) {
-#pragma unroll
-      for (int i = 0; i < chunk_elements; ++i) {
-        x_sum += activations[i];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < outputs; ++r) {
-      float weights[chunk_elements];
-      decode_chunk<mode, bits>(packed + r * bits, first + chunk, weights);
-#pragma unroll
-      for (int i = 0; i < chunk_elements; ++i) {
-        partial[r] = fma(weights[i], activations[i], partial[r]);
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < outputs; ++r) {
-    sums[r] = fma(scales[r * stride], partial[r], fma(biases[r * stride], x_sum, sums[r]));
-  }
+static constant constexpr const int qmv_lanes_along = 16;
+static constant constexpr const int qmv_lanes_across = 2;
+
+// Elements that a lane takes of a row of w at a time. One row of x: a whole run, in the widest loads. More rows: half
+// of one, which keeps the code of a step short; so do groups of 16, whose scale it then has for itself.
+inline constexpr int qmv_elements(int rows, int group_size) {
+  return rows <= 3 && group_size >= run_elements ? run_elements : half_run_elements;
 }
 
-// Several rows of x with one chunk. The weights stay in registers while the rows pass by: that takes fewer of them than
-// the other way round.
-template <Mode mode, int bits, int outputs, int rows, typename T>
-inline void multiply_rows(
-    const device T* x,
-    constant ProductParams& params,
-    thread const uint* packed,
-    int chunk,
-    thread const float* scales,
-    thread const float* biases,
-    int stride,
-    thread float* sums) {
-  float weights[outputs * chunk_elements];
-#pragma unroll
-  for (int r = 0; r < outputs; ++r) {
-    decode_chunk<mode, bits>(packed + r * bits, chunk, weights + r * chunk_elements);
-#pragma unroll
-    for (int i = 0; i < chunk_elements; ++i) {
-      weights[r * chunk_elements + i] = fma(weights[r * chunk_elements + i], scales[r * stride], biases[r * stride]);
-    }
-  }
-#pragma unroll
-  for (int m = 0; m < rows; ++m) {
-    // An instance for more rows than there are repeats the last one, and does not write it.
-    float activations[chunk_elements];
-    load_values<chunk_elements>(x + min(m, params.rows - 1) * params.x_row_stride, aligned_x, activations);
-#pragma unroll
-    for (int i = 0; i < chunk_elements; ++i) {
-#pragma unroll
-      for (int r = 0; r < outputs; ++r) {
-        sums[m * outputs + r] = fma(weights[r * chunk_elements + i], activations[i], sums[m * outputs + r]);
-      }
-    }
-  }
-}
+inline constexpr int words_of(int elements, int bits) { return (elements * bits + 31) / 32; }
 
-// Adds the products of the first `chunks` chunks of one run: of row m of x and row first + 4 * r of w to
-// sums[m * outputs + r].
-template <typename T, Mode mode, int group_size, int bits, int rows, int chunks, typename Scale>
-inline void accumulate_run(
-    Operands<T, Scale> operands,
+// `elements` of each of a lane's rows of w, packed, with their scales and biases.
+template <int words, int outputs>
+struct PackedRows {
+  uint packed[outputs * words];
+  float scales[outputs];
+  float biases[outputs];
+};
+
+// Elements [step * elements, (step + 1) * elements) of rows first + 4 * r of w. Rows that do not exist are zeros.
+template <Mode mode, int group_size, int bits, int elements, int words, int outputs, typename T, typename Scale>
+inline void load_rows(
+    thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
-    int run,
+    int step,
     int first,
-    thread float* sums) {
-  constexpr int outputs = qmv_outputs_per_lane(rows);
-  constexpr int words = bits * chunks / 4;
-  constexpr int span = group_size < run_elements ? group_size / chunk_elements : chunks;  // chunks with one scale
-  constexpr int spans = chunks / span;
-  const long row_words = static_cast<long>(params.k / 16) * bits / 2;
-  const long row_groups = params.k / group_size;
-  const long first_group = static_cast<long>(run) * run_elements / group_size;
-
-  uint packed[outputs * bits];
-  float scales[outputs * spans];
-  float biases[outputs * spans];
+    thread PackedRows<words, outputs>& rows) {
+  // One base address for each operand; from there on 32 bits are enough, which cost a quarter of 64.
+  const int row_halves = params.k / 16 * bits;
+  const int row_groups = params.k / group_size;
+  const device ushort* w = (const device ushort*)operands.w + static_cast<long>(first) * row_halves;
+  const device Scale* scales = operands.scales + static_cast<long>(first) * row_groups;
+  const device Scale* biases = has_biases(mode) ? operands.biases + static_cast<long>(first) * row_groups : scales;
+  const int step_group = step / (group_size / elements);
 #pragma unroll
   for (int r = 0; r < outputs; ++r) {
-    const int n = first + lanes_across_runs * r;
-    if (aligned_outputs || n < params.n) {
-      load_words<words>(operands.w + n * row_words + run * bits, aligned_weights, packed + r * bits);
-#pragma unroll
-      for (int s = 0; s < spans; ++s) {
-        const long group = n * row_groups + first_group + s;
-        scales[r * spans + s] = decode_scale<mode>(operands.scales[group]);
-        biases[r * spans + s] = decode_bias<mode>(operands.biases, group);
+    const int row = qmv_lanes_across * r;
+    if (aligned_outputs || first + row < params.n) {
+      const device ushort* source = w + (row * row_halves + step * (elements / 16 * bits));
+      if (elements == run_elements) {
+        load_words<bits>((const device uint*)source, aligned_weights, rows.packed + r * words);
+      } else {
+        load_half_run<bits>(source, aligned_weights, rows.packed + r * words);
+      }
+      rows.scales[r] = decode_scale<mode>(scales[row * row_groups + step_group]);
+      rows.biases[r] = decode_bias<mode>(biases, row * row_groups + step_group);
+      if (mode == Mode::mxfp8 && has_e4m3_nan<words>(rows.packed + r * words)) {
+        rows.scales[r] = quiet_nan();  // the whole sum is no number
       }
     } else {
 #pragma unroll
       for (int i = 0; i < words; ++i) {
-        packed[r * bits + i] = 0u;
+        rows.packed[r * words + i] = 0u;
       }
+      rows.scales[r] = 0.0f;
+      rows.biases[r] = 0.0f;
+    }
+  }
+}
+
+// Adds the products of all rows of x, from element `first` on, with loaded rows of w to sums[m * outputs + r].
+//
+// Few rows: codes are summed first, and the sums are scaled; the bias meets the sum of x. More rows: weights are scaled
+// before they meet x, which is then fewer operations.
+template <Mode mode, int bits, int rows, int elements, int words, int outputs, typename T>
+inline void multiply_rows(
+    const device T* x,
+    constant ProductParams& params,
+    int first,
+    thread const PackedRows<words, outputs>& w,
+    thread float* sums) {
+  constexpr bool scales_sums = rows <= 3;
+  float partial[scales_sums ? rows * outputs : 1];
+  float x_sums[rows];
+  if (scales_sums) {
 #pragma unroll
-      for (int s = 0; s < spans; ++s) {
-        scales[r * spans + s] = 0.0f;
-        biases[r * spans + s] = 0.0f;
+    for (int i = 0; i < rows * outputs; ++i) {
+      partial[i] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < rows; ++m) {
+    x_sums[m] = 0.0f;
+  }
+#pragma unroll
+  for (int chunk = 0; chunk < elements / chunk_elements; ++chunk) {
+    float weights[outputs * chunk_elements];
+#pragma unroll
+    for (int r = 0; r < outputs; ++r) {
+      decode_finite_chunk<mode, bits>(w.packed + r * words, chunk, weights + r * chunk_elements);
+      if (!scales_sums) {
+#pragma unroll
+        for (int i = 0; i < chunk_elements; ++i) {
+          weights[r * chunk_elements + i] = fma(weights[r * chunk_elements + i], w.scales[r], w.biases[r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < rows; ++m) {
+      // An instance for more rows than there are repeats the last one, and does not write it.
+      const int row = min(m, params.rows - 1) * static_cast<int>(params.x_row_stride);
+      float activations[chunk_elements];
+      load_values<chunk_elements>(x + (row + first + chunk * chunk_elements), aligned_x, activations);
+      thread float* target = scales_sums ? partial : sums;
+#pragma unroll
+      for (int i = 0; i < chunk_elements; ++i) {
+        if (scales_sums && has_biases(mode)) {
+          x_sums[m] += activations[i];
+        }
+#pragma unroll
+        for (int r = 0; r < outputs; ++r) {
+          target[m * outputs + r] = fma(weights[r * chunk_elements + i], activations[i], target[m * outputs + r]);
+        }
       }
     }
   }
-
-  const device T* x = operands.x + static_cast<long>(run) * run_elements;
+  if (scales_sums) {
 #pragma unroll
-  for (int s = 0; s < spans; ++s) {
-    if (rows == 1) {
-      multiply_row<mode, bits, outputs, span>(
-          x + s * span * chunk_elements, packed, s * span, scales + s, biases + s, spans, sums);
-    } else {
+    for (int m = 0; m < rows; ++m) {
 #pragma unroll
-      for (int chunk = s * span; chunk < (s + 1) * span; ++chunk) {
-        multiply_rows<mode, bits, outputs, rows>(
-            x + chunk * chunk_elements, params, packed, chunk, scales + s, biases + s, spans, sums);
+      for (int r = 0; r < outputs; ++r) {
+        const float sum = fma(w.biases[r], x_sums[m], sums[m * outputs + r]);
+        sums[m * outputs + r] = fma(w.scales[r], partial[m * outputs + r], sum);
       }
     }
   }
 }
 
+// Sums that a threadgroup's simdgroups have for the same elements of y.
+inline constexpr int qmv_memory(int rows) { return qmv_simdgroups() * rows * qmv_columns(); }
+
+// shared: qmv_memory(rows) floats.
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Scale, typename Y>
 inline void matvec_transposed(
-    Operands<T, Scale> operands,
+    thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     device Y* y,
+    threadgroup float* shared,
     uint block,
-    uint part,
     uint simdgroup,
     uint lane) {
-  constexpr int outputs = qmv_outputs_per_lane(rows);
-  const int lane_run = lane % lanes_along_runs;
-  const int first = (block * qmv_simdgroups() + simdgroup) * (lanes_across_runs * outputs) + lane / lanes_along_runs;
-  const int runs = params.k / run_elements;
-  const int begin = part * (params.part_k / run_elements);
-  const int end = min(runs, begin + params.part_k / run_elements);
+  constexpr int outputs = qmv_outputs();
+  constexpr int columns = qmv_columns();
+  constexpr int elements = qmv_elements(rows, group_size);
+  constexpr int words = words_of(elements, bits);
+  const int lane_step = lane % qmv_lanes_along;
+  const int column = lane / qmv_lanes_along;
+  const int first = block * columns + column;
+  const int steps = params.k / elements;
 
   float sums[rows * outputs];
 #pragma unroll
   for (int i = 0; i < rows * outputs; ++i) {
     sums[i] = 0.0f;
   }
-  for (int run = begin + lane_run; run < end; run += lanes_along_runs) {
-    accumulate_run<T, mode, group_size, bits, rows, 4>(operands, params, run, first, sums);
-  }
-  // In nvfp4 a row may end in half a run.
-  if (group_size < run_elements && params.k % run_elements != 0 && static_cast<int>(part) == params.parts - 1 &&
-      lane_run == 0) {
-    accumulate_run<T, mode, group_size, bits, rows, 2>(operands, params, runs, first, sums);
+  for (int step = simdgroup * qmv_lanes_along + lane_step; step < steps; step += qmv_simdgroups() * qmv_lanes_along) {
+    PackedRows<words, outputs> w;
+    load_rows<mode, group_size, bits, elements>(operands, params, step, first, w);
+    multiply_rows<mode, bits, rows, elements>(operands.x, params, step * elements, w, sums);
   }
 #pragma unroll
-  for (int m = 0; m < rows; ++m) {
+  for (int i = 0; i < rows * outputs; ++i) {
+    float sum = sums[i];
 #pragma unroll
-    for (int r = 0; r < outputs; ++r) {
-      float sum = sums[m * outputs + r];
-      sum += simd_shuffle_xor(sum, 1);
-      sum += simd_shuffle_xor(sum, 2);
-      sum += simd_shuffle_xor(sum, 4);
-      const int n = first + lanes_across_runs * r;
-      if (lane_run == 0 && m < params.rows && (aligned_outputs || n < params.n)) {
-        y[static_cast<long>(m) * params.n + n] = static_cast<Y>(sum * operands.factor);
-      }
+    for (int mask = 1; mask < qmv_lanes_along; mask *= 2) {
+      sum += simd_shuffle_xor(sum, static_cast<ushort>(mask));
+    }
+    if (lane_step == 0) {
+      shared[(simdgroup * rows + i / outputs) * columns + qmv_lanes_across * (i % outputs) + column] = sum;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int i = simdgroup * 32 + lane; i < rows * columns; i += qmv_simdgroups() * 32) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int s = 0; s < qmv_simdgroups(); ++s) {
+      sum += shared[s * rows * columns + i];
+    }
+    const int m = i / columns;
+    const int n = block * columns + i % columns;
+    if (m < params.rows && (aligned_outputs || n < params.n)) {
+      y[static_cast<long>(m) * params.n + n] = static_cast<Y>(sum * operands.factor);
     }
   }
 }
 
-template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
+template <typename T, Mode mode, int group_size, int bits, int rows>
 [[kernel]] void qmv(
     const device T* x [[buffer(0)]],
     const device uint* w [[buffer(1)]],
     const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
     const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
     const device float* global_scale [[buffer(4)]],
-    device Y* y [[buffer(5)]],
+    device T* y [[buffer(5)]],
     constant ProductParams& params [[buffer(6)]],
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float shared[qmv_memory(rows)];
+  const Operands<T, typename ScaleOf<mode, T>::type> operands =
+      batch_operands<mode>(x, w, scales, biases, global_scale, params, threadgroup_index.z);
   matvec_transposed<T, mode, group_size, bits, rows>(
-      batch_operands<mode>(x, w, scales, biases, global_scale, params, threadgroup_index.z), params,
-      batch_output(y, params, threadgroup_index.y, threadgroup_index.z), threadgroup_index.x, threadgroup_index.y,
-      simdgroup, lane);
+      operands, params, batch_output(y, params, 0, threadgroup_index.z), shared, threadgroup_index.x, simdgroup, lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
@@ -258,23 +266,26 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float shared[qmv_memory(rows)];
   Operands<T, typename ScaleOf<mode, T>::type> operands;
   const bool valid = gather_operands<mode>(
       x, w, scales, biases, global_scale, lhs_indices, rhs_indices, params, threadgroup_index.z, operands);
   device T* out = y + threadgroup_index.z * params.product.y.outer;
   if (!valid) {
-    const int block = qmv_columns(rows);
-    const int first = threadgroup_index.x * block;
+    const int first = threadgroup_index.x * qmv_columns();
     write_nan(
-        out, params.product, 0, params.product.rows, first, first + block, simdgroup * 32 + lane,
+        out, params.product, 0, params.product.rows, first, first + qmv_columns(), simdgroup * 32 + lane,
         qmv_simdgroups() * 32);
     return;
   }
   matvec_transposed<T, mode, group_size, bits, rows>(
-      operands, params.product, out, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
+      operands, params.product, out, shared, threadgroup_index.x, simdgroup, lane);
 }
 
 // --- Not transposed ------------------------------------------------------------------------------------------------
+
+static constant constexpr const int qvm_lanes_along = 8;  // of one row of x
+static constant constexpr const int qvm_lanes_across = 4;
 
 // One row: adds the product of row k of w, 32 columns of it, to the sums; their biases count for all columns alike, and
 // are summed on their own.
@@ -341,7 +352,7 @@ inline void sum_one_row(
     uint lane,
     thread float* chunk_sums,
     thread int& lane_column) {
-  const int run = lane % lanes_along_runs;
+  const int run = lane % qvm_lanes_along;
   const int column = first_column + run * run_elements;
   float sums[run_elements];
 #pragma unroll
@@ -350,8 +361,8 @@ inline void sum_one_row(
   }
   float bias_sum = 0.0f;
   if (aligned_outputs || column < params.n) {
-    const int stride = lanes_across_runs * qvm_simdgroups();
-    for (int k = begin + simdgroup * lanes_across_runs + lane / lanes_along_runs; k < end; k += stride) {
+    const int stride = qvm_lanes_across * qvm_simdgroups();
+    for (int k = begin + simdgroup * qvm_lanes_across + lane / qvm_lanes_along; k < end; k += stride) {
       accumulate_run_of_columns<mode, group_size, bits>(operands, params, k, column, sums, bias_sum);
     }
   }

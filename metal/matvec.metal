@@ -5,23 +5,17 @@
 namespace quantization_mlx {
 
 // affine_qmv_float16_gs_64_b_4 and, for up to 2, 3, 4, 6, 8 or 12 rows, affine_qmv_float16_gs_64_b_4_rows_2
-#define QMV(mode, name, type, group_size, bits)                                                                   \
-  INSTANTIATE(KERNEL_NAME(mode, "qmv", name, group_size, bits), qmv<type, Mode::mode, group_size, bits, 1, type>) \
-  INSTANTIATE(                                                                                                    \
-      KERNEL_NAME(mode, "qmv_splitk", name, group_size, bits), qmv<type, Mode::mode, group_size, bits, 1, float>) \
-  QMV_ROWS(mode, name, type, group_size, bits, 2)                                                                 \
-  QMV_ROWS(mode, name, type, group_size, bits, 3)                                                                 \
-  QMV_ROWS(mode, name, type, group_size, bits, 4)                                                                 \
-  QMV_ROWS(mode, name, type, group_size, bits, 6)                                                                 \
-  QMV_ROWS(mode, name, type, group_size, bits, 8)                                                                 \
+#define QMV(mode, name, type, group_size, bits)                                                             \
+  INSTANTIATE(KERNEL_NAME(mode, "qmv", name, group_size, bits), qmv<type, Mode::mode, group_size, bits, 1>) \
+  QMV_ROWS(mode, name, type, group_size, bits, 2)                                                           \
+  QMV_ROWS(mode, name, type, group_size, bits, 3)                                                           \
+  QMV_ROWS(mode, name, type, group_size, bits, 4)                                                           \
+  QMV_ROWS(mode, name, type, group_size, bits, 6)                                                           \
+  QMV_ROWS(mode, name, type, group_size, bits, 8)                                                           \
   QMV_ROWS(mode, name, type, group_size, bits, 12)
-#define QMV_ROWS(mode, name, type, group_size, bits, rows)                    \
-  INSTANTIATE(                                                                \
-      KERNEL_NAME(mode, "qmv", name, group_size, bits) "_rows_" #rows,        \
-      qmv<type, Mode::mode, group_size, bits, rows, type>)                    \
-  INSTANTIATE(                                                                \
-      KERNEL_NAME(mode, "qmv_splitk", name, group_size, bits) "_rows_" #rows, \
-      qmv<type, Mode::mode, group_size, bits, rows, float>)
+#define QMV_ROWS(mode, name, type, group_size, bits, rows) \
+  INSTANTIATE(                                             \
+      KERNEL_NAME(mode, "qmv", name, group_size, bits) "_rows_" #rows, qmv<type, Mode::mode, group_size, bits, rows>)
 
 #define GATHER_QMV(mode, name, type, group_size, bits)                                                            \
   INSTANTIATE(                                                                                                    \

@@ -103,8 +103,6 @@ inline bool gather_operands(
   return true;
 }
 
-inline float quiet_nan() { return as_type<float>(0x7FC00000u); }
-
 // NaN to columns [first, end) of rows [first_row, end_row), as far as the matrix goes.
 template <typename Y>
 inline void write_nan(

@@ -19,8 +19,6 @@
 
 namespace quantization_mlx {
 
-static constant constexpr const int half_run_elements = run_elements / 2;
-
 // Elements between the rows of a block in threadgroup memory: 16 bytes more than there are, which keeps vector stores
 // aligned, and fragments of eight rows out of each other's memory banks.
 template <typename T>
@@ -40,22 +38,6 @@ struct PackedWeights {
   float scales[elements > group_size ? elements / group_size : 1];
   float biases[elements > group_size ? elements / group_size : 1];
 };
-
-// Sixteen codes from a run's middle or beginning. With 3 and 5 bits the middle is no multiple of a word.
-template <int bits>
-inline void load_half_run(const device ushort* source, bool aligned, thread uint* words) {
-  if (bits % 2 == 0) {
-    load_words<(bits + 1) / 2>((const device uint*)source, aligned, words);
-  } else {
-#pragma unroll
-    for (int i = 0; i < bits / 2; ++i) {
-      const uint low = source[2 * i];
-      const uint high = source[2 * i + 1];
-      words[i] = low | (high << 16);
-    }
-    words[bits / 2] = source[bits - 1];
-  }
-}
 
 // Eight consecutive elements to threadgroup memory. target is a multiple of 16 bytes.
 inline void store_chunk(thread const float* values, threadgroup float* target) {

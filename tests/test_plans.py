@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import struct
 import subprocess
 from pathlib import Path
 
@@ -160,10 +161,43 @@ def test_tiles_follow_the_rows():
         assert tile_of(matmul_plan("applegpu_g17s", rows, 4096, 4096)) == tile, rows
 
 
+def test_cores_can_be_named():
+    """Fewer cores want a product cut into fewer parts."""
+    parts = [
+        matmul_plan(f"applegpu_g14d{cores}", 16, 1024, 16384).launches[0].threadgroups[1]
+        for cores in ("", "/64", "/16")
+    ]
+    assert parts[0] == parts[1] > parts[2]
+
+
+def test_plans_are_complete():
+    """A host can run a launch from what explain tells: here that of x [3, 256] and w [40, 256]."""
+    [launch] = matmul_plan("applegpu_g14s", 3, 40, 256).launches
+    roles = ["x", "w", "scales", "biases", "none", "y"]
+    assert launch.arguments == tuple((role, 0) for role in roles)
+    assert launch.params_index == 6
+    *strides, x_row_stride, _ = struct.unpack_from("<14q", launch.params)
+    assert strides == [0] * 12
+    assert x_row_stride == 256
+    inner_size, rows, k, n, parts, part_k = struct.unpack_from("<6i", launch.params, 14 * 8)
+    assert (inner_size, rows, k, n, parts, part_k) == (1, 3, 256, 40, 1, 256)
+
+
+def test_far_rows_of_x_are_taken_one_by_one():
+    """Matvecs of several rows count in 32 bits from one row of x to the others."""
+    x = torch.empty(1, dtype=torch.float16, device="meta").as_strided((3, 256), (2**28, 1))
+    [plan] = qm.explain(qm.quantized_matmul, x, *weights(FOUR_BIT, 40, 256), group_size=64, bits=4, gpu="applegpu_g14s")
+    assert [launch.kernel for launch in plan.launches] == ["affine_qmv_float16_gs_64_b_4"] * 3
+    assert [dict(launch.arguments)["x"] for launch in plan.launches] == [0, 2**28, 2**29]
+
+
 @pytest.mark.parametrize("rows", [1, 4, 20])
 @pytest.mark.parametrize("transpose", [True, False], ids=["transposed", "plain"])
 def test_long_k_and_short_n_is_split(rows, transpose):
     plan = matmul_plan("applegpu_g14s", rows, 64, 16384, transpose=transpose)
+    if transpose and rows < 13:  # the simdgroups of a threadgroup divide K
+        assert [launch.kernel.startswith("affine_qmv_float16") for launch in plan.launches] == [True]
+        return
     assert [("splitk" in launch.kernel, "sum_parts" in launch.kernel) for launch in plan.launches] == [
         (True, False),
         (False, True),
@@ -228,7 +262,10 @@ def test_explain_on_cpu_names_the_instruction_set():
     assert plan.instruction_set in ("baseline", "avx2", "avx512", "neon")
 
 
-@pytest.mark.parametrize("gpu", ["m1", "applegpu_g", "applegpu_g16", "applegpu_g16x", "applegpu_gs", "applegpu_g1234s"])
+BAD_NAMES = ["m1", "applegpu_g", "applegpu_g16", "applegpu_g16x", "applegpu_gs", "applegpu_g1234s"]
+
+
+@pytest.mark.parametrize("gpu", [*BAD_NAMES, "applegpu_g16s/", "applegpu_g16s/x", "applegpu_g16s/12345", "/16"])
 def test_explain_wants_metals_name_of_a_gpu(gpu):
     with pytest.raises(ValueError, match=f'"{gpu}".*applegpu_g16s'):
         matmul_plan(gpu, 1, 64, 64)

@@ -33,13 +33,13 @@ EVERY_WIDTH = (*(Format("affine", 32, bits) for bits in (2, 3, 5, 6, 8)), FOUR_B
 
 # Row counts that the kernels have instances for, in the order in which a plan would try them.
 INSTANCES = {
-    **dict.fromkeys(("qmv", "qmv_splitk"), (1, 2, 3, 4, 6, 8, 12)),
+    "qmv": (1, 2, 3, 4, 6, 8, 12),
     "gather_qmv": (1, 4, 8, 12),
     **dict.fromkeys(("qvm", "qvm_splitk", "gather_qvm"), (1, 4, 8)),
-    **dict.fromkeys(("qmm_t", "qmm_n"), (16, 32, 64)),
-    **dict.fromkeys(("qmm_t_splitk", "qmm_n_splitk"), (32,)),
+    **dict.fromkeys(("qmm_t", "qmm_n", "qmm_t_splitk", "qmm_n_splitk"), (16, 32, 64)),
     **dict.fromkeys(("gather_qmm_t", "gather_qmm_n", "gather_qmm_rhs_t", "gather_qmm_rhs_n"), (32,)),
 }
+THREADS = 128  # of a threadgroup
 SPLIT = [op for op in INSTANCES if op.endswith("_splitk")]
 GATHERED = [op for op in INSTANCES if op.startswith("gather_")]
 
@@ -109,15 +109,15 @@ class Kernel:
         return "qmv" in self.op or "_t" in self.op
 
     @property
-    def simdgroups(self) -> int:
-        return 2 if "qmv" in self.op else 4
-
-    @property
     def columns(self) -> int:
         """Of y, to a threadgroup."""
         if self.is_tiled:
             return 64
-        return 2 * 4 * (2 if self.instance == 1 or self.instance > 8 else 4) if self.transpose else 256
+        return 8 if self.transpose else 256
+
+    def depth(self, dtype: torch.dtype) -> int:
+        """Of K, to a step."""
+        return 64 if self.is_tiled and self.instance < 64 and dtype.itemsize == 2 else 32
 
     def threadgroups(self, rows: int, n: int, parts: int = 1, batch: int = 1) -> tuple[int, int, int]:
         return ceil(n, self.columns), (ceil(rows, self.instance) if self.is_tiled else 1) * parts, batch
@@ -131,7 +131,7 @@ class Kernel:
             ALIGNED_OUTPUTS: n % self.columns == 0,
             ALIGNED_WEIGHTS: weights.w.shape[-1] * 4 % load_bytes == 0,
             ALIGNED_X: all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]),
-            ALIGNED_K: x.shape[-1] % 32 == 0,
+            ALIGNED_K: x.shape[-1] % self.depth(x.dtype) == 0,
         }
         return {constant for constant, holds in aligned.items() if holds}
 
@@ -150,7 +150,8 @@ def product(kernel: Kernel, x: Tensor, weights: Quantized, parts: int = 1, align
     n = columns_of(weights, kernel.transpose)
     constants = kernel.constants(x, weights, n) if aligned else set()
     constants |= {HAS_GLOBAL_SCALE} if weights.global_scale is not None else set()
-    part_k = 32 * ceil(k, 32 * parts)
+    depth = kernel.depth(dtype)
+    part_k = depth * ceil(k, depth * parts)
     y = unwritten(outer, inner, parts, rows, n, dtype=torch.float32 if kernel.op in SPLIT else dtype)
     strides = [
         stride
@@ -161,7 +162,7 @@ def product(kernel: Kernel, x: Tensor, weights: Quantized, parts: int = 1, align
     buffers = [x, *weights.tensors, weights.global_scale, y, params]
     threadgroups = kernel.threadgroups(rows, n, parts, outer * inner)
     name = kernel.name(weights.format, dtype)
-    report = launch(kernel.stem, name, constants, buffers, threadgroups, 32 * kernel.simdgroups)
+    report = launch(kernel.stem, name, constants, buffers, threadgroups, THREADS)
     if kernel.op in SPLIT:
         partial, y = y, unwritten(outer, inner, rows, n, dtype=dtype)
         params = struct.pack(SUM_PARTS_PARAMS, parts, rows * n)
@@ -182,13 +183,14 @@ def gather(kernel: Kernel, x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tens
         for stride in (0 if tensor is None or tensor.numel() == 1 else tensor.stride(0), 0)
     ]
     counted, batch = (len(rhs), 1) if "rhs" in kernel.op else (rows, len(rhs))
-    params = struct.pack(PRODUCT_PARAMS, *strides, x.stride(-2), 0, batch, counted, k, n, 1, 32 * ceil(k, 32))
+    depth = kernel.depth(dtype)
+    params = struct.pack(PRODUCT_PARAMS, *strides, x.stride(-2), 0, batch, counted, k, n, 1, depth * ceil(k, depth))
     params += struct.pack(GATHER_TAIL, len(x), len(weights.w))
     constants = kernel.constants(x, weights, n) if aligned else set()
     constants |= {HAS_GLOBAL_SCALE} if weights.global_scale is not None else set()
     buffers = [x, *weights.tensors, weights.global_scale, y, params, lhs, rhs]
     threadgroups = kernel.threadgroups(counted, n, 1, batch)
-    launch(kernel.stem, kernel.name(weights.format, dtype), constants, buffers, threadgroups, 32 * kernel.simdgroups)
+    launch(kernel.stem, kernel.name(weights.format, dtype), constants, buffers, threadgroups, THREADS)
     return y
 
 
@@ -474,7 +476,7 @@ def test_every_barrier_is_needed(stem, number, monkeypatch):
     broken = softmetal.compile(source, include_dirs=[ROOT / "metal"], defines=defines)
     monkeypatch.setattr(sys.modules[__name__], "library", lambda stem: broken)
     errors = ""
-    for op in ("qmm_t", "gather_qmm_rhs_n") if stem == "matmul" else ("qvm", "gather_qvm"):
+    for op in ("qmm_t", "gather_qmm_rhs_n") if stem == "matmul" else ("qmv", "qvm", "gather_qvm"):
         for rows in (20,) if stem == "matmul" else (1, 4):
             try:
                 check(op, FOUR_BIT, torch.float16, rows, 70, 128)
@@ -502,7 +504,7 @@ def test_cost_of_a_tile(op, rows):
     """Device memory is read once for each tile, fragments of both operands are shared, two barriers a step."""
     k, n = 128, 128
     counters = check(op, FOUR_BIT, torch.float16, rows, 128, 128).counters
-    tiles, steps = n // 64, k // 32
+    tiles, steps = n // 64, k // Kernel(op, rows).depth(torch.float16)
     assert counters["buffer_bytes_read"][0] == rows * k * 2 * tiles
     assert counters["buffer_bytes_read"][1] == n * k // 2
     assert counters["buffer_bytes_written"][5] == rows * n * 2

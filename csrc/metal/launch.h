@@ -19,19 +19,20 @@ namespace quantization_mlx {
 
 // --- Sizes that the shaders are written for and the plans count with ------------------------------------------------
 
-// Columns of y that one threadgroup of qmv computes: its two simdgroups read four rows of w at a time, and hold further
-// ones as independent accumulators where there are few rows of x.
-inline constexpr int qmv_simdgroups() { return 2; }
-inline constexpr int qmv_outputs_per_lane(int rows) { return rows == 1 || rows > 8 ? 2 : 4; }
-inline constexpr int qmv_columns(int rows) { return qmv_simdgroups() * 4 * qmv_outputs_per_lane(rows); }
+// Columns of y that one threadgroup of qmv computes: all of its simdgroups, each along a part of K. Sixteen lanes of a
+// simdgroup lie along K, and two times `outputs` rows of w across.
+inline constexpr int qmv_simdgroups() { return 4; }
+inline constexpr int qmv_outputs() { return 4; }
+inline constexpr int qmv_columns() { return 2 * qmv_outputs(); }
 
 // Columns of y that one threadgroup of qvm computes.
 inline constexpr int qvm_simdgroups() { return 4; }
 inline constexpr int qvm_columns() { return 256; }
 
-// The tiled products: tiles of 16, 32 or 64 rows, and always so many columns and so much of K at a time.
+// The tiled products: tiles of 16, 32 or 64 rows, always so many columns, and so much of K at a time. Tiles of few rows
+// wait for memory rather than for the matrix units: they take more of w at once.
 inline constexpr int tile_columns() { return 64; }
-inline constexpr int tile_k() { return 32; }
+inline constexpr int tile_k(int rows, int element_size) { return rows < 64 && element_size == 2 ? 64 : 32; }
 inline constexpr int tile_simdgroups() { return 4; }
 
 // The tensor-op products: tiles of 32 or 64 rows.

@@ -15,6 +15,12 @@ const char* name_of(Family family) {
   return names[static_cast<int>(family)];
 }
 
+const char* name_of(Role role) {
+  constexpr const char* names[role_count] = {
+      "none", "x", "w", "scales", "biases", "global_scale", "y", "partial_sums", "lhs_indices", "rhs_indices"};
+  return names[static_cast<int>(role)];
+}
+
 namespace {
 
 using at::Tensor;
@@ -29,7 +35,6 @@ constexpr int qvm_rows[] = {1, 4, 8};
 // Rows of a tile. 16 for what is just too much for a matvec: a tile's time is that of all its rows, used or not.
 constexpr int tile_rows[] = {16, 32, 64};
 constexpr int tensor_tile_rows[] = {32, 64};
-constexpr int splitk_tile_rows[] = {32};
 constexpr int gather_tile_rows[] = {32};
 
 // GPUs by the last letter of their architecture. Cores are those of the larger common model; they only steer how far a
@@ -41,15 +46,13 @@ struct Variant {
 constexpr Variant variants[] = {{'p', 6}, {'g', 10}, {'s', 20}, {'c', 32}, {'d', 64}};
 
 // A core hides the latency of memory with about this many threadgroups of each kind; below it, split-K makes more.
-constexpr int qmv_threadgroups_per_core = 8;  // of 64 threads
 constexpr int qvm_threadgroups_per_core = 8;  // of 128 threads
 constexpr int tile_threadgroups_per_core = 4;  // of 128 threads, with 6 to 18 KiB of threadgroup memory
 // A shorter part of K than this costs more in partial sums, written and read again, than it gains.
-constexpr int qmv_part_k = 1024;
 constexpr int qvm_part_k = 128;
 constexpr int tile_part_k = 512;
 // Parts are whole steps of a kernel along K.
-constexpr int qmv_step_k = 256;
+constexpr int qmv_step_k = 32;
 constexpr int qvm_step_k = 32;
 
 // The sorted-expert form pays from so many pairs on, and so many for each expert: with fewer, most rows of a tile are
@@ -78,10 +81,10 @@ std::string kernel_name(Format format, const char* op, at::ScalarType dtype, int
   return rows > 0 ? name + "_rows_" + std::to_string(rows) : name;
 }
 
+constexpr int64_t max_size = std::numeric_limits<int>::max() / 2;
+
 int narrow(std::string_view op, const char* what, int64_t size) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      size <= std::numeric_limits<int>::max() / 2, "[", op, "] ", what, " is ", size,
-      "; on Metal it must be below 2^30.");
+  TORCH_CHECK_NOT_IMPLEMENTED(size <= max_size, "[", op, "] ", what, " is ", size, "; on Metal it must be below 2^30.");
   return static_cast<int>(size);
 }
 
@@ -284,7 +287,10 @@ class ProductPlanner {
 
   // Few rows of any number of matrices, in even shares so that none is left with a single row.
   void matvecs(const BatchPart& batch) {
-    const int64_t shares = ceil_div(shape_.M, matvec_rows());
+    // The kernels count in 32 bits from a row of x, and from a row of w, to the last one that they take at a time.
+    narrow(problem_.op, "K times bits", shape_.K * format_.bits);
+    const bool rows_are_near = problem_.x.row_stride < max_size / matvec_rows();
+    const int64_t shares = rows_are_near ? ceil_div(shape_.M, matvec_rows()) : shape_.M;
     for (int64_t i = 0; i < shares; ++i) {
       const int64_t first = i * shape_.M / shares;
       matvec({batch, first, (i + 1) * shape_.M / shares - first});
@@ -296,9 +302,9 @@ class ProductPlanner {
     if (problem_.transpose) {
       const int rows =
           gathered ? smallest_at_least(gather_qmv_rows, block.rows) : smallest_at_least(qmv_rows, block.rows);
-      const Kernel kernel{Family::matvec,    "matvec",   gathered ? "gather_qmv" : "qmv", rows > 1 ? rows : 0,
-                          qmv_columns(rows), qmv_step_k, 32u * qmv_simdgroups()};
-      product(block, kernel, 1, gathered ? 1 : parts_of(block, kernel, 1, qmv_threadgroups_per_core, qmv_part_k));
+      const Kernel kernel{Family::matvec, "matvec",   gathered ? "gather_qmv" : "qmv", rows > 1 ? rows : 0,
+                          qmv_columns(),  qmv_step_k, 32u * qmv_simdgroups()};
+      product(block, kernel, 1, 1);
     } else {
       const int rows = smallest_at_least(qvm_rows, block.rows);
       const Kernel kernel{Family::matvec, "matvec",   gathered ? "gather_qvm" : "qvm", rows > 1 ? rows : 0,
@@ -318,7 +324,8 @@ class ProductPlanner {
   }
 
   Kernel tile_kernel(const char* op, int rows) const {
-    return {Family::tile, "matmul", op, rows, tile_columns(), tile_k(), 32u * tile_simdgroups()};
+    const int depth = tile_k(rows, static_cast<int>(c10::elementSize(problem_.dtype)));
+    return {Family::tile, "matmul", op, rows, tile_columns(), depth, 32u * tile_simdgroups()};
   }
 
   Kernel tensor_kernel(const char* op, int rows) const {
@@ -332,16 +339,9 @@ class ProductPlanner {
   }
 
   void tile(const Block& block) {
-    Kernel kernel = tile_kernel(problem_.transpose ? "qmm_t" : "qmm_n", rows_of_tile(tile_rows, block.rows));
-    Kernel split = kernel;
-    split.rows = splitk_tile_rows[0];
-    const int64_t row_tiles = ceil_div(block.rows, split.rows);
-    const int64_t parts = parts_of(block, split, row_tiles, tile_threadgroups_per_core, tile_part_k);
-    if (parts > 1) {
-      product(block, split, row_tiles, parts);
-    } else {
-      product(block, kernel, ceil_div(block.rows, kernel.rows), 1);
-    }
+    const Kernel kernel = tile_kernel(problem_.transpose ? "qmm_t" : "qmm_n", rows_of_tile(tile_rows, block.rows));
+    const int64_t row_tiles = ceil_div(block.rows, kernel.rows);
+    product(block, kernel, row_tiles, parts_of(block, kernel, row_tiles, tile_threadgroups_per_core, tile_part_k));
   }
 
   void tensor(const Block& block) {
@@ -539,6 +539,16 @@ bool is_empty(const Sizes<int64_t>& sizes) { return std::find(sizes.begin(), siz
 
 // --- As text -------------------------------------------------------------------------------------------------------
 
+std::string hexadecimal(const std::byte* bytes, int size) {
+  constexpr char digits[] = "0123456789abcdef";
+  std::string text;
+  for (int i = 0; i < size; ++i) {
+    const auto byte = static_cast<unsigned>(bytes[i]);
+    text += {digits[byte >> 4], digits[byte & 15]};
+  }
+  return text;
+}
+
 std::string describe(const Plan& plan, const Target& target) {
   constexpr std::pair<int, const char*> constants[] = {
       {QUANTIZATION_MLX_ALIGNED_OUTPUTS, "aligned_outputs"},
@@ -564,7 +574,7 @@ std::string describe(const Plan& plan, const Target& target) {
   });
   out << "{\"device\": \"mps\", \"gpu\": \"" << target.gpu.architecture << "\", \"excluded\": ";
   list(excluded, [&](Family family) { quoted(name_of(family)); });
-  out << ", \"launches\": ";
+  out << ", \"workspace\": " << plan.workspace << ", \"launches\": ";
   list(plan.launches, [&](const Launch& launch) {
     std::vector<const char*> set;
     for (const auto& [index, name] : constants) {
@@ -582,7 +592,14 @@ std::string describe(const Plan& plan, const Target& target) {
     list(set, quoted);
     out << ", \"threadgroups\": ";
     list(launch.threadgroups, [&](uint32_t count) { out << count; });
-    out << ", \"threads\": " << launch.threads << "}";
+    out << ", \"threads\": " << launch.threads << ", \"arguments\": ";
+    const auto used = launch.arguments.begin() + launch.argument_count;
+    list(std::vector<Argument>(launch.arguments.begin(), used), [&](const Argument& argument) {
+      out << "[\"" << name_of(argument.role) << "\", " << argument.offset << "]";
+    });
+    out << ", \"params_index\": " << launch.params_index << ", \"params\": ";
+    quoted(hexadecimal(launch.params.data(), launch.params_size));
+    out << "}";
   });
   out << "}";
   return out.str();
@@ -620,12 +637,19 @@ DequantizeProblem with_kernel_dtype(DequantizeProblem problem) {
   return problem;
 }
 
-GpuTraits GpuTraits::parse(std::string_view architecture, int macos) {
-  const auto traits = known(architecture, macos);
+GpuTraits GpuTraits::parse(std::string_view name, int macos) {
+  const size_t slash = name.find('/');
+  auto traits = known(name.substr(0, slash), macos);
+  const std::string_view cores = slash == std::string_view::npos ? "" : name.substr(slash + 1);
+  const bool is_number = std::all_of(cores.begin(), cores.end(), [](char c) { return c >= '0' && c <= '9'; });
+  const bool has_cores = slash == std::string_view::npos || (!cores.empty() && cores.size() <= 4 && is_number);
   TORCH_CHECK_VALUE(
-      traits.has_value(), "The GPU is named \"", architecture,
-      "\"; expected is Metal's name of an architecture, applegpu_g and a generation and p, g, s, c or d: "
-      "applegpu_g16s.");
+      traits.has_value() && has_cores, "The GPU is named \"", name,
+      "\"; expected is Metal's name of an architecture, applegpu_g and a generation and p, g, s, c or d, and if you "
+      "like, after a slash, how many cores it has: applegpu_g16s or applegpu_g16s/16.");
+  if (!cores.empty()) {
+    traits->cores = std::max(1, std::stoi(std::string(cores)));
+  }
   return *traits;
 }
 

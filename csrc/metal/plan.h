@@ -38,9 +38,10 @@ struct GpuTraits {
   bool tensor_ops = false;  // matrix units and the language to use them
   int macos = 0;  // 2602 is 26.2
 
-  // Raises ValueError where the name is not one of an Apple GPU.
-  static GpuTraits parse(std::string_view architecture, int macos);
-  // As parse; of a GPU with another name, such as a virtual one, nothing is assumed.
+  // name: an architecture, with a slash and the number of cores where it is not the usual one: applegpu_g16s/16. Raises
+  // ValueError where that is not one of an Apple GPU.
+  static GpuTraits parse(std::string_view name, int macos);
+  // As parse, without cores; of a GPU with another name, such as a virtual one, nothing is assumed.
   static GpuTraits of_device(std::string_view architecture, int macos);
 };
 
@@ -64,6 +65,8 @@ enum class Role : uint8_t {
   rhs_indices,
 };
 inline constexpr int role_count = 10;
+
+const char* name_of(Role role);
 
 struct Argument {
   Role role = Role::none;
@@ -105,8 +108,9 @@ Plan plan(const DequantizeProblem& problem, const Target& target);
 Plan plan(const QuantizeProblem& problem, const Target& target);
 
 // The plan of any problem, as JSON:
-// {"device": "mps", "gpu": ..., "excluded": [...],
-//  "launches": [{"kernel", "file", "family", "constants": [...], "threadgroups": [...], "threads"}]}
+// {"device": "mps", "gpu": ..., "excluded": [...], "workspace": ...,
+//  "launches": [{"kernel", "file", "family", "constants": [...], "threadgroups": [...], "threads",
+//                "arguments": [[role, offset], ...], "params_index", "params": bytes in hexadecimal}]}
 std::string explain(const MatmulProblem& problem, const Target& target);
 std::string explain(const GatherProblem& problem, const Target& target);
 std::string explain(const DequantizeProblem& problem, const Target& target);

@@ -25,6 +25,8 @@ class Launch:
     family: "tensor" (Metal 4 tensor operations, "NAX"), "tile" (8x8 simdgroup matrices), "matvec" or "quantize".
     constants: the facts about shapes and alignment that the kernel is specialised for.
     threadgroups: of the grid, by x, y and z; threads: of one threadgroup.
+    arguments: by buffer index, the operand's role ("none": left unbound) and the element that it begins with.
+    params_index, params: the buffer index and the bytes of the parameter struct (csrc/metal/launch.h).
     """
 
     kernel: str
@@ -33,6 +35,9 @@ class Launch:
     constants: tuple[str, ...]
     threadgroups: tuple[int, int, int]
     threads: int
+    arguments: tuple[tuple[str, int], ...]
+    params_index: int
+    params: bytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Plan:
     instruction_set: of the CPU kernels; None on "mps".
     gpu: Metal's name of the architecture; None on "cpu". launches: its kernels, in order; empty on "cpu".
     excluded: kernel families that gave wrong results in their self-check on this GPU and are not used.
+    workspace: float32 values that "partial_sums" have room for, between its launches.
     """
 
     op: str
@@ -51,6 +57,7 @@ class Plan:
     gpu: str | None = None
     excluded: tuple[str, ...] = ()
     launches: tuple[Launch, ...] = ()
+    workspace: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.op} on {self.gpu or self.instruction_set}"]
@@ -62,12 +69,15 @@ class Plan:
         return "\n".join(lines)
 
 
+def _launch(fields: dict[str, Any]) -> Launch:
+    read = {"constants": tuple, "threadgroups": tuple, "params": bytes.fromhex}
+    read["arguments"] = lambda arguments: tuple(map(tuple, arguments))
+    return Launch(**{name: read.get(name, lambda value: value)(value) for name, value in fields.items()})
+
+
 def _plan(op: str, text: str) -> Plan:
     fields = json.loads(text)
-    launches = tuple(
-        Launch(**{**launch, **{name: tuple(launch[name]) for name in ("constants", "threadgroups")}})
-        for launch in fields.pop("launches", ())
-    )
+    launches = tuple(map(_launch, fields.pop("launches", ())))
     return Plan(op=op, launches=launches, excluded=tuple(fields.pop("excluded", ())), **fields)
 
 
