@@ -13,7 +13,7 @@ pip := $(bin)/python -m pip
 WORKERS ?= 2
 export PROMPT
 
-.PHONY: help setup build demo test mac-check bench lint format clean
+.PHONY: help setup build demo test mac-check gpu-lane bench lint format clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(VENV)/.with-demo $(VENV)/.with-test build ## runs the tests
 
 mac-check: $(VENV)/.with-mac-check ## compiles and links the macOS build, and checks its Objective-C++, without a Mac
 	$(bin)/python tests/mac_check.py
+
+gpu-lane: $(VENV)/.with-gpu-lane build ## compiles the shaders for NVIDIA GPUs; docs/gpu-lane.md says what for
+	$(bin)/python tests/gpu_lane/build.py
 
 bench: $(VENV)/.with-demo build ## times the kernels of this machine's GPU, or else CPU, against what else there is
 	$(bin)/python benchmarks/$(if $(filter Darwin,$(shell uname)),mps,cpu).py

@@ -120,9 +120,12 @@ class Program:
     constants: list[Constant] = field(default_factory=list)
 
 
-def rewrite(preprocessed: str, shim_directory: str) -> Program:
-    """Returns the program for clang. Raises RewriteError."""
-    return _Rewriter(preprocessed, shim_directory).run()
+def rewrite(preprocessed: str, shim_directory: str, unroll: bool = False) -> Program:
+    """Returns the program for clang. Raises RewriteError.
+
+    unroll: keep what the shader says of unrolling loops; the software device only compiles longer for it.
+    """
+    return _Rewriter(preprocessed, shim_directory, unroll).run()
 
 
 def entry_point(program: Program, name: str, symbol: str) -> str:
@@ -156,8 +159,8 @@ def entry_point(program: Program, name: str, symbol: str) -> str:
 
 
 class _Rewriter:
-    def __init__(self, text: str, shim_directory: str) -> None:
-        self.all_tokens = self._tokenize(text, shim_directory)
+    def __init__(self, text: str, shim_directory: str, unroll: bool) -> None:
+        self.all_tokens = self._tokenize(text, shim_directory, unroll)
         # Significant tokens of the user's; the shim is written for clang as it is.
         self.tokens = [t for t in self.all_tokens if t.kind not in ("space", "marker") and not t.shim]
         self.program = Program("")
@@ -203,7 +206,7 @@ class _Rewriter:
         return re.match(r"#\s*pragma\s+(unroll|nounroll|clang\s+loop)\b", pragma) is not None
 
     @classmethod
-    def _tokenize(cls, text: str, shim_directory: str) -> list[Token]:
+    def _tokenize(cls, text: str, shim_directory: str, unroll: bool) -> list[Token]:
         tokens = []
         file, line = "", 1
         for match in TOKEN.finditer(text):
@@ -212,8 +215,8 @@ class _Rewriter:
             token.spaced = bool(tokens) and tokens[-1].kind in ("space", "marker")
             tokens.append(token)
             marker = MARKER.match(token.text) if token.kind == "marker" else None
-            if token.kind == "marker" and cls._is_unrolling(token.text):
-                token.output = "\n"  # copies of loop bodies only take time to compile
+            if token.kind == "marker" and not unroll and cls._is_unrolling(token.text):
+                token.output = "\n"
             if marker:
                 line, file = int(marker[1]), marker[2]
             else:

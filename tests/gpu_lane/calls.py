@@ -1,0 +1,101 @@
+"""An op call of the lane: its shapes, types and format. Plain Python, for machines with and without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "uint32": 4, "int64": 8}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A product of x [batch, rows, k] with w [n, k], or [k, n] without transpose; or a conversion of w [n, k].
+
+    op: quantized_matmul, gather_qmm, quantize or dequantize. batch: matrices of x, each with its own w where
+    batched_w. experts: gather_qmm's matrices of w, for `pairs` pairs of indices, of which some are out of range where
+    `invalid`; sorted: one row of x to a pair, the experts in order. x_padding: elements between the rows of x.
+    offset: elements before the first one of x, words before the first one of w.
+    """
+
+    op: str = "quantized_matmul"
+    mode: str = "affine"
+    group_size: int = 64
+    bits: int = 4
+    dtype: str = "float16"
+    rows: int = 1
+    n: int = 4096
+    k: int = 4096
+    transpose: bool = True
+    batch: int = 1
+    batched_w: bool = False
+    experts: int = 0
+    pairs: int = 0
+    invalid: bool = False
+    sorted: bool = False
+    x_padding: int = 0
+    offset: int = 0
+    global_scale: bool = False
+
+    @property
+    def is_product(self) -> bool:
+        return self.op in ("quantized_matmul", "gather_qmm")
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        """Of the dense matrices."""
+        matrix = (self.n, self.k) if self.transpose else (self.k, self.n)
+        return (self.experts, *matrix) if self.experts else (self.batch, *matrix) if self.batched_w else matrix
+
+    @property
+    def words_shape(self) -> tuple[int, ...]:
+        return (*self.w_shape[:-1], self.w_shape[-1] * self.bits // 32)
+
+    @property
+    def groups_shape(self) -> tuple[int, ...]:
+        return (*self.w_shape[:-1], self.w_shape[-1] // self.group_size)
+
+    @property
+    def scale_dtype(self) -> str:
+        return self.dtype if self.mode == "affine" else "uint8"
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        if self.experts:
+            return (self.pairs, 1, self.k) if self.sorted else (self.pairs, self.rows, self.k)
+        return (self.batch, self.rows, self.k) if self.batch > 1 else (self.rows, self.k)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        return (*self.x_shape[:-1], self.n) if self.is_product else self.w_shape
+
+    @property
+    def results(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and types of what the kernels write, by role."""
+        if self.op != "quantize":
+            return {"y": (self.y_shape, self.dtype)}
+        results = {"w": (self.words_shape, "uint32"), "scales": (self.groups_shape, self.scale_dtype)}
+        return {**results, "biases": (self.groups_shape, self.dtype)} if self.mode == "affine" else results
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of one matrix of w: packed words, scales and biases."""
+        elements = math.prod(self.w_shape[-2:])
+        scale_bytes = 2 * ITEM_BYTES[self.dtype] if self.mode == "affine" else 1
+        return elements * self.bits // 8 + elements // self.group_size * scale_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.matrix_bytes * math.prod(self.w_shape[:-2])
+
+    @property
+    def format(self) -> str:
+        return f"{self.mode} g{self.group_size} b{self.bits}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        changed = [f"{name}={value}" for name, value in asdict(self).items() if value != getattr(Call, name)]
+        return f"Call({', '.join(changed)})"

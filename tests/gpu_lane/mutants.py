@@ -1,0 +1,86 @@
+"""Planted bugs: edits of a shader, the sanitizer that must flag each, and calls that run into it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from calls import Call
+
+METAL = Path(__file__).resolve().parents[2] / "metal"
+BARRIER = re.escape("threadgroup_barrier(mem_flags::mem_threadgroup);")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An edit of the preprocessed text of metal/<file>.metal: what matches `old` becomes `new`.
+
+    only: the number of the match that is edited; None: all of them.
+    """
+
+    tool: str
+    file: str
+    old: str
+    new: str
+    calls: tuple[Call, ...]
+    only: int | None = None
+
+    def __call__(self, text: str) -> str:
+        matches = list(re.finditer(self.old, text))
+        for match in reversed(matches if self.only is None else matches[self.only : self.only + 1]):
+            text = text[: match.start()] + match.expand(self.new) + text[match.end() :]
+        return text
+
+
+QMV = tuple(Call(rows=rows, n=37, k=1088) for rows in (1, 3, 12))
+QVM = tuple(Call(rows=rows, n=192, k=37, transpose=False) for rows in (1, 4))
+TILE = Call(rows=29, n=70, k=192)
+TILES = (TILE, Call(rows=29, n=192, k=70, transpose=False))
+SORTED = Call(op="gather_qmm", n=70, k=192, experts=4, pairs=40, sorted=True)
+SPLIT = Call(n=64, k=512, transpose=False)
+
+
+def _barriers(file: str, *calls: Call) -> dict[str, Mutant]:
+    count = len(re.findall(BARRIER, (METAL / f"{file}.h").read_text()))
+    return {
+        f"{file}: without barrier {i + 1} of {count}": Mutant("racecheck", file, BARRIER, "", calls, only=i)
+        for i in range(count)
+    }
+
+
+MUTANTS = {
+    **_barriers("matvec", *QMV, *QVM),
+    **_barriers("matmul", *TILES, SORTED),
+    "matmul: rows of x overlap in threadgroup memory": Mutant(
+        "racecheck", "matmul", r"row \* padded<T>\(depth\)", "row * (padded<T>(depth) - 16)", (TILE,)
+    ),
+    "matmul: rows of w overlap in threadgroup memory": Mutant(
+        "racecheck", "matmul", r"\* padded<T>\(row_elements\)", "* (padded<T>(row_elements) - 16)", TILES
+    ),
+    "matmul: threadgroup memory without room for the padding": Mutant(
+        "memcheck", "matmul", r"element_size / 16 \+ 1\)", "element_size / 16)", TILES
+    ),
+    "matvec: rows of w too far apart": Mutant(
+        "memcheck", "matvec", r"row_words = ([^;]+);", r"row_words = (\1) + 8;", (*QMV, *QVM)
+    ),
+    "matmul: rows of w too far apart": Mutant(
+        "memcheck", "matmul", r"row_bytes = ([^;]+);", r"row_bytes = (\1) + 64;", TILES
+    ),
+    "matvec: rows of y too far apart": Mutant(
+        "memcheck", "matvec", r"\* params\.n \+", "* (params.n + 8) +", (*QMV[1:], QVM[1])
+    ),
+    "matmul: rows of y too far apart": Mutant(
+        "memcheck", "matmul", r"static_cast<long>\(params\.n\) \+ n\b", "static_cast<long>(params.n + 8) + n", TILES
+    ),
+    "matvec: one row of w more than there is": Mutant(
+        "memcheck", "matvec", r"aligned_outputs \|\| ([\w +]+) < params\.n", r"aligned_outputs || \1 <= params.n", QMV
+    ),
+    "matvec: partial sums over one another": Mutant(
+        "initcheck", "matvec", r"part \* params\.y_part_stride", "part / 2 * params.y_part_stride", (SPLIT,)
+    ),
+    "matmul: partial sums over one another": Mutant(
+        *("initcheck", "matmul", r"part \* params\.y_part_stride", "part / 2 * params.y_part_stride"),
+        (Call(rows=20, n=64, k=2176),),
+    ),
+}

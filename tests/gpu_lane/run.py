@@ -1,0 +1,165 @@
+"""Runs the bundle of build.py where an NVIDIA GPU is: correctness, sanitizers, times. Needs torch and numpy.
+
+    python tests/gpu_lane/run.py [--suites check sanitize mutants time] [--bundle build/gpu_lane/bundle]
+                                 [--output build/gpu_lane/results] [--markdown FILE]
+
+Exits with 1 where a result is wrong, a sanitizer complains or a planted bug is missed. Times say nothing absolute about
+Apple's GPUs. What may carry over is structure: bytes and loads, how time grows with rows; trust only what holds in both
+builds of a kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import driver
+import sanitizer
+import tables
+import torch
+from bundle import Archive, Buffers, Item
+from check import compare
+from operands import random_operands
+from timing import GUARD, Timer, copy_bandwidth, read_bytes, time_int4pack, time_linear
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = ("check", "sanitize", "mutants", "time")
+SHOWN_ERRORS = 20
+
+
+class Run:
+    """The suites of one bundle: their results, their tables, and what is wrong."""
+
+    def __init__(self, bundle: Path, output: Path) -> None:
+        self.bundle, self.output = bundle, output
+        self.items = Archive(bundle).items
+        self.tables: list[str] = []
+        self.wrong: list[str] = []
+        self.results: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
+        self.results["device"] = torch.cuda.get_device_name()
+
+    def suite(self, name: str) -> list[Item]:
+        return [item for item in self.items if item.suite == name]
+
+    def show(self, text: str) -> None:
+        self.tables.append(text)
+        print("\n" + text, flush=True)
+
+    def note(self, message: str) -> None:
+        self.wrong.append(message)
+        if len(self.wrong) <= SHOWN_ERRORS:
+            print("WRONG", message, flush=True)
+
+    def check(self) -> None:
+        self.results["check"] = [self._check(item) for item in self.suite("check")]
+        self.show(tables.checks(self.results["check"]))
+
+    def _check(self, item: Item) -> dict[str, Any]:
+        operands = random_operands(item.call)
+        result = {"build": item.build, "kernels": [launch["kernel"] for launch in item.launches]}
+        try:
+            buffers = Buffers(item, operands, GUARD)
+            item.bind(buffers)()
+            driver.synchronize()
+            share = compare(item.call, operands, buffers.results(), item.expected)
+            assert share <= 1, f"an error of {share:.3g} times what is allowed"
+            return {**result, "share": share, "wrong": ""}
+        except AssertionError as error:
+            self.note(f"{item}: {error}")
+            return {**result, "share": 0.0, "wrong": str(error)}
+
+    def sanitize(self) -> None:
+        reports = [self._under(tool, "sanitize") for tool in sanitizer.TOOLS]
+        self.wrong += [
+            f"{report.tool}: {report.errors} errors {report.failure}" for report in reports if not report.is_clean
+        ]
+        self.results["sanitize"] = [report.as_dict() for report in reports]
+        self.show(tables.sanitizers(self.results["sanitize"]))
+
+    def mutants(self) -> None:
+        tools = dict.fromkeys(mutant.tool for mutant in sanitizer.MUTANTS.values())
+        reports = {tool: self._under(tool, "mutants") for tool in tools}
+        verdicts = sanitizer.judge_mutants(self.suite("mutants"), reports)
+        for verdict in verdicts:
+            if not (verdict["flagged"] and verdict["twin_is_clean"]):
+                self.note(f"{verdict['mutant']}: {verdict} {reports[verdict['tool']].failure}")
+        self.results["mutants"] = verdicts
+        self.show(tables.mutants(verdicts))
+
+    def _under(self, tool: str, suite: str) -> sanitizer.Report:
+        report = sanitizer.run(tool, self.bundle, suite)
+        (self.output / f"{suite}-{tool}.txt").write_text(report.text)
+        print(f"{suite} {tool}: {report.launches} launches, {report.errors} errors {report.failure}", flush=True)
+        return report
+
+    def time(self) -> None:
+        items = self.suite("time")
+        self.results["copy"] = copy_bandwidth()
+        timer = Timer()
+        self.results["times"] = [self._time(item, timer) for item in items]
+        products = {item.call: None for item in items if item.build == "known" and item.call.transpose}
+        self.results["peers"] = [self._peers(call) for call in products]
+        # Clocks that were still rising, or a neighbour, would show.
+        self.results["copy"] = max(self.results["copy"], copy_bandwidth())
+        for text in tables.Times(self.results).tables():
+            self.show(text)
+
+    def _time(self, item: Item, timer: Timer) -> dict[str, Any]:
+        try:
+            taken, share = timer(item)
+            if share > 1:
+                self.note(f"{item}: an error of {share:.3g} times what is allowed")
+        except AssertionError as error:
+            self.note(f"{item}: {error}")
+            taken = float("nan")
+        torch.cuda.empty_cache()
+        launches = {name: [launch[name] for launch in item.launches] for name in ("kernel", "registers", "spilled")}
+        launches["kernels"] = launches.pop("kernel")
+        measured = {"seconds": taken, "bytes": read_bytes(item.call)}
+        return {"build": item.build, "call": item.call.as_dict(), **launches, **measured}
+
+    @staticmethod
+    def _peers(call) -> dict[str, Any]:
+        peers = {"linear": time_linear(call), "int4pack": time_int4pack(call)}
+        torch.cuda.empty_cache()
+        return {"shape": [call.rows, call.n, call.k], **peers}
+
+    def head(self) -> str:
+        copy = f", copy {self.results['copy'] / 1e9:.0f} GB/s" if "copy" in self.results else ""
+        device = f"{self.results['device']}, torch {self.results['torch']}, {self.results['date']}{copy}"
+        return f"{device}. Metal source; says nothing absolute about Apple GPUs.\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suites", nargs="*", default=list(SUITES), choices=SUITES)
+    parser.add_argument("--bundle", type=Path, default=ROOT / "build" / "gpu_lane" / "bundle")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu_lane" / "results")
+    parser.add_argument("--markdown", type=Path, help="the tables, for the documentation")
+    arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    torch.cuda.init()
+    driver.start()
+    run = Run(arguments.bundle, arguments.output)
+    for suite in arguments.suites:
+        begin = time.monotonic()
+        if run.suite(suite):
+            getattr(run, suite)()
+            print(f"{suite}: {time.monotonic() - begin:.0f} s", flush=True)
+        else:
+            run.note(f"the bundle has no suite {suite}")
+    (arguments.output / "results.json").write_text(json.dumps(run.results))
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join([run.head(), *run.tables]))
+    print(run.head() + (f"{len(run.wrong)} WRONG" if run.wrong else "all as it should be"))
+    return bool(run.wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
