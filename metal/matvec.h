@@ -3,8 +3,8 @@
 // qmv: y = x @ w.T, w [N, K], groups along K.
 //
 //   simdgroup 0:  lane         0   1  ...  15 | 16  17  ...  31
-//                 part of K    0   1  ...  15 |  0   1  ...  15    parts of 32 elements for few rows of x, else of 16
-//                 row of w           n        |       n + 1        with n + 2, n + 4, n + 6 in more registers
+//                 part of K    0   1  ...  15 |  0   1  ...  15    parts of 32 elements for few rows of half, else of
+//                 16 row of w           n        |       n + 1        with n + 2, n + 4, n + 6 in more registers
 //   simdgroups 1, 2, 3:       16  17  ...  31 ...  63 of the same rows of w; then all of them go on by 64 parts
 //
 // Sixteen lanes read a row of w side by side, 16 bytes a lane at 4 bits: whole lines. What is in registers of x serves
@@ -50,10 +50,11 @@ namespace quantization_mlx {
 static constant constexpr const int qmv_lanes_along = 16;
 static constant constexpr const int qmv_lanes_across = 2;
 
-// Elements that a lane takes of a row of w at a time. One row of x: a whole run, in the widest loads. More rows: half
-// of one, which keeps the code of a step short; so do groups of 16, whose scale it then has for itself.
-inline constexpr int qmv_elements(int rows, int group_size) {
-  return rows <= 3 && group_size >= run_elements ? run_elements : half_run_elements;
+// Elements that a lane takes of a row of w at a time. Few rows of x: a whole run, in the widest loads. More rows: half
+// of one, which keeps the code of a step short; so do groups of 16, whose scale it then has for itself, and x in
+// float32, of which sixteen lanes would ask for 2 KiB at once.
+inline constexpr int qmv_elements(int rows, int group_size, int element_size) {
+  return rows <= 3 && group_size >= run_elements && element_size == 2 ? run_elements : half_run_elements;
 }
 
 inline constexpr int words_of(int elements, int bits) { return (elements * bits + 31) / 32; }
@@ -190,7 +191,7 @@ inline void matvec_transposed(
     uint lane) {
   constexpr int outputs = qmv_outputs();
   constexpr int columns = qmv_columns();
-  constexpr int elements = qmv_elements(rows, group_size);
+  constexpr int elements = qmv_elements(rows, group_size, sizeof(T));
   constexpr int words = words_of(elements, bits);
   const int lane_step = lane % qmv_lanes_along;
   const int column = lane / qmv_lanes_along;

@@ -49,7 +49,7 @@ def computed(call: Call, given: dict[str, np.ndarray]) -> torch.Tensor:
         format["global_scale"] = torch.from_numpy(given["global_scale"])
     if call.op == "dequantize":
         return qm.dequantize(w, scales, biases, **format, dtype=getattr(torch, call.dtype))
-    x = check.tensor(given["x"][call.offset :], call.dtype).reshape(*call.x_shape[:-1], -1)[..., : call.k]
+    x = check.rows_of_x(call, given)
     if call.op == "quantized_matmul":
         return qm.quantized_matmul(x, w, scales, biases, transpose=call.transpose, **format)
     lhs, rhs = (torch.from_numpy(given[name]) for name in ("lhs_indices", "rhs_indices"))
@@ -186,7 +186,7 @@ REPORTS = {
     "no device": ("========= COMPUTE-SANITIZER\n========= Error: Device not supported\n", None, "not supported", ()),
     "killed": (HEAD.replace("launches 7\n", ""), None, "did not finish", ()),
     "failed launch": (
-        HEAD + "failed plain qmv: cuLaunchKernel: too many resources (701)\n========= ERROR SUMMARY: 0 errors\n",
+        HEAD + "failed [sanitize] plain qmv: too many resources (701)\n========= ERROR SUMMARY: 0 errors\n",
         *(0, "too many resources", ()),
     ),
 }
@@ -197,7 +197,8 @@ def test_reports(name):
     text, errors, failure, symbols = REPORTS[name]
     report = sanitizer.parse(text, sanitizer.Report("memcheck", ()))
     assert report.errors == errors
-    assert (failure in report.failure) if failure else not report.failure
+    shown = report.as_dict()["failure"]
+    assert (failure in shown) if failure else not shown
     assert report.is_clean == (errors == 0 and not failure)
     for symbol in symbols:
         assert report.names(bundle.Item(None, {"launches": [{"symbol": symbol}]}))
@@ -205,16 +206,22 @@ def test_reports(name):
 
 
 def test_judging_mutants():
-    """Flagged where the tool names the mutant; a twin that it names is not clean."""
-    name, mutant = next(iter(mutants.MUTANTS.items()))
+    """Flagged where the tool names the mutant; a twin that it names, or that did not run, is not clean."""
     items = [
         bundle.Item(None, {"tag": tag, "launches": [{"symbol": symbol}]})
-        for tag, symbol in ((name, "broken"), (f"twin of {name}", "whole"))
+        for tag, symbol in (("bug", "broken"), ("twin of bug", "whole"))
     ]
-    for words, verdict in (({"broken"}, (True, True)), ({"whole"}, (False, False)), (set(), (False, True))):
-        report = sanitizer.Report(mutant.tool, (), errors=0, words=words)
-        [found] = sanitizer.judge_mutants(items, dict.fromkeys(("racecheck", "memcheck", "initcheck"), report))
-        assert (found["flagged"], found["twin_is_clean"]) == verdict
+    failed = "failed [twin of bug] plain qmv: an illegal instruction"
+    for words, failures, expected in (
+        ({"broken"}, [], (True, True)),
+        ({"whole"}, [], (False, False)),
+        (set(), [], (False, True)),
+        ({"broken"}, [failed.replace("twin of ", "")], (True, True)),
+        ({"broken"}, [failed], (True, False)),
+    ):
+        report = sanitizer.Report("memcheck", (), errors=0, words=words, failed=failures)
+        verdict = sanitizer.judge_mutant("bug", items, report)
+        assert (verdict["flagged"], verdict["twin_is_clean"]) == expected
 
 
 def test_tables_of_times():

@@ -87,10 +87,15 @@ def _compare_dequantized(call: Call, operands: dict[str, np.ndarray], y: Tensor)
 # --- Products ---------------------------------------------------------------------------------------------------------
 
 
+def rows_of_x(call: Call, operands: dict[str, np.ndarray]) -> Tensor:
+    """x in its shape, without what lies between its rows."""
+    stored = np.pad(operands["x"][call.offset :], (0, call.x_padding))
+    x = stored.reshape(*call.x_shape[:-1], call.k + call.x_padding)[..., : call.k]
+    return tensor(np.ascontiguousarray(x), call.dtype)
+
+
 def _compare_product(call: Call, operands: dict[str, np.ndarray], y: np.ndarray) -> float:
-    stride = call.k + call.x_padding
-    x = operands["x"][call.offset :].reshape(-1, call.x_shape[-2], stride)[..., : call.k]
-    x = tensor(np.ascontiguousarray(x), call.dtype)
+    x = rows_of_x(call, operands).reshape(-1, *call.x_shape[-2:])
     y = y.reshape(-1, *call.y_shape[-2:])
     worst = 0.0
     for columns in _ends(call.n, CHECKED_COLUMNS, 2 * CHECKED_COLUMNS):

@@ -25,14 +25,21 @@ ROLES = ("w", "scales", "biases", "x", "y")
 QMV_ROWS = 8  # mlx's limit depends on the GPU: from 6 on to 18
 
 
+@cache
+def include_dir() -> Path | None:
+    """Of the installed mlx, whose package may have more than one place."""
+    spec = importlib.util.find_spec("mlx")
+    places = [Path(place) / "include" for place in (spec.submodule_search_locations or ())] if spec else []
+    return next((place for place in places if (place / "mlx" / "backend").is_dir()), None)
+
+
 def is_installed() -> bool:
-    return importlib.util.find_spec("mlx") is not None
+    return include_dir() is not None
 
 
 @cache
 def source() -> Source:
-    place = Path(next(iter(importlib.util.find_spec("mlx").submodule_search_locations)))
-    return Source(None, KERNELS, (place / "include",), defines=DEFINES)
+    return Source(None, KERNELS, (include_dir(),), defines=DEFINES)
 
 
 def launch_of(call: Call) -> tuple[str, tuple[int, int, int], tuple[int, int, int], dict[int, tuple[str, int | str]]]:

@@ -11,6 +11,8 @@ from calls import Call
 METAL = Path(__file__).resolve().parents[2] / "metal"
 BARRIER = re.escape("threadgroup_barrier(mem_flags::mem_threadgroup);")
 
+ROW_OF_W = r"row_(words|halves|bytes) = ([^;]+);"
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -61,12 +63,8 @@ MUTANTS = {
     "matmul: threadgroup memory without room for the padding": Mutant(
         "memcheck", "matmul", r"element_size / 16 \+ 1\)", "element_size / 16)", TILES
     ),
-    "matvec: rows of w too far apart": Mutant(
-        "memcheck", "matvec", r"row_words = ([^;]+);", r"row_words = (\1) + 8;", (*QMV, *QVM)
-    ),
-    "matmul: rows of w too far apart": Mutant(
-        "memcheck", "matmul", r"row_bytes = ([^;]+);", r"row_bytes = (\1) + 64;", TILES
-    ),
+    "matvec: rows of w too far apart": Mutant("memcheck", "matvec", ROW_OF_W, r"row_\1 = (\2) + 64;", (*QMV, *QVM)),
+    "matmul: rows of w too far apart": Mutant("memcheck", "matmul", ROW_OF_W, r"row_\1 = (\2) + 64;", TILES),
     "matvec: rows of y too far apart": Mutant(
         "memcheck", "matvec", r"\* params\.n \+", "* (params.n + 8) +", (*QMV[1:], QVM[1])
     ),

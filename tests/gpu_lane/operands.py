@@ -1,6 +1,6 @@
 """Operands of a call, drawn at random: numpy arrays by role, bfloat16 as uint16.
 
-x and w begin with the `offset` elements that the call does not use, and rows of x have their padding.
+x and w begin with the `offset` elements that the call does not use, and rows of x but the last one have their padding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def random_operands(call: Call, seed: int = 0) -> dict[str, np.ndarray]:
         operands["global_scale"] = (GLOBAL_SCALE_UNIT * rng.uniform(0.5, 1.5, count)).astype(np.float32)
     if call.is_product:
         shape = (*call.x_shape[:-1], call.k + call.x_padding)
-        operands["x"] = _after(call.offset, encode(rng.standard_normal(shape, np.float32), call.dtype))
+        x = _after(call.offset, encode(rng.standard_normal(shape, np.float32), call.dtype))
+        operands["x"] = x[: len(x) - call.x_padding]
     if call.experts:
         beyond = int(call.invalid)
         lhs = rng.integers(-beyond, call.pairs + beyond, call.pairs)

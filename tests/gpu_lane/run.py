@@ -25,6 +25,7 @@ import tables
 import torch
 from bundle import Archive, Buffers, Item
 from check import compare
+from mutants import MUTANTS
 from operands import random_operands
 from timing import GUARD, Timer, copy_bandwidth, read_bytes, time_int4pack, time_linear
 
@@ -62,40 +63,57 @@ class Run:
 
     def _check(self, item: Item) -> dict[str, Any]:
         operands = random_operands(item.call)
-        result = {"build": item.build, "kernels": [launch["kernel"] for launch in item.launches]}
+        result = {
+            "build": item.build,
+            "kernels": [launch["kernel"] for launch in item.launches],
+            "share": 0.0,
+            "wrong": "",
+        }
         try:
             buffers = Buffers(item, operands, GUARD)
             item.bind(buffers)()
             driver.synchronize()
-            share = compare(item.call, operands, buffers.results(), item.expected)
-            assert share <= 1, f"an error of {share:.3g} times what is allowed"
-            return {**result, "share": share, "wrong": ""}
-        except AssertionError as error:
-            self.note(f"{item}: {error}")
-            return {**result, "share": 0.0, "wrong": str(error)}
+            result["share"] = compare(item.call, operands, buffers.results(), item.expected)
+            if result["share"] > 1:
+                result["wrong"] = f"an error of {result['share']:.3g} times what is allowed"
+        except (AssertionError, driver.DriverError) as error:
+            result["wrong"] = str(error)
+        if result["wrong"]:
+            self.note(f"{item}: {result['wrong']}")
+        return result
 
     def sanitize(self) -> None:
         reports = [self._under(tool, "sanitize") for tool in sanitizer.TOOLS]
         self.wrong += [
-            f"{report.tool}: {report.errors} errors {report.failure}" for report in reports if not report.is_clean
+            f"{report.tool}: {report.errors} errors {report.failure} {report.failed[:1]}"
+            for report in reports
+            if not report.is_clean
         ]
         self.results["sanitize"] = [report.as_dict() for report in reports]
         self.show(tables.sanitizers(self.results["sanitize"]))
 
     def mutants(self) -> None:
-        tools = dict.fromkeys(mutant.tool for mutant in sanitizer.MUTANTS.values())
-        reports = {tool: self._under(tool, "mutants") for tool in tools}
-        verdicts = sanitizer.judge_mutants(self.suite("mutants"), reports)
-        for verdict in verdicts:
-            if not (verdict["flagged"] and verdict["twin_is_clean"]):
-                self.note(f"{verdict['mutant']}: {verdict} {reports[verdict['tool']].failure}")
+        items = self.suite("mutants")
+        names = [name for name in MUTANTS if any(item.data["tag"] == name for item in items)]
+        reports = {tool: self._under(tool, "mutants") for tool in dict.fromkeys(MUTANTS[name].tool for name in names)}
+        verdicts = []
+        for name in names:
+            report = reports[MUTANTS[name].tool]
+            if report.failed:  # one of them took the others along
+                report = self._under(report.tool, "mutants", name)
+            verdicts.append(sanitizer.judge_mutant(name, items, report))
+            if not (verdicts[-1]["flagged"] and verdicts[-1]["twin_is_clean"]):
+                self.note(f"{verdicts[-1]} {report.failure}")
         self.results["mutants"] = verdicts
         self.show(tables.mutants(verdicts))
 
-    def _under(self, tool: str, suite: str) -> sanitizer.Report:
-        report = sanitizer.run(tool, self.bundle, suite)
-        (self.output / f"{suite}-{tool}.txt").write_text(report.text)
-        print(f"{suite} {tool}: {report.launches} launches, {report.errors} errors {report.failure}", flush=True)
+    def _under(self, tool: str, suite: str, which: str = "") -> sanitizer.Report:
+        report = sanitizer.run(tool, self.bundle, suite, which)
+        with (self.output / f"{suite}-{tool}.txt").open("a" if which else "w") as file:
+            file.write(report.text)
+        print(
+            f"{suite} {tool} {which}: {report.launches} launches, {report.errors} errors {report.failure}", flush=True
+        )
         return report
 
     def time(self) -> None:
@@ -115,7 +133,7 @@ class Run:
             taken, share = timer(item)
             if share > 1:
                 self.note(f"{item}: an error of {share:.3g} times what is allowed")
-        except AssertionError as error:
+        except (AssertionError, driver.DriverError) as error:
             self.note(f"{item}: {error}")
             taken = float("nan")
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Launches the calls of one suite once, without torch: what run.py starts under NVIDIA's compute-sanitizer.
 
-python tests/gpu_lane/sanitize.py BUNDLE SUITE [TOOL]    TOOL: only the mutants and twins for this one
+python tests/gpu_lane/sanitize.py BUNDLE SUITE [WHICH]    WHICH: of the mutants, those for this tool, or this one
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ from driver import DriverError, start, synchronize
 from mutants import MUTANTS
 from operands import random_operands
 
-
-def is_for(data: dict, suite: str, tool: str | None) -> bool:
-    mutant = MUTANTS.get(data["tag"].removeprefix("twin of "))
-    return data["suite"] == suite and (mutant is None or mutant.tool == tool)
+TWIN = "twin of "
 
 
-def main(path: str, suite: str, tool: str | None = None) -> None:
+def is_for(data: dict, suite: str, which: str | None) -> bool:
+    name = data["tag"].removeprefix(TWIN)
+    mutant = MUTANTS.get(name)
+    return data["suite"] == suite and (mutant is None or which in (mutant.tool, name))
+
+
+def main(path: str, suite: str, which: str | None = None) -> None:
     start()
+    items = [item for item in Archive(Path(path)).items if is_for(item.data, suite, which)]
     launches = 0
-    for item in Archive(Path(path)).items:
-        if not is_for(item.data, suite, tool):
-            continue
+    # A mutant may take the context along; twins come before that.
+    for item in sorted(items, key=lambda item: not item.data["tag"].startswith(TWIN)):
         try:
             item.bind(Buffers(item, random_operands(item.call)))()
             synchronize()
         except DriverError as error:
-            print("failed", item, error)
+            print(f"failed [{item.data['tag']}] {item}: {error}")
         launches += len(item.launches)
     print("launches", launches, flush=True)
 

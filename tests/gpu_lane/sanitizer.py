@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bundle import Item
-from mutants import MUTANTS
+from sanitize import TWIN
 
 # Allocations a page apart show accesses that would otherwise meet a neighbour. Reports of host code say nothing here.
 TOOLS = {
@@ -30,19 +30,23 @@ SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazar
 
 @dataclass
 class Report:
-    """What a tool said: the count of its summary (None: there is none), and the words of its messages."""
+    """What a tool said: the count of its summary (None: there is none), and the words of its messages.
+
+    failed: lines about calls that the driver refused. failure: why there is no report.
+    """
 
     tool: str
     options: Sequence[str]
     errors: int | None = None
     launches: int = 0
     failure: str = ""
+    failed: list[str] = field(default_factory=list)
     words: set[str] = field(default_factory=set)
     text: str = ""
 
     @property
     def is_clean(self) -> bool:
-        return not self.failure and self.errors == 0
+        return not self.failure and not self.failed and self.errors == 0
 
     def names(self, item: Item) -> bool:
         """Whether a kernel of the item is in a message."""
@@ -50,6 +54,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         shown = {name: getattr(self, name) for name in ("tool", "errors", "launches", "failure")}
+        shown["failure"] = " ".join([self.failure, *self.failed[:1]]).strip()
         return {**shown, "options": " ".join(self.options)}
 
 
@@ -61,24 +66,24 @@ def parse(text: str, report: Report) -> Report:
     report.words = {word for line in messages for word in re.findall(r"\w+", line)}
     launches = re.search(r"^launches (\d+)$", text, re.MULTILINE)
     report.launches = int(launches[1]) if launches else 0
+    report.failed = re.findall(r"^failed .*$", text, re.MULTILINE)
     if not counts or not launches:
         reasons = [line for line in messages if re.search(r"not supported|Error|failed", line)] or text.splitlines()[
             -1:
         ]
         report.failure = "did not finish: " + " ".join(reasons)[:200].replace("=", "").strip()
-    elif "failed" in {line.split(" ")[0] for line in text.splitlines()}:
-        report.failure = next(line for line in text.splitlines() if line.startswith("failed"))[:200]
     return report
 
 
-def run(tool: str, bundle: Path, suite: str) -> Report:
+def run(tool: str, bundle: Path, suite: str, which: str = "") -> Report:
+    """which: of the mutants, this one; otherwise all that the tool must find."""
     options = TOOLS[tool] + (MUTANT_OPTIONS.get(tool, ()) if suite == "mutants" else ())
     report = Report(tool, options)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         report.failure = "compute-sanitizer is not installed"
         return report
-    script = [sys.executable, str(Path(__file__).with_name("sanitize.py")), str(bundle), suite, tool]
+    script = [sys.executable, str(Path(__file__).with_name("sanitize.py")), str(bundle), suite, which or tool]
     command = [sanitizer, "--tool", tool, *OPTIONS, *options, *script]
     try:
         result = subprocess.run(
@@ -91,15 +96,10 @@ def run(tool: str, bundle: Path, suite: str) -> Report:
     return parse(result.stdout, report)
 
 
-def judge_mutants(items: Sequence[Item], reports: dict[str, Report]) -> list[dict[str, Any]]:
-    """For each mutant, whether its tool names one of its kernels, and none of its twin's."""
-    verdicts = []
-    for name, mutant in MUTANTS.items():
-        report = reports[mutant.tool]
-        own = [item for item in items if item.data["tag"] == name]
-        twins = [item for item in items if item.data["tag"] == f"twin of {name}"]
-        if own:
-            clean = not report.failure and not any(map(report.names, twins))
-            verdict = {"flagged": any(map(report.names, own)), "twin_is_clean": clean}
-            verdicts.append({"mutant": name, "tool": mutant.tool, **verdict})
-    return verdicts
+def judge_mutant(name: str, items: Sequence[Item], report: Report) -> dict[str, Any]:
+    """Whether the report names one of a mutant's kernels, and none of its twin's."""
+    twin = f"{TWIN}{name}"
+    kernels = {tag: [item for item in items if item.data["tag"] == tag] for tag in (name, twin)}
+    named = {tag: any(map(report.names, of_tag)) for tag, of_tag in kernels.items()}
+    ran = not report.failure and not any(f"[{twin}]" in line for line in report.failed)
+    return {"mutant": name, "tool": report.tool, "flagged": named[name], "twin_is_clean": ran and not named[twin]}
