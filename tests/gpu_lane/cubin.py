@@ -38,7 +38,9 @@ LANGUAGE = [
 # Everything becomes part of the kernel, and what the shader wants unrolled is, as by Apple's compiler; or as little as
 # makes a kernel correct, where thousands are compiled.
 INLINE = ["-mllvm", "-inline-threshold=20000"]
-OPTIMISE = {True: ["-O3", *INLINE, "-mllvm", "-unroll-threshold=2000"], False: ["-O1", *INLINE, "-fno-unroll-loops"]}
+# A vector that is loaded stays one: LLVM would take a float4 apart here.
+UNROLL = ["-mllvm", "-unroll-threshold=2000", "-mllvm", "-disable-vector-combine"]
+OPTIMISE = {True: ["-O3", *INLINE, *UNROLL], False: ["-O1", *INLINE, "-fno-unroll-loops"]}
 ASSEMBLE = {True: ["-O3"], False: ["-O1"]}
 POSITION, BUFFER = "position", "buffer"
 
