@@ -283,7 +283,7 @@ class Multiplication {
 
     const int64_t columns = task_columns(way);
     const int64_t workspace_floats = way == Layout::streamed ? 0 : kernels_.workspace(product);
-    const int64_t thread_floats = workspace_floats + product.rows * columns;
+    const int64_t thread_floats = (workspace_floats + product.rows * columns + 15) / 16 * 16;  // whole cache lines
     float* scratch = memory.scratch(at::get_num_threads() * thread_floats);
     const float scale = factor(run.matrix);
 

@@ -169,13 +169,16 @@ ALWAYS_INLINE F load_first_scales(ScaleType type, const uint8_t* source, int64_t
     return load_scales(type, source);
   }
   alignas(64) uint8_t padded[64] = {};
-  alignas(64) float values[lanes];
   copy_bytes(padded, source, count * scale_bytes(type));
-  Vector::store(values, load_scales(type, padded));
-  // Zero bytes are not a zero scale in every type.
-  for (int64_t i = count; i < lanes; ++i) {
-    values[i] = 0.0f;
+  const F scales = load_scales(type, padded);
+  if (type != ScaleType::e8m0) {
+    return scales;
   }
+  // Only there are zero bytes not a zero scale.
+  alignas(64) float values[lanes] = {};
+  alignas(64) float decoded[lanes];
+  Vector::store(decoded, scales);
+  std::memcpy(values, decoded, static_cast<size_t>(count) * sizeof(float));
   return Vector::load(values);
 }
 
