@@ -13,7 +13,7 @@ pip := $(bin)/python -m pip
 WORKERS ?= 2
 export PROMPT
 
-.PHONY: help setup build demo test mac-check gpu-lane bench lint format clean
+.PHONY: help setup build demo test sanitize mac-check gpu-lane bench lint format clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,13 +29,16 @@ demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
 test: $(VENV)/.with-demo $(VENV)/.with-test build ## runs the tests
 	$(bin)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
+sanitize: $(VENV)/.with-test ## runs the CPU kernels under sanitizers for addresses and undefined behavior
+	$(bin)/python -m pytest tests/test_cpu_kernels.py
+
 mac-check: $(VENV)/.with-mac-check ## compiles and links the macOS build, and checks its Objective-C++, without a Mac
 	$(bin)/python tests/mac_check.py
 
 gpu-lane: $(VENV)/.with-gpu-lane build ## compiles the shaders for NVIDIA GPUs; docs/gpu-lane.md says what for
 	$(bin)/python tests/gpu_lane/build.py
 
-bench: $(VENV)/.with-demo build ## times the kernels of this machine's GPU, or else CPU, against what else there is
+bench: $(VENV)/.with-bench build ## times the kernels of this machine's GPU, or else CPU, against what else there is
 	$(bin)/python benchmarks/$(if $(filter Darwin,$(shell uname)),mps,cpu).py
 
 lint: $(VENV)/.with-lint ## checks style
