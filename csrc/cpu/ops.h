@@ -18,6 +18,35 @@ at::Tensor dequantize(const DequantizeProblem& problem);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const QuantizeProblem& problem);
 
+// x / sqrt(mean(x^2) + epsilon) * weight; x [..., n], n a multiple of 16.
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon);
+
+// x + residual, and the RMS norm of that.
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(
+    const at::Tensor& x,
+    const at::Tensor& residual,
+    const at::Tensor& weight,
+    double epsilon);
+
+// silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
+at::Tensor silu_mul(const at::Tensor& x);
+
+// Self-attention of one new token for each sequence. x [batch, 1, (query heads + 2 * key heads) * dim] is its queries,
+// keys and values; queries and keys are normalised if a weight is given, rotated by the angle whose cosines and sines
+// [1 or batch, 1, dim] these are, and keys and values are written into theirs [batch, key heads, capacity, dim] at
+// `position`. The result is [batch, 1, query heads * dim].
+at::Tensor decode_attention(
+    const at::Tensor& x,
+    const at::Tensor& cosines,
+    const at::Tensor& sines,
+    const at::Tensor& keys,
+    const at::Tensor& values,
+    int64_t position,
+    double scaling,
+    const std::optional<at::Tensor>& query_norm,
+    const std::optional<at::Tensor>& key_norm,
+    double epsilon);
+
 // The instruction set of the kernels, as JSON: {"device": "cpu", "instruction_set": ...}
 std::string describe();
 
