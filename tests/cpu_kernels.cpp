@@ -130,7 +130,8 @@ double run(const Kernels& kernels, const Case& test, Layout layout) {
   Product product{};
   product.format = test.format;
   product.scale_type = test.scale_type;
-  product.bfloat16 = kernels.bfloat16 && test.x_type == Real::bfloat16;
+  product.x_type = test.x_type;
+  product.bfloat16 = kernels.bfloat16;
   product.K = test.K;
   product.N = test.N;
   product.words = words.get();
@@ -141,7 +142,7 @@ double run(const Kernels& kernels, const Case& test, Layout layout) {
   const int64_t row_bytes = test.K * (test.x_type == Real::float32 ? 4 : 2);
   std::vector<float> packed(product.rows * packed_row);
   for (int64_t m = 0; m < product.rows; ++m) {
-    kernels.pack_row(product, layout, activations.get() + m * row_bytes, test.x_type, packed.data() + m * packed_row);
+    kernels.pack_row(product, layout, activations.get() + m * row_bytes, packed.data() + m * packed_row);
   }
   product.x = packed.data();
   std::vector<float> workspace(kernels.workspace(product));
@@ -153,7 +154,9 @@ double run(const Kernels& kernels, const Case& test, Layout layout) {
   }
 
   // Float32 sums of K terms; a bfloat16 tile also rounds each weight.
-  const double epsilon = layout == Layout::tiled && product.bfloat16 ? std::ldexp(1.0, -8) : std::ldexp(1.0, -21);
+  const double epsilon = layout == Layout::tiled && product.bfloat16 && test.x_type == Real::bfloat16
+      ? std::ldexp(1.0, -8)
+      : std::ldexp(1.0, -21);
   double worst = 0.0;
   for (int64_t m = 0; m < test.rows; ++m) {
     for (int64_t n = 0; n < test.N; ++n) {

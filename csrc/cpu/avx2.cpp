@@ -113,9 +113,22 @@ struct Vector {
     return _mm256_or_ps(finite, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
   }
 
+  static F middle_swapped(F value) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(value), 0b11011000));
+  }
+  static void unzip(F a, F b, F& even, F& odd) {
+    even = middle_swapped(_mm256_shuffle_ps(a, b, 0b10001000));
+    odd = middle_swapped(_mm256_shuffle_ps(a, b, 0b11011101));
+  }
+  static void sum_each(const F (&values)[4], float* sums) {
+    const F halves = _mm256_hadd_ps(_mm256_hadd_ps(values[0], values[1]), _mm256_hadd_ps(values[2], values[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+  }
+
   static I lane_groups(int shift) {
     return _mm256_srlv_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(shift));
   }
+  static I later_groups(I index, int count) { return _mm256_add_epi32(index, _mm256_set1_epi32(count)); }
   static F lookup(F table, I index) { return _mm256_permutevar8x32_ps(table, index); }
 };
 

@@ -1,5 +1,5 @@
-// AVX-512 (F, BW, DQ, VL). The BF16 instructions stand only in the bfloat16 tile, which runs where the machine has
-// them.
+// AVX-512 (F, BW, DQ, VL). The BF16 and VBMI instructions stand only in the kernels on bfloat16 pairs, which run where
+// the machine has them.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -16,11 +16,12 @@
 #include <utility>
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")
 #endif
 
 namespace {
@@ -132,19 +133,104 @@ struct Vector {
     const I number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_srlv_epi32(number, _mm512_set1_epi32(shift));
   }
+  static I later_groups(I index, int count) { return _mm512_add_epi32(index, _mm512_set1_epi32(count)); }
   static F lookup(F table, I index) { return _mm512_permutexvar_ps(index, table); }
 
-  // Two vectors as one of bfloat16 lanes.
-  static void store_pairs(void* destination, F first, F second) {
-    const Pairs pairs = _mm512_cvtne2ps_pbh(second, first);
-    std::memcpy(destination, &pairs, sizeof pairs);
+  static void unzip(F a, F b, F& even, F& odd) {
+    even = _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b);
+    odd = _mm512_permutex2var_ps(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), b);
   }
-  static Pairs load_pairs(const void* source) {
-    Pairs pairs;
-    std::memcpy(&pairs, source, sizeof pairs);
-    return pairs;
+  // The sums of four vectors: first to four partial sums of each in every quarter, then the quarters.
+  static __m512d halved(F a, F b) {
+    return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
   }
-  static F dot_pairs(Pairs a, Pairs b, F sum) { return _mm512_dpbf16_ps(sum, a, b); }
+  static void sum_each(const F (&values)[4], float* sums) {
+    const __m512d first = halved(values[0], values[1]);
+    const __m512d second = halved(values[2], values[3]);
+    const F quarters = _mm512_add_ps(
+        _mm512_castpd_ps(_mm512_unpacklo_pd(first, second)), _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+  }
+
+  // --- bfloat16 pairs: 32 lanes of 16 bits ---
+  static I load_halves(const void* source) { return _mm512_loadu_si512(source); }
+  static void store_halves(void* destination, I value) { _mm512_storeu_si512(destination, value); }
+  static F dot_pairs(I a, I b, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+  // The bfloat16 at the top of each float32 lane, and what it leaves.
+  static I truncated_pairs(F low, F high) {
+    const I top = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    return _mm512_ternarylogic_epi32(
+        _mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high), top, 0xF8);  // a | (b & c)
+  }
+  static F without_top(F value) {
+    const I top = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    return _mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(value), top)));
+  }
+  // Two vectors rounded, one after the other.
+  static I rounded_halves(F first, F second) { return (I)_mm512_cvtne2ps_pbh(second, first); }
+  // Two vectors rounded, in pairs.
+  static I rounded_pairs(F low, F high) {
+    const I order = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+        16, 0);
+    return _mm512_permutexvar_epi16(order, rounded_halves(low, high));
+  }
+
+  // Units whose halves have 16-bit lanes of their own, with the bits of all their elements; five-bit elements need two
+  // such vectors, `high` from the second byte of the unit and from the second of its upper half on.
+  struct HalfUnits {
+    I low;
+    I high;
+  };
+  template <int bits>
+  static HalfUnits load_halves(const uint8_t* source) {
+    if constexpr (bits == 3 || bits == 6) {
+      // Bytes 0, 1, 1, 2 of each unit.
+      const I index = _mm512_add_epi8(
+          _mm512_mullo_epi16(
+              _mm512_set1_epi16(3),
+              _mm512_shuffle_epi8(
+                  _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                  _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)))),
+          _mm512_set1_epi32(0x02010100));
+      return {_mm512_permutexvar_epi8(index, _mm512_maskz_loadu_epi8((1ull << 48) - 1, source)), I()};
+    } else if constexpr (bits == 5) {
+      const I units = _mm512_mullo_epi32(
+          _mm512_set1_epi32(0x05050505), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+      const I first = _mm512_loadu_si512(source);
+      const I last = _mm512_maskz_loadu_epi8(0xFFFF, source + 64);
+      return {
+          _mm512_permutex2var_epi8(first, _mm512_add_epi8(units, _mm512_set1_epi32(0x03020100)), last),
+          _mm512_permutex2var_epi8(first, _mm512_add_epi8(units, _mm512_set1_epi32(0x04030201)), last)};
+    } else {
+      return {_mm512_loadu_si512(source), I()};
+    }
+  }
+  // Element j of each half of a unit in the low bits of the lane; the other bits are anything.
+  template <int bits, int j>
+  static I half_codes(const HalfUnits& units) {
+    if constexpr (bits == 3 || bits == 6) {
+      return _mm512_srlv_epi16(units.low, _mm512_set1_epi32((4 + bits * j) << 16 | bits * j));
+    } else if constexpr (bits == 5) {
+      return j < 2 ? _mm512_srlv_epi16(units.low, _mm512_set1_epi32((4 + 5 * j) << 16 | 5 * j))
+                   : _mm512_srlv_epi16(units.high, _mm512_set1_epi32((5 * j - 4) << 16 | (5 * j - 8)));
+    } else {
+      return j == 0 ? units.low : _mm512_srli_epi16(units.low, bits * j);
+    }
+  }
+  static I lookup_half(I index, I table) { return _mm512_permutexvar_epi16(index, table); }
+  static I lookup_half(I index, I low, I high) { return _mm512_permutex2var_epi16(low, index, high); }
+  template <int bits>
+  static I low_bits_or(I value, I other) {
+    return _mm512_ternarylogic_epi32(value, _mm512_set1_epi16((1 << bits) - 1), other, 0xEA);  // (a & b) | c
+  }
+  // The number of each unit's group, for groups of 2^shift units, above `bits` bits.
+  static I half_groups(int shift, int bits) {
+    const I groups = _mm512_slli_epi32(lane_groups(shift), bits);
+    return _mm512_or_si512(groups, _mm512_slli_epi32(groups, 16));
+  }
 };
 
 }  // namespace
@@ -160,7 +246,8 @@ struct Vector {
 namespace quantization_mlx::cpu {
 
 const Kernels* avx512_kernels() {
-  static const Kernels table = make_table("avx512", __builtin_cpu_supports("avx512bf16"));
+  static const Kernels table =
+      make_table("avx512", __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"));
   const bool present = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
       __builtin_cpu_supports("fma");

@@ -79,7 +79,18 @@ struct Vector {
     return each([&](int lane) { return quantization_mlx::e4m3_to_float((units[lane] >> shift) & 0xFFu); });
   }
 
+  static void unzip(F a, F b, F& even, F& odd) {
+    even = F{a[0], a[2], b[0], b[2]};
+    odd = F{a[1], a[3], b[1], b[3]};
+  }
+  static void sum_each(const F (&values)[4], float* sums) {
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = sum(values[i]);
+    }
+  }
+
   static I lane_groups(int shift) { return I{0, 1, 2, 3} >> shift; }
+  static I later_groups(I index, int count) { return index + static_cast<uint32_t>(count); }
   static F lookup(F table, I index) {
     return each([&](int lane) { return table[index[lane]]; });
   }

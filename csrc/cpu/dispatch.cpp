@@ -139,7 +139,8 @@ class Multiplication {
       : problem_(problem), weights_(problem.weights), y_(y), kernels_(kernels()) {
     product_.format = weights_.format;
     product_.scale_type = scale_type_of(weights_);
-    product_.bfloat16 = kernels_.bfloat16 && problem.dtype == at::kBFloat16;
+    product_.x_type = real_of(problem.dtype);
+    product_.bfloat16 = kernels_.bfloat16;
     product_.K = problem.shape.K;
     product_.N = problem.shape.N;
   }
@@ -198,9 +199,8 @@ class Multiplication {
   Buffer pack(const Product& product, Layout layout, const Rows& rows) const {
     const int64_t row_floats = kernels_.packed_row(product, layout);
     Buffer packed = buffer(product.rows * row_floats);
-    const Real type = real_of(problem_.dtype);
     const auto pack_row = [&](int64_t m, int) {
-      kernels_.pack_row(product, layout, x_row(rows.x(m)), type, packed.get() + m * row_floats);
+      kernels_.pack_row(product, layout, x_row(rows.x(m)), packed.get() + m * row_floats);
     };
     if (layout == Layout::streamed) {
       for (int64_t m = 0; m < product.rows; ++m) {

@@ -23,7 +23,8 @@ enum class Layout : uint8_t {
 struct Product {
   Format format;
   ScaleType scale_type;
-  bool bfloat16;  // the tiled product multiplies in bfloat16; only where Kernels::bfloat16 allows it
+  Real x_type;
+  bool bfloat16;  // may multiply in bfloat16; only where Kernels::bfloat16 allows it
   int64_t K;
   int64_t N;
   const uint8_t* words;  // [N, K] packed, or [K, N] for Layout::plain
@@ -64,7 +65,7 @@ struct Kernels {
   bool bfloat16;
   // Floats that one packed row of x occupies.
   int64_t (*packed_row)(const Product&, Layout);
-  void (*pack_row)(const Product&, Layout, const void* row, Real type, float* packed);
+  void (*pack_row)(const Product&, Layout, const void* row, float* packed);
   // Floats of working memory that tiled and plain need for one call.
   int64_t (*workspace)(const Product&);
   // y[m, n - begin] for begin <= n < end, in rows of (end - begin) floats.

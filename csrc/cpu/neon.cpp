@@ -97,10 +97,21 @@ struct Vector {
     return vreinterpretq_f32_u32(vorrq_u32(finite, vorrq_u32(nan, sign)));
   }
 
+  static void unzip(F a, F b, F& even, F& odd) {
+    even = vuzp1q_f32(a, b);
+    odd = vuzp2q_f32(a, b);
+  }
+  static void sum_each(const F (&values)[4], float* sums) {
+    vst1q_f32(sums, vpaddq_f32(vpaddq_f32(values[0], values[1]), vpaddq_f32(values[2], values[3])));
+  }
+
   // Byte indices into a vector of scales.
   static I lane_groups(int shift) {
     const I number = {0, 1, 2, 3};
     return vmlaq_n_u32(vdupq_n_u32(0x03020100u), vshlq_u32(number, vdupq_n_s32(-shift)), 0x04040404u);
+  }
+  static I later_groups(I index, int count) {
+    return vaddq_u32(index, vdupq_n_u32(0x04040404u * static_cast<uint32_t>(count)));
   }
   static F lookup(F table, I index) {
     return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(table), vreinterpretq_u8_u32(index)));

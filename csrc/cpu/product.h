@@ -40,6 +40,15 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 // --- Elements: how a vector of units decodes ------------------------------------------------------------------------
 
+// The bits of 0 <= value < 256 as bfloat16, exactly.
+constexpr uint16_t bfloat16_of_integer(int value) {
+  int exponent = 0;
+  while (value >> exponent > 1) {
+    ++exponent;
+  }
+  return static_cast<uint16_t>(value == 0 ? 0 : ((127 + exponent) << 7) + ((value << 7 >> exponent) & 0x7F));
+}
+
 template <int width>
 struct AffineElement {
   static constexpr int bits = width;
@@ -63,6 +72,7 @@ struct AffineElement {
       return Vector::unsigned_code<bits, j * bits>(units.low);
     }
   }
+  static constexpr uint16_t bfloat16(int code) { return bfloat16_of_integer(code); }
 };
 
 struct E2M1Element {
@@ -72,6 +82,10 @@ struct E2M1Element {
   template <int j>
   static ALWAYS_INLINE F value(Units units) {
     return Vector::e2m1<4 * j>(units);
+  }
+  static constexpr uint16_t bfloat16(int code) {
+    constexpr uint16_t sizes[] = {0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0};
+    return static_cast<uint16_t>(sizes[code & 7] | (code & 8) << 12);
   }
 };
 
@@ -103,14 +117,25 @@ ALWAYS_INLINE void copy_bytes(uint8_t* destination, const uint8_t* source, int64
 }
 
 // The block at `codes`, of which only `available` bytes may be read; what is missing decodes as code 0.
-template <typename Element>
-ALWAYS_INLINE typename Element::Units load_block(const uint8_t* codes, int64_t available) {
-  if (__builtin_expect(available >= block_bytes<Element>, 1)) {
-    return Element::load(codes);
+template <typename Loader, int bytes>
+ALWAYS_INLINE typename Loader::Units load_block(const uint8_t* codes, int64_t available) {
+  if (__builtin_expect(available >= bytes, 1)) {
+    return Loader::load(codes);
   }
-  alignas(64) uint8_t padded[round_up(block_bytes<Element>, 64)] = {};
+  alignas(64) uint8_t padded[round_up(bytes, 64)] = {};
   copy_bytes(padded, codes, available);
-  return Element::load(padded);
+  return Loader::load(padded);
+}
+
+// How many columns of the result before their use weights are asked for, into the second-level cache: rows of a packed
+// matrix are too short for the machine's own prefetching to get going.
+constexpr int64_t columns_ahead = 8;
+
+// Asks for `bytes` bytes ahead of their use; they need not exist.
+ALWAYS_INLINE void prefetch(const uint8_t* address, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(address + i, 0, 2);
+  }
 }
 
 // --- Scales ---------------------------------------------------------------------------------------------------------
@@ -130,21 +155,27 @@ ALWAYS_INLINE F load_scales(ScaleType type, const uint8_t* source) {
   __builtin_unreachable();
 }
 
+// The first `count` scales of a vector, then zeros.
+ALWAYS_INLINE F load_first_scales(ScaleType type, const uint8_t* source, int64_t count) {
+  if (__builtin_expect(count >= lanes, 1)) {
+    return load_scales(type, source);
+  }
+  alignas(64) uint8_t padded[64] = {};
+  alignas(64) float values[lanes];
+  copy_bytes(padded, source, count * scale_bytes(type));
+  Vector::store(values, load_scales(type, padded));
+  // Zero bytes are not a zero scale in every type.
+  for (int64_t i = count; i < lanes; ++i) {
+    values[i] = 0.0f;
+  }
+  return Vector::load(values);
+}
+
 // count scales as float32, then zeros up to a multiple of the lanes.
 ALWAYS_INLINE void convert_scales(ScaleType type, const uint8_t* source, int64_t count, float* destination) {
   const int bytes = scale_bytes(type);
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    Vector::store(destination + i, load_scales(type, source + i * bytes));
-  }
-  if (i < count) {
-    alignas(64) uint8_t padded[64] = {};
-    copy_bytes(padded, source + i * bytes, (count - i) * bytes);
-    Vector::store(destination + i, load_scales(type, padded));
-    // Zero bytes are not a zero scale in every type.
-    for (int64_t j = count; type == ScaleType::e8m0 && j < i + lanes; ++j) {
-      destination[j] = 0.0f;
-    }
+  for (int64_t i = 0; i < count; i += lanes) {
+    Vector::store(destination + i, load_first_scales(type, source + i * bytes, count - i));
   }
 }
 
@@ -165,13 +196,83 @@ struct Spread {
       : shift(__builtin_ctz(static_cast<unsigned>(group_size / positions<Element>))),
         index(Vector::lane_groups(shift)) {}
 
+  // For Vector::lookup in a vector of scales, of which block 0 uses the first.
+  ALWAYS_INLINE I groups_of_lanes(int64_t block) const {
+    return Vector::later_groups(index, static_cast<int>(block * lanes >> shift));
+  }
+
   ALWAYS_INLINE F operator()(const float* scales, int64_t block) const {
     return Vector::lookup(Vector::load(scales + (block * lanes >> shift)), index);
   }
 };
 
+// --- bfloat16 pairs -------------------------------------------------------------------------------------------------
+// Where the machine multiplies bfloat16, two units of half the length stand in each 32-bit lane: pair j of a lane holds
+// the elements j and j + positions / 2 of its unit, so that the lanes of a sum belong to the same groups as in float32.
+// Every code of every format is exact in bfloat16. Templates on V, so that they need not compile for other machines.
+
+template <typename Element>
+struct CodeTable {
+  alignas(64) uint16_t values[64];
+  constexpr CodeTable() : values() {
+    for (int i = 0; i < 64; ++i) {
+      values[i] = Element::bfloat16(i & ((1 << Element::bits) - 1));
+    }
+  }
+};
+
+// A block of at most six-bit elements: 16-bit lanes index a table with their low bits, whatever stands above them.
+template <typename Element, typename V>
+struct ShortPairs {
+  static constexpr CodeTable<Element> table{};
+  using Units = typename V::HalfUnits;
+  static ALWAYS_INLINE Units load(const uint8_t* codes) { return V::template load_halves<Element::bits>(codes); }
+  template <int j>
+  static ALWAYS_INLINE I codes(const Units& units) {
+    return V::template half_codes<Element::bits, j>(units);
+  }
+  template <int j>
+  static ALWAYS_INLINE I values(const Units& units) {
+    if constexpr (Element::bits <= 5) {
+      return V::lookup_half(codes<j>(units), V::load_halves(table.values));
+    } else {
+      return V::lookup_half(codes<j>(units), V::load_halves(table.values), V::load_halves(table.values + 32));
+    }
+  }
+};
+
+template <typename Element, typename V>
+struct LongPairs {
+  using Units = typename Element::Units;
+  static ALWAYS_INLINE Units load(const uint8_t* codes) { return Element::load(codes); }
+  template <int j>
+  static ALWAYS_INLINE I values(const Units& units) {
+    return V::truncated_pairs(
+        Element::template value<j>(units), Element::template value<j + positions<Element> / 2>(units));
+  }
+};
+
+template <typename Element, typename V>
+using Pairs = std::conditional_t<(Element::bits <= 6), ShortPairs<Element, V>, LongPairs<Element, V>>;
+
+// The most bfloat16 terms whose sum one value of x is.
+constexpr int max_terms = 3;
+
+// How many bfloat16 values a value of x is the exact sum of, or 0 where the product multiplies float32.
+int bfloat16_terms(const Product& product, Layout layout) {
+  if (!product.bfloat16 || layout == Layout::plain) {
+    return 0;
+  }
+  switch (product.x_type) {
+    case Real::bfloat16: return 1;
+    case Real::float16: return layout == Layout::streamed ? 2 : 0;
+    case Real::float32: return layout == Layout::streamed && product.rows == 1 ? 3 : 0;
+  }
+  __builtin_unreachable();
+}
+
 // --- Element types of the tiled product ------------------------------------------------------------------------------
-// `step` elements make a vector; a pair of decoded vectors is stored in one fixed order, the same for x and w.
+// `step` elements make a vector.
 
 struct Float32Tile {
   using Storage = float;
@@ -179,35 +280,16 @@ struct Float32Tile {
   static constexpr int step = lanes;
   static ALWAYS_INLINE Operand load(const float* source) { return Vector::load(source); }
   static ALWAYS_INLINE F multiply_add(Operand a, Operand b, F sum) { return Vector::fma(a, b, sum); }
-  static ALWAYS_INLINE void store(float* destination, F first, F second) {
-    Vector::store(destination, first);
-    Vector::store(destination + lanes, second);
-  }
 };
 
-// A template so that it need not compile where V multiplies no bfloat16.
 template <typename V>
 struct BFloat16Tile {
   using Storage = uint16_t;
-  using Operand = typename V::Pairs;
+  using Operand = I;
   static constexpr int step = 2 * lanes;
-  static ALWAYS_INLINE Operand load(const uint16_t* source) { return V::load_pairs(source); }
+  static ALWAYS_INLINE Operand load(const uint16_t* source) { return V::load_halves(source); }
   static ALWAYS_INLINE F multiply_add(Operand a, Operand b, F sum) { return V::dot_pairs(a, b, sum); }
-  static ALWAYS_INLINE void store(uint16_t* destination, F first, F second) {
-    V::store_pairs(destination, first, second);
-  }
 };
-
-// Calls function(Tile()) with the tile that serves the product.
-template <typename V, typename Function>
-ALWAYS_INLINE void with_tile(const Product& product, Function&& function) {
-  if constexpr (V::has_bfloat16) {
-    if (product.bfloat16) {
-      return function(BFloat16Tile<V>());
-    }
-  }
-  function(Float32Tile());
-}
 
 // --- Packing x ------------------------------------------------------------------------------------------------------
 
@@ -234,11 +316,25 @@ void widen(Real type, const uint8_t* source, int64_t count, float* destination) 
   }
 }
 
-template <int per_unit>
-void permute_block(const float* source, float* destination) {
-  for (int j = 0; j < per_unit; ++j) {
-    for (int lane = 0; lane < lanes; ++lane) {
-      destination[j * lanes + lane] = source[lane * per_unit + j];
+// out[j] = elements j, count + j, 2 * count + j, ... of the vectors in.
+template <int count>
+ALWAYS_INLINE void deinterleave(const F* in, F* out) {
+  if constexpr (count == 1) {
+    out[0] = in[0];
+  } else {
+    constexpr int half = count / 2;
+    F even[half];
+    F odd[half];
+    for (int i = 0; i < half; ++i) {
+      Vector::unzip(in[2 * i], in[2 * i + 1], even[i], odd[i]);
+    }
+    F even_out[half];
+    F odd_out[half];
+    deinterleave<half>(even, even_out);
+    deinterleave<half>(odd, odd_out);
+    for (int i = 0; i < half; ++i) {
+      out[2 * i] = even_out[i];
+      out[2 * i + 1] = odd_out[i];
     }
   }
 }
@@ -249,48 +345,89 @@ int64_t padded_length(const Product& product) {
 
 int64_t padded_groups(const Product& product) { return round_up(product.K / product.format.group_size, lanes); }
 
+// An odd number of cache lines: equal positions of several rows then meet different sets of a cache.
+constexpr int64_t spaced(int64_t floats) {
+  return round_up(floats, 16) / 16 % 2 == 0 ? round_up(floats, 16) + 16 : round_up(floats, 16);
+}
+
+// Floats of a packed row before the sums of its groups.
+int64_t packed_values(const Product& product, Layout layout) {
+  const int terms = bfloat16_terms(product, layout);
+  return terms == 0 ? padded_length(product) : padded_length(product) / 2 * terms;
+}
+
 int64_t packed_row(const Product& product, Layout layout) {
   switch (layout) {
-    case Layout::streamed: return padded_length(product) + padded_groups(product);
-    case Layout::tiled: return product.bfloat16 ? padded_length(product) / 2 : padded_length(product);
+    case Layout::streamed: return spaced(packed_values(product, layout) + padded_groups(product));
+    case Layout::tiled: return spaced(packed_values(product, layout));
     case Layout::plain: return round_up(product.K, lanes);
   }
   __builtin_unreachable();
 }
 
-template <typename Tile, int per_unit>
-void pack_blocks(const Product& product, const uint8_t* row, Real type, int element_bytes, float* packed) {
+// Block after block in the order in which weights unpack, each as TERMS vectors of pairs or, for 0, as float32.
+template <int per_unit, int TERMS, typename V>
+void pack_blocks(const Product& product, const uint8_t* row, float* packed) {
   constexpr int block = lanes * per_unit;
-  auto* destination = reinterpret_cast<typename Tile::Storage*>(packed);
+  const int element_bytes = product.x_type == Real::float32 ? 4 : 2;
   for (int64_t k = 0; k < product.K; k += block) {
     alignas(64) float natural[block] = {};
-    alignas(64) float permuted[block];
-    widen(type, row + k * element_bytes, product.K - k < block ? product.K - k : block, natural);
-    permute_block<per_unit>(natural, permuted);
-    for (int j = 0; j < per_unit; j += 2) {
-      Tile::store(
-          destination + k + j * lanes, Vector::load(permuted + j * lanes), Vector::load(permuted + (j + 1) * lanes));
+    widen(product.x_type, row + k * element_bytes, product.K - k < block ? product.K - k : block, natural);
+    F in[per_unit];
+    F out[per_unit];
+    for (int i = 0; i < per_unit; ++i) {
+      in[i] = Vector::load(natural + i * lanes);
+    }
+    deinterleave<per_unit>(in, out);
+    if constexpr (TERMS == 0) {
+      for (int j = 0; j < per_unit; ++j) {
+        Vector::store(packed + k + j * lanes, out[j]);
+      }
+    } else {
+      constexpr int half = per_unit / 2;
+      for (int term = 0; term < TERMS; ++term) {
+        for (int j = 0; j < half; ++j) {
+          V::store_halves(
+              packed + k / 2 * TERMS + (term * half + j) * lanes, V::truncated_pairs(out[j], out[j + half]));
+          out[j] = V::without_top(out[j]);
+          out[j + half] = V::without_top(out[j + half]);
+        }
+      }
     }
   }
 }
 
-template <typename Tile>
-void pack_units(const Product& product, const uint8_t* row, Real type, int element_bytes, float* packed) {
+template <int TERMS, typename V>
+void pack_units(const Product& product, const uint8_t* row, float* packed) {
   switch (unit_elements(product.format.bits)) {
-    case 4: return pack_blocks<Tile, 4>(product, row, type, element_bytes, packed);
-    case 8: return pack_blocks<Tile, 8>(product, row, type, element_bytes, packed);
-    case 16: return pack_blocks<Tile, 16>(product, row, type, element_bytes, packed);
+    case 4: return pack_blocks<4, TERMS, V>(product, row, packed);
+    case 8: return pack_blocks<8, TERMS, V>(product, row, packed);
+    case 16: return pack_blocks<16, TERMS, V>(product, row, packed);
   }
 }
 
+// Calls function with the number of terms as a constant.
+template <typename V, typename Function>
+ALWAYS_INLINE void with_terms(const Product& product, Layout layout, Function&& function) {
+  if constexpr (V::has_bfloat16) {
+    switch (bfloat16_terms(product, layout)) {
+      case 1: return function(std::integral_constant<int, 1>());
+      case 2: return function(std::integral_constant<int, 2>());
+      case 3: return function(std::integral_constant<int, 3>());
+    }
+  }
+  function(std::integral_constant<int, 0>());
+}
+
 // The sums that a bias multiplies, always in float32.
-void sum_groups(const Product& product, const uint8_t* row, Real type, int element_bytes, float* sums) {
+void sum_groups(const Product& product, const uint8_t* row, float* sums) {
+  const int element_bytes = product.x_type == Real::float32 ? 4 : 2;
   const int group_size = product.format.group_size;
   const int64_t groups = product.K / group_size;
   for (int64_t group = 0; group < groups; ++group) {
     F sum = Vector::zero();
     for (int k = 0; k < group_size; k += lanes) {
-      sum = Vector::add(sum, load_real(type, row + (group * group_size + k) * element_bytes));
+      sum = Vector::add(sum, load_real(product.x_type, row + (group * group_size + k) * element_bytes));
     }
     sums[group] = Vector::sum(sum);
   }
@@ -299,35 +436,110 @@ void sum_groups(const Product& product, const uint8_t* row, Real type, int eleme
   }
 }
 
-void pack_row(const Product& product, Layout layout, const void* x, Real type, float* packed) {
-  const int element_bytes = type == Real::float32 ? 4 : 2;
+void pack_row(const Product& product, Layout layout, const void* x, float* packed) {
   const uint8_t* row = static_cast<const uint8_t*>(x);
-  switch (layout) {
-    case Layout::plain: return widen(type, row, product.K, packed);
-    case Layout::tiled:
-      return with_tile<Vector>(
-          product, [&](auto tile) { pack_units<decltype(tile)>(product, row, type, element_bytes, packed); });
-    case Layout::streamed:
-      pack_units<Float32Tile>(product, row, type, element_bytes, packed);
-      if (product.biases != nullptr) {
-        sum_groups(product, row, type, element_bytes, packed + padded_length(product));
-      }
+  if (layout == Layout::plain) {
+    return widen(product.x_type, row, product.K, packed);
+  }
+  with_terms<Vector>(product, layout, [&](auto terms) { pack_units<terms, Vector>(product, row, packed); });
+  if (layout == Layout::streamed && product.biases != nullptr) {
+    sum_groups(product, row, packed + packed_values(product, layout));
   }
 }
 
 // --- streamed -------------------------------------------------------------------------------------------------------
-// Four columns of the result at a time share each load of x and give four independent chains of additions. With one row
-// the sum of a block is scaled; with more, the decoded value is, so that the rows share that product too.
+// Several columns of the result at a time share each load of x and give independent chains of additions.
 
-template <typename Element, int ROWS, int COLUMNS>
+// Multiplies a block in float32. With one row the sum of a block is scaled; with more, the decoded value is, so that
+// the rows share that product too.
+template <typename Element>
+struct Float32Stream {
+  using Units = typename Element::Units;
+  static constexpr int64_t block_floats = block_elements<Element>;
+  static ALWAYS_INLINE Units load(const uint8_t* codes) { return Element::load(codes); }
+
+  template <int ROWS, int COLUMNS>
+  static ALWAYS_INLINE void add(
+      const Units (&units)[COLUMNS],
+      const F (&scale)[COLUMNS],
+      const float* x,
+      int64_t x_row,
+      F (&total)[ROWS][COLUMNS]) {
+    if constexpr (ROWS == 1) {
+      F part[COLUMNS];
+      unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
+        const F activation = Vector::load(x + j * lanes);
+        for (int c = 0; c < COLUMNS; ++c) {
+          const F value = Element::template value<j>(units[c]);
+          part[c] = j == 0 ? Vector::mul(value, activation) : Vector::fma(value, activation, part[c]);
+        }
+      });
+      for (int c = 0; c < COLUMNS; ++c) {
+        total[0][c] = Vector::fma(part[c], scale[c], total[0][c]);
+      }
+    } else {
+      unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
+        for (int c = 0; c < COLUMNS; ++c) {
+          const F value = Vector::mul(Element::template value<j>(units[c]), scale[c]);
+          for (int m = 0; m < ROWS; ++m) {
+            total[m][c] = Vector::fma(value, Vector::load(x + m * x_row + j * lanes), total[m][c]);
+          }
+        }
+      });
+    }
+  }
+};
+
+// Multiplies exact codes with exact terms of x and scales the sums: no weight is rounded.
+template <typename Element, typename V, int TERMS>
+struct BFloat16Stream {
+  using Codes = Pairs<Element, V>;
+  using Units = typename Codes::Units;
+  static constexpr int64_t block_floats = block_elements<Element> / 2 * TERMS;
+  static ALWAYS_INLINE Units load(const uint8_t* codes) { return Codes::load(codes); }
+
+  template <int ROWS, int COLUMNS>
+  static ALWAYS_INLINE void add(
+      const Units (&units)[COLUMNS],
+      const F (&scale)[COLUMNS],
+      const float* x,
+      int64_t x_row,
+      F (&total)[ROWS][COLUMNS]) {
+    constexpr int half = positions<Element> / 2;
+    F part[ROWS][COLUMNS];
+    for (auto& row : part) {
+      for (auto& value : row) {
+        value = Vector::zero();
+      }
+    }
+    unrolled<half>([&](auto j) __attribute__((always_inline)) {
+      for (int c = 0; c < COLUMNS; ++c) {
+        const I value = Codes::template values<j>(units[c]);
+        for (int term = 0; term < TERMS; ++term) {
+          for (int m = 0; m < ROWS; ++m) {
+            part[m][c] = V::dot_pairs(value, V::load_halves(x + m * x_row + (term * half + j) * lanes), part[m][c]);
+          }
+        }
+      }
+    });
+    for (int m = 0; m < ROWS; ++m) {
+      for (int c = 0; c < COLUMNS; ++c) {
+        total[m][c] = Vector::fma(part[m][c], scale[c], total[m][c]);
+      }
+    }
+  }
+};
+
+template <typename Element, typename Stream, int ROWS, int COLUMNS>
 void streamed_columns(const Product& product, int64_t n, float* y, int64_t y_stride) {
   constexpr int block = block_elements<Element>;
   const int group_size = product.format.group_size;
   const int64_t groups = product.K / group_size;
   const int64_t row_bytes = product.K * Element::bits / 8;
-  const int64_t scale_row = groups * scale_bytes(product.scale_type);
+  const int bytes = scale_bytes(product.scale_type);
+  const int64_t scale_row = groups * bytes;
   const int64_t x_row = packed_row(product, Layout::streamed);
-  const float* sums = product.x + padded_length(product);
+  const float* sums = product.x + packed_values(product, Layout::streamed);
   const Spread<Element> spread(group_size);
 
   F total[ROWS][COLUMNS];
@@ -336,85 +548,86 @@ void streamed_columns(const Product& product, int64_t n, float* y, int64_t y_str
       value = Vector::zero();
     }
   }
-  for (int64_t group = 0; group < groups; group += chunk_groups) {
-    const int64_t count = groups - group < chunk_groups ? groups - group : chunk_groups;
-    ScaleBuffer scales[COLUMNS];
+  // The scales of `lanes` groups fill a vector of each column, which the blocks of those groups share.
+  for (int64_t group = 0; group < groups; group += lanes) {
+    const int64_t count = groups - group < lanes ? groups - group : lanes;
+    F scales[COLUMNS];
     for (int c = 0; c < COLUMNS; ++c) {
-      const int64_t offset = (n + c) * scale_row + group * scale_bytes(product.scale_type);
+      const int64_t offset = (n + c) * scale_row + group * bytes;
       if (product.biases != nullptr) {
-        convert_scales(product.scale_type, product.biases + offset, count, scales[c].values);
-        for (int64_t g = 0; g < count; g += lanes) {
-          const F bias = Vector::load(scales[c].values + g);
-          for (int m = 0; m < ROWS; ++m) {
-            total[m][c] = Vector::fma(bias, Vector::load(sums + m * x_row + group + g), total[m][c]);
-          }
+        prefetch(product.biases + offset + columns_ahead * scale_row, 1);
+        const F bias = load_first_scales(product.scale_type, product.biases + offset, count);
+        for (int m = 0; m < ROWS; ++m) {
+          total[m][c] = Vector::fma(bias, Vector::load(sums + m * x_row + group), total[m][c]);
         }
       }
-      convert_scales(product.scale_type, product.scales + offset, count, scales[c].values);
+      prefetch(product.scales + offset + columns_ahead * scale_row, 1);
+      scales[c] = load_first_scales(product.scale_type, product.scales + offset, count);
     }
-    const int64_t first = group * group_size;
-    const int64_t length = count * group_size;
-    for (int64_t k = 0; k < length; k += block) {
-      const int64_t byte = (first + k) * Element::bits / 8;
-      typename Element::Units units[COLUMNS];
+    const int64_t first = group * group_size / block;
+    const int64_t blocks = (count * group_size + block - 1) / block;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t byte = (first + i) * block_bytes<Element>;
+      const auto groups_of_lanes = spread.groups_of_lanes(i);
+      typename Stream::Units units[COLUMNS];
       F scale[COLUMNS];
       for (int c = 0; c < COLUMNS; ++c) {
-        units[c] = load_block<Element>(product.words + (n + c) * row_bytes + byte, row_bytes - byte);
-        scale[c] = spread(scales[c].values, k / block);
+        const uint8_t* codes = product.words + (n + c) * row_bytes + byte;
+        prefetch(codes + columns_ahead * row_bytes, block_bytes<Element>);
+        units[c] = load_block<Stream, block_bytes<Element>>(codes, row_bytes - byte);
+        scale[c] = Vector::lookup(scales[c], groups_of_lanes);
       }
-      const float* x = product.x + first + k;
-      if constexpr (ROWS == 1) {
-        F part[COLUMNS];
-        unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
-          const F activation = Vector::load(x + j * lanes);
-          for (int c = 0; c < COLUMNS; ++c) {
-            const F value = Element::template value<j>(units[c]);
-            part[c] = j == 0 ? Vector::mul(value, activation) : Vector::fma(value, activation, part[c]);
-          }
-        });
-        for (int c = 0; c < COLUMNS; ++c) {
-          total[0][c] = Vector::fma(part[c], scale[c], total[0][c]);
-        }
-      } else {
-        unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
-          for (int c = 0; c < COLUMNS; ++c) {
-            const F value = Vector::mul(Element::template value<j>(units[c]), scale[c]);
-            for (int m = 0; m < ROWS; ++m) {
-              total[m][c] = Vector::fma(value, Vector::load(x + m * x_row + j * lanes), total[m][c]);
-            }
-          }
-        });
-      }
+      Stream::template add<ROWS, COLUMNS>(units, scale, product.x + (first + i) * Stream::block_floats, x_row, total);
     }
   }
   for (int m = 0; m < ROWS; ++m) {
-    for (int c = 0; c < COLUMNS; ++c) {
-      y[m * y_stride + c] = Vector::sum(total[m][c]);
+    if constexpr (COLUMNS == 4) {
+      Vector::sum_each(total[m], y + m * y_stride);
+    } else {
+      for (int c = 0; c < COLUMNS; ++c) {
+        y[m * y_stride + c] = Vector::sum(total[m][c]);
+      }
     }
   }
 }
 
-template <typename Element, int ROWS>
+template <typename Element, typename Stream, int ROWS>
 void streamed_rows(const Product& product, int64_t begin, int64_t end, float* y) {
-  constexpr int columns = Vector::registers >= 32 ? 4 : 2;
+  constexpr int columns = Vector::registers >= 32 && ROWS <= 2 ? 4 : 2;
   int64_t n = begin;
   for (; n + columns <= end; n += columns) {
-    streamed_columns<Element, ROWS, columns>(product, n, y + (n - begin), end - begin);
+    streamed_columns<Element, Stream, ROWS, columns>(product, n, y + (n - begin), end - begin);
   }
   for (; n < end; ++n) {
-    streamed_columns<Element, ROWS, 1>(product, n, y + (n - begin), end - begin);
+    streamed_columns<Element, Stream, ROWS, 1>(product, n, y + (n - begin), end - begin);
   }
 }
+
+template <typename Element, typename V, int TERMS>
+struct StreamOf {
+  using type = BFloat16Stream<Element, V, TERMS>;
+};
+template <typename Element, typename V>
+struct StreamOf<Element, V, 0> {
+  using type = Float32Stream<Element>;
+};
 
 struct Streamed {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float*, float* y) {
-    switch (product.rows) {
-      case 1: return streamed_rows<Element, 1>(product, begin, end, y);
-      case 2: return streamed_rows<Element, 2>(product, begin, end, y);
-      case 3: return streamed_rows<Element, 3>(product, begin, end, y);
-      case 4: return streamed_rows<Element, 4>(product, begin, end, y);
-    }
+    with_terms<Vector>(product, Layout::streamed, [&](auto terms) {
+      using Stream = typename StreamOf<Element, Vector, terms>::type;
+      if constexpr (terms == 3) {
+        return streamed_rows<Element, Stream, 1>(product, begin, end, y);
+      } else {
+        switch (product.rows) {
+          case 1: return streamed_rows<Element, Stream, 1>(product, begin, end, y);
+          case 2: return streamed_rows<Element, Stream, 2>(product, begin, end, y);
+          case 3: return streamed_rows<Element, Stream, 3>(product, begin, end, y);
+          case 4: return streamed_rows<Element, Stream, 4>(product, begin, end, y);
+        }
+      }
+    });
   }
 };
 
@@ -423,8 +636,10 @@ struct Streamed {
 // of a sum are added up once per panel.
 
 constexpr int64_t panel_bytes = 4096;  // of one weight column: the x rows of a tile then stay in the first-level cache
+constexpr int64_t panel_stride_floats = spaced(panel_bytes / static_cast<int64_t>(sizeof(float)));
 constexpr int tile_rows = Vector::registers >= 32 ? 6 : 3;
 constexpr int tile_columns = 4;
+constexpr int64_t few_tiles = 16;
 
 template <typename Tile, int ROWS, int COLUMNS>
 void multiply_tile(
@@ -455,28 +670,142 @@ void multiply_tile(
     }
   }
   for (int m = 0; m < ROWS; ++m) {
+    float sums[COLUMNS];
+    if constexpr (COLUMNS == 4) {
+      Vector::sum_each(total[m], sums);
+    } else {
+      for (int c = 0; c < COLUMNS; ++c) {
+        sums[c] = Vector::sum(total[m][c]);
+      }
+    }
     for (int c = 0; c < COLUMNS; ++c) {
       float& result = y[m * y_stride + c];
-      result = (accumulate ? result : 0.0f) + Vector::sum(total[m][c]);
+      result = (accumulate ? result : 0.0f) + sums[c];
     }
   }
 }
 
+// Decoders of one block at a time, to float32 or to pairs; `group` is the number of its first group in the buffers.
+
+template <typename Element>
+struct ScaledBlocks {
+  using Storage = float;
+  Spread<Element> spread;
+
+  explicit ScaledBlocks(int group_size) : spread(group_size) {}
+
+  ALWAYS_INLINE void operator()(
+      const uint8_t* codes,
+      int64_t available,
+      const float* scales,
+      const float* biases,
+      int64_t block,
+      float* decoded) const {
+    const auto units = load_block<Element, block_bytes<Element>>(codes, available);
+    const F scale = spread(scales, block);
+    const F bias = spread(biases, block);
+    unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
+      Vector::store(decoded + j * lanes, Vector::fma(Element::template value<j>(units), scale, bias));
+    });
+  }
+};
+
+template <typename Element, typename V>
+struct ScaledPairs {
+  using Storage = uint16_t;
+  Spread<Element> spread;
+
+  explicit ScaledPairs(int group_size) : spread(group_size) {}
+
+  ALWAYS_INLINE void operator()(
+      const uint8_t* codes,
+      int64_t available,
+      const float* scales,
+      const float* biases,
+      int64_t block,
+      uint16_t* decoded) const {
+    const auto units = load_block<Element, block_bytes<Element>>(codes, available);
+    const F scale = spread(scales, block);
+    const F bias = spread(biases, block);
+    constexpr int half = positions<Element> / 2;
+    unrolled<half>([&](auto j) __attribute__((always_inline)) {
+      V::store_halves(
+          decoded + j * 2 * lanes,
+          V::rounded_pairs(
+              Vector::fma(Element::template value<j>(units), scale, bias),
+              Vector::fma(Element::template value<j + half>(units), scale, bias)));
+    });
+  }
+};
+
+// Few codes and few groups in a block: the values that a block can have make a table of 32 or 64, and decoding an
+// element costs one look-up in it.
+template <typename Element, typename V, int entries>
+struct TabledPairs {
+  using Storage = uint16_t;
+  using Codes = ShortPairs<Element, V>;
+  static constexpr int groups_per_vector = lanes >> Element::bits;  // of the table; 0 if one group fills more
+  int shift;
+  I group_bits;
+
+  explicit TabledPairs(int group_size)
+      : shift(Spread<Element>(group_size).shift), group_bits(V::half_groups(shift, Element::bits)) {}
+
+  static ALWAYS_INLINE F of_groups(const float* values, int vector) {
+    if constexpr (groups_per_vector > 1) {
+      return Vector::lookup(Vector::load(values + vector * groups_per_vector), Vector::lane_groups(Element::bits));
+    } else {
+      return Vector::set(values[vector * lanes >> Element::bits]);
+    }
+  }
+
+  static ALWAYS_INLINE F table_vector(const float* scales, const float* biases, int vector) {
+    const auto* codes = reinterpret_cast<const uint8_t*>(Codes::table.values + vector * lanes);
+    return Vector::fma(Vector::load_bfloat16(codes), of_groups(scales, vector), of_groups(biases, vector));
+  }
+
+  ALWAYS_INLINE void operator()(
+      const uint8_t* codes,
+      int64_t available,
+      const float* scales,
+      const float* biases,
+      int64_t block,
+      uint16_t* decoded) const {
+    const auto units = load_block<Codes, block_bytes<Element>>(codes, available);
+    scales += block * lanes >> shift;
+    biases += block * lanes >> shift;
+    I table[entries / 32];
+    for (int i = 0; i < entries / 32; ++i) {
+      table[i] = V::rounded_halves(table_vector(scales, biases, 2 * i), table_vector(scales, biases, 2 * i + 1));
+    }
+    unrolled<positions<Element> / 2>([&](auto j) __attribute__((always_inline)) {
+      const I index = V::template low_bits_or<Element::bits>(Codes::template codes<j>(units), group_bits);
+      I values;
+      if constexpr (entries == 32) {
+        values = V::lookup_half(index, table[0]);
+      } else {
+        values = V::lookup_half(index, table[0], table[1]);
+      }
+      V::store_halves(decoded + j * 2 * lanes, values);
+    });
+  }
+};
+
 // Decodes elements [first, first + length) of one packed row; length is a multiple of the block or ends the row.
-template <typename Element, typename Tile>
-void decode_row(
+template <typename Element, typename Blocks>
+void decode_row_as(
     const Product& product,
     int64_t row,
     int64_t row_elements,
     int64_t first,
     int64_t length,
-    typename Tile::Storage* destination) {
+    typename Blocks::Storage* destination) {
   constexpr int block = block_elements<Element>;
   const int group_size = product.format.group_size;
   const int64_t row_bytes = row_elements * Element::bits / 8;
   const int64_t row_scales = row_elements / group_size;
   const int bytes = scale_bytes(product.scale_type);
-  const Spread<Element> spread(group_size);
+  const Blocks decode(group_size);
   const int64_t chunk = static_cast<int64_t>(chunk_groups) * group_size;
   for (int64_t start = first; start < first + length; start += chunk) {
     const int64_t group = start / group_size;
@@ -487,19 +816,43 @@ void decode_row(
     convert_scales(product.scale_type, product.scales + (row * row_scales + group) * bytes, count, scales.values);
     if (product.biases != nullptr) {
       convert_scales(product.scale_type, product.biases + (row * row_scales + group) * bytes, count, biases.values);
+    } else {
+      std::memset(biases.values, 0, sizeof biases.values);
     }
     for (int64_t k = start; k < end; k += block) {
       const int64_t byte = k * Element::bits / 8;
-      const auto units = load_block<Element>(product.words + row * row_bytes + byte, row_bytes - byte);
-      const F scale = spread(scales.values, (k - start) / block);
-      const F bias = product.biases != nullptr ? spread(biases.values, (k - start) / block) : Vector::zero();
-      typename Tile::Storage* decoded = destination + (k - first);
-      unrolled<positions<Element> / 2>([&](auto pair) __attribute__((always_inline)) {
-        const F low = Vector::fma(Element::template value<2 * pair>(units), scale, bias);
-        const F high = Vector::fma(Element::template value<2 * pair + 1>(units), scale, bias);
-        Tile::store(decoded + 2 * pair * lanes, low, high);
-      });
+      prefetch(product.words + (row + columns_ahead) * row_bytes + byte, block_bytes<Element>);
+      decode(
+          product.words + row * row_bytes + byte, row_bytes - byte, scales.values, biases.values, (k - start) / block,
+          destination + (k - first));
     }
+  }
+}
+
+template <typename Element, typename Tile>
+void decode_row(
+    const Product& product,
+    int64_t row,
+    int64_t row_elements,
+    int64_t first,
+    int64_t length,
+    typename Tile::Storage* destination) {
+  if constexpr (std::is_same_v<Tile, Float32Tile>) {
+    decode_row_as<Element, ScaledBlocks<Element>>(product, row, row_elements, first, length, destination);
+  } else {
+    if constexpr (Element::bits <= 6) {
+      const int block_groups = lanes >> Spread<Element>(product.format.group_size).shift;
+      const int entries = (block_groups > 1 ? block_groups : 1) << Element::bits;
+      if (entries <= 32) {
+        return decode_row_as<Element, TabledPairs<Element, Vector, 32>>(
+            product, row, row_elements, first, length, destination);
+      }
+      if (entries <= 64) {
+        return decode_row_as<Element, TabledPairs<Element, Vector, 64>>(
+            product, row, row_elements, first, length, destination);
+      }
+    }
+    decode_row_as<Element, ScaledPairs<Element, Vector>>(product, row, row_elements, first, length, destination);
   }
 }
 
@@ -512,13 +865,14 @@ void multiply_columns(
     int64_t length,
     bool accumulate,
     int64_t columns,
-    float* y) {
+    float* y,
+    int64_t y_stride) {
   int64_t c = 0;
   for (; c + tile_columns <= columns; c += tile_columns) {
-    multiply_tile<Tile, ROWS, tile_columns>(x, x_row, w + c * w_row, w_row, length, accumulate, y + c, columns);
+    multiply_tile<Tile, ROWS, tile_columns>(x, x_row, w + c * w_row, w_row, length, accumulate, y + c, y_stride);
   }
   for (; c < columns; ++c) {
-    multiply_tile<Tile, ROWS, 1>(x, x_row, w + c * w_row, w_row, length, accumulate, y + c, columns);
+    multiply_tile<Tile, ROWS, 1>(x, x_row, w + c * w_row, w_row, length, accumulate, y + c, y_stride);
   }
 }
 
@@ -533,12 +887,13 @@ void multiply_rows(
     int64_t length,
     bool accumulate,
     int64_t columns,
-    float* y) {
+    float* y,
+    int64_t y_stride) {
   if (rows == ROWS) {
-    return multiply_columns<Tile, ROWS>(x, x_row, w, w_row, length, accumulate, columns, y);
+    return multiply_columns<Tile, ROWS>(x, x_row, w, w_row, length, accumulate, columns, y, y_stride);
   }
   if constexpr (ROWS > 1) {
-    multiply_rows<Tile, ROWS - 1>(rows, x, x_row, w, w_row, length, accumulate, columns, y);
+    multiply_rows<Tile, ROWS - 1>(rows, x, x_row, w, w_row, length, accumulate, columns, y, y_stride);
   }
 }
 
@@ -546,23 +901,30 @@ template <typename Element, typename Tile>
 void multiply_panels(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
   using Storage = typename Tile::Storage;
   constexpr int64_t panel = panel_bytes / sizeof(Storage);
+  constexpr int64_t panel_stride = panel_stride_floats * sizeof(float) / sizeof(Storage);
   Storage* decoded = reinterpret_cast<Storage*>(workspace);
   const Storage* x = reinterpret_cast<const Storage*>(product.x);
-  const int64_t x_row = padded_length(product);
+  const int64_t x_row = packed_row(product, Layout::tiled) * sizeof(float) / sizeof(Storage);
   const int64_t columns = end - begin;
-  for (int64_t first = 0; first < product.K; first += panel) {
-    const int64_t length = product.K - first < panel ? product.K - first : panel;
-    const int64_t padded = round_up(length, block_elements<Element>);
-    for (int64_t c = 0; c < columns; ++c) {
-      decode_row<Element, Tile>(product, begin + c, product.K, first, length, decoded + c * panel);
-    }
-    // Tiles of even height: 8 rows as 4 + 4 keep more sums in flight than as 6 + 2.
-    const int64_t tiles = (product.rows + tile_rows - 1) / tile_rows;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t m = tile * product.rows / tiles;
-      const int64_t rows = (tile + 1) * product.rows / tiles - m;
-      multiply_rows<Tile, tile_rows>(
-          rows, x + m * x_row + first, x_row, decoded, panel, padded, first > 0, columns, y + m * columns);
+  // Tiles of even height: 8 rows as 4 + 4 keep more sums in flight than as 6 + 2.
+  const int64_t tiles = (product.rows + tile_rows - 1) / tile_rows;
+  // Few tiles read a panel soon after it is written: from the first-level cache if it is small.
+  const int64_t panel_columns = tiles <= few_tiles ? tile_columns : columns;
+  for (int64_t c = 0; c < columns; c += panel_columns) {
+    const int64_t width = columns - c < panel_columns ? columns - c : panel_columns;
+    for (int64_t first = 0; first < product.K; first += panel) {
+      const int64_t length = product.K - first < panel ? product.K - first : panel;
+      const int64_t padded = round_up(length, block_elements<Element>);
+      for (int64_t i = 0; i < width; ++i) {
+        decode_row<Element, Tile>(product, begin + c + i, product.K, first, length, decoded + i * panel_stride);
+      }
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t m = tile * product.rows / tiles;
+        const int64_t rows = (tile + 1) * product.rows / tiles - m;
+        multiply_rows<Tile, tile_rows>(
+            rows, x + m * x_row + first, x_row, decoded, panel_stride, padded, first > 0, width, y + m * columns + c,
+            columns);
+      }
     }
   }
 }
@@ -570,8 +932,12 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end, float* 
 struct Tiled {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
-    with_tile<Vector>(
-        product, [&](auto tile) { multiply_panels<Element, decltype(tile)>(product, begin, end, workspace, y); });
+    if constexpr (Vector::has_bfloat16) {
+      if (bfloat16_terms(product, Layout::tiled) == 1) {
+        return multiply_panels<Element, BFloat16Tile<Vector>>(product, begin, end, workspace, y);
+      }
+    }
+    multiply_panels<Element, Float32Tile>(product, begin, end, workspace, y);
   }
 };
 
@@ -679,7 +1045,7 @@ void streamed(const Product& product, int64_t begin, int64_t end, float* y) {
 
 int64_t workspace(const Product& product) {
   const int64_t block = lanes * unit_elements(product.format.bits);
-  const int64_t tiled = max_tiled_columns * panel_bytes / static_cast<int64_t>(sizeof(float));
+  const int64_t tiled = max_tiled_columns * panel_stride_floats;
   const int64_t plain = (plain_panel_rows + product.rows) * block;
   return tiled > plain ? tiled : plain;
 }
