@@ -197,7 +197,8 @@ Tensor affine_gather_qmm_rhs_nax(
 }
 
 // They have no gradients, and whoever calls them sees to it that none are wanted.
-constexpr const char* generation_ops[] = {"_rms_norm", "_add_rms_norm", "_silu_mul", "_decode_attention"};
+constexpr const char* generation_ops[] = {
+    "_rms_norm", "_add_rms_norm", "_silu_mul", "_decode_attention", "_decoder_steps"};
 
 void implement_explain(torch::Library& m) {
   m.impl("explain_quantize", adapters::explain_quantize<explain<QuantizeProblem>>);
@@ -274,6 +275,9 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
   m.def(
       "_decode_attention(Tensor x, Tensor cosines, Tensor sines, Tensor(a!) keys, Tensor(b!) values, int position, "
       "float scaling, Tensor? query_norm=None, Tensor? key_norm=None, float epsilon=0.0) -> Tensor");
+  m.def(
+      "_decoder_steps(Tensor x, Tensor cosines, Tensor sines, Tensor(a!)[] keys, Tensor(b!)[] values, int position, "
+      "Tensor[] norms, Tensor?[] products, int[] formats, float scaling, float epsilon) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
@@ -285,6 +289,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
   m.impl("_add_rms_norm", cpu::add_rms_norm);
   m.impl("_silu_mul", cpu::silu_mul);
   m.impl("_decode_attention", cpu::decode_attention);
+  m.impl("_decoder_steps", cpu::decoder_steps);
   implement_explain(m);
 }
 

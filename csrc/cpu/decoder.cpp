@@ -272,4 +272,80 @@ Tensor decode_attention(
   return y;
 }
 
+namespace {
+
+// The lists of decoder_steps, cut into what one layer needs.
+constexpr int64_t layer_products = 4;
+constexpr int64_t product_tensors = 4;
+constexpr int64_t product_numbers = 3;
+constexpr const char* steps_op = "decoder_steps";
+
+struct LayerLists {
+  const c10::List<std::optional<Tensor>>& products;
+  at::IntArrayRef formats;
+  int64_t layer;
+
+  // x times one of the layer's matrices, plus its bias.
+  Tensor product(const Tensor& x, int64_t number) const {
+    const int64_t which = layer * layer_products + number;
+    const auto tensor = [&](int64_t i) -> std::optional<Tensor> { return products.get(which * product_tensors + i); };
+    const auto weight = tensor(0);
+    const auto scales = tensor(1);
+    TORCH_CHECK_VALUE(
+        weight.has_value() && scales.has_value(), "[", steps_op, "] product ", which, " has no weight or no scales.");
+    const int64_t* numbers = formats.data() + which * product_numbers;
+    TORCH_CHECK_VALUE(
+        numbers[2] >= 0 && numbers[2] <= static_cast<int>(Mode::nvfp4), "[", steps_op, "] mode ", numbers[2],
+        " of product ", which, " is unknown.");
+    const Tensor y = quantized_matmul(
+        MatmulProblem::check(
+            {steps_op, *weight, *scales, tensor(2), numbers[0], numbers[1], name_of(static_cast<Mode>(numbers[2])),
+             std::nullopt},
+            x, /*transpose=*/true));
+    const auto bias = tensor(3);
+    return bias.has_value() ? y.add(*bias) : y;
+  }
+};
+
+}  // namespace
+
+Tensor decoder_steps(
+    const Tensor& x,
+    const Tensor& cosines,
+    const Tensor& sines,
+    at::TensorList keys,
+    at::TensorList values,
+    int64_t position,
+    at::TensorList norms,
+    const c10::List<std::optional<Tensor>>& products,
+    at::IntArrayRef formats,
+    double scaling,
+    double epsilon) {
+  const int64_t layers = static_cast<int64_t>(keys.size());
+  const int64_t norms_of_layer = layers > 0 ? static_cast<int64_t>(norms.size()) / layers : 0;
+  TORCH_CHECK_VALUE(
+      layers > 0 && static_cast<int64_t>(values.size()) == layers && (norms_of_layer == 2 || norms_of_layer == 4) &&
+          static_cast<int64_t>(norms.size()) == layers * norms_of_layer &&
+          static_cast<int64_t>(products.size()) == layers * layer_products * product_tensors &&
+          static_cast<int64_t>(formats.size()) == layers * layer_products * product_numbers,
+      "[", steps_op, "] lists of ", keys.size(), " keys, ", values.size(), " values, ", norms.size(), " norms, ",
+      products.size(), " tensors of products and ", formats.size(), " numbers of formats do not fit.");
+  Tensor sum = x;
+  Tensor normal = rms_norm(x, norms[0], epsilon);
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const auto own = norms.slice(layer * norms_of_layer, norms_of_layer);
+    const LayerLists lists{products, formats, layer};
+    const auto norm = [&](int i) { return norms_of_layer == 4 ? std::optional<Tensor>(own[i]) : std::nullopt; };
+    normal = decode_attention(
+        lists.product(normal, 0), cosines, sines, keys[layer], values[layer], position, scaling, norm(2), norm(3),
+        epsilon);
+    std::tie(sum, normal) = add_rms_norm(lists.product(normal, 1), sum, own[1], epsilon);
+    normal = lists.product(silu_mul(lists.product(normal, 2)), 3);
+    if (layer + 1 < layers) {
+      std::tie(sum, normal) = add_rms_norm(normal, sum, norms[(layer + 1) * norms_of_layer], epsilon);
+    }
+  }
+  return sum.add(normal);
+}
+
 }  // namespace quantization_mlx::cpu

@@ -47,6 +47,24 @@ at::Tensor decode_attention(
     const std::optional<at::Tensor>& key_norm,
     double epsilon);
 
+// One new token for each sequence through all decoder layers: x [batch, 1, hidden size] into the residual stream behind
+// the last one. A list has as many entries for each layer: one each of `keys` and `values`, as in decode_attention;
+// `norms`, the weights before attention and before the gated MLP, and of queries and keys where they are normalised;
+// `products`, weight, scales, biases and bias, or None, of queries with keys with values, of attention's output, of
+// gates with their values, and of the MLP's output; `formats`, group_size, bits and the number of the mode of each.
+at::Tensor decoder_steps(
+    const at::Tensor& x,
+    const at::Tensor& cosines,
+    const at::Tensor& sines,
+    at::TensorList keys,
+    at::TensorList values,
+    int64_t position,
+    at::TensorList norms,
+    const c10::List<std::optional<at::Tensor>>& products,
+    at::IntArrayRef formats,
+    double scaling,
+    double epsilon);
+
 // The instruction set of the kernels, as JSON: {"device": "cpu", "instruction_set": ...}
 std::string describe();
 

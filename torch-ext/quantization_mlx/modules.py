@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,13 +100,6 @@ class _QuantizedModule(nn.Module):
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., columns] -> [..., rows]."""
         return _quantized_matmul(x, self.weight, self.scales, self.biases, True, self.group_size, self.bits, self.mode)
-
-    def product_with(
-        self, weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor | None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """x [..., columns] -> [..., rows] with other tensors of this module's format in the place of its own."""
-        group_size, bits, mode = self.group_size, self.bits, self.mode
-        return lambda x: _quantized_matmul(x, weight, scales, biases, True, group_size, bits, mode)
 
     def share(self, other: _QuantizedModule) -> None:
         """Makes `weight`, `scales` and `biases` the very parameters of `other`, which has the same shape and format."""
