@@ -168,6 +168,10 @@ struct Vector {
     const I top = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
     return _mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(value), top)));
   }
+  static F low_of_pairs(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  static F high_of_pairs(I pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  }
   // Two vectors rounded, one after the other.
   static I rounded_halves(F first, F second) { return (I)_mm512_cvtne2ps_pbh(second, first); }
   // Two vectors rounded, in pairs.
@@ -222,6 +226,17 @@ struct Vector {
   }
   static I lookup_half(I index, I table) { return _mm512_permutexvar_epi16(index, table); }
   static I lookup_half(I index, I low, I high) { return _mm512_permutex2var_epi16(low, index, high); }
+  // Byte j of each lane in a table of 128 for its low bits; its top bit becomes the sign.
+  template <int j>
+  static I lookup_signed_byte(I lanes16, const uint16_t* table) {
+    const I codes = j == 0 ? lanes16 : _mm512_srli_epi16(lanes16, 8);
+    const I below64 = _mm512_permutex2var_epi16(load_halves(table), codes, load_halves(table + 32));
+    const I above64 = _mm512_permutex2var_epi16(load_halves(table + 64), codes, load_halves(table + 96));
+    const __mmask32 is_above = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
+    const I sign = j == 0 ? _mm512_slli_epi16(lanes16, 8) : lanes16;
+    return _mm512_ternarylogic_epi32(
+        _mm512_mask_mov_epi16(below64, is_above, above64), sign, _mm512_set1_epi16(INT16_MIN), 0xF8);  // a | (b & c)
+  }
   template <int bits>
   static I low_bits_or(I value, I other) {
     return _mm512_ternarylogic_epi32(value, _mm512_set1_epi16((1 << bits) - 1), other, 0xEA);  // (a & b) | c

@@ -105,15 +105,61 @@ struct Rows {
   int64_t y(int64_t m) const { return plan.y_rows.empty() ? first + m : plan.y_rows[first + m]; }
 };
 
-// Working memory, aligned for any vector and not initialised.
-struct Free {
-  void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
+// Working memory, aligned for any vector and not initialised. A thread keeps a little of it for its next call, so that
+// products of few rows allocate none.
+class WorkingMemory {
+ public:
+  float* floats(int64_t count) {
+    if (count > count_) {
+      memory_.reset();
+      memory_.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
+      count_ = count;
+    }
+    return memory_.get();
+  }
 
-Buffer buffer(int64_t floats) {
-  return Buffer(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64))));
-}
+  void release_beyond(int64_t count) {
+    if (count_ > count) {
+      memory_.reset();
+      count_ = 0;
+    }
+  }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+  };
+  std::unique_ptr<float[], Free> memory_;
+  int64_t count_ = 0;
+};
+
+constexpr int64_t kept_floats = 1 << 20;
+
+struct ThreadMemory {
+  WorkingMemory packed;  // rows of x
+  WorkingMemory scratch;  // panels and results of all threads that serve a call
+};
+
+// One call's use of the memory of its thread.
+class BorrowedMemory {
+ public:
+  BorrowedMemory() = default;
+  BorrowedMemory(const BorrowedMemory&) = delete;
+  BorrowedMemory& operator=(const BorrowedMemory&) = delete;
+  ~BorrowedMemory() {
+    memory().packed.release_beyond(kept_floats);
+    memory().scratch.release_beyond(kept_floats);
+  }
+
+  float* packed(int64_t floats) { return memory().packed.floats(floats); }
+  float* scratch(int64_t floats) { return memory().scratch.floats(floats); }
+
+ private:
+  static ThreadMemory& memory() {
+    static thread_local ThreadMemory memory;
+    return memory;
+  }
+};
 
 template <typename T>
 void store_rows(
@@ -146,12 +192,13 @@ class Multiplication {
   }
 
   void run(const Plan& plan) const {
+    BorrowedMemory memory;
     for (const Run& run : plan.runs) {
       // In even parts, so that all rows of a run meet the same kernel.
       const int64_t parts = (run.rows + max_rows - 1) / max_rows;
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t begin = part * run.rows / parts;
-        multiply(plan, {run.matrix, run.first + begin, (part + 1) * run.rows / parts - begin});
+        multiply(plan, {run.matrix, run.first + begin, (part + 1) * run.rows / parts - begin}, memory);
       }
     }
   }
@@ -196,11 +243,11 @@ class Multiplication {
     return matrix_data(problem_.x, row / M) + row % M * problem_.x.row_stride * problem_.x.tensor.element_size();
   }
 
-  Buffer pack(const Product& product, Layout layout, const Rows& rows) const {
+  const float* pack(const Product& product, Layout layout, const Rows& rows, BorrowedMemory& memory) const {
     const int64_t row_floats = kernels_.packed_row(product, layout);
-    Buffer packed = buffer(product.rows * row_floats);
+    float* packed = memory.packed(product.rows * row_floats);
     const auto pack_row = [&](int64_t m, int) {
-      kernels_.pack_row(product, layout, x_row(rows.x(m)), packed.get() + m * row_floats);
+      kernels_.pack_row(product, layout, x_row(rows.x(m)), packed + m * row_floats);
     };
     if (layout == Layout::streamed) {
       for (int64_t m = 0; m < product.rows; ++m) {
@@ -228,7 +275,7 @@ class Multiplication {
     }
   }
 
-  void multiply(const Plan& plan, const Run& run) const {
+  void multiply(const Plan& plan, const Run& run, BorrowedMemory& memory) const {
     Product product = product_;
     product.rows = run.rows;
     product.words = matrix_data(weights_.words, run.matrix);
@@ -237,19 +284,18 @@ class Multiplication {
 
     const Rows rows{plan, run.first};
     const Layout way = layout(run.rows);
-    const Buffer packed = pack(product, way, rows);
-    product.x = packed.get();
+    product.x = pack(product, way, rows, memory);
 
     const int64_t columns = task_columns(way);
     const int64_t workspace_floats = way == Layout::streamed ? 0 : kernels_.workspace(product);
     const int64_t thread_floats = workspace_floats + product.rows * columns;
-    const Buffer scratch = buffer(at::get_num_threads() * thread_floats);
+    float* scratch = memory.scratch(at::get_num_threads() * thread_floats);
     const float scale = factor(run.matrix);
 
     parallel_tasks((product.N + columns - 1) / columns, [&](int64_t task, int thread) {
       const int64_t begin = task * columns;
       const int64_t end = std::min(begin + columns, product.N);
-      float* workspace = scratch.get() + thread * thread_floats;
+      float* workspace = scratch + thread * thread_floats;
       float* result = workspace + workspace_floats;
       switch (way) {
         case Layout::streamed: kernels_.streamed(product, begin, end, result); break;

@@ -80,7 +80,7 @@ constexpr int64_t max_streamed_rows = 4;
 
 // How the caller cuts the N columns into tasks: of at most max_tiled_columns for the tiled product, best in multiples
 // of column_multiple; in multiples of plain_column_multiple for the plain one.
-constexpr int64_t max_tiled_columns = 128;
+constexpr int64_t max_tiled_columns = 64;
 constexpr int64_t column_multiple = 4;
 constexpr int64_t plain_column_multiple = 256;
 

@@ -97,6 +97,14 @@ struct E4M3Element {
   static ALWAYS_INLINE F value(Units units) {
     return Vector::e4m3<8 * j>(units);
   }
+  // Of the positive codes, 0 to 127.
+  static constexpr uint16_t bfloat16(int code) {
+    if (code == 0x7F) {
+      return 0x7FC0;
+    }
+    const uint16_t subnormal = static_cast<uint16_t>(bfloat16_of_integer(code) - (code == 0 ? 0 : 9 << 7));
+    return code < 8 ? subnormal : static_cast<uint16_t>((code << 4) + (120 << 7));
+  }
 };
 
 template <typename Element>
@@ -213,9 +221,10 @@ struct Spread {
 
 template <typename Element>
 struct CodeTable {
-  alignas(64) uint16_t values[64];
+  static constexpr int size = Element::bits <= 6 ? 64 : 128;
+  alignas(64) uint16_t values[size];
   constexpr CodeTable() : values() {
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < size; ++i) {
       values[i] = Element::bfloat16(i & ((1 << Element::bits) - 1));
     }
   }
@@ -241,6 +250,7 @@ struct ShortPairs {
   }
 };
 
+// Any element that is exact in bfloat16, through float32.
 template <typename Element, typename V>
 struct LongPairs {
   using Units = typename Element::Units;
@@ -249,6 +259,17 @@ struct LongPairs {
   static ALWAYS_INLINE I values(const Units& units) {
     return V::truncated_pairs(
         Element::template value<j>(units), Element::template value<j + positions<Element> / 2>(units));
+  }
+};
+
+template <typename V>
+struct LongPairs<E4M3Element, V> {
+  static constexpr CodeTable<E4M3Element> table{};
+  using Units = I;
+  static ALWAYS_INLINE Units load(const uint8_t* codes) { return E4M3Element::load(codes); }
+  template <int j>
+  static ALWAYS_INLINE I values(Units units) {
+    return V::template lookup_signed_byte<j>(units, table.values);
   }
 };
 
@@ -635,11 +656,13 @@ struct Streamed {
 // Tiles of x rows by weight columns, both read along K as vectors: each load feeds several multiply-adds, and the lanes
 // of a sum are added up once per panel.
 
-constexpr int64_t panel_bytes = 4096;  // of one weight column: the x rows of a tile then stay in the first-level cache
+// Of one weight column: so long that adding up the lanes of a tile's sums is rare, so short that a task's panel stays
+// in the second-level cache.
+constexpr int64_t panel_bytes = 8192;
 constexpr int64_t panel_stride_floats = spaced(panel_bytes / static_cast<int64_t>(sizeof(float)));
 constexpr int tile_rows = Vector::registers >= 32 ? 6 : 3;
 constexpr int tile_columns = 4;
-constexpr int64_t few_tiles = 16;
+constexpr int64_t few_tiles = 16;  // whose rows of x stay in the second-level cache beside it
 
 template <typename Tile, int ROWS, int COLUMNS>
 void multiply_tile(
@@ -685,7 +708,7 @@ void multiply_tile(
   }
 }
 
-// Decoders of one block at a time, to float32 or to pairs; `group` is the number of its first group in the buffers.
+// Decoders of one block at a time, to float32 or to pairs; blocks count from the first group in the buffers of scales.
 
 template <typename Element>
 struct ScaledBlocks {
@@ -713,6 +736,7 @@ struct ScaledBlocks {
 template <typename Element, typename V>
 struct ScaledPairs {
   using Storage = uint16_t;
+  using Codes = Pairs<Element, V>;
   Spread<Element> spread;
 
   explicit ScaledPairs(int group_size) : spread(group_size) {}
@@ -724,16 +748,14 @@ struct ScaledPairs {
       const float* biases,
       int64_t block,
       uint16_t* decoded) const {
-    const auto units = load_block<Element, block_bytes<Element>>(codes, available);
+    const auto units = load_block<Codes, block_bytes<Element>>(codes, available);
     const F scale = spread(scales, block);
     const F bias = spread(biases, block);
-    constexpr int half = positions<Element> / 2;
-    unrolled<half>([&](auto j) __attribute__((always_inline)) {
-      V::store_halves(
-          decoded + j * 2 * lanes,
-          V::rounded_pairs(
-              Vector::fma(Element::template value<j>(units), scale, bias),
-              Vector::fma(Element::template value<j + half>(units), scale, bias)));
+    unrolled<positions<Element> / 2>([&](auto j) __attribute__((always_inline)) {
+      const I pairs = Codes::template values<j>(units);
+      const F low = Vector::fma(V::low_of_pairs(pairs), scale, bias);
+      const F high = Vector::fma(V::high_of_pairs(pairs), scale, bias);
+      V::store_halves(decoded + j * 2 * lanes, V::rounded_pairs(low, high));
     });
   }
 };
