@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import parametrize
 
 import oracle
 from oracle import DTYPES, SOME_FORMATS, Format, name_of

@@ -161,7 +161,10 @@ class QuantizedLinear(_QuantizedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of the scales and the bias."""
         y = self._matmul(x)
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        try:
+            bias = self._parameters["bias"]
+        except KeyError:
+            bias = self.bias
         return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
