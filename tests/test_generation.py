@@ -262,6 +262,16 @@ def test_same_logits(config, quantized: bool, batch: int, steps: Steps) -> None:
     assert steps.of_layers() == (19 * config.num_hidden_layers if fast and not quantized else 0)
 
 
+@FAMILY
+def test_same_logits_of_long_prompts(config) -> None:
+    model, prepared = pair(config)
+    with torch.no_grad():
+        for length in (255, 256, 300):
+            ids = tokens(2, length)
+            expected, logits = (each(ids).logits for each in (model, prepared))
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 def test_no_further_from_float32_than_the_unprepared_model(dtype: torch.dtype, steps: Steps) -> None:
     model, prepared = pair(FAMILIES["qwen3"], dtype=dtype)

@@ -31,6 +31,7 @@ _KNOWN_MODELS = {
 _HEAD_MULTIPLE = 32  # of a head's size, in the op for attention
 _ROW_MULTIPLE = 16  # of a row's size, in the others
 _SPARE_POSITIONS = 256  # in a cache that has to grow
+_QUERY_BLOCK = 256  # queries of a prompt that meet the same keys
 _MODES = list(SUPPORTED)  # a mode's place is its number in the op for all layers
 
 # The overloads themselves: the shortest way from Python into the dispatcher.
@@ -217,7 +218,9 @@ class _FastLayer:
         project_in, project_out, gate_and_up, down = self.products
         x = _rms_norm(hidden_states, first_norm.weight, first_norm.variance_epsilon)
         room = _room(self.self_attn, past_key_values, x) if attention_mask is None else None
-        if room is None:
+        if room is None and attention_mask is None and _is_plain_prompt(self.self_attn, past_key_values, x):
+            x = project_out(self._attend_prompt(project_in(x), *position_embeddings, past_key_values))
+        elif room is None:
             x, _ = self.self_attn(hidden_states=x, **options)
         else:
             y = _decode_attention(
@@ -233,6 +236,56 @@ class _FastLayer:
             x = project_out(y)
         hidden_states, x = _add_rms_norm(x, hidden_states, second_norm.weight, second_norm.variance_epsilon)
         return hidden_states + down(_silu_mul(gate_and_up(x)))
+
+    def _attend_prompt(self, x: Tensor, cosines: Tensor, sines: Tensor, cache: Any) -> Tensor:
+        """Attention of tokens to those before them, from their queries, keys and values side by side."""
+        attention = self.self_attn
+        heads = x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        key_heads = heads.shape[1] // (attention.num_key_value_groups + 2)
+        query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], 1)
+        if head_norms := self.norms()[2:]:
+            query, key = (
+                _rms_norm(states, norm.weight, norm.variance_epsilon)
+                for states, norm in zip((query, key), head_norms, strict=True)
+            )
+        query, key = (_rotated(states, cosines.unsqueeze(1), sines.unsqueeze(1)) for states in (query, key))
+        if cache is not None:
+            key, value = cache.update(key, value, attention.layer_idx)
+        return _causal_attention(query, key, value, attention.scaling).transpose(1, 2).flatten(2)
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cosines + torch.cat((-second, first), -1) * sines
+
+
+def _is_plain_prompt(attention: nn.Module, cache: Any, x: Tensor) -> bool:
+    """Whether attention without a mask is of the first tokens, each to all before it, as torch computes it."""
+    return (
+        x.shape[1] > 1
+        and (cache is None or cache.get_seq_length(attention.layer_idx) == 0)
+        and attention.is_causal
+        and attention.config._attn_implementation == "sdpa"
+        and _sliding_window(attention) is None
+        and not attention._forward_hooks
+        and not attention._forward_pre_hooks
+        and not (attention.training and attention.attention_dropout > 0)
+    )
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Of queries [batch, heads, length, head_dim] block by block: torch multiplies with keys that its mask hides."""
+    length = query.shape[2]
+    blocks = []
+    for begin in range(0, length, _QUERY_BLOCK):
+        end = min(begin + _QUERY_BLOCK, length)
+        mask = torch.ones(end - begin, end, dtype=torch.bool).tril_(begin)
+        blocks.append(
+            F.scaled_dot_product_attention(
+                query[:, :, begin:end], key[:, :, :end], value[:, :, :end], mask, scale=scaling, enable_gqa=True
+            )
+        )
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
 class _FastStack:
