@@ -28,7 +28,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, StaticCache
 
 from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.generation import prepare_for_generation
@@ -61,13 +61,13 @@ class Contender:
 # Contenders
 
 
-def transformers_run(model, **options) -> Callable[[list[int], int], list[float]]:
-    """`generate` of Transformers; the times at which its tokens arrive."""
+def transformers_run(model, options: Callable[[], dict] = dict) -> Callable[[list[int], int], list[float]]:
+    """`generate` of Transformers, with fresh options for each call; the times at which its tokens arrive."""
     model.generation_config.eos_token_id = None  # no text ends early
 
     def run(tokens: list[int], count: int) -> list[float]:
         clock = demo.Clock()
-        model.generate(torch.tensor([tokens]), max_new_tokens=count, do_sample=False, streamer=clock, **options)
+        model.generate(torch.tensor([tokens]), max_new_tokens=count, do_sample=False, streamer=clock, **options())
         return clock.times[1:]  # the prompt comes first
 
     return run
@@ -88,11 +88,14 @@ def compiled(checkpoint: Path, dtype: torch.dtype, name: str) -> Contender:
     """`torch.compile` of the unprepared model with a static cache, as Transformers offers it."""
     config = CompileConfig(mode="default", fullgraph=True, dynamic=False)
     config._compile_all_devices = True
+    model = load_checkpoint(checkpoint, dtype=dtype)
+    length = PREFILL + NEW_TOKENS  # another one would compile again
     run = transformers_run(
-        load_checkpoint(checkpoint, dtype=dtype),
-        cache_implementation="static",
-        compile_config=config,
-        max_length=PREFILL + NEW_TOKENS,
+        model,
+        lambda: {
+            "past_key_values": StaticCache(config=model.config, max_cache_len=length),
+            "compile_config": config,
+        },
     )
     start = time.perf_counter()
     run([1] * PROMPT, 3)

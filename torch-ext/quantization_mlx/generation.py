@@ -52,8 +52,8 @@ def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
     milliseconds; a second call changes nothing.
 
     Results are those of the unprepared model up to rounding: sums are float32, and there are fewer roundings between.
-    Steps of one token with quantized layers, a cache that keeps all positions and no padding are fastest. Elsewhere
-    (prompts, padded batches, sliding windows, a static cache) attention is the layer's own; with gradients, on other
+    Steps of one token with quantized layers, a cache that keeps all positions and no padding are fastest. In padded
+    batches, with sliding windows and with a static cache, attention is the layer's own; with gradients, on other
     devices and under `torch.compile` everything is. Hooks on modules inside of a decoder layer run only where that
     module is called.
 
