@@ -10,7 +10,14 @@ from pathlib import Path
 
 VARIABLE = "QUANTIZATION_MLX_CPU"
 CALL = "import torch, quantization_mlx as q; q.quantized_matmul(torch.ones(64), *q.quantize(torch.ones(2, 64)))"
-TESTS = ("test_matmul.py", "test_gather.py")
+# Files, and which of their tests.
+TESTS = (
+    (
+        ("test_matmul.py", "test_gather.py"),
+        "not mps and not usage_example and not explicit and not (6-bit-720 or wide-n)",
+    ),
+    (("test_generation.py",), "rms_norm or silu_mul or decode_attention"),
+)
 HERE = Path(__file__).parent
 
 
@@ -33,11 +40,11 @@ def test_other_kernels() -> None:
     best, *others = _available()
     assert "baseline" in (best, *others)
     for instruction_set in others:  # the best one serves all other tests
-        result = _run(
-            instruction_set,
-            *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"),
-            *("-k", "not mps and not usage_example and not explicit and not (6-bit-720 or wide-n)"),
-            *TESTS,
-        )
-        assert result.returncode == 0, f"{instruction_set}: {result.stdout}"
-        assert " passed" in result.stdout
+        for files, wanted in TESTS:
+            result = _run(
+                instruction_set,
+                *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "-k", wanted),
+                *files,
+            )
+            assert result.returncode == 0, f"{instruction_set}: {result.stdout}"
+            assert " passed" in result.stdout

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import parametrize
 
 import oracle
 from oracle import DTYPES, SOME_FORMATS, Format, name_of
@@ -167,6 +168,19 @@ def test_shared_parameters_stay_shared(move: str, device: str) -> None:
     head.share(table)
     pair = getattr(nn.ModuleList([table, head]), move)()
     assert all(pair[0].get_parameter(name) is pair[1].get_parameter(name) for name in ("weight", "scales", "biases"))
+
+
+def test_parametrizations_count() -> None:
+    class Twice(nn.Module):
+        def forward(self, tensor: Tensor) -> Tensor:
+            return 2 * tensor
+
+    layer, x = linear(AFFINE, "cpu"), oracle.random_x(3, IN)
+    y = layer(x) - layer.bias
+    for name in ("scales", "biases", "bias"):
+        parametrize.register_parametrization(layer, name, Twice())
+    torch.testing.assert_close(layer(x), 2 * y + layer.bias)
+    assert layer.bias.abs().max() > 0
 
 
 @FORMAT

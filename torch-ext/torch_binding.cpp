@@ -196,6 +196,10 @@ Tensor affine_gather_qmm_rhs_nax(
       .squeeze(1);
 }
 
+// They have no gradients, and whoever calls them sees to it that none are wanted.
+constexpr const char* generation_ops[] = {
+    "_rms_norm", "_add_rms_norm", "_silu_mul", "_decode_attention", "_decoder_steps"};
+
 void implement_explain(torch::Library& m) {
   m.impl("explain_quantize", adapters::explain_quantize<explain<QuantizeProblem>>);
   m.impl("explain_dequantize", adapters::explain_dequantize<explain<DequantizeProblem>>);
@@ -263,6 +267,17 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "affine_gather_qmm_rhs_nax(Tensor x, Tensor w, Tensor scales, Tensor biases, Tensor indices, "
       "SymInt output_features, int group_size=128, int bits=4, bool transpose=True) -> Tensor",
       affine_gather_qmm_rhs_nax);
+
+  // For one step of generation, by generation.py: on CPU alone, without gradients.
+  m.def("_rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
+  m.def("_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)");
+  m.def("_silu_mul(Tensor x) -> Tensor");
+  m.def(
+      "_decode_attention(Tensor x, Tensor cosines, Tensor sines, Tensor(a!) keys, Tensor(b!) values, int position, "
+      "float scaling, Tensor? query_norm=None, Tensor? key_norm=None, float epsilon=0.0) -> Tensor");
+  m.def(
+      "_decoder_steps(Tensor x, Tensor cosines, Tensor sines, Tensor(a!)[] keys, Tensor(b!)[] values, int position, "
+      "Tensor[] norms, Tensor?[] products, int[] formats, float scaling, float epsilon) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
@@ -270,6 +285,11 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
   m.impl("dequantize", adapters::dequantize<cpu::dequantize>);
   m.impl("quantized_matmul", adapters::quantized_matmul<cpu::quantized_matmul>);
   m.impl("gather_qmm", adapters::gather_qmm<cpu::gather_qmm>);
+  m.impl("_rms_norm", cpu::rms_norm);
+  m.impl("_add_rms_norm", cpu::add_rms_norm);
+  m.impl("_silu_mul", cpu::silu_mul);
+  m.impl("_decode_attention", cpu::decode_attention);
+  m.impl("_decoder_steps", cpu::decoder_steps);
   implement_explain(m);
 }
 
@@ -286,6 +306,9 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("dequantize", autograd::dequantize);
   m.impl("quantized_matmul", autograd::quantized_matmul);
   m.impl("gather_qmm", autograd::gather_qmm);
+  for (const char* op : generation_ops) {
+    m.impl(op, torch::CppFunction::makeFallthrough());
+  }
 }
 
 // Importing the extension is only there to load it: the module is empty.

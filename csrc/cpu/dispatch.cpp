@@ -64,6 +64,8 @@ struct Plan {
   std::vector<int64_t> y_rows;
 };
 
+int64_t quotient_up(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
+
 // All rows with one matrix, in order: the plan that needs no lists.
 Plan single_run(int64_t rows) { return {{{0, 0, rows}}, {}, {}}; }
 
@@ -215,9 +217,12 @@ class Multiplication {
       return plain_column_multiple;
     }
     const int64_t threads = at::get_num_threads();
-    const int64_t even = std::max((product_.N + threads - 1) / threads, task_weights / product_.K);
-    const int64_t whole = (even + column_multiple - 1) / column_multiple * column_multiple;
-    return std::min(max_tiled_columns, whole);
+    const int64_t most = layout == Layout::tiled ? max_tiled_columns : product_.N;
+    const int64_t even = std::max(quotient_up(product_.N, threads), task_weights / product_.K);
+    // As many for each thread, where each has several.
+    const int64_t rounds = quotient_up(product_.N, most * threads);
+    const int64_t columns = even <= most ? even : quotient_up(product_.N, rounds * threads);
+    return quotient_up(columns, column_multiple) * column_multiple;
   }
 
   float factor(int64_t matrix) const {

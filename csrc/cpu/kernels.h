@@ -34,6 +34,32 @@ struct Product {
   int64_t rows;
 };
 
+// One query position of the heads that share keys and values, against all positions up to it.
+struct Attention {
+  Real type;  // of keys and values
+  int64_t heads;
+  int64_t dim;  // a multiple of 32
+  int64_t length;
+  const float* queries;  // [heads, dim]
+  const void* keys;  // [length, dim]
+  const void* values;  // [length, dim]
+  float* scores;  // working memory: [heads, score_stride]
+  int64_t score_stride;  // at least length, and a multiple of 16
+  float* result;  // [heads, dim]
+};
+
+// What stands between the products of a decoder; n is a multiple of 16.
+struct DecoderKernels {
+  void (*widen)(Real type, const void* source, int64_t n, float* destination);
+  // x / sqrt(mean(x^2) + epsilon) * weight; y may be x.
+  void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* y);
+  // silu(gates) * values; y may be either.
+  void (*gate)(const float* gates, const float* values, int64_t n, float* y);
+  // Rotary position embedding of one head; cosines and sines have dim elements, a multiple of 32; y may be x.
+  void (*rotate)(const float* x, const float* cosines, const float* sines, int64_t dim, float* y);
+  void (*attend)(const Attention&);
+};
+
 struct Kernels {
   const char* name;
   bool bfloat16;
@@ -46,6 +72,7 @@ struct Kernels {
   void (*streamed)(const Product&, int64_t begin, int64_t end, float* y);
   void (*tiled)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
   void (*plain)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
+  DecoderKernels decoder;
 };
 
 // The most rows that the streamed product takes.

@@ -18,6 +18,53 @@ at::Tensor dequantize(const DequantizeProblem& problem);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const QuantizeProblem& problem);
 
+// x / sqrt(mean(x^2) + epsilon) * weight; x [..., n], n a multiple of 16.
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon);
+
+// x + residual, and the RMS norm of that.
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(
+    const at::Tensor& x,
+    const at::Tensor& residual,
+    const at::Tensor& weight,
+    double epsilon);
+
+// silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
+at::Tensor silu_mul(const at::Tensor& x);
+
+// Self-attention of one new token for each sequence. x [batch, 1, (query heads + 2 * key heads) * dim] is its queries,
+// keys and values; queries and keys are normalised if a weight is given, rotated by the angle whose cosines and sines
+// [1 or batch, 1, dim] these are, and keys and values are written into theirs [batch, key heads, capacity, dim] at
+// `position`. The result is [batch, 1, query heads * dim].
+at::Tensor decode_attention(
+    const at::Tensor& x,
+    const at::Tensor& cosines,
+    const at::Tensor& sines,
+    const at::Tensor& keys,
+    const at::Tensor& values,
+    int64_t position,
+    double scaling,
+    const std::optional<at::Tensor>& query_norm,
+    const std::optional<at::Tensor>& key_norm,
+    double epsilon);
+
+// One new token for each sequence through all decoder layers: x [batch, 1, hidden size] into the residual stream behind
+// the last one. A list has as many entries for each layer: one each of `keys` and `values`, as in decode_attention;
+// `norms`, the weights before attention and before the gated MLP, and of queries and keys where they are normalised;
+// `products`, weight, scales, biases and bias, or None, of queries with keys with values, of attention's output, of
+// gates with their values, and of the MLP's output; `formats`, group_size, bits and the number of the mode of each.
+at::Tensor decoder_steps(
+    const at::Tensor& x,
+    const at::Tensor& cosines,
+    const at::Tensor& sines,
+    at::TensorList keys,
+    at::TensorList values,
+    int64_t position,
+    at::TensorList norms,
+    const c10::List<std::optional<at::Tensor>>& products,
+    at::IntArrayRef formats,
+    double scaling,
+    double epsilon);
+
 // The instruction set of the kernels, as JSON: {"device": "cpu", "instruction_set": ...}
 std::string describe();
 

@@ -1075,9 +1075,16 @@ int64_t workspace(const Product& product) {
   return tiled > plain ? tiled : plain;
 }
 
+}  // namespace
+
+#include "decoder.h"
+
+namespace {
+
 // bfloat16 tells whether this machine multiplies it.
 constexpr Kernels make_table(const char* name, bool bfloat16) {
-  return {name, bfloat16, packed_row, pack_row, workspace, streamed, for_format<Tiled>, for_format<Plain>};
+  return {name,     bfloat16,          packed_row,        pack_row,     workspace,
+          streamed, for_format<Tiled>, for_format<Plain>, decoder_table};
 }
 
 #undef ALWAYS_INLINE

@@ -2,6 +2,7 @@
 
 from . import layers
 from .checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from .generation import prepare_for_generation
 from .modules import QuantizedEmbedding, QuantizedLinear
 from .ops import (
     affine_gather_qmm_rhs_nax,
@@ -49,6 +50,7 @@ __all__ = [
     "nvfp4_qmm_n",
     "nvfp4_qmm_t",
     "nvfp4_qmv",
+    "prepare_for_generation",
     "quantize",
     "quantize_model",
     "quantized_matmul",

@@ -99,7 +99,13 @@ class _QuantizedModule(nn.Module):
 
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., columns] -> [..., rows]."""
-        return _quantized_matmul(x, self.weight, self.scales, self.biases, True, self.group_size, self.bits, self.mode)
+        # Reading a parameter as an attribute costs half a microsecond, and a step of generation reads a thousand.
+        held = self._parameters
+        try:
+            packed = held["weight"], held["scales"], held["biases"]
+        except KeyError:  # a parametrization has taken one's place
+            packed = self.weight, self.scales, self.biases
+        return _quantized_matmul(x, *packed, True, self.group_size, self.bits, self.mode)
 
     def share(self, other: _QuantizedModule) -> None:
         """Makes `weight`, `scales` and `biases` the very parameters of `other`, which has the same shape and format."""
@@ -155,7 +161,11 @@ class QuantizedLinear(_QuantizedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of the scales and the bias."""
         y = self._matmul(x)
-        return y if self.bias is None else y + self.bias
+        try:
+            bias = self._parameters["bias"]
+        except KeyError:
+            bias = self.bias
+        return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
         return (
