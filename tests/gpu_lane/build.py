@@ -88,7 +88,11 @@ class Builder:
 
 
 def _cached(source: Source, entries: Sequence[Entry]) -> tuple[bytes, dict[str, Resources]]:
-    parts = [identity(), source.program().text, repr((source.optimised, source.lines, source.defines))]
+    parts = [
+        identity(),
+        source.program().text,
+        repr((source.optimised, source.keeps_vectors, source.lines, source.defines)),
+    ]
     parts += [repr([(e.symbol, e.kernel, sorted(e.constants), e.threads, e.params) for e in entries])]
     CACHE.mkdir(parents=True, exist_ok=True)
     place = CACHE / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

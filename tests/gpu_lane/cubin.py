@@ -38,9 +38,9 @@ LANGUAGE = [
 # Everything becomes part of the kernel, and what the shader wants unrolled is, as by Apple's compiler; or as little as
 # makes a kernel correct, where thousands are compiled.
 INLINE = ["-mllvm", "-inline-threshold=20000"]
-# A vector that is loaded stays one: LLVM would take a float4 apart here.
-UNROLL = ["-mllvm", "-unroll-threshold=2000", "-mllvm", "-disable-vector-combine"]
-OPTIMISE = {True: ["-O3", *INLINE, *UNROLL], False: ["-O1", *INLINE, "-fno-unroll-loops"]}
+OPTIMISE = {True: ["-O3", *INLINE, "-mllvm", "-unroll-threshold=2000"], False: ["-O1", *INLINE, "-fno-unroll-loops"]}
+# LLVM takes a float4 that is loaded apart, which makes our kernels slower and MLX's faster.
+KEEP_VECTORS = ["-mllvm", "-disable-vector-combine"]
 ASSEMBLE = {True: ["-O3"], False: ["-O1"]}
 POSITION, BUFFER = "position", "buffer"
 
@@ -78,8 +78,8 @@ class Resources:
 class Source:
     """A shader: a .metal file, or the text of one; change: an edit of its preprocessed text.
 
-    optimised: as by Apple's compiler, with loops unrolled where the shader says so. lines: those of the shader, for the
-    reports of sanitizers; cubins are three times as large.
+    optimised: as by Apple's compiler, with loops unrolled where the shader says so. keeps_vectors: those that are
+    loaded stay whole. lines: those of the shader, for the reports of sanitizers; cubins are three times as large.
     """
 
     path: Path | None
@@ -88,6 +88,7 @@ class Source:
     change: Callable[[str], str] | None = None
     defines: tuple[str, ...] = ()
     optimised: bool = True
+    keeps_vectors: bool = True
     lines: bool = False
 
     @property
@@ -156,6 +157,7 @@ def compile_cubin(source: Source, entries: Sequence[Entry]) -> tuple[bytes, dict
                 toolchain.clang(),
                 *TARGET,
                 *OPTIMISE[source.optimised],
+                *(KEEP_VECTORS if source.keeps_vectors else []),
                 "-S",
                 "-x",
                 "ir",

@@ -39,7 +39,7 @@ def is_installed() -> bool:
 
 @cache
 def source() -> Source:
-    return Source(None, KERNELS, (include_dir(),), defines=DEFINES)
+    return Source(None, KERNELS, (include_dir(),), defines=DEFINES, keeps_vectors=False)
 
 
 def launch_of(call: Call) -> tuple[str, tuple[int, int, int], tuple[int, int, int], dict[int, tuple[str, int | str]]]:
