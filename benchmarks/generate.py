@@ -6,7 +6,7 @@ The model is that of examples/demo.py, SmolLM2-135M-Instruct from the installed 
 group_size 64. Every contender reads a prompt of 512 tokens and yields the first token (prefill), and goes on from a
 prompt of 64 for 64 tokens, greedily (decode). They take turns, round after round; the table shows medians, and the
 ratios to llama.cpp and to dense bfloat16 torch. Contenders whose packages are not installed are named and left out;
-the extra "bench" has them.
+the extra "bench-generate" has them.
 """
 
 from __future__ import annotations
