@@ -159,7 +159,7 @@ def entry_point(program: Program, name: str, symbol: str) -> str:
 
 
 class _Rewriter:
-    def __init__(self, text: str, shim_directory: str, unroll: bool) -> None:
+    def __init__(self, text: str, shim_directory: str, unroll: bool = False) -> None:
         self.all_tokens = self._tokenize(text, shim_directory, unroll)
         # Significant tokens of the user's; the shim is written for clang as it is.
         self.tokens = [t for t in self.all_tokens if t.kind not in ("space", "marker") and not t.shim]
