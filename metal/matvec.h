@@ -47,8 +47,7 @@ namespace quantization_mlx {
 
 // --- Transposed ----------------------------------------------------------------------------------------------------
 
-static constant constexpr const int qmv_lanes_along = 16;
-static constant constexpr const int qmv_lanes_across = 2;
+static constant constexpr const int qmv_lanes_along = 32 / qmv_lanes_across();
 
 // Elements that a lane takes of a row of w at a time. Few rows of x: a whole run, in the widest loads. More rows: half
 // of one, which keeps the code of a step short; so do groups of 16, whose scale it then has for itself, and x in
@@ -67,7 +66,7 @@ struct PackedRows {
   float biases[outputs];
 };
 
-// Elements [step * elements, (step + 1) * elements) of rows first + 4 * r of w. Rows that do not exist are zeros.
+// Elements [step * elements, (step + 1) * elements) of rows first + 2 * r of w. Rows that do not exist are zeros.
 template <Mode mode, int group_size, int bits, int elements, int words, int outputs, typename T, typename Scale>
 inline void load_rows(
     thread const Operands<T, Scale>& operands,
@@ -84,7 +83,7 @@ inline void load_rows(
   const int step_group = step / (group_size / elements);
 #pragma unroll
   for (int r = 0; r < outputs; ++r) {
-    const int row = qmv_lanes_across * r;
+    const int row = qmv_lanes_across() * r;
     if (aligned_outputs || first + row < params.n) {
       const device ushort* source = w + (row * row_halves + step * (elements / 16 * bits));
       if (elements == run_elements) {
@@ -216,7 +215,7 @@ inline void matvec_transposed(
       sum += simd_shuffle_xor(sum, static_cast<ushort>(mask));
     }
     if (lane_step == 0) {
-      shared[(simdgroup * rows + i / outputs) * columns + qmv_lanes_across * (i % outputs) + column] = sum;
+      shared[(simdgroup * rows + i / outputs) * columns + qmv_lanes_across() * (i % outputs) + column] = sum;
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

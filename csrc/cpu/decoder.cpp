@@ -7,6 +7,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels.h"
 #include "ops.h"

@@ -20,10 +20,11 @@ namespace quantization_mlx {
 // --- Sizes that the shaders are written for and the plans count with ------------------------------------------------
 
 // Columns of y that one threadgroup of qmv computes: all of its simdgroups, each along a part of K. Sixteen lanes of a
-// simdgroup lie along K, and two times `outputs` rows of w across.
+// simdgroup lie along K, and two across, of which each has so many rows of w.
 inline constexpr int qmv_simdgroups() { return 4; }
+inline constexpr int qmv_lanes_across() { return 2; }
 inline constexpr int qmv_outputs() { return 4; }
-inline constexpr int qmv_columns() { return 2 * qmv_outputs(); }
+inline constexpr int qmv_columns() { return qmv_lanes_across() * qmv_outputs(); }
 
 // Columns of y that one threadgroup of qvm computes.
 inline constexpr int qvm_simdgroups() { return 4; }

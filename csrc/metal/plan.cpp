@@ -287,9 +287,11 @@ class ProductPlanner {
 
   // Few rows of any number of matrices, in even shares so that none is left with a single row.
   void matvecs(const BatchPart& batch) {
-    // The kernels count in 32 bits from a row of x, and from a row of w, to the last one that they take at a time.
-    narrow(problem_.op, "K times bits", shape_.K * format_.bits);
-    const bool rows_are_near = problem_.x.row_stride < max_size / matvec_rows();
+    // qmv counts in 32 bits from a row of x, and from a row of w, to the last one that it takes at a time.
+    if (problem_.transpose) {
+      narrow(problem_.op, "K times bits", shape_.K * format_.bits);
+    }
+    const bool rows_are_near = !problem_.transpose || problem_.x.row_stride < max_size / matvec_rows();
     const int64_t shares = rows_are_near ? ceil_div(shape_.M, matvec_rows()) : shape_.M;
     for (int64_t i = 0; i < shares; ++i) {
       const int64_t first = i * shape_.M / shares;

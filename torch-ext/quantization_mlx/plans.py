@@ -107,7 +107,8 @@ def explain(
     function: one of the ops, or anything that calls them, such as a model. It runs, once, where its tensors are; with
         tensors on device "meta" nothing is computed, and a GPU must be named.
     gpu: Metal's name of an Apple GPU ("applegpu_g13g" is an M1, "applegpu_g16s" an M4 Pro or Max, "applegpu_g17g" an
-        M5) whose plan is wanted; None for the device that the tensors are on.
+        M5) whose plan is wanted, with a slash and its number of cores where that is not the usual one
+        ("applegpu_g16s/16"); None for the device that the tensors are on.
     macos: the version that the named GPU runs under; tensor operations need (26, 2).
 
     Raises ValueError for an unknown name of a GPU, and what ``function`` raises.
