@@ -31,14 +31,6 @@ Floats floats(int64_t count) {
   return result;
 }
 
-Real real_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kHalf: return Real::float16;
-    case at::kBFloat16: return Real::bfloat16;
-    default: return Real::float32;
-  }
-}
-
 void check_real(const char* op, const char* name, const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(
@@ -107,7 +99,7 @@ struct Norm {
   Floats weight;
 
   Norm(const char* op, const Tensor& x, const Tensor& weight, double epsilon)
-      : kernel(kernels().decoder), type(real_of(x)), epsilon(static_cast<float>(epsilon)) {
+      : kernel(kernels().decoder), type(real_of(x.scalar_type())), epsilon(static_cast<float>(epsilon)) {
     check_row(op, "x", x, 16);
     length = x.size(-1);
     check_same(op, "weight", weight, x, {length});
@@ -167,7 +159,7 @@ Tensor silu_mul(const Tensor& x) {
   sizes.back() = length;
   const Tensor y = at::empty(sizes, x.options());
   const DecoderKernels& kernel = kernels().decoder;
-  const Real type = real_of(x);
+  const Real type = real_of(x.scalar_type());
   for_rows(y.numel() / length, 8 * length, [&](int64_t row) {
     Floats values = floats(2 * length);
     kernel.widen(type, row_of(input, row, 2 * length), 2 * length, values.data());
@@ -224,7 +216,7 @@ Tensor decode_attention(
   const Tensor y = at::empty({batch, 1, query_heads * dim}, x.options());
   const Kernels& all = kernels();
   const DecoderKernels& kernel = all.decoder;
-  const Real type = real_of(x);
+  const Real type = real_of(x.scalar_type());
   const int64_t heads = query_heads / key_heads;
   const int64_t length = position + 1;
   const int64_t stride = (length + 15) / 16 * 16;

@@ -18,6 +18,15 @@
 #include "parallel.h"
 
 namespace quantization_mlx::cpu {
+
+Real real_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf: return Real::float16;
+    case at::kBFloat16: return Real::bfloat16;
+    default: return Real::float32;
+  }
+}
+
 namespace {
 
 using at::Tensor;
@@ -27,14 +36,6 @@ using at::Tensor;
 constexpr int64_t max_rows = 512;
 // A task of fewer weights costs less than handing it to another thread.
 constexpr int64_t task_weights = 1 << 14;
-
-Real real_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kHalf: return Real::float16;
-    case at::kBFloat16: return Real::bfloat16;
-    default: return Real::float32;
-  }
-}
 
 ScaleType scale_type_of(const QuantizedMatrices& weights) {
   switch (weights.format.mode) {

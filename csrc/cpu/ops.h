@@ -7,8 +7,12 @@
 #include <tuple>
 
 #include "../problem.h"
+#include "kernels.h"
 
 namespace quantization_mlx::cpu {
+
+// What kernels call a floating-point dtype of this package.
+Real real_of(at::ScalarType dtype);
 
 at::Tensor quantized_matmul(const MatmulProblem& problem);
 
