@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/ops.h"
 #include "format.h"
 
 namespace quantization_mlx::autograd {
@@ -154,6 +155,7 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const cpu::ExactActivations exact;
     const auto saved = context->get_saved_variables();
     const Weights weights = Weights::load(context, saved);
     const auto x_sizes = context->saved_data["x_sizes"].toSymIntVector();
@@ -241,6 +243,7 @@ struct GatherQmm : torch::autograd::Function<GatherQmm> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const cpu::ExactActivations exact;
     const auto saved = context->get_saved_variables();
     const Weights weights = Weights::load(context, saved);
     const auto x_sizes = context->saved_data["x_sizes"].toSymIntVector();

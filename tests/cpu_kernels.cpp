@@ -115,8 +115,41 @@ std::unique_ptr<T[]> exactly(const std::vector<T>& values) {
   return copy;
 }
 
+// A row of x as the kernels multiply it. A value that lies between two integers of int8, up to float32's rounding, may
+// become either: `doubt` is then the step between them, else 0.
+struct Activation {
+  double value;
+  double doubt;
+};
+
+std::vector<Activation> exact_activations(const Case& test, const std::vector<uint8_t>& x) {
+  std::vector<Activation> result;
+  for (int64_t i = 0; i < test.rows * test.K; ++i) {
+    result.push_back({read_real(x, test.x_type, i), 0.0});
+  }
+  return result;
+}
+
+std::vector<Activation> int8_activations(const Case& test, const std::vector<uint8_t>& x) {
+  std::vector<Activation> result = exact_activations(test, x);
+  for (size_t group = 0; group < result.size(); group += test.format.group_size) {
+    double largest = 0.0;
+    for (int i = 0; i < test.format.group_size; ++i) {
+      largest = std::fmax(largest, std::fabs(result[group + i].value));
+    }
+    const double scale = largest / 127;
+    for (int i = 0; i < test.format.group_size && scale > 0.0; ++i) {
+      const double steps = result[group + i].value / scale;
+      const bool between = std::fabs(steps - std::floor(steps) - 0.5) < 1e-4;
+      result[group + i] = {std::nearbyint(steps) * scale, between ? scale : 0.0};
+    }
+  }
+  return result;
+}
+
 // The largest error relative to the bound; at most 1 is right.
-double run(const Kernels& kernels, const Case& test, Layout layout) {
+double run(const Kernels& kernels, const Case& test, Layout layout, bool int8) {
+  const ProductKernels& products = int8 ? *kernels.int8 : kernels.exact;
   const Weights weights = random_weights(test, test.K * test.N);
   std::vector<uint8_t> x;
   for (int64_t i = 0; i < test.rows * test.K; ++i) {
@@ -138,41 +171,45 @@ double run(const Kernels& kernels, const Case& test, Layout layout) {
   product.scales = scales.get();
   product.biases = weights.biases.empty() ? nullptr : biases.get();
   product.rows = test.rows;
-  const int64_t packed_row = kernels.packed_row(product, layout);
+  const int64_t packed_row = products.packed_row(product, layout);
   const int64_t row_bytes = test.K * (test.x_type == Real::float32 ? 4 : 2);
   std::vector<float> packed(product.rows * packed_row);
   for (int64_t m = 0; m < product.rows; ++m) {
-    kernels.pack_row(product, layout, activations.get() + m * row_bytes, packed.data() + m * packed_row);
+    products.pack_row(product, layout, activations.get() + m * row_bytes, packed.data() + m * packed_row);
   }
   product.x = packed.data();
-  std::vector<float> workspace(kernels.workspace(product));
+  std::vector<float> workspace(products.workspace(product));
   std::vector<float> y(test.rows * test.N);
   switch (layout) {
-    case Layout::streamed: kernels.streamed(product, 0, test.N, y.data()); break;
-    case Layout::tiled: kernels.tiled(product, 0, test.N, workspace.data(), y.data()); break;
-    case Layout::plain: kernels.plain(product, 0, test.N, workspace.data(), y.data()); break;
+    case Layout::streamed: products.streamed(product, 0, test.N, y.data()); break;
+    case Layout::tiled: products.tiled(product, 0, test.N, workspace.data(), y.data()); break;
+    case Layout::plain: products.plain(product, 0, test.N, workspace.data(), y.data()); break;
   }
 
   // Float32 sums of K terms; a bfloat16 tile also rounds each weight.
-  const double epsilon = layout == Layout::tiled && product.bfloat16 && test.x_type == Real::bfloat16
+  const double epsilon = !int8 && layout == Layout::tiled && product.bfloat16 && test.x_type == Real::bfloat16
       ? std::ldexp(1.0, -8)
       : std::ldexp(1.0, -21);
+  const std::vector<Activation> multiplied = int8 ? int8_activations(test, x) : exact_activations(test, x);
   double worst = 0.0;
   for (int64_t m = 0; m < test.rows; ++m) {
     for (int64_t n = 0; n < test.N; ++n) {
       double expected = 0.0;
       double magnitudes = 0.0;
+      double doubt = 0.0;
       for (int64_t k = 0; k < test.K; ++k) {
         const int64_t element = test.transpose ? n * test.K + k : k * test.N + n;
-        const double activation = read_real(x, test.x_type, m * test.K + k);
-        const double term = activation * decoded(test, weights, element);
+        const double activation = multiplied[m * test.K + k].value;
+        const double weight = decoded(test, weights, element);
+        const double term = activation * weight;
         expected += term;
+        doubt += multiplied[m * test.K + k].doubt * std::fabs(weight);
         const double offset = weights.biases.empty()
             ? 0.0
             : activation * read_real(weights.biases, real_of(test.scale_type), element / test.format.group_size);
         magnitudes += std::fabs(term) + 2 * std::fabs(offset);
       }
-      const double error = std::fabs(y[m * test.N + n] - expected) / (epsilon * (magnitudes + 1e-30));
+      const double error = std::fabs(y[m * test.N + n] - expected) / (epsilon * (magnitudes + 1e-30) + doubt);
       worst = error > worst || std::isnan(error) ? error : worst;
     }
   }
@@ -201,6 +238,17 @@ std::vector<ScaleType> scale_types(Mode mode) {
 bool check(const Kernels& kernels) {
   int cases = 0;
   int failures = 0;
+  const auto report = [&](const Kernels& kernels, const Case& test, Layout layout, double worst, const char* what) {
+    ++cases;
+    if (!(worst <= 1.0)) {
+      ++failures;
+      std::printf(
+          "%s%s: mode %d bits %d group_size %d scale type %d x type %d rows %d K %d N %d layout %d: %g of the bound\n",
+          kernels.name, what, static_cast<int>(test.format.mode), test.format.bits, test.format.group_size,
+          static_cast<int>(test.scale_type), static_cast<int>(test.x_type), static_cast<int>(test.rows),
+          static_cast<int>(test.K), static_cast<int>(test.N), static_cast<int>(layout), worst);
+    }
+  };
   for (const Format format : formats()) {
     for (const ScaleType scale_type : scale_types(format.mode)) {
       for (const Real x_type : {Real::float32, Real::float16, Real::bfloat16}) {
@@ -214,16 +262,11 @@ bool check(const Kernels& kernels) {
               const bool transpose = layout != Layout::plain;
               const Case test{format,   scale_type, x_type, rows, transpose ? packed : 5, transpose ? 7 : packed,
                               transpose};
-              const double worst = run(kernels, test, layout);
-              ++cases;
-              if (!(worst <= 1.0)) {
-                ++failures;
-                std::printf(
-                    "%s: mode %d bits %d group_size %d scale type %d x type %d rows %d groups %d layout %d: %g of the "
-                    "bound\n",
-                    kernels.name, static_cast<int>(format.mode), format.bits, format.group_size,
-                    static_cast<int>(scale_type), static_cast<int>(x_type), static_cast<int>(rows),
-                    static_cast<int>(groups), static_cast<int>(layout), worst);
+              report(kernels, test, layout, run(kernels, test, layout, false), "");
+              if (kernels.int8 != nullptr && transpose && format.mode != Mode::mxfp8) {
+                Case wide = test;
+                wide.N = 45;
+                report(kernels, wide, layout, run(kernels, wide, layout, true), " int8");
               }
             }
           }

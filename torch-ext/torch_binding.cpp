@@ -91,7 +91,7 @@ std::string explain(const Problem& problem, std::string_view gpu, int64_t macos)
     TORCH_CHECK_VALUE(
         !problem.device().is_meta(),
         "[explain] the tensors are on device meta, so a GPU must be named: \"applegpu_g16s\".");
-    return cpu::describe();
+    return cpu::describe(problem);
   }
   return metal::explain(problem, {metal::GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
 }
@@ -267,6 +267,9 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "affine_gather_qmm_rhs_nax(Tensor x, Tensor w, Tensor scales, Tensor biases, Tensor indices, "
       "SymInt output_features, int group_size=128, int bits=4, bool transpose=True) -> Tensor",
       affine_gather_qmm_rhs_nax);
+
+  m.def("_set_cpu_activations(str activations) -> ()", cpu::set_activations);
+  m.def("_get_cpu_activations() -> str", cpu::get_activations);
 
   // For one step of generation, by generation.py: on CPU alone, without gradients.
   m.def("_rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");

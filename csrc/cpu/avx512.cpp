@@ -1,5 +1,5 @@
-// AVX-512 (F, BW, DQ, VL). The BF16 and VBMI instructions stand only in the kernels on bfloat16 pairs, which run where
-// the machine has them.
+// AVX-512 (F, BW, DQ, VL). The BF16, VBMI and VNNI instructions stand only in the kernels on bfloat16 pairs and on
+// int8, which run where the machine has them.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -16,12 +16,12 @@
 #include <utility>
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                          \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c"))), \
+#pragma clang attribute push(                                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vnni,avx2,fma,f16c"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vnni,avx2,fma,f16c")
 #endif
 
 namespace {
@@ -246,11 +246,140 @@ struct Vector {
     const I groups = _mm512_slli_epi32(lane_groups(shift), bits);
     return _mm512_or_si512(groups, _mm512_slli_epi32(groups, 16));
   }
+
+  // --- bytes and 32-bit integers ---
+  static I zero_integers() { return _mm512_setzero_si512(); }
+  static I add_integers(I a, I b) { return _mm512_add_epi32(a, b); }
+  static int sum_integers(I value) { return _mm512_reduce_add_epi32(value); }
+  static F integers_as_floats(I value) { return _mm512_cvtepi32_ps(value); }
+  static I rounded_integers(F value) { return _mm512_cvtps_epi32(value); }
+  static I floats_as_bits(F value) { return _mm512_castps_si512(value); }
+  static F bits_as_floats(I value) { return _mm512_castsi512_ps(value); }
+  // As integers, magnitudes order like the numbers, then infinity, then NaN.
+  static I magnitude_bits(F value) {
+    return _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7FFFFFFF));
+  }
+  static I larger(I a, I b) { return _mm512_max_epi32(a, b); }
+  static uint32_t largest(I value) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(value)); }
+  static void store_int8(uint8_t* destination, I value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(destination), _mm512_cvtepi32_epi8(value));
+  }
+  static I broadcast_four_bytes(const uint8_t* source) {
+    int32_t bytes;
+    std::memcpy(&bytes, source, 4);
+    return _mm512_set1_epi32(bytes);
+  }
+  static I dot_bytes(I of_unsigned, I of_signed, I sum) { return _mm512_dpbusd_epi32(sum, of_unsigned, of_signed); }
+  static F load_first(const float* source, int64_t count) { return _mm512_maskz_loadu_ps(first(count), source); }
+  static void store_first(float* destination, F value, int64_t count) {
+    _mm512_mask_storeu_ps(destination, first(count), value);
+  }
+  static __mmask16 first(int64_t count) {
+    return static_cast<__mmask16>(count >= 16 ? 0xFFFF : (count <= 0 ? 0 : (1 << count) - 1));
+  }
+
+  // The units of a block in 32-bit lanes; of the five bytes of five-bit units, part 0 has the first four and part 1 the
+  // last four.
+  template <int bits, int part>
+  static I load_byte_units(const uint8_t* source) {
+    if constexpr (bits == 3 || bits == 6) {
+      const I index = _mm512_add_epi8(unit_starts(3), _mm512_set1_epi32(0x02020100));
+      return _mm512_permutexvar_epi8(index, _mm512_maskz_loadu_epi8((1ull << 48) - 1, source));
+    } else if constexpr (bits == 5) {
+      const I index = _mm512_add_epi8(unit_starts(5), _mm512_set1_epi32(part == 0 ? 0x03020100 : 0x04030201));
+      return _mm512_permutex2var_epi8(_mm512_loadu_si512(source), index, _mm512_maskz_loadu_epi8(0xFFFF, source + 64));
+    } else {
+      return _mm512_loadu_si512(source);
+    }
+  }
+  // In each byte of lane i the number of the first byte of unit i.
+  static I unit_starts(int bytes) {
+    return _mm512_mullo_epi32(
+        _mm512_set1_epi32(0x01010101 * bytes), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  }
+  // Byte vector v of units, or of the part that has it.
+  template <int bits, int v>
+  static I code_bytes(I units) {
+    if constexpr (bits == 8) {
+      return units;
+    } else if constexpr (bits == 2 || bits == 4) {
+      const I shifted = v == 0 ? units : _mm512_srli_epi32(units, v * bits);
+      return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << bits) - 1));
+    } else {
+      // Eight bits from any bit of 64 on; the last part of a five-bit unit begins at bit 8.
+      constexpr int first = bits == 5 ? 12 * v : 4 * bits * v;
+      constexpr int even = first | (first + bits) << 8 | (first + 2 * bits) << 16 | (first + 3 * bits) << 24;
+      const I offsets = _mm512_set1_epi64(static_cast<int64_t>(even + 0x20202020) << 32 | even);
+      return _mm512_and_si512(_mm512_multishift_epi64_epi8(offsets, units), _mm512_set1_epi8((1 << bits) - 1));
+    }
+  }
+  static I doubled_e2m1_plus_12(I codes) {
+    return _mm512_shuffle_epi8(
+        _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)), codes);
+  }
+  // The elements of each unit in the order in which code_bytes of two or four bits yields them.
+  template <int bits>
+  static I order_of_shifts(I elements) {
+    const __m128i order = bits == 4 ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)
+                                    : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_shuffle_epi8(elements, _mm512_broadcast_i32x4(order));
+  }
+  // Four 32-bit lanes of sixteen rows `stride` bytes apart, as four vectors whose lanes are the rows.
+  static void load_transposed(const uint8_t* rows, int64_t stride, I (&columns)[4]) {
+    I of_rows[4];  // in quarter q of number i, row 4 q + i
+    for (int i = 0; i < 4; ++i) {
+      const auto quarter = [&](int q) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + (4 * q + i) * stride));
+      };
+      of_rows[i] = _mm512_broadcast_i32x4(quarter(0));
+      of_rows[i] = _mm512_mask_broadcast_i32x4(of_rows[i], 0x00F0, quarter(1));
+      of_rows[i] = _mm512_mask_broadcast_i32x4(of_rows[i], 0x0F00, quarter(2));
+      of_rows[i] = _mm512_mask_broadcast_i32x4(of_rows[i], 0xF000, quarter(3));
+    }
+    const I low01 = _mm512_unpacklo_epi32(of_rows[0], of_rows[1]);
+    const I low23 = _mm512_unpacklo_epi32(of_rows[2], of_rows[3]);
+    const I high01 = _mm512_unpackhi_epi32(of_rows[0], of_rows[1]);
+    const I high23 = _mm512_unpackhi_epi32(of_rows[2], of_rows[3]);
+    columns[0] = _mm512_unpacklo_epi64(low01, low23);
+    columns[1] = _mm512_unpackhi_epi64(low01, low23);
+    columns[2] = _mm512_unpacklo_epi64(high01, high23);
+    columns[3] = _mm512_unpackhi_epi64(high01, high23);
+  }
+  // Sixteen vectors of 32-bit lanes: by lanes, then pairs of them within quarters, then by quarters.
+  static void transpose(I (&rows)[16]) {
+    I a[16];
+    for (int i = 0; i < 16; i += 2) {
+      a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      rows[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+      rows[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+      rows[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+      rows[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    // Now rows[4 i + j] has in quarter q lane 4 q + j of rows 4 i to 4 i + 3.
+    for (int j = 0; j < 4; ++j) {
+      const I low01 = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x88);
+      const I high01 = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xDD);
+      const I low23 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0x88);
+      const I high23 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0xDD);
+      a[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+      a[8 + j] = _mm512_shuffle_i32x4(low01, low23, 0xDD);
+      a[4 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+      a[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xDD);
+    }
+    for (int i = 0; i < 16; ++i) {
+      rows[i] = a[i];
+    }
+  }
 };
 
 }  // namespace
 
 #include "product.h"
+// After it.
+#include "int8.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -261,8 +390,10 @@ struct Vector {
 namespace quantization_mlx::cpu {
 
 const Kernels* avx512_kernels() {
-  static const Kernels table =
-      make_table("avx512", __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"));
+  const bool permutes_bytes = __builtin_cpu_supports("avx512vbmi");
+  static const Kernels table = make_table(
+      "avx512", permutes_bytes && __builtin_cpu_supports("avx512bf16"),
+      permutes_bytes && __builtin_cpu_supports("avx512vnni") ? &int8_table : nullptr);
   const bool present = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
       __builtin_cpu_supports("fma");

@@ -183,11 +183,15 @@ void store_rows(
 class Multiplication {
  public:
   Multiplication(const MatmulProblem& problem, Tensor& y)
-      : problem_(problem), weights_(problem.weights), y_(y), kernels_(kernels()) {
+      : problem_(problem),
+        weights_(problem.weights),
+        y_(y),
+        int8_(activations_of(problem) == Activations::int8),
+        kernels_(int8_ ? *kernels().int8 : kernels().exact) {
     product_.format = weights_.format;
     product_.scale_type = scale_type_of(weights_);
     product_.x_type = real_of(problem.dtype);
-    product_.bfloat16 = kernels_.bfloat16;
+    product_.bfloat16 = kernels().bfloat16;
     product_.K = problem.shape.K;
     product_.N = problem.shape.N;
   }
@@ -218,12 +222,15 @@ class Multiplication {
       return plain_column_multiple;
     }
     const int64_t threads = at::get_num_threads();
-    const int64_t most = layout == Layout::tiled ? max_tiled_columns : product_.N;
+    const bool int8_tiles = int8_ && layout == Layout::tiled;
+    const int64_t multiple = int8_tiles ? int8_column_multiple : column_multiple;
+    const int64_t most_tiled = int8_ ? max_int8_columns : max_tiled_columns;
+    const int64_t most = layout == Layout::tiled ? most_tiled : product_.N;
     const int64_t even = std::max(quotient_up(product_.N, threads), task_weights / product_.K);
     // As many for each thread, where each has several.
     const int64_t rounds = quotient_up(product_.N, most * threads);
     const int64_t columns = even <= most ? even : quotient_up(product_.N, rounds * threads);
-    return quotient_up(columns, column_multiple) * column_multiple;
+    return quotient_up(columns, multiple) * multiple;
   }
 
   float factor(int64_t matrix) const {
@@ -310,7 +317,8 @@ class Multiplication {
   const MatmulProblem& problem_;
   const QuantizedMatrices& weights_;
   Tensor& y_;
-  const Kernels& kernels_;
+  bool int8_;
+  const ProductKernels& kernels_;
   Product product_{};
 };
 
@@ -338,7 +346,24 @@ const Kernels& kernels() {
   return best;
 }
 
-std::string describe() { return std::string(R"({"device": "cpu", "instruction_set": ")") + kernels().name + R"("})"; }
+namespace {
+
+std::string described(const char* activations) {
+  return std::string(R"({"device": "cpu", "instruction_set": ")") + kernels().name + '"' +
+      (activations == nullptr ? "" : std::string(R"(, "activations": ")") + activations + '"') + "}";
+}
+
+}  // namespace
+
+std::string describe(const MatmulProblem& problem) {
+  return described(activations_of(problem) == Activations::int8 ? "int8" : "exact");
+}
+
+std::string describe(const GatherProblem& problem) { return describe(problem.matmul); }
+
+std::string describe(const QuantizeProblem&) { return described(nullptr); }
+
+std::string describe(const DequantizeProblem&) { return described(nullptr); }
 
 Tensor quantized_matmul(const MatmulProblem& problem) {
   Tensor y = empty_result(problem);

@@ -60,9 +60,8 @@ struct DecoderKernels {
   void (*attend)(const Attention&);
 };
 
-struct Kernels {
-  const char* name;
-  bool bfloat16;
+// One way of computing products.
+struct ProductKernels {
   // Floats that one packed row of x occupies.
   int64_t (*packed_row)(const Product&, Layout);
   void (*pack_row)(const Product&, Layout, const void* row, float* packed);
@@ -72,6 +71,15 @@ struct Kernels {
   void (*streamed)(const Product&, int64_t begin, int64_t end, float* y);
   void (*tiled)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
   void (*plain)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
+};
+
+struct Kernels {
+  const char* name;
+  bool bfloat16;
+  ProductKernels exact;
+  // With activations quantized to int8, for transposed weights of any mode but mxfp8; null where the machine lacks
+  // instructions that they need.
+  const ProductKernels* int8;
   DecoderKernels decoder;
 };
 
@@ -82,6 +90,9 @@ constexpr int64_t max_streamed_rows = 4;
 // of column_multiple; in multiples of plain_column_multiple for the plain one.
 constexpr int64_t max_tiled_columns = 64;
 constexpr int64_t column_multiple = 4;
+// The same for tiled products with int8.
+constexpr int64_t max_int8_columns = 64;
+constexpr int64_t int8_column_multiple = 32;
 constexpr int64_t plain_column_multiple = 256;
 
 // Null where the build or the machine lacks the instruction set.

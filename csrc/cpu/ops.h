@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
+#include <string_view>
 #include <tuple>
 
 #include "../problem.h"
@@ -69,7 +70,30 @@ at::Tensor decoder_steps(
     double scaling,
     double epsilon);
 
-// The instruction set of the kernels, as JSON: {"device": "cpu", "instruction_set": ...}
-std::string describe();
+// What a product multiplies: the activations that it is given, or those quantized to int8 group by group.
+enum class Activations : uint8_t { exact, int8 };
+
+// That of the process: "exact" or "int8", at first what the environment variable QUANTIZATION_MLX_CPU_ACTIVATIONS says.
+// Raise ValueError for another name, and for "int8" without the instructions for it.
+void set_activations(std::string_view name);
+std::string get_activations();
+
+// Those of one product: int8 serves transposed weights of any mode but mxfp8.
+Activations activations_of(const MatmulProblem& problem);
+
+// While one lives, the products of its thread are exact.
+class ExactActivations {
+ public:
+  ExactActivations();
+  ~ExactActivations();
+  ExactActivations(const ExactActivations&) = delete;
+  ExactActivations& operator=(const ExactActivations&) = delete;
+};
+
+// What would run, as JSON: {"device": "cpu", "instruction_set": ...}, for products with "activations".
+std::string describe(const MatmulProblem& problem);
+std::string describe(const GatherProblem& problem);
+std::string describe(const QuantizeProblem& problem);
+std::string describe(const DequantizeProblem& problem);
 
 }  // namespace quantization_mlx::cpu

@@ -1081,12 +1081,11 @@ int64_t workspace(const Product& product) {
 
 namespace {
 
-// bfloat16 tells whether this machine multiplies it.
-constexpr Kernels make_table(const char* name, bool bfloat16) {
-  return {name,     bfloat16,          packed_row,        pack_row,     workspace,
-          streamed, for_format<Tiled>, for_format<Plain>, decoder_table};
-}
+constexpr ProductKernels exact_table{packed_row, pack_row, workspace, streamed, for_format<Tiled>, for_format<Plain>};
 
-#undef ALWAYS_INLINE
+// bfloat16 tells whether this machine multiplies it.
+constexpr Kernels make_table(const char* name, bool bfloat16, const ProductKernels* int8 = nullptr) {
+  return {name, bfloat16, exact_table, int8, decoder_table};
+}
 
 }  // namespace

@@ -1,6 +1,7 @@
 """MLX-format quantized matrix products for PyTorch."""
 
 from . import layers
+from .activations import cpu_activations, get_cpu_activations, set_cpu_activations
 from .checkpoint import load_checkpoint, quantize_model, save_checkpoint
 from .generation import prepare_for_generation
 from .modules import QuantizedEmbedding, QuantizedLinear
@@ -36,9 +37,11 @@ __all__ = [
     "affine_qmm_t",
     "affine_qmm_t_nax",
     "affine_qmv",
+    "cpu_activations",
     "dequantize",
     "explain",
     "gather_qmm",
+    "get_cpu_activations",
     "layers",
     "load_checkpoint",
     "mxfp4_qmm_n",
@@ -55,4 +58,5 @@ __all__ = [
     "quantize_model",
     "quantized_matmul",
     "save_checkpoint",
+    "set_cpu_activations",
 ]

@@ -46,6 +46,7 @@ class Plan:
 
     op: as the caller named it. device: "cpu" or "mps".
     instruction_set: of the CPU kernels; None on "mps".
+    activations: of a product on CPU, "exact" or "int8" (see set_cpu_activations); else None.
     gpu: Metal's name of the architecture; None on "cpu". launches: its kernels, in order; empty on "cpu".
     excluded: kernel families that gave wrong results in their self-check on this GPU and are not used.
     workspace: float32 values that "partial_sums" have room for, between its launches.
@@ -54,6 +55,7 @@ class Plan:
     op: str
     device: str
     instruction_set: str | None = None
+    activations: str | None = None
     gpu: str | None = None
     excluded: tuple[str, ...] = ()
     launches: tuple[Launch, ...] = ()
@@ -61,6 +63,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{self.op} on {self.gpu or self.instruction_set}"]
+        lines += ["  activations quantized to int8"] if self.activations == "int8" else []
         lines += [f"  excluded after a failed self-check: {', '.join(self.excluded)}"] if self.excluded else []
         for launch in self.launches:
             threadgroups = "x".join(map(str, launch.threadgroups))
