@@ -14,7 +14,7 @@ SOURCES = [
     *(ROOT / f"csrc/cpu/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")),
 ]
 
-NATIVE = ("c++", ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], [])
+NATIVE = ("c++", ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], [])
 EMULATED_ARM = ("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"])
 TARGETS = {"native": NATIVE}
 if (platform.system(), platform.machine()) == ("Linux", "x86_64"):

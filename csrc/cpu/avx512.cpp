@@ -52,6 +52,9 @@ struct Vector {
   static F load_float16(const uint8_t* source) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
   }
+  static void store_float16(void* destination, F value) {
+    _mm256_storeu_si256(static_cast<__m256i*>(destination), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
   static F load_bfloat16(const uint8_t* source) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
@@ -156,6 +159,7 @@ struct Vector {
   // --- bfloat16 pairs: 32 lanes of 16 bits ---
   static I load_halves(const void* source) { return _mm512_loadu_si512(source); }
   static void store_halves(void* destination, I value) { _mm512_storeu_si512(destination, value); }
+  static I broadcast_pair(const float* pair) { return _mm512_castps_si512(_mm512_set1_ps(*pair)); }
   static F dot_pairs(I a, I b, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
   // The bfloat16 at the top of each float32 lane, and what it leaves.
