@@ -29,8 +29,9 @@ demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
 test: $(VENV)/.with-demo $(VENV)/.with-test build ## runs the tests
 	$(bin)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-sanitize: $(VENV)/.with-test ## runs the CPU kernels under sanitizers for addresses and undefined behavior
-	$(bin)/python -m pytest tests/test_cpu_kernels.py
+sanitize: $(VENV)/.with-test ## runs the CPU kernels and all ops under sanitizers for addresses and undefined behavior
+	$(bin)/python -m pytest -k native tests/test_cpu_kernels.py
+	WORKERS=$(WORKERS) $(bin)/python tests/sanitized_ops.py
 
 mac-check: $(VENV)/.with-mac-check ## compiles and links the macOS build, and checks its Objective-C++, without a Mac
 	$(bin)/python tests/mac_check.py

@@ -3,24 +3,29 @@
     python benchmarks/cpu.py --quick                     # a smoke check
     python benchmarks/cpu.py --csv cpu.csv               # the whole table
     python benchmarks/cpu.py --from-csv cpu.csv --plot docs/cpu.png
+    python benchmarks/cpu.py --experts                   # gather_qmm, as a mixture of experts calls it
+    python benchmarks/cpu.py --linearity                 # whether time grows as rows and weights do
 
-For each shape and number of rows of x, one run times every contender in turn, round after round, with enough copies of
+For each matrix and number of rows of x, one run times every contender in turn, round after round, with enough copies of
 the weights in rotation that none stays in the last-level cache. The table shows the median time, how many times
-faster this package is than the contender with the same activations, and the larger of two fractions: of the read
-bandwidth and of the multiply rate that this machine reached in the same run. Contenders that are not installed are
-named and left out; `pip install -e ".[bench]"` brings them.
+faster this package is than the contender with the same activations, and the larger of two fractions: of the best read
+bandwidth and of the best multiply rate of torch's dense products, which take their turns like contenders. Contenders
+that are not installed are named and left out; `pip install -e ".[bench]"` brings them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.nn import functional
@@ -29,52 +34,96 @@ import quantization_mlx
 
 BITS = 4
 GROUP_SIZE = 64
-CACHE_BYTES = 64 * 2**20
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (576, 1536))  # N, K
-ROWS = (1, 2, 4, 8, 16, 32, 128, 512, 2048)
-SLOW = 1.0  # seconds: what takes longer is timed once, and not at all with more rows
 OURS = "quantization-mlx"
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The shape of what x is multiplied with: [N, K], or [experts, N, K], of which each row of x meets per_token."""
+
+    N: int
+    K: int
+    experts: int = 1
+    per_token: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Weights:
+        """Of "NxK" or "NxKxEXPERTSxPER_TOKEN"."""
+        return cls(*(int(size) for size in text.split("x")))
+
+    def __str__(self) -> str:
+        matrix = f"{self.N} x {self.K}"
+        return matrix if self.experts == 1 else f"{self.per_token} of {self.experts} experts {matrix}"
+
+    def random(self) -> torch.Tensor:
+        return torch.randn((self.experts, self.N, self.K) if self.experts > 1 else (self.N, self.K))
+
+
+MATRICES = (Weights(4096, 4096), Weights(14336, 4096), Weights(4096, 14336), Weights(576, 1536))
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 128, 512, 2048)
+# What the experts of Qwen3-30B-A3B and of DeepSeek-V2-Lite begin with.
+EXPERTS = (Weights(768, 2048, 128, 8), Weights(1408, 2048, 64, 6))
+TOKENS = (1, 8, 128, 512)
+# From 8 to 200 million weights, and what doubles twice.
+GROWING_MATRICES = tuple(map(Weights.parse, ("2048x4096", "4096x4096", "14336x4096", "4096x14336", "14336x14336")))
+GROWING_ROWS = (512, 2048)
+
+# Seconds.
+SLOW = 1.0  # what of the others takes longer is timed once, and not at all with more rows
+LONG = 0.1  # a call that needs no warming up
+WARM_UP = 0.005  # of untimed calls: the last contender's threads spin for a while before they sleep
 
 
 @dataclass
 class Contender:
-    """`run(x, i)` multiplies x with copy i of the weights, or with all of them where products_per_run says so."""
+    """`run(x)` multiplies x with the next copy of the weights, or with all where products_per_run says so."""
 
     name: str
     activations: str  # what is multiplied: "f32", "bf16", "f16" or "int8"
     dtype: torch.dtype  # of x
-    run: Callable[[torch.Tensor, int], object]
-    copies: int
-    weight_bytes: int
+    run: Callable[[torch.Tensor], object]
+    weight_bytes: int  # of one copy
     products_per_run: int = 1
 
 
+@functools.cache
+def cache_bytes() -> int:
+    """Twice the last-level cache where Linux tells it, and not less than 64 MiB."""
+    units = {"K": 2**10, "M": 2**20}
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max([64 * 2**20, *(2 * int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units)])
+
+
 def copies_beyond_cache(weight_bytes: int) -> int:
-    return max(2, -(-CACHE_BYTES // weight_bytes) + 1)
+    return max(2, -(-cache_bytes() // weight_bytes) + 1)
 
 
-# --- Contenders: each builds itself for weights [N, K], or raises ImportError -----------------------------------------
+def copies(parts: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    """So many copies of a matrix's tensors that each has left the cache when its turn comes again."""
+    size = sum(part.nbytes for part in parts)
+    return [tuple(part.clone() for part in parts) for _ in range(copies_beyond_cache(size))]
+
+
+# --- Contenders: each builds itself for a weight [N, K], or raises ImportError ----------------------------------------
 
 
 def ours(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
     packed = quantization_mlx.quantize(weight.to(dtype), GROUP_SIZE, BITS)
-    size = sum(part.nbytes for part in packed)
-    rotation = [tuple(part.clone() for part in packed) for _ in range(copies_beyond_cache(size))]
+    rotation = itertools.cycle(copies(packed))
     matmul = quantization_mlx.quantized_matmul
 
-    def run(x: torch.Tensor, i: int) -> None:
-        matmul(x, *rotation[i], True, GROUP_SIZE, BITS)
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return matmul(x, *next(rotation), True, GROUP_SIZE, BITS)
 
-    return Contender(OURS, NAMES[dtype], dtype, run, len(rotation), size)
+    return Contender(OURS, NAMES[dtype], dtype, run, sum(part.nbytes for part in packed))
 
 
 def torch_dense(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
+    rotation = itertools.cycle(copies([weight.to(dtype)]))
     size = weight.numel() * dtype.itemsize
-    rotation = [weight.to(dtype, copy=True) for _ in range(copies_beyond_cache(size))]
-    return Contender(
-        "torch dense", NAMES[dtype], dtype, lambda x, i: functional.linear(x, rotation[i]), len(rotation), size
-    )
+    return Contender("torch dense", NAMES[dtype], dtype, lambda x: functional.linear(x, *next(rotation)), size)
 
 
 def torch_int4(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
@@ -83,14 +132,13 @@ def torch_int4(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
     packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
     parameters = torch.rand(columns // GROUP_SIZE, rows, 2, dtype=dtype)
-    size = packed.nbytes + parameters.nbytes
-    rotation = [(packed.clone(), parameters.clone()) for _ in range(copies_beyond_cache(size))]
+    rotation = itertools.cycle(copies([packed, parameters]))
 
-    def run(x: torch.Tensor, i: int) -> None:
-        words, scales = rotation[i]
-        torch._weight_int4pack_mm_for_cpu(x, words, GROUP_SIZE, scales)
+    def run(x: torch.Tensor) -> torch.Tensor:
+        words, scales = next(rotation)
+        return torch._weight_int4pack_mm_for_cpu(x, words, GROUP_SIZE, scales)
 
-    return Contender("torch int4pack", NAMES[dtype], dtype, run, len(rotation), size)
+    return Contender("torch int4pack", NAMES[dtype], dtype, run, packed.nbytes + parameters.nbytes)
 
 
 def onnx_runtime(level: int, zero_points: bool) -> Callable[[torch.Tensor, torch.dtype], Contender]:
@@ -104,10 +152,10 @@ def onnx_runtime(level: int, zero_points: bool) -> Callable[[torch.Tensor, torch
         N, K = weight.shape
         groups = K // GROUP_SIZE
         size = N * K * BITS // 8 + N * groups * 4 + (N * -(-groups // 2) if zero_points else 0)
-        copies = copies_beyond_cache(size)
+        count = copies_beyond_cache(size)
         generator = np.random.default_rng(0)
         nodes, parameters = [], []
-        for i in range(copies):
+        for i in range(count):
             names = [f"words{i}", f"scales{i}"] + ([f"zeros{i}"] if zero_points else [])
             values = [
                 generator.integers(0, 256, (N, groups, GROUP_SIZE * BITS // 8), np.uint8),
@@ -122,7 +170,7 @@ def onnx_runtime(level: int, zero_points: bool) -> Callable[[torch.Tensor, torch
             nodes,
             "products",
             [value_info("x", TensorProto.FLOAT, ["M", K])],
-            [value_info(f"y{i}", TensorProto.FLOAT, ["M", N]) for i in range(copies)],
+            [value_info(f"y{i}", TensorProto.FLOAT, ["M", N]) for i in range(count)],
             parameters,
         )
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -135,9 +183,7 @@ def onnx_runtime(level: int, zero_points: bool) -> Callable[[torch.Tensor, torch
         )
         name = f"ONNX Runtime level {level}" + (" zero points" if zero_points else "")
         activations = "f32" if level == 1 else "int8"
-        return Contender(
-            name, activations, dtype, lambda x, i: session.run(None, {"x": x.numpy()}), copies, size, copies
-        )
+        return Contender(name, activations, dtype, lambda x: session.run(None, {"x": x.numpy()}), size, count)
 
     return build
 
@@ -153,11 +199,11 @@ def open_vino(precision: str, activation_group: int) -> Callable[[torch.Tensor, 
         N, K = weight.shape
         groups = K // GROUP_SIZE
         size = N * K * BITS // 8 + N * groups * 3
-        copies = copies_beyond_cache(size)
+        count = copies_beyond_cache(size)
         generator = np.random.default_rng(0)
         x = ops.parameter([-1, K], np.float32)
         products = []
-        for _ in range(copies):
+        for _ in range(count):
             shape = openvino.Shape([N, groups, GROUP_SIZE])
             words = openvino.Tensor(openvino.Type.u4, shape)
             words.data[:] = generator.integers(0, 256, words.data.shape, np.uint8)
@@ -176,30 +222,36 @@ def open_vino(precision: str, activation_group: int) -> Callable[[torch.Tensor, 
         }
         request = openvino.Core().compile_model(openvino.Model(products, [x]), "CPU", options).create_infer_request()
 
-        def run(x: torch.Tensor, i: int) -> None:
+        def run(x: torch.Tensor) -> None:
             request.infer([x.numpy()], share_inputs=True, share_outputs=True)
 
         activations = "int8" if activation_group else {"f32": "f32", "bf16": "bf16"}[precision]
-        return Contender("OpenVINO", activations, dtype, run, copies, size, copies)
+        return Contender("OpenVINO", activations, dtype, run, size, count)
 
     return build
+
+
+def mlx_copies(weight: torch.Tensor) -> tuple[list[tuple], int]:
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu)
+    packed = mx.quantize(mx.array(weight.numpy()), group_size=GROUP_SIZE, bits=BITS)
+    size = sum(part.nbytes for part in packed)
+    rotation = [tuple(part + 0 for part in packed) for _ in range(copies_beyond_cache(size))]
+    mx.eval(rotation)
+    return rotation, size
 
 
 def mlx_cpu(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
     import mlx.core as mx
 
-    packed = mx.quantize(mx.array(weight.numpy()), group_size=GROUP_SIZE, bits=BITS)
-    size = sum(part.nbytes for part in packed)
-    rotation = [tuple(part + 0 for part in packed) for _ in range(copies_beyond_cache(size))]
-    mx.eval(rotation)
-    activations: dict[int, object] = {}
+    every, size = mlx_copies(weight)
+    rotation = itertools.cycle(every)
 
-    def run(x: torch.Tensor, i: int) -> None:
-        if x.shape[0] not in activations:
-            activations[x.shape[0]] = mx.array(x.numpy())
-        mx.eval(mx.quantized_matmul(activations[x.shape[0]], *rotation[i], True, GROUP_SIZE, BITS))
+    def run(x: torch.Tensor) -> None:
+        mx.eval(mx.quantized_matmul(mx.array(x.numpy()), *next(rotation), True, GROUP_SIZE, BITS))
 
-    return Contender("mlx", NAMES[dtype], dtype, run, len(rotation), size)
+    return Contender("mlx", NAMES[dtype], dtype, run, size)
 
 
 CONTENDERS: tuple[tuple[str, Callable[[torch.Tensor, torch.dtype], Contender], torch.dtype], ...] = (
@@ -222,8 +274,124 @@ CONTENDERS: tuple[tuple[str, Callable[[torch.Tensor, torch.dtype], Contender], t
 )
 
 
-def build_all(weight: torch.Tensor, only: list[str] | None, missing: set[str]) -> Iterator[Contender]:
-    for package, build, dtype in CONTENDERS:
+# --- Contenders for experts [experts, N, K], the same ----------------------------------------------------------------
+
+
+@dataclass
+class Routing:
+    """Which experts the rows of x meet, row after row and, as pairs of both, expert after expert."""
+
+    experts: torch.Tensor  # int64 [rows, per_token]; no row has one twice
+
+    def __post_init__(self) -> None:
+        self.sorted_experts, order = self.experts.flatten().sort(stable=True)
+        self.sorted_rows = order // self.experts.shape[1]
+
+
+@functools.cache
+def routings(weights: Weights, rows: int) -> tuple[Routing, ...]:
+    """For calls in turn. Where one needs fewer experts than there are, the next has others: none is in the cache."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = rows * weights.per_token
+    if pairs <= weights.experts:
+        deck = torch.randperm(weights.experts, generator=generator)
+        return tuple(Routing(dealt.view(rows, -1)) for dealt in deck.split(pairs) if len(dealt) == pairs)
+    draws = [torch.rand(rows, weights.experts, generator=generator) for _ in range(8)]
+    return tuple(Routing(draw.topk(weights.per_token).indices) for draw in draws)
+
+
+def part_read(weights: Weights, rows: int) -> float:
+    """The fraction of the matrices that a product reads."""
+    used = [len(routing.sorted_experts.unique()) for routing in routings(weights, rows)]
+    return statistics.mean(used) / weights.experts
+
+
+def calls(weights: Weights, every: list[T]) -> Callable[[int], tuple[Routing, T]]:
+    """Of a number of rows: the routing and the copy of the weights of the next call."""
+
+    @functools.cache
+    def turns(rows: int) -> Iterator[tuple[Routing, T]]:
+        return itertools.cycle(itertools.product(routings(weights, rows), every))
+
+    return lambda rows: next(turns(rows))
+
+
+def our_experts(weights: Weights, in_order: bool) -> Callable[[torch.Tensor, torch.dtype], Contender]:
+    """gather_qmm of x [rows, 1, 1, K] with experts [rows, per_token], or of pairs that are in the experts' order."""
+
+    def build(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
+        packed = quantization_mlx.quantize(weight.to(dtype), GROUP_SIZE, BITS)
+        call = calls(weights, copies(packed))
+        gather = functools.partial(quantization_mlx.gather_qmm, group_size=GROUP_SIZE, bits=BITS)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            routing, parts = call(len(x))
+            if in_order:
+                pairs = routing.sorted_rows, routing.sorted_experts
+                return gather(x[:, None], *parts, *pairs, sorted_indices=True)
+            return gather(x[:, None, None], *parts, None, routing.experts)
+
+        name = f"{OURS}, sorted" if in_order else OURS
+        return Contender(name, NAMES[dtype], dtype, run, sum(part.nbytes for part in packed))
+
+    return build
+
+
+def torch_experts(weights: Weights) -> Callable[[torch.Tensor, torch.dtype], Contender]:
+    """One dense product after the other, with the rows that an expert has: what Transformers does unless told else."""
+
+    def build(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
+        dense = weight.to(dtype)
+        call = calls(weights, copies([dense]))
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            routing, (matrices,) = call(len(x))
+            experts = routing.experts.flatten()
+            pairs_of_expert = experts.argsort().split(experts.bincount(minlength=weights.experts).tolist())
+            y = x.new_empty(len(experts), weights.N)
+            for matrix, pairs in zip(matrices, pairs_of_expert, strict=True):
+                if len(pairs) > 0:
+                    y[pairs] = functional.linear(x.index_select(0, pairs // weights.per_token), matrix)
+            return y.view(len(x), weights.per_token, -1)
+
+        return Contender("torch dense loop", NAMES[dtype], dtype, run, dense.nbytes)
+
+    return build
+
+
+def mlx_experts(weights: Weights) -> Callable[[torch.Tensor, torch.dtype], Contender]:
+    def build(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
+        import mlx.core as mx
+
+        every, size = mlx_copies(weight)
+        call = calls(weights, every)
+
+        def run(x: torch.Tensor) -> None:
+            routing, parts = call(len(x))
+            operands = mx.array(x.numpy())[:, None, None], *parts
+            indices = mx.array(routing.experts.numpy())
+            mx.eval(mx.gather_qmm(*operands, rhs_indices=indices, group_size=GROUP_SIZE, bits=BITS))
+
+        return Contender("mlx", NAMES[dtype], dtype, run, size)
+
+    return build
+
+
+def expert_contenders(weights: Weights) -> tuple[tuple[str, Callable, torch.dtype], ...]:
+    return (
+        (OURS, our_experts(weights, in_order=False), torch.float32),
+        (OURS, our_experts(weights, in_order=True), torch.float32),
+        (OURS, our_experts(weights, in_order=False), torch.bfloat16),
+        (OURS, our_experts(weights, in_order=True), torch.bfloat16),
+        ("torch dense", torch_experts(weights), torch.float32),
+        ("torch dense", torch_experts(weights), torch.bfloat16),
+        ("mlx", mlx_experts(weights), torch.float32),
+    )
+
+
+def build_all(weights: Weights, only: list[str] | None, missing: set[str]) -> Iterator[Contender]:
+    weight = weights.random()
+    for package, build, dtype in CONTENDERS if weights.experts == 1 else expert_contenders(weights):
         if only and package not in (OURS, *only):
             continue
         try:
@@ -235,116 +403,183 @@ def build_all(weight: torch.Tensor, only: list[str] | None, missing: set[str]) -
 # --- Measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(contenders: list[Contender], rows: int, inner: int, rounds: int) -> list[float]:
-    """Median seconds of one product of each contender.
+def time_turn(contender: Contender, x: torch.Tensor) -> list[float]:
+    """Seconds of some runs, after untimed ones, in which its own threads wake up and the last one's go to sleep."""
 
-    They take turns, so that a slow moment of the machine meets all of them. A turn is one untimed call, in which the
-    contender's own threads wake up and the last one's go to sleep, and some timed ones, fewer where they are long.
+    def time_run() -> float:
+        start = time.perf_counter()
+        contender.run(x)
+        return time.perf_counter() - start
+
+    begin = time.perf_counter()
+    while (seconds := time_run()) < LONG:
+        if time.perf_counter() - begin > WARM_UP:
+            return [time_run() for _ in range(3 if seconds < 0.02 else 1)]
+    return [seconds]
+
+
+def measure(turns: Sequence[tuple[Contender, torch.Tensor]], rounds: int) -> list[list[float]]:
+    """Seconds of each one's products. They take turns, so that a slow moment of the machine meets all of them."""
+    times: list[list[float]] = [[] for _ in turns]
+    for _ in range(rounds):
+        for (contender, x), measured in zip(turns, times, strict=True):
+            if not measured or measured[0] < SLOW or contender.name.startswith(OURS):
+                measured += [seconds / contender.products_per_run for seconds in time_turn(contender, x)]
+    return times
+
+
+@functools.cache
+def ceilings() -> tuple[tuple[Contender, float], ...]:
+    """What shows how fast this machine reads, and multiplies in each type; bytes, and multiply-adds as 2 operations.
+
+    Runs are as short as those of few rows: long ones lose more to whatever else the machine does.
     """
-    times: list[list[float]] = [[] for _ in contenders]
-    inputs = {dtype: torch.randn(rows, inner).to(dtype) for dtype in NAMES}
-    for turn in range(rounds):
-        for contender, measured in zip(contenders, times, strict=True):
-            if measured and measured[0] > SLOW:
-                continue  # once tells enough
-            timed_calls = 3 if not measured or measured[0] < 0.02 else 1
-            for call in range(1 + timed_calls):
-                start = time.perf_counter()
-                contender.run(inputs[contender.dtype], (turn * 4 + call) % contender.copies)
-                seconds = (time.perf_counter() - start) / contender.products_per_run
-                if call > 0 or seconds > 0.1:  # a long call needs no warming up
-                    measured.append(seconds)
-                if seconds > 0.1:
-                    break
-    return [statistics.median(measured) for measured in times]
-
-
-def ceilings() -> dict[str, float]:
-    """What this machine reaches: bytes read per second, and multiply-adds of large dense products, as 2 operations."""
-
-    def best(function: Callable[[], object], amount: float) -> float:
-        seconds = []
-        for _ in range(6):
-            start = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - start)
-        return amount / min(seconds)
-
-    memory = torch.ones(64 * 2**20)
-    size = 2048
-    operations = 2.0 * size**3
+    threads, size = torch.get_num_threads(), 512
+    parts = torch.ones(cache_bytes() // 2).split(threads * 2**21)
+    memory = itertools.cycle(parts)
     square = torch.randn(size, size)
-    half = square.to(torch.bfloat16)
-    small = torch.randint(-127, 127, (size, size), dtype=torch.int8)
-    return {
-        "read": best(memory.sum, memory.nbytes),
-        "f32": best(lambda: square @ square, operations),
-        "bf16": best(lambda: half @ half, operations),
-        "int8": best(lambda: torch._int_mm(small, small), operations),
+    x = torch.randn(threads * size, size)
+    half, half_x = square.to(torch.bfloat16), x.to(torch.bfloat16)
+    small, small_x = (torch.randint(-127, 127, like.shape, dtype=torch.int8) for like in (square, x))
+    operations = 2.0 * threads * size**3
+    runs: tuple[tuple[str, Callable[[], object], float], ...] = (
+        ("read", lambda: next(memory).max(), parts[0].nbytes),
+        ("f32", lambda: x @ square, operations),
+        ("bf16", lambda: half_x @ half, operations),
+        ("int8", lambda: torch._int_mm(small_x, small), operations),
+    )
+    return tuple(
+        (Contender(name, name, torch.float32, lambda _, run=run: run(), 0), amount) for name, run, amount in runs
+    )
+
+
+FIELDS = ("w", "rows", "contender", "activations", "milliseconds", "ours_is_faster", "ceiling")
+
+
+def compare(contenders: Sequence[Contender], weights: Weights, rows: int, rounds: int) -> list[dict]:
+    limits, amounts = zip(*ceilings(), strict=True)
+    inputs = {dtype: torch.randn(rows, weights.K).to(dtype) for dtype in NAMES}
+    part = part_read(weights, rows)  # before anything is timed, because it fills the cache of routings
+    times = measure([(contender, inputs[contender.dtype]) for contender in (*contenders, *limits)], rounds)
+    medians = [statistics.median(seconds) for seconds in times[: len(contenders)]]
+    rates = {
+        limit.name: amount / min(seconds)
+        for limit, amount, seconds in zip(limits, amounts, times[len(contenders) :], strict=True)
     }
-
-
-FIELDS = ("N", "K", "rows", "contender", "activations", "milliseconds", "ours_is_faster", "ceiling")
-
-
-def compare(
-    contenders: list[Contender], rows: int, N: int, K: int, rounds: int, limits: dict[str, float]
-) -> list[dict]:
-    medians = measure(contenders, rows, K, rounds)
+    print_rates(weights, rows, rates)
     own = {c.activations: seconds for c, seconds in zip(contenders, medians, strict=True) if c.name == OURS}
+    operations = 2.0 * rows * weights.per_token * weights.N * weights.K
     table = []
     for contender, seconds in zip(contenders, medians, strict=True):
-        rate = limits[contender.activations if contender.activations in limits else "f32"]
-        ceiling = max(contender.weight_bytes / limits["read"], 2.0 * rows * N * K / rate) / seconds
+        multiplying = operations / rates.get(contender.activations, rates["f32"])
+        ceiling = max(part * contender.weight_bytes / rates["read"], multiplying) / seconds
         reference = own["bf16" if contender.activations == "int8" else contender.activations]
-        values = (N, K, rows, contender.name, contender.activations, seconds * 1e3, seconds / reference, ceiling)
+        values = (
+            *(str(weights), rows, contender.name, contender.activations),
+            *(seconds * 1e3, seconds / reference, ceiling),
+        )
         table.append(dict(zip(FIELDS, values, strict=True)))
     return table
 
 
+def compare_all(
+    shapes: Iterable[Weights], row_counts: Iterable[int], rounds: int, only: list[str] | None, file: Path | None
+) -> list[dict]:
+    missing: set[str] = set()
+    results = []
+    for weights in shapes:
+        contenders = list(build_all(weights, only, missing))
+        for rows in row_counts:
+            table = compare(contenders, weights, rows, rounds if rows < 512 else min(rounds, 3))
+            slow = {row["contender"] + row["activations"] for row in table if row["milliseconds"] > SLOW * 1e3}
+            contenders = [c for c in contenders if c.name.startswith(OURS) or c.name + c.activations not in slow]
+            print_table(table)
+            results += table
+            if file:
+                write_csv(file, table)
+    if missing:
+        print(f"\nnot installed and left out: {', '.join(sorted(missing))}")
+    return results
+
+
+def time_growth(cases: Sequence[tuple[Weights, int]], unit: str, amounts: Sequence[int], rounds: int) -> None:
+    """Prints our times for matrices and numbers of rows, and how far those per unit of amount are apart."""
+    matrices = {weights: weights.random() for weights, _ in cases}
+    for dtype in (torch.float32, torch.bfloat16):
+        contenders = {weights: ours(weight, dtype) for weights, weight in matrices.items()}
+        turns = [(contenders[weights], torch.randn(rows, weights.K).to(dtype)) for weights, rows in cases]
+        medians = [statistics.median(seconds) for seconds in measure(turns, rounds)]
+        each = [seconds / amount for seconds, amount in zip(medians, amounts, strict=True)]
+        print(f"\n{NAMES[dtype]}")
+        for (weights, rows), seconds, one in zip(cases, medians, each, strict=True):
+            print(f"  w {weights!s:16s}{rows:6d} rows{seconds * 1e3:10.3f} ms{one * 1e9:12.5f} ns per {unit}")
+        print(f"  the largest time per {unit} is {max(each) / min(each):.2f} times the smallest")
+
+
+def linearity(one: Weights, row_counts: Sequence[int], shapes: Sequence[Weights], rounds: int) -> None:
+    """One matrix with several numbers of rows, and matrices of several sizes with one row."""
+    time_growth([(one, rows) for rows in row_counts], "row", row_counts, rounds)
+    time_growth([(weights, 1) for weights in shapes], "weight", [weights.N * weights.K for weights in shapes], rounds)
+
+
+# --- Output -----------------------------------------------------------------------------------------------------------
+
+
+def print_machine() -> None:
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{BITS}-bit affine, group_size {GROUP_SIZE}; weights beyond a cache of {cache_bytes() // 2 >> 20} MiB")
+
+
+def print_rates(weights: Weights, rows: int, rates: dict[str, float]) -> None:
+    dense = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in rates.items() if name != "read")
+    print(f"\nw {weights}, {rows} rows: {rates['read'] / 1e9:.1f} GB/s read; dense GFLOP/s {dense}")
+
+
 def print_table(table: list[dict]) -> None:
-    first = table[0]
-    print(f"\nx [{first['rows']}, {first['K']}], w [{first['N']}, {first['K']}]")
     for row in table:
         name = f"{row['contender']}, {row['activations']}"
         print(
             f"  {name:38s}{row['milliseconds']:10.3f} ms{row['ours_is_faster']:8.2f} x"
             f"{row['ceiling'] * 100:7.0f} % of the ceiling"
         )
-    for activations, ratio, name in best_peers(table):
+    for activations, (ratio, name) in best_peers(table).items():
         print(f"  ours, {activations}: {ratio:.2f} x the speed of the best peer ({name})")
 
 
-def best_peers(table: list[dict]) -> Iterator[tuple[str, float, str]]:
-    """For each of our activation types, how many times faster we are than the fastest other with the same."""
-    for activations in NAMES.values():
-        peers = [row for row in table if row["activations"] == activations and row["contender"] != OURS]
-        if peers:
-            best = min(peers, key=lambda row: row["milliseconds"])
-            yield activations, best["ours_is_faster"], best["contender"]
+def tables(results: list[dict]) -> Iterator[tuple[str, int, list[dict]]]:
+    """What was measured together, with its weights and rows."""
+    for w, rows in dict.fromkeys((row["w"], row["rows"]) for row in results):
+        yield w, rows, [row for row in results if (row["w"], row["rows"]) == (w, rows)]
+
+
+def best_peers(table: list[dict]) -> dict[str, tuple[float, str]]:
+    """For each type of activations, how many times faster we are than the fastest other with the same, and its name."""
+    peers: dict[str, tuple[float, str]] = {}
+    for row in table:
+        if not row["contender"].startswith(OURS):
+            candidate = row["ours_is_faster"], row["contender"]
+            peers[row["activations"]] = min(candidate, peers.get(row["activations"], candidate))
+    return {name: peers[name] for name in NAMES.values() if name in peers}
 
 
 def print_markdown(results: list[dict]) -> None:
     """Our time, how many times faster than the best peer that is, and our fraction of the ceiling."""
     names = tuple(NAMES.values())
     print("\n| w | rows | " + " | ".join(names) + " |\n|---|---|" + "---|" * len(names))
-    for N, K, rows in dict.fromkeys((row["N"], row["K"], row["rows"]) for row in results):
-        table = [row for row in results if (row["N"], row["K"], row["rows"]) == (N, K, rows)]
+    for w, rows, table in tables(results):
         own = {row["activations"]: row for row in table if row["contender"] == OURS}
-        peers = {activations: (ratio, name) for activations, ratio, name in best_peers(table)}
-        cells = [
-            f"{own[name]['milliseconds']:.2f} ms, **{peers[name][0]:.2f}** x {peers[name][1]}, "
-            f"{own[name]['ceiling'] * 100:.0f} %"
-            for name in names
-        ]
-        print(f"| {N} x {K} | {rows} | " + " | ".join(cells) + " |")
-
-
-# --- Output -----------------------------------------------------------------------------------------------------------
+        peers = best_peers(table)
+        cells = []
+        for name in names:
+            parts = [f"{own[name]['milliseconds']:.2f} ms"] if name in own else []
+            parts += [f"**{peers[name][0]:.2f}** x {peers[name][1]}"] if name in peers else []
+            parts += [f"{own[name]['ceiling'] * 100:.0f} %"] if name in own else []
+            cells.append(", ".join(parts))
+        print(f"| {w} | {rows} | " + " | ".join(cells) + " |")
 
 
 def read_csv(path: Path) -> list[dict]:
-    numbers = {"N": int, "K": int, "rows": int, "milliseconds": float, "ours_is_faster": float, "ceiling": float}
+    numbers = {"rows": int, "milliseconds": float, "ours_is_faster": float, "ceiling": float}
     with path.open(newline="") as file:
         return [{key: numbers.get(key, str)(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
@@ -356,49 +591,70 @@ def write_csv(path: Path, table: list[dict]) -> None:
         writer = csv.DictWriter(file, FIELDS)
         if new:
             writer.writeheader()
-        writer.writerows({**row, **{key: f"{row[key]:.4f}" for key in FIELDS[5:]}} for row in table)
+        writer.writerows({**row, **{key: f"{row[key]:.4f}" for key in FIELDS[4:]}} for row in table)
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """How many times faster than the best peer with the same activations, over the rows of x, one panel per shape."""
+    """How many times faster than the best peer with the same activations, over the rows of x, one panel per matrix."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
-    shapes = list(dict.fromkeys((row["N"], row["K"]) for row in results))
-    figure, panels = pyplot.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.4), sharey=True, squeeze=False)
-    for (N, K), panel in zip(shapes, panels[0], strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        counts = sorted({row["rows"] for row in results if (row["N"], row["K"]) == (N, K)})
-        for rows in counts:
-            table = [row for row in results if (row["N"], row["K"], row["rows"]) == (N, K, rows)]
-            for activations, ratio, _ in best_peers(table):
-                lines.setdefault(activations, []).append((rows, ratio))
-        for activations, points in lines.items():
-            panel.plot(*zip(*points, strict=True), marker="o", label=activations)
-        panel.axhline(1, color="black", linewidth=0.8)
+    points = [
+        (w, activations, rows, ratio, peer)
+        for w, rows, table in tables(results)
+        for activations, (ratio, peer) in best_peers(table).items()
+    ]
+    names = list(dict.fromkeys(w for w, *_ in points))
+    colors = dict(zip(NAMES.values(), ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    markers = dict(zip(dict.fromkeys(peer for *_, peer in points), itertools.cycle("osD^vP"), strict=False))
+    lowest = 0.9 * min([0.9, *(ratio for *_, ratio, _ in points)])
+    across = min(2, len(names))
+    down = -(-len(names) // across)
+    figure, grid = pyplot.subplots(
+        down, across, figsize=(4.4 * across + 2, 2.9 * down), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel in grid.flat[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(grid.flat, names, strict=False):
+        for activations, color in colors.items():
+            line = sorted(point[2:] for point in points if point[:2] == (name, activations))
+            panel.plot([rows for rows, *_ in line], [ratio for _, ratio, _ in line], color=color)
+            for rows, ratio, peer in line:
+                panel.plot(rows, ratio, color=color, marker=markers[peer], markersize=5)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
-        panel.set_xticks(counts, [str(rows) for rows in counts])
-        panel.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
-        panel.set_title(f"w [{N}, {K}]")
+        counts = sorted({rows for w, _, rows, *_ in points if w == name})
+        panel.set_xticks([rows for rows in counts if rows & (rows - 1) == 0])
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.axhspan(lowest, 1, color="tab:red", alpha=0.1)
+        panel.set_ylim(lowest, 1.15 * max(ratio for *_, ratio, _ in points))
+        panel.grid(alpha=0.3)
+        panel.set_title(f"w {name}", fontsize=10)
         panel.set_xlabel("rows of x")
-    panels[0][0].set_ylabel("speed / that of the best peer")
-    panels[0][0].legend(title="activations")
-    figure.tight_layout()
+    figure.supylabel("times the speed of the fastest peer (red: slower)", fontsize=10)
+    keys = [Line2D([], [], color=color, label=activations) for activations, color in colors.items()]
+    keys += [Line2D([], [], color="gray", linestyle="", marker=mark, label=peer) for peer, mark in markers.items()]
+    figure.legend(handles=keys, loc="outside right upper", title="activations, peer", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
-def shape(text: str) -> tuple[int, int]:
-    N, K = text.split("x")
-    return int(N), int(K)
+# --- Command line -----------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one shape, few rounds: a check, not a measurement")
-    parser.add_argument("--shapes", type=shape, nargs="+", metavar="NxK", help="other shapes of w")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--experts", action="store_true", help="gather_qmm instead")
+    part.add_argument("--linearity", action="store_true", help="our own times per row and per weight instead")
+    parser.add_argument("--quick", action="store_true", help="few shapes, few rounds: a check, not a measurement")
+    parser.add_argument(
+        "--shapes", type=Weights.parse, nargs="+", metavar="NxK", help="other shapes of w; NxKxEXPERTSxPER_TOKEN"
+    )
     parser.add_argument("--rows", type=int, nargs="+", help="other numbers of rows of x")
     peers = sorted({package for package, _, _ in CONTENDERS} - {OURS})
     parser.add_argument("--only", nargs="+", choices=peers, help="leave the other peers out")
@@ -406,36 +662,27 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="add the results to this file")
     parser.add_argument("--from-csv", type=Path, help="measure nothing; print the results in this file")
     parser.add_argument("--plot", type=Path, help="draw the results to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    shapes = arguments.shapes or (SHAPES[:1] if arguments.quick else SHAPES)
-    row_counts = arguments.rows or ((1, 8, 32) if arguments.quick else ROWS)
     rounds = 3 if arguments.quick else 9
 
-    results = read_csv(arguments.from_csv) if arguments.from_csv else []
-    for N, K, rows in dict.fromkeys((row["N"], row["K"], row["rows"]) for row in results):
-        print_table([row for row in results if (row["N"], row["K"], row["rows"]) == (N, K, rows)])
-    if not arguments.from_csv:
-        limits = ceilings()
-        print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        print(f"{BITS}-bit affine, group_size {GROUP_SIZE}; weights beyond the cache")
-        print(
-            f"reads {limits['read'] / 1e9:.1f} GB/s; dense products reach "
-            + ", ".join(f"{limits[name] / 1e9:.0f} GFLOP/s in {name}" for name in ("f32", "bf16", "int8"))
-        )
-        missing: set[str] = set()
-        for N, K in shapes:
-            contenders = list(build_all(torch.randn(N, K), arguments.only, missing))
-            for rows in row_counts:
-                table = compare(contenders, rows, N, K, rounds if rows < 512 else min(rounds, 3), limits)
-                contenders = [c for c, row in zip(contenders, table, strict=True) if row["milliseconds"] < SLOW * 1e3]
-                print_table(table)
-                results += table
-                if arguments.csv:
-                    write_csv(arguments.csv, table)
-        if missing:
-            print(f"\nnot installed and left out: {', '.join(sorted(missing))}")
+    if arguments.linearity:
+        print_machine()
+        shapes = arguments.shapes or (GROWING_MATRICES[:2] if arguments.quick else GROWING_MATRICES)
+        linearity((arguments.shapes or MATRICES)[0], arguments.rows or GROWING_ROWS, shapes, rounds)
+        return
+    if arguments.from_csv:
+        results = read_csv(arguments.from_csv)
+        for w, rows, table in tables(results):
+            print(f"\nw {w}, {rows} rows")
+            print_table(table)
+    else:
+        print_machine()
+        every_shape, every_count = (EXPERTS, TOKENS) if arguments.experts else (MATRICES, ROWS)
+        shapes = arguments.shapes or (every_shape[:1] if arguments.quick else every_shape)
+        row_counts = arguments.rows or ((1, 8, 32) if arguments.quick else every_count)
+        results = compare_all(shapes, row_counts, rounds, arguments.only, arguments.csv)
     print_markdown(results)
     if arguments.plot:
         plot(results, arguments.plot)

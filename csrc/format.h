@@ -98,6 +98,23 @@ inline float float16_to_float(uint32_t bits) {
   return float_from_bits(sign | bits_from_float(positive));
 }
 
+// To the nearest, ties to even.
+inline uint32_t float16_from_float(float value) {
+  uint32_t bits = bits_from_float(value);
+  uint32_t sign = bits >> 16 & 0x8000u;
+  uint32_t low = bits & 0x7FFFFFFFu;
+  if (low > 0x7F800000u) {
+    return sign | 0x7E00u;
+  }
+  if (low >= 0x477FF000u) {  // halfway from 65504 to 65536, and more
+    return sign | 0x7C00u;
+  }
+  if (low < 113u << 23) {  // subnormal: the last bit of 0.5 + |value| is worth 2^-24
+    return sign | (bits_from_float(0.5f + float_from_bits(low)) - (126u << 23));
+  }
+  return sign | ((low - (112u << 23) + 0xFFFu + (low >> 13 & 1u)) >> 13);
+}
+
 // --- E2M1: the 4-bit element of mxfp4 and nvfp4 -------------------------------------------------------------------
 // Codes 0..7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign.
 

@@ -27,10 +27,11 @@ SOFTWARE_GPUS = {"mps-g14": "applegpu_g14s", "mps-g17": "applegpu_g17s"}
 NATIVE_DEVICES = ("cpu", "mps") if sys.platform == "darwin" else ("cpu",)
 DEVICES = NATIVE_DEVICES if "mps" in NATIVE_DEVICES else (*NATIVE_DEVICES, *SOFTWARE_GPUS)
 
-# The software device and the cross build are for machines that are no Macs.
+# The software device, the cross build and GCC's sanitizers are for machines that are no Macs.
 if sys.platform == "darwin":
     collect_ignore = [
-        f"test_{name}.py" for name in ("softmetal", "shaders", "tensor_ops", "metal_host", "metal_cost", "mac_check")
+        f"test_{name}.py"
+        for name in ("softmetal", "shaders", "tensor_ops", "metal_host", "metal_cost", "mac_check", "sanitized_ops")
     ]
 
 hypothesis.settings.register_profile("default", deadline=None)

@@ -179,41 +179,100 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8) {
   }
   product.x = packed.data();
   std::vector<float> workspace(products.workspace(product));
-  std::vector<float> y(test.rows * test.N);
+  product.y_row = (test.N + broadcast_columns - 1) / broadcast_columns * broadcast_columns;
+  std::vector<float> y(test.rows * product.y_row);
   switch (layout) {
     case Layout::streamed: products.streamed(product, 0, test.N, y.data()); break;
     case Layout::tiled: products.tiled(product, 0, test.N, workspace.data(), y.data()); break;
+    case Layout::broadcast: products.broadcast(product, 0, test.N, workspace.data(), y.data()); break;
     case Layout::plain: products.plain(product, 0, test.N, workspace.data(), y.data()); break;
   }
 
-  // Float32 sums of K terms; a bfloat16 tile also rounds each weight.
-  const double epsilon = !int8 && layout == Layout::tiled && product.bfloat16 && test.x_type == Real::bfloat16
-      ? std::ldexp(1.0, -8)
-      : std::ldexp(1.0, -21);
+  // Float32 sums of K terms, which one lane adds where x is broadcast; a bfloat16 tile also rounds each weight.
+  const bool one_lane = layout == Layout::broadcast;
+  const bool rounds =
+      !int8 && (layout == Layout::tiled || one_lane) && product.bfloat16 && test.x_type == Real::bfloat16;
+  const double epsilon = std::ldexp(1.0, rounds ? -8 : one_lane ? -20 : -21);
   const std::vector<Activation> multiplied = int8 ? int8_activations(test, x) : exact_activations(test, x);
   double worst = 0.0;
-  for (int64_t m = 0; m < test.rows; ++m) {
-    for (int64_t n = 0; n < test.N; ++n) {
+  for (int64_t n = 0; n < test.N; ++n) {
+    std::vector<double> column;
+    std::vector<double> column_biases;
+    for (int64_t k = 0; k < test.K; ++k) {
+      const int64_t element = test.transpose ? n * test.K + k : k * test.N + n;
+      column.push_back(decoded(test, weights, element));
+      column_biases.push_back(
+          weights.biases.empty()
+              ? 0.0
+              : read_real(weights.biases, real_of(test.scale_type), element / test.format.group_size));
+    }
+    for (int64_t m = 0; m < test.rows; ++m) {
       double expected = 0.0;
       double magnitudes = 0.0;
       double doubt = 0.0;
       for (int64_t k = 0; k < test.K; ++k) {
-        const int64_t element = test.transpose ? n * test.K + k : k * test.N + n;
-        const double activation = multiplied[m * test.K + k].value;
-        const double weight = decoded(test, weights, element);
-        const double term = activation * weight;
-        expected += term;
-        doubt += multiplied[m * test.K + k].doubt * std::fabs(weight);
-        const double offset = weights.biases.empty()
-            ? 0.0
-            : activation * read_real(weights.biases, real_of(test.scale_type), element / test.format.group_size);
-        magnitudes += std::fabs(term) + 2 * std::fabs(offset);
+        const auto [activation, step] = multiplied[m * test.K + k];
+        expected += activation * column[k];
+        magnitudes += std::fabs(activation) * (std::fabs(column[k]) + 2 * std::fabs(column_biases[k]));
+        doubt += step * std::fabs(column[k]);
       }
-      const double error = std::fabs(y[m * test.N + n] - expected) / (epsilon * (magnitudes + 1e-30) + doubt);
+      const double error = std::fabs(y[m * product.y_row + n] - expected) / (epsilon * (magnitudes + 1e-30) + doubt);
       worst = error > worst || std::isnan(error) ? error : worst;
     }
   }
   return worst;
+}
+
+// Whether a half-precision type's bits are the nearest to a value, the even ones of two.
+bool nearest(Real type, uint32_t bits, float exact) {
+  const uint32_t infinity = type == Real::float16 ? 0x7C00u : 0x7F80u;
+  const uint32_t size = bits & 0x7FFFu;
+  if (std::isnan(exact)) {
+    return size > infinity;
+  }
+  const auto value = [&](uint32_t of) -> double {
+    return type == Real::float16 ? float16_to_float(of) : float_from_bits(of << 16);
+  };
+  // Infinity is as far as the power of two that would follow.
+  const auto magnitude = [&](uint32_t of) {
+    return of == infinity ? 2 * value(infinity - 1) - value(infinity - 2) : value(of);
+  };
+  const double wanted = std::fmin(std::fabs(static_cast<double>(exact)), magnitude(infinity));
+  const double distance = std::fabs(magnitude(size) - wanted);
+  const auto beaten_by = [&](uint32_t neighbor) {
+    const double other = std::fabs(magnitude(neighbor) - wanted);
+    return other < distance || (other == distance && size % 2 != 0);
+  };
+  return std::signbit(exact) == (bits >> 15 != 0) && size <= infinity && !(size > 0 && beaten_by(size - 1)) &&
+      !(size < infinity && beaten_by(size + 1));
+}
+
+bool narrows(const Kernels& kernels, Real type) {
+  const float factor = 2.0f;
+  std::vector<float> source{0.0f, -0.0f, INFINITY, -INFINITY, 32760.0f, 32759.998f, NAN, -NAN};
+  for (int exponent = -150; exponent < 127; ++exponent) {
+    for (const float mantissa : {1.0f, -1.00048828125f, 1.00146484375f, -1.00390625f, 1.01171875f, 1.998046875f}) {
+      for (const float step : {-1.1920929e-7f, 0.0f, 1.1920929e-7f}) {
+        source.push_back(std::ldexp(mantissa + step, exponent));
+      }
+    }
+  }
+  const size_t bytes = type == Real::float32 ? 4 : 2;
+  const auto result = std::make_unique<uint8_t[]>(source.size() * bytes);
+  kernels.narrow(source.data(), factor, static_cast<int64_t>(source.size()), type, result.get());
+  for (size_t i = 0; i < source.size(); ++i) {
+    const float exact = source[i] * factor;
+    uint32_t bits = 0;
+    std::memcpy(&bits, result.get() + i * bytes, bytes);
+    const bool right = type == Real::float32
+        ? std::isnan(exact) ? std::isnan(float_from_bits(bits)) : bits_from_float(exact) == bits
+        : nearest(type, bits, exact);
+    if (!right) {
+      std::printf("%s: %g narrowed to type %d is %x\n", kernels.name, exact, static_cast<int>(type), bits);
+      return false;
+    }
+  }
+  return true;
 }
 
 std::vector<Format> formats() {
@@ -255,15 +314,18 @@ bool check(const Kernels& kernels) {
         for (const int64_t rows : {1, 2, 3, 4, 7, 13}) {
           for (const int64_t groups : {1, 3, 37}) {
             const int64_t packed = groups * format.group_size;
-            for (const Layout layout : {Layout::streamed, Layout::tiled, Layout::plain}) {
+            for (const Layout layout : {Layout::streamed, Layout::tiled, Layout::broadcast, Layout::plain}) {
               if ((layout == Layout::streamed) != (rows <= max_streamed_rows) && layout != Layout::plain) {
                 continue;
               }
               const bool transpose = layout != Layout::plain;
-              const Case test{format,   scale_type, x_type, rows, transpose ? packed : 5, transpose ? 7 : packed,
+              // Two panels of the widest vectors, or one, and a part of one.
+              const int64_t columns = layout == Layout::broadcast && groups < 37 ? 39 : 7;
+              const Case test{format,   scale_type, x_type, rows, transpose ? packed : 5, transpose ? columns : packed,
                               transpose};
               report(kernels, test, layout, run(kernels, test, layout, false), "");
-              if (kernels.int8 != nullptr && transpose && format.mode != Mode::mxfp8) {
+              const bool by_int8 = layout == Layout::streamed || layout == Layout::broadcast;
+              if (kernels.int8 != nullptr && by_int8 && format.mode != Mode::mxfp8) {
                 Case wide = test;
                 wide.N = 45;
                 report(kernels, wide, layout, run(kernels, wide, layout, true), " int8");
@@ -273,6 +335,10 @@ bool check(const Kernels& kernels) {
         }
       }
     }
+  }
+  for (const Real type : {Real::float32, Real::float16, Real::bfloat16}) {
+    ++cases;
+    failures += narrows(kernels, type) ? 0 : 1;
   }
   std::printf("%s: %d cases, %d failures\n", kernels.name, cases, failures);
   return failures == 0;

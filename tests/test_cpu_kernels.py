@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+import sanitized_ops
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -14,7 +18,7 @@ SOURCES = [
     *(ROOT / f"csrc/cpu/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")),
 ]
 
-NATIVE = ("c++", ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], [])
+NATIVE = ("c++", sanitized_ops.FLAGS, [])
 EMULATED_ARM = ("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"])
 TARGETS = {"native": NATIVE}
 if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
@@ -25,9 +29,13 @@ if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
 def test_kernels_against_float64(target: str, tmp_path: Path) -> None:
     compiler, flags, launcher = TARGETS[target]
     objects = [tmp_path / f"{source.stem}.o" for source in SOURCES]
-    for source, object_file in zip(SOURCES, objects, strict=True):
+
+    def compile_source(source: Path, object_file: Path) -> None:
         command = [compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *flags]
         subprocess.run([*command, "-c", source, "-o", object_file], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_source, SOURCES, objects))
     program = tmp_path / "cpu_kernels"
     subprocess.run([compiler, *flags, *objects, "-o", program], check=True)
     result = subprocess.run([*launcher, program], capture_output=True, text=True)

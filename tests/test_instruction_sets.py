@@ -44,7 +44,8 @@ def test_other_kernels() -> None:
             result = _run(
                 instruction_set,
                 *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "-k", wanted),
+                "--capture=sys",  # so that what a sanitizer reports as the process ends is not lost
                 *files,
             )
-            assert result.returncode == 0, f"{instruction_set}: {result.stdout}"
+            assert result.returncode == 0, f"{instruction_set}: {result.stdout}{result.stderr}"
             assert " passed" in result.stdout

@@ -46,6 +46,9 @@ struct Vector {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
   }
   static F load_float16(const uint8_t* source) { return _mm256_cvtph_ps(load_half(source)); }
+  static void store_float16(void* destination, F value) {
+    _mm_storeu_si128(static_cast<__m128i*>(destination), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
   static F load_bfloat16(const uint8_t* source) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(source)), 16));
   }

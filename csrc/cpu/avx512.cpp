@@ -52,6 +52,9 @@ struct Vector {
   static F load_float16(const uint8_t* source) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
   }
+  static void store_float16(void* destination, F value) {
+    _mm256_storeu_si256(static_cast<__m256i*>(destination), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
   static F load_bfloat16(const uint8_t* source) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
@@ -156,6 +159,7 @@ struct Vector {
   // --- bfloat16 pairs: 32 lanes of 16 bits ---
   static I load_halves(const void* source) { return _mm512_loadu_si512(source); }
   static void store_halves(void* destination, I value) { _mm512_storeu_si512(destination, value); }
+  static I broadcast_pair(const float* pair) { return _mm512_castps_si512(_mm512_set1_ps(*pair)); }
   static F dot_pairs(I a, I b, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
   // The bfloat16 at the top of each float32 lane, and what it leaves.
@@ -270,13 +274,6 @@ struct Vector {
     return _mm512_set1_epi32(bytes);
   }
   static I dot_bytes(I of_unsigned, I of_signed, I sum) { return _mm512_dpbusd_epi32(sum, of_unsigned, of_signed); }
-  static F load_first(const float* source, int64_t count) { return _mm512_maskz_loadu_ps(first(count), source); }
-  static void store_first(float* destination, F value, int64_t count) {
-    _mm512_mask_storeu_ps(destination, first(count), value);
-  }
-  static __mmask16 first(int64_t count) {
-    return static_cast<__mmask16>(count >= 16 ? 0xFFFF : (count <= 0 ? 0 : (1 << count) - 1));
-  }
 
   // The units of a block in 32-bit lanes; of the five bytes of five-bit units, part 0 has the first four and part 1 the
   // last four.
@@ -344,34 +341,6 @@ struct Vector {
     columns[1] = _mm512_unpackhi_epi64(low01, low23);
     columns[2] = _mm512_unpacklo_epi64(high01, high23);
     columns[3] = _mm512_unpackhi_epi64(high01, high23);
-  }
-  // Sixteen vectors of 32-bit lanes: by lanes, then pairs of them within quarters, then by quarters.
-  static void transpose(I (&rows)[16]) {
-    I a[16];
-    for (int i = 0; i < 16; i += 2) {
-      a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-      a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-      rows[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-      rows[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-      rows[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-      rows[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    // Now rows[4 i + j] has in quarter q lane 4 q + j of rows 4 i to 4 i + 3.
-    for (int j = 0; j < 4; ++j) {
-      const I low01 = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x88);
-      const I high01 = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xDD);
-      const I low23 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0x88);
-      const I high23 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0xDD);
-      a[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-      a[8 + j] = _mm512_shuffle_i32x4(low01, low23, 0xDD);
-      a[4 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-      a[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xDD);
-    }
-    for (int i = 0; i < 16; ++i) {
-      rows[i] = a[i];
-    }
   }
 };
 

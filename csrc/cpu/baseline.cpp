@@ -51,6 +51,13 @@ struct Vector {
     const I halves = load_halves(source);
     return each([&](int lane) { return quantization_mlx::float16_to_float(halves[lane]); });
   }
+  static void store_float16(void* destination, F value) {
+    uint16_t halves[lanes];
+    for (int lane = 0; lane < lanes; ++lane) {
+      halves[lane] = static_cast<uint16_t>(quantization_mlx::float16_from_float(value[lane]));
+    }
+    std::memcpy(destination, halves, sizeof halves);
+  }
   static F load_bfloat16(const uint8_t* source) { return bits(load_halves(source) << 16); }
   static F load_e8m0(const uint8_t* source) {
     return each([&](int lane) { return quantization_mlx::e8m0_to_float(source[lane]); });

@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
-#include <c10/util/Half.h>
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
@@ -62,21 +61,8 @@ void* mutable_row_of(const Tensor& tensor, int64_t row, int64_t length) {
   return static_cast<uint8_t*>(tensor.mutable_data_ptr()) + row * length * tensor.element_size();
 }
 
-// To the nearest, ties to even, without a branch, so that compilers make vectors of it.
-void narrow_to_bfloat16(const float* source, int64_t n, uint16_t* destination) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = bits_from_float(source[i]);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    destination[i] = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-  }
-}
-
 void narrow(const float* source, int64_t n, Real type, void* destination) {
-  switch (type) {
-    case Real::float16: std::copy_n(source, n, static_cast<c10::Half*>(destination)); return;
-    case Real::bfloat16: narrow_to_bfloat16(source, n, static_cast<uint16_t*>(destination)); return;
-    case Real::float32: std::copy_n(source, n, static_cast<float*>(destination)); return;
-  }
+  kernels().narrow(source, 1.0f, n, type, destination);
 }
 
 // Calls function(row) for all rows, on several threads where each gets enough of them.

@@ -1,9 +1,7 @@
 // Cuts a checked problem into products of one matrix with many rows, and those into tasks for the kernels.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
-#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -36,6 +34,8 @@ using at::Tensor;
 constexpr int64_t max_rows = 512;
 // A task of fewer weights costs less than handing it to another thread.
 constexpr int64_t task_weights = 1 << 14;
+// And so does packing fewer values of x.
+constexpr int64_t serial_values = 1 << 16;
 
 ScaleType scale_type_of(const QuantizedMatrices& weights) {
   switch (weights.format.mode) {
@@ -162,23 +162,6 @@ class BorrowedMemory {
   }
 };
 
-template <typename T>
-void store_rows(
-    const float* source,
-    const Product& product,
-    int64_t begin,
-    int64_t columns,
-    float factor,
-    const Rows& rows,
-    T* y) {
-  for (int64_t m = 0; m < product.rows; ++m) {
-    T* destination = y + rows.y(m) * product.N + begin;
-    for (int64_t n = 0; n < columns; ++n) {
-      destination[n] = static_cast<T>(source[m * columns + n] * factor);
-    }
-  }
-}
-
 // What stays the same for every run of one op call.
 class Multiplication {
  public:
@@ -213,7 +196,10 @@ class Multiplication {
     if (!problem_.transpose) {
       return Layout::plain;
     }
-    return rows <= max_streamed_rows ? Layout::streamed : Layout::tiled;
+    if (rows <= max_streamed_rows) {
+      return Layout::streamed;
+    }
+    return int8_ || broadcasting_pays(rows, product_.K) ? Layout::broadcast : Layout::tiled;
   }
 
   // Columns of one task: whole kernel steps, and enough tasks for the threads.
@@ -222,10 +208,8 @@ class Multiplication {
       return plain_column_multiple;
     }
     const int64_t threads = at::get_num_threads();
-    const bool int8_tiles = int8_ && layout == Layout::tiled;
-    const int64_t multiple = int8_tiles ? int8_column_multiple : column_multiple;
-    const int64_t most_tiled = int8_ ? max_int8_columns : max_tiled_columns;
-    const int64_t most = layout == Layout::tiled ? most_tiled : product_.N;
+    const int64_t most = layout == Layout::streamed ? product_.N : max_tiled_columns;
+    const int64_t multiple = layout == Layout::broadcast ? broadcast_columns : column_multiple;
     const int64_t even = std::max(quotient_up(product_.N, threads), task_weights / product_.K);
     // As many for each thread, where each has several.
     const int64_t rounds = quotient_up(product_.N, most * threads);
@@ -257,7 +241,7 @@ class Multiplication {
     const auto pack_row = [&](int64_t m, int) {
       kernels_.pack_row(product, layout, x_row(rows.x(m)), packed + m * row_floats);
     };
-    if (layout == Layout::streamed) {
+    if (product.rows * product.K <= serial_values) {
       for (int64_t m = 0; m < product.rows; ++m) {
         pack_row(m, 0);
       }
@@ -274,12 +258,10 @@ class Multiplication {
       int64_t columns,
       float factor,
       const Rows& rows) const {
-    void* y = y_.mutable_data_ptr();
-    switch (problem_.dtype) {
-      case at::kHalf: return store_rows(source, product, begin, columns, factor, rows, static_cast<c10::Half*>(y));
-      case at::kBFloat16:
-        return store_rows(source, product, begin, columns, factor, rows, static_cast<c10::BFloat16*>(y));
-      default: return store_rows(source, product, begin, columns, factor, rows, static_cast<float*>(y));
+    uint8_t* y = static_cast<uint8_t*>(y_.mutable_data_ptr());
+    for (int64_t m = 0; m < product.rows; ++m) {
+      const int64_t element = rows.y(m) * product.N + begin;
+      kernels().narrow(source + m * product.y_row, factor, columns, product.x_type, y + element * y_.element_size());
     }
   }
 
@@ -296,6 +278,7 @@ class Multiplication {
 
     const int64_t columns = task_columns(way);
     const int64_t workspace_floats = way == Layout::streamed ? 0 : kernels_.workspace(product);
+    product.y_row = columns;
     const int64_t thread_floats = (workspace_floats + product.rows * columns + 15) / 16 * 16;  // whole cache lines
     float* scratch = memory.scratch(at::get_num_threads() * thread_floats);
     const float scale = factor(run.matrix);
@@ -308,6 +291,7 @@ class Multiplication {
       switch (way) {
         case Layout::streamed: kernels_.streamed(product, begin, end, result); break;
         case Layout::tiled: kernels_.tiled(product, begin, end, workspace, result); break;
+        case Layout::broadcast: kernels_.broadcast(product, begin, end, workspace, result); break;
         case Layout::plain: kernels_.plain(product, begin, end, workspace, result); break;
       }
       store(result, product, begin, end - begin, scale, rows);

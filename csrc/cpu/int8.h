@@ -14,7 +14,7 @@
 // second or fourth element from v on, as a shift and a mask give them, of others the elements 4 v to 4 v + 3.
 //
 //   streamed  lanes are units of a row of w, as in product.h; x is packed as [block][v][lane]
-//   tiled     a panel of weights is decoded to bytes whose lanes are columns; four bytes of x, packed as
+//   broadcast a panel of weights is decoded to bytes whose lanes are columns; four bytes of x, packed as
 //             [block][lane][v], meet all of them
 
 namespace {
@@ -69,12 +69,17 @@ struct ScaleAndBias {
   F bias;
 };
 
+// A weight is scale * value, and its byte 2 * value + 12.
+ALWAYS_INLINE ScaleAndBias scale_and_bias_of_e2m1(F scale) {
+  return {Vector::mul(scale, Vector::set(0.5f)), Vector::mul(scale, Vector::set(-6.0f))};
+}
+
 // Those of bytes, for the first `count` groups at an offset in bytes; then zeros.
 template <typename Element>
 ALWAYS_INLINE ScaleAndBias load_scale_and_bias(const Product& product, int64_t offset, int64_t count) {
   const F scale = load_first_scales(product.scale_type, product.scales + offset, count);
   if constexpr (is_e2m1<Element>) {
-    return {Vector::mul(scale, Vector::set(0.5f)), Vector::mul(scale, Vector::set(-6.0f))};
+    return scale_and_bias_of_e2m1(scale);
   } else {
     return {scale, load_first_scales(product.scale_type, product.biases + offset, count)};
   }
@@ -177,7 +182,7 @@ void int8_pack_row(const Product& product, Layout layout, const void* x, float* 
 // --- streamed -------------------------------------------------------------------------------------------------------
 
 template <typename Element, int ROWS, int COLUMNS>
-void int8_streamed_columns(const Product& product, int64_t n, float* y, int64_t y_stride) {
+void int8_streamed_columns(const Product& product, int64_t n, float* y) {
   using Codes = ByteCodes<Element>;
   constexpr int block = block_elements<Element>;
   const int group_size = product.format.group_size;
@@ -238,10 +243,10 @@ void int8_streamed_columns(const Product& product, int64_t n, float* y, int64_t 
   }
   for (int m = 0; m < ROWS; ++m) {
     if constexpr (COLUMNS == 4) {
-      Vector::sum_each(total[m], y + m * y_stride);
+      Vector::sum_each(total[m], y + m * product.y_row);
     } else {
       for (int c = 0; c < COLUMNS; ++c) {
-        y[m * y_stride + c] = Vector::sum(total[m][c]);
+        y[m * product.y_row + c] = Vector::sum(total[m][c]);
       }
     }
   }
@@ -252,10 +257,10 @@ void int8_streamed_rows(const Product& product, int64_t begin, int64_t end, floa
   constexpr int columns = ROWS <= 2 ? 4 : 2;
   int64_t n = begin;
   for (; n + columns <= end; n += columns) {
-    int8_streamed_columns<Element, ROWS, columns>(product, n, y + (n - begin), end - begin);
+    int8_streamed_columns<Element, ROWS, columns>(product, n, y + (n - begin));
   }
   for (; n < end; ++n) {
-    int8_streamed_columns<Element, ROWS, 1>(product, n, y + (n - begin), end - begin);
+    int8_streamed_columns<Element, ROWS, 1>(product, n, y + (n - begin));
   }
 }
 
@@ -275,26 +280,31 @@ struct Int8Streamed {
   }
 };
 
-// --- tiled ----------------------------------------------------------------------------------------------------------
-// Strips of `lanes` columns, so that a group's dots need no adding up of lanes, and its scales apply to whole vectors.
+// --- broadcast ------------------------------------------------------------------------------------------------------
+// A group's dots need no adding up of lanes here, and its scales apply to whole vectors. A strip is `lanes` columns.
 
 constexpr int int8_tile_rows = 6;
 constexpr int int8_tile_strips = 2;
-// Elements of K in a panel: a multiple of every block, and of `lanes` of the larger groups.
+static_assert(broadcast_columns % (int8_tile_strips * lanes) == 0);
+// Elements of K in a panel: a multiple of every block.
 constexpr int64_t int8_panel = 1024;
 constexpr int64_t int8_strip_bytes = int8_panel * lanes;
-// For the smallest groups.
-constexpr int64_t int8_strip_parameters = int8_panel / 16 * 2 * lanes;
-constexpr int64_t int8_strips = max_int8_columns / lanes;
+// Floats for the scales of the smallest groups, and as many for their biases.
+constexpr int64_t int8_strip_scales = int8_panel / 16 * lanes;
+constexpr int64_t int8_strip_parameters = 2 * int8_strip_scales;
+constexpr int64_t int8_strips = max_tiled_columns / lanes;
 
 int64_t int8_workspace(const Product&) { return int8_strips * (int8_strip_bytes / 4 + int8_strip_parameters); }
 
-// A strip's part of a panel: elements [first, first + length) of rows [n, n + columns) of w, columns <= lanes.
+// A strip's part of a panel: elements [first, first + length) of columns from n on. Behind `end` stands the last one
+// again.
 struct Int8Strip {
   int64_t n;
-  int64_t columns;
+  int64_t end;
   int64_t first;
   int64_t length;
+
+  int64_t column(int c) const { return n + c < end ? n + c : end - 1; }
 };
 
 // Into bytes [step of four elements][column][4].
@@ -306,7 +316,6 @@ void decode_strip(const Product& product, const Int8Strip& strip, uint8_t* bytes
   const int64_t row_bytes = product.K * Element::bits / 8;
   for (int64_t k = 0; k < strip.length; k += block) {
     const int64_t byte = (strip.first + k) * Element::bits / 8;
-    const uint8_t* codes = product.words + strip.n * row_bytes + byte;
     const auto store = [&](const uint8_t* rows, int64_t stride, auto part) __attribute__((always_inline)) {
       unrolled<4>([&](auto quarter) __attribute__((always_inline)) {
         I units[4];
@@ -321,15 +330,14 @@ void decode_strip(const Product& product, const Int8Strip& strip, uint8_t* bytes
       });
     };
     constexpr bool are_words = block_bytes<Element> == 64;
-    if (are_words && strip.columns == lanes && row_bytes - byte >= 64) {
-      store(codes, row_bytes, std::integral_constant<int, 0>());
+    if (are_words && strip.n + lanes <= strip.end && row_bytes - byte >= 64) {
+      store(product.words + strip.n * row_bytes + byte, row_bytes, std::integral_constant<int, 0>());
       continue;
     }
     alignas(64) uint8_t units[unit_parts<Element>][lanes][64];
     for (int c = 0; c < lanes; ++c) {
-      const auto of_column = c < strip.columns
-          ? load_block<Codes, block_bytes<Element>>(codes + c * row_bytes, row_bytes - byte)
-          : typename Codes::Units();
+      const uint8_t* codes = product.words + strip.column(c) * row_bytes + byte;
+      const auto of_column = load_block<Codes, block_bytes<Element>>(codes, row_bytes - byte);
       for (int part = 0; part < unit_parts<Element>; ++part) {
         Vector::store_halves(units[part][c], of_column.parts[part]);
       }
@@ -338,31 +346,30 @@ void decode_strip(const Product& product, const Int8Strip& strip, uint8_t* bytes
   }
 }
 
-// Into parameters [group][scales, biases][column].
+// Into scales [group][column], and as many biases behind them.
 template <typename Element>
-void decode_strip_parameters(const Product& product, const Int8Strip& strip, float* parameters) {
-  const int scale_size = scale_bytes(product.scale_type);
-  const int64_t row_groups = product.K / product.format.group_size;
-  const int64_t first_group = strip.first / product.format.group_size;
-  const int64_t groups = strip.length / product.format.group_size;
+void decode_strip_parameters(const Product& product, const Int8Strip& strip, float* scales) {
+  const int group_size = product.format.group_size;
+  const int bytes = scale_bytes(product.scale_type);
+  float* biases = scales + int8_strip_scales;
+  int64_t columns[lanes];
+  for (int c = 0; c < lanes; ++c) {
+    columns[c] = strip.column(c) * (product.K / group_size) * bytes;
+  }
+  const int64_t groups = strip.length / group_size;
   for (int64_t group = 0; group < groups; group += lanes) {
     const int64_t count = groups - group < lanes ? groups - group : lanes;
-    I scales[lanes];
-    I biases[lanes];
-    for (int c = 0; c < lanes; ++c) {
-      ScaleAndBias of_column{Vector::zero(), Vector::zero()};
-      if (c < strip.columns) {
-        of_column = load_scale_and_bias<Element>(
-            product, ((strip.n + c) * row_groups + first_group + group) * scale_size, count);
-      }
-      scales[c] = Vector::floats_as_bits(of_column.scale);
-      biases[c] = Vector::floats_as_bits(of_column.bias);
+    const int64_t offset = (strip.first / group_size + group) * bytes;
+    transposed_scales(product.scale_type, product.scales + offset, columns, count, scales + group * lanes);
+    if constexpr (!is_e2m1<Element>) {
+      transposed_scales(product.scale_type, product.biases + offset, columns, count, biases + group * lanes);
     }
-    Vector::transpose(scales);
-    Vector::transpose(biases);
-    for (int64_t i = 0; i < count; ++i) {
-      Vector::store_halves(parameters + ((group + i) * 2) * lanes, scales[i]);
-      Vector::store_halves(parameters + ((group + i) * 2 + 1) * lanes, biases[i]);
+  }
+  if constexpr (is_e2m1<Element>) {
+    for (int64_t i = 0; i < groups * lanes; i += lanes) {
+      const ScaleAndBias of_bytes = scale_and_bias_of_e2m1(Vector::load(scales + i));
+      Vector::store(scales + i, of_bytes.scale);
+      Vector::store(biases + i, of_bytes.bias);
     }
   }
 }
@@ -374,13 +381,12 @@ struct Int8Tile {
   const float* sums;
   int64_t x_row;  // in floats
   const uint8_t* w;
-  const float* parameters;
+  const float* scales_of_w;  // biases stand behind those of each strip
   int64_t groups;
   int group_steps;
   bool accumulate;
   float* y;
   int64_t y_row;
-  int64_t columns;  // of y, from the tile's first on; there may be fewer or more than the tile has
   // Weights to ask for meanwhile, evenly over time: ahead_bytes of each of as many rows of w as the tile has columns.
   const uint8_t* ahead;
   int64_t ahead_row;
@@ -392,8 +398,7 @@ void int8_tile(const Int8Tile& tile) {
   F total[ROWS][STRIPS];
   for (int m = 0; m < ROWS; ++m) {
     for (int s = 0; s < STRIPS; ++s) {
-      total[m][s] = tile.accumulate ? Vector::load_first(tile.y + m * tile.y_row + s * lanes, tile.columns - s * lanes)
-                                    : Vector::zero();
+      total[m][s] = tile.accumulate ? Vector::load(tile.y + m * tile.y_row + s * lanes) : Vector::zero();
     }
   }
   const uint8_t* x = tile.x;
@@ -426,9 +431,9 @@ void int8_tile(const Int8Tile& tile) {
       w += 64;
     }
     for (int s = 0; s < STRIPS; ++s) {
-      const float* parameters = tile.parameters + s * int8_strip_parameters + group * 2 * lanes;
-      const F scale = Vector::load(parameters);
-      const F bias = Vector::load(parameters + lanes);
+      const float* scales = tile.scales_of_w + s * int8_strip_parameters + group * lanes;
+      const F scale = Vector::load(scales);
+      const F bias = Vector::load(scales + int8_strip_scales);
       for (int m = 0; m < ROWS; ++m) {
         const F x_scale = Vector::set(tile.scales[m * tile.x_row + group]);
         const F sum = Vector::set(tile.sums[m * tile.x_row + group]);
@@ -439,7 +444,7 @@ void int8_tile(const Int8Tile& tile) {
   }
   for (int m = 0; m < ROWS; ++m) {
     for (int s = 0; s < STRIPS; ++s) {
-      Vector::store_first(tile.y + m * tile.y_row + s * lanes, total[m][s], tile.columns - s * lanes);
+      Vector::store(tile.y + m * tile.y_row + s * lanes, total[m][s]);
     }
   }
 }
@@ -470,8 +475,7 @@ void int8_multiply_panels(const Product& product, int64_t begin, int64_t end, fl
     for (int64_t first = 0; first < product.K; first += int8_panel) {
       const int64_t length = product.K - first < int8_panel ? product.K - first : int8_panel;
       for (int64_t s = 0; s * lanes < width; ++s) {
-        const int64_t left = columns - c - s * lanes;
-        const Int8Strip strip{begin + c + s * lanes, left < lanes ? left : lanes, first, length};
+        const Int8Strip strip{begin + c + s * lanes, end, first, length};
         decode_strip<Element>(product, strip, bytes + s * int8_strip_bytes);
         decode_strip_parameters<Element>(product, strip, parameters + s * int8_strip_parameters);
       }
@@ -485,7 +489,7 @@ void int8_multiply_panels(const Product& product, int64_t begin, int64_t end, fl
               rows,
               {x.bytes + first, x.scales + first / group_size, x.sums + first / group_size, x_row,
                bytes + s * int8_strip_bytes, parameters + s * int8_strip_parameters, length / group_size,
-               group_size / 4, first > 0, y + m * columns + column, columns, columns - column,
+               group_size / 4, first > 0, y + m * product.y_row + column, product.y_row,
                product.words + ((begin + column + width) * product.K + first) * Element::bits / 8,
                product.K * Element::bits / 8, tile == 0 ? length * Element::bits / 8 : 0});
         }
@@ -494,7 +498,7 @@ void int8_multiply_panels(const Product& product, int64_t begin, int64_t end, fl
   }
 }
 
-struct Int8Tiled {
+struct Int8Broadcast {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
     if constexpr (is_byte_coded<Element>) {
@@ -507,7 +511,7 @@ void int8_streamed(const Product& product, int64_t begin, int64_t end, float* y)
   for_format<Int8Streamed>(product, begin, end, nullptr, y);
 }
 
-constexpr ProductKernels int8_table{int8_packed_row, int8_pack_row,         int8_workspace,
-                                    int8_streamed,   for_format<Int8Tiled>, nullptr};
+constexpr ProductKernels int8_table{int8_packed_row,           int8_pack_row, int8_workspace, int8_streamed, nullptr,
+                                    for_format<Int8Broadcast>, nullptr};
 
 }  // namespace

@@ -16,6 +16,7 @@ enum class ScaleType : uint8_t { float32, float16, bfloat16, e8m0, e4m3 };
 enum class Layout : uint8_t {
   streamed,  // float32 in the order in which the weights unpack, with the sum of each group behind it
   tiled,  // the same order, in the element type of the tiled product
+  broadcast,  // the order of a column's elements, in that type
   plain,  // float32 in natural order, for products with untransposed weights
 };
 
@@ -32,6 +33,7 @@ struct Product {
   const uint8_t* biases;  // null in the floating-point modes
   const float* x;  // packed rows
   int64_t rows;
+  int64_t y_row;  // floats from one row of a result to the next; for Layout::broadcast whole broadcast_columns
 };
 
 // One query position of the heads that share keys and values, against all positions up to it.
@@ -67,9 +69,10 @@ struct ProductKernels {
   void (*pack_row)(const Product&, Layout, const void* row, float* packed);
   // Floats of working memory that tiled and plain need for one call.
   int64_t (*workspace)(const Product&);
-  // y[m, n - begin] for begin <= n < end, in rows of (end - begin) floats.
+  // y[m, n - begin] for begin <= n < end.
   void (*streamed)(const Product&, int64_t begin, int64_t end, float* y);
   void (*tiled)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
+  void (*broadcast)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
   void (*plain)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
 };
 
@@ -77,22 +80,26 @@ struct Kernels {
   const char* name;
   bool bfloat16;
   ProductKernels exact;
-  // With activations quantized to int8, for transposed weights of any mode but mxfp8; null where the machine lacks
+  // With activations quantized to int8: streamed and broadcast, for any mode but mxfp8. Null where the machine lacks
   // instructions that they need.
   const ProductKernels* int8;
+  // source * factor, rounded to the nearest.
+  void (*narrow)(const float* source, float factor, int64_t n, Real type, void* destination);
   DecoderKernels decoder;
 };
 
 // The most rows that the streamed product takes.
 constexpr int64_t max_streamed_rows = 4;
+// Whether more rows than that go faster through the broadcasting product than through the tiled one, as measured: what
+// it saves grows with the rows, and what transposing costs grows with K.
+constexpr bool broadcasting_pays(int64_t rows, int64_t K) { return 40 * rows > K; }
 
-// How the caller cuts the N columns into tasks: of at most max_tiled_columns for the tiled product, best in multiples
-// of column_multiple; in multiples of plain_column_multiple for the plain one.
+// How the caller cuts the N columns into tasks: of at most max_tiled_columns for the tiled and the broadcasting
+// product, best in multiples of column_multiple; the latter in multiples of broadcast_columns, and the plain one in
+// those of plain_column_multiple.
 constexpr int64_t max_tiled_columns = 64;
+constexpr int64_t broadcast_columns = 32;
 constexpr int64_t column_multiple = 4;
-// The same for tiled products with int8.
-constexpr int64_t max_int8_columns = 64;
-constexpr int64_t int8_column_multiple = 32;
 constexpr int64_t plain_column_multiple = 256;
 
 // Null where the build or the machine lacks the instruction set.

@@ -37,6 +37,9 @@ struct Vector {
     return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
   }
   static F load_float16(const uint8_t* source) { return vcvt_f32_f16(vreinterpret_f16_u16(load_halves(source))); }
+  static void store_float16(void* destination, F value) {
+    vst1_u8(static_cast<uint8_t*>(destination), vreinterpret_u8_f16(vcvt_f16_f32(value)));
+  }
   static F load_bfloat16(const uint8_t* source) { return vreinterpretq_f32_u32(vshll_n_u16(load_halves(source), 16)); }
   // Byte 0 is the subnormal 2^-127, the only value whose exponent bits alone do not say it.
   static F load_e8m0(const uint8_t* source) {

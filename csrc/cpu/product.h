@@ -15,7 +15,8 @@
 //
 //   streamed  1 to 4 rows of x: each weight is read and decoded once, in registers; time is that of reading the weights
 //   tiled     more rows: a panel of weights is decoded into the cache once, then multiplied tile by tile
-//   plain     untransposed weights: the lanes run along N, x is broadcast
+//   broadcast many rows: the same with lanes that run along N; units are transposed, where weights are smallest
+//   plain     untransposed weights: their lanes run along N as they are
 
 namespace {
 
@@ -303,6 +304,7 @@ struct Float32Tile {
   using Operand = F;
   static constexpr int step = lanes;
   static ALWAYS_INLINE Operand load(const float* source) { return Vector::load(source); }
+  static ALWAYS_INLINE Operand broadcast(const float* source) { return Vector::set(*source); }
   static ALWAYS_INLINE F multiply_add(Operand a, Operand b, F sum) { return Vector::fma(a, b, sum); }
 };
 
@@ -311,7 +313,8 @@ struct BFloat16Tile {
   using Storage = uint16_t;
   using Operand = I;
   static constexpr int step = 2 * lanes;
-  static ALWAYS_INLINE Operand load(const uint16_t* source) { return V::load_halves(source); }
+  static ALWAYS_INLINE Operand load(const void* source) { return V::load_halves(source); }
+  static ALWAYS_INLINE Operand broadcast(const float* source) { return V::broadcast_pair(source); }
   static ALWAYS_INLINE F multiply_add(Operand a, Operand b, F sum) { return V::dot_pairs(a, b, sum); }
 };
 
@@ -326,6 +329,17 @@ ALWAYS_INLINE F load_real(Real type, const uint8_t* source) {
   __builtin_unreachable();
 }
 
+typedef uint32_t Words __attribute__((vector_size(sizeof(F))));
+typedef uint16_t HalfWords __attribute__((vector_size(sizeof(F) / 2)));
+
+ALWAYS_INLINE void store_bfloat16(void* destination, F value) {
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  const Words is_nan = (Words)((bits & 0x7FFFFFFFu) > 0x7F800000u);
+  const HalfWords halves = __builtin_convertvector((is_nan & 0x7FC0u) | (~is_nan & rounded), HalfWords);
+  std::memcpy(destination, &halves, sizeof halves);
+}
+
 // A row as float32, then zeros up to a multiple of the lanes.
 void widen(Real type, const uint8_t* source, int64_t count, float* destination) {
   const int bytes = type == Real::float32 ? 4 : 2;
@@ -337,6 +351,31 @@ void widen(Real type, const uint8_t* source, int64_t count, float* destination) 
     alignas(64) uint8_t padded[64] = {};
     copy_bytes(padded, source + i * bytes, (count - i) * bytes);
     Vector::store(destination + i, load_real(type, padded));
+  }
+}
+
+// A row of float32, each times factor, rounded to the nearest.
+void narrow(const float* source, float factor, int64_t count, Real type, void* destination) {
+  const F factors = Vector::set(factor);
+  const int bytes = type == Real::float32 ? 4 : 2;
+  const auto store = [&](F value, uint8_t* to) __attribute__((always_inline)) {
+    switch (type) {
+      case Real::float32: return Vector::store(reinterpret_cast<float*>(to), value);
+      case Real::float16: return Vector::store_float16(to, value);
+      case Real::bfloat16: return store_bfloat16(to, value);
+    }
+  };
+  uint8_t* to = static_cast<uint8_t*>(destination);
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    store(Vector::mul(Vector::load(source + i), factors), to + i * bytes);
+  }
+  if (i < count) {
+    alignas(64) float padded[lanes] = {};
+    alignas(64) uint8_t result[lanes * sizeof(float)];
+    std::memcpy(padded, source + i, static_cast<size_t>(count - i) * sizeof(float));
+    store(Vector::mul(Vector::load(padded), factors), result);
+    std::memcpy(to + i * bytes, result, static_cast<size_t>((count - i) * bytes));
   }
 }
 
@@ -384,6 +423,7 @@ int64_t packed_row(const Product& product, Layout layout) {
   switch (layout) {
     case Layout::streamed: return spaced(packed_values(product, layout) + padded_groups(product));
     case Layout::tiled: return spaced(packed_values(product, layout));
+    case Layout::broadcast: return spaced(bfloat16_terms(product, layout) == 0 ? product.K : product.K / 2);
     case Layout::plain: return round_up(product.K, lanes);
   }
   __builtin_unreachable();
@@ -460,9 +500,36 @@ void sum_groups(const Product& product, const uint8_t* row, float* sums) {
   }
 }
 
+// Pairs of the elements j and j + per_unit / 2 of each unit, unit after unit.
+template <typename V>
+void pack_pairs(const Product& product, const uint8_t* row, float* packed) {
+  constexpr int vector = 2 * lanes;
+  const int per_unit = unit_elements(product.format.bits);
+  alignas(64) uint16_t order[vector];
+  for (int i = 0; i < vector; ++i) {
+    const int pair = i / 2;
+    order[i] = static_cast<uint16_t>(pair / (per_unit / 2) * per_unit + pair % (per_unit / 2) + i % 2 * (per_unit / 2));
+  }
+  const I index = V::load_halves(order);
+  int64_t k = 0;
+  for (; k + vector <= product.K; k += vector) {
+    V::store_halves(packed + k / 2, V::lookup_half(index, V::load_halves(row + 2 * k)));
+  }
+  if (k < product.K) {
+    alignas(64) uint8_t padded[64] = {};
+    copy_bytes(padded, row + 2 * k, 2 * (product.K - k));
+    V::store_halves(packed + k / 2, V::lookup_half(index, V::load_halves(padded)));
+  }
+}
+
 void pack_row(const Product& product, Layout layout, const void* x, float* packed) {
   const uint8_t* row = static_cast<const uint8_t*>(x);
-  if (layout == Layout::plain) {
+  if constexpr (Vector::has_bfloat16) {
+    if (layout == Layout::broadcast && bfloat16_terms(product, layout) == 1) {
+      return pack_pairs<Vector>(product, row, packed);
+    }
+  }
+  if (layout == Layout::plain || layout == Layout::broadcast) {
     return widen(product.x_type, row, product.K, packed);
   }
   with_terms<Vector>(product, layout, [&](auto terms) { pack_units<terms, Vector>(product, row, packed); });
@@ -555,7 +622,7 @@ struct BFloat16Stream {
 };
 
 template <typename Element, typename Stream, int ROWS, int COLUMNS>
-void streamed_columns(const Product& product, int64_t n, float* y, int64_t y_stride) {
+void streamed_columns(const Product& product, int64_t n, float* y) {
   constexpr int block = block_elements<Element>;
   const int group_size = product.format.group_size;
   const int64_t groups = product.K / group_size;
@@ -606,10 +673,10 @@ void streamed_columns(const Product& product, int64_t n, float* y, int64_t y_str
   }
   for (int m = 0; m < ROWS; ++m) {
     if constexpr (COLUMNS == 4) {
-      Vector::sum_each(total[m], y + m * y_stride);
+      Vector::sum_each(total[m], y + m * product.y_row);
     } else {
       for (int c = 0; c < COLUMNS; ++c) {
-        y[m * y_stride + c] = Vector::sum(total[m][c]);
+        y[m * product.y_row + c] = Vector::sum(total[m][c]);
       }
     }
   }
@@ -620,10 +687,10 @@ void streamed_rows(const Product& product, int64_t begin, int64_t end, float* y)
   constexpr int columns = Vector::registers >= 32 && ROWS <= 2 ? 4 : 2;
   int64_t n = begin;
   for (; n + columns <= end; n += columns) {
-    streamed_columns<Element, Stream, ROWS, columns>(product, n, y + (n - begin), end - begin);
+    streamed_columns<Element, Stream, ROWS, columns>(product, n, y + (n - begin));
   }
   for (; n < end; ++n) {
-    streamed_columns<Element, Stream, ROWS, 1>(product, n, y + (n - begin), end - begin);
+    streamed_columns<Element, Stream, ROWS, 1>(product, n, y + (n - begin));
   }
 }
 
@@ -666,6 +733,16 @@ constexpr int64_t panel_stride_floats = spaced(panel_bytes / static_cast<int64_t
 constexpr int tile_rows = Vector::registers >= 32 ? 6 : 3;
 constexpr int tile_columns = 4;
 constexpr int64_t few_tiles = 16;  // whose rows of x stay in the second-level cache beside it
+
+// Rows in tiles of even height: 8 rows as 4 + 4 keep more sums in flight than as 6 + 2.
+template <int height, typename Function>
+ALWAYS_INLINE void for_tiles(int64_t rows, Function&& function) {
+  const int64_t tiles = (rows + height - 1) / height;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t m = tile * rows / tiles;
+    function(m, (tile + 1) * rows / tiles - m);
+  }
+}
 
 template <typename Tile, int ROWS, int COLUMNS>
 void multiply_tile(
@@ -716,9 +793,17 @@ void multiply_tile(
 template <typename Element>
 struct ScaledBlocks {
   using Storage = float;
+  using Codes = Element;
   Spread<Element> spread;
 
   explicit ScaledBlocks(int group_size) : spread(group_size) {}
+
+  // The elements of one unit of each lane, `stride` apart.
+  static ALWAYS_INLINE void store(const typename Codes::Units& units, F scale, F bias, float* decoded, int64_t stride) {
+    unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
+      Vector::store(decoded + j * stride, Vector::fma(Element::template value<j>(units), scale, bias));
+    });
+  }
 
   ALWAYS_INLINE void operator()(
       const uint8_t* codes,
@@ -727,12 +812,8 @@ struct ScaledBlocks {
       const float* biases,
       int64_t block,
       float* decoded) const {
-    const auto units = load_block<Element, block_bytes<Element>>(codes, available);
-    const F scale = spread(scales, block);
-    const F bias = spread(biases, block);
-    unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
-      Vector::store(decoded + j * lanes, Vector::fma(Element::template value<j>(units), scale, bias));
-    });
+    const auto units = load_block<Codes, block_bytes<Element>>(codes, available);
+    store(units, spread(scales, block), spread(biases, block), decoded, lanes);
   }
 };
 
@@ -744,6 +825,20 @@ struct ScaledPairs {
 
   explicit ScaledPairs(int group_size) : spread(group_size) {}
 
+  static ALWAYS_INLINE void store(
+      const typename Codes::Units& units,
+      F scale,
+      F bias,
+      uint16_t* decoded,
+      int64_t stride) {
+    unrolled<positions<Element> / 2>([&](auto j) __attribute__((always_inline)) {
+      const I pairs = Codes::template values<j>(units);
+      const F low = Vector::fma(V::low_of_pairs(pairs), scale, bias);
+      const F high = Vector::fma(V::high_of_pairs(pairs), scale, bias);
+      V::store_halves(decoded + j * stride, V::rounded_pairs(low, high));
+    });
+  }
+
   ALWAYS_INLINE void operator()(
       const uint8_t* codes,
       int64_t available,
@@ -752,14 +847,7 @@ struct ScaledPairs {
       int64_t block,
       uint16_t* decoded) const {
     const auto units = load_block<Codes, block_bytes<Element>>(codes, available);
-    const F scale = spread(scales, block);
-    const F bias = spread(biases, block);
-    unrolled<positions<Element> / 2>([&](auto j) __attribute__((always_inline)) {
-      const I pairs = Codes::template values<j>(units);
-      const F low = Vector::fma(V::low_of_pairs(pairs), scale, bias);
-      const F high = Vector::fma(V::high_of_pairs(pairs), scale, bias);
-      V::store_halves(decoded + j * 2 * lanes, V::rounded_pairs(low, high));
-    });
+    store(units, spread(scales, block), spread(biases, block), decoded, 2 * lanes);
   }
 };
 
@@ -931,7 +1019,6 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end, float* 
   const Storage* x = reinterpret_cast<const Storage*>(product.x);
   const int64_t x_row = packed_row(product, Layout::tiled) * sizeof(float) / sizeof(Storage);
   const int64_t columns = end - begin;
-  // Tiles of even height: 8 rows as 4 + 4 keep more sums in flight than as 6 + 2.
   const int64_t tiles = (product.rows + tile_rows - 1) / tile_rows;
   // Few tiles read a panel soon after it is written: from the first-level cache if it is small.
   const int64_t panel_columns = tiles <= few_tiles ? tile_columns : columns;
@@ -943,13 +1030,11 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end, float* 
       for (int64_t i = 0; i < width; ++i) {
         decode_row<Element, Tile>(product, begin + c + i, product.K, first, length, decoded + i * panel_stride);
       }
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t m = tile * product.rows / tiles;
-        const int64_t rows = (tile + 1) * product.rows / tiles - m;
+      for_tiles<tile_rows>(product.rows, [&](int64_t m, int64_t rows) {
         multiply_rows<Tile, tile_rows>(
-            rows, x + m * x_row + first, x_row, decoded, panel_stride, padded, first > 0, width, y + m * columns + c,
-            columns);
-      }
+            rows, x + m * x_row + first, x_row, decoded, panel_stride, padded, first > 0, width,
+            y + m * product.y_row + c, product.y_row);
+      });
     }
   }
 }
@@ -966,42 +1051,243 @@ struct Tiled {
   }
 };
 
-// --- plain ----------------------------------------------------------------------------------------------------------
-// One block of columns at a time: decode a few rows of w, then add x[m, k] times them to the sums of the block.
+// --- broadcast ------------------------------------------------------------------------------------------------------
+// Tiles of x rows by vectors of columns: every value of x meets vectors that hold one element of as many columns. Sums
+// need no adding up and K no padding, but units have to be transposed, which pays from some tens of rows on:
+//
+//     column     0    1    2   ...
+//     unit 0    e0.. e0.. e0..   one word each    -> e0 of all columns, e1 of all columns, ...   = steps of a panel
+//     unit 1    e8.. e8.. e8..
+//
+// A step is an element, or a pair where the machine multiplies bfloat16: 32 bits of every lane in any case.
 
-constexpr int64_t plain_panel_rows = 32;
-constexpr int plain_tile_rows = Vector::registers >= 32 ? 4 : 2;
-constexpr int plain_tile_vectors = 4;
+constexpr int tile_vectors = 2;
+constexpr int broadcast_rows = Vector::registers >= 32 ? 12 : 6;
+constexpr int panel_columns = tile_vectors * lanes;
+static_assert(broadcast_columns % panel_columns == 0);
+constexpr int64_t panel_steps = 512;
 
-template <int ROWS>
+// For lanes whose number has the bit `stride`, what the first half of a butterfly takes; else the second.
+template <int stride, bool second, int... lane>
+ALWAYS_INLINE Words exchanged(Words a, Words b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  if constexpr (second) {
+    return __builtin_shufflevector(a, b, ((lane & stride) ? lane + lanes : lane + stride)...);
+  } else {
+    return __builtin_shufflevector(a, b, ((lane & stride) ? lane - stride + lanes : lane)...);
+  }
+#else
+  if constexpr (second) {
+    return __builtin_shuffle(a, b, Words{((lane & stride) ? lane + lanes : lane + stride)...});
+  } else {
+    return __builtin_shuffle(a, b, Words{((lane & stride) ? lane - stride + lanes : lane)...});
+  }
+#endif
+}
+
+// Lane j of vector i becomes lane i of vector j, by exchanging blocks of half the size at each step.
+template <int stride = lanes / 2>
+ALWAYS_INLINE void transpose(Words (&rows)[lanes]) {
+  unrolled<lanes>([&](auto i) __attribute__((always_inline)) {
+    if constexpr ((i & stride) == 0) {
+      constexpr auto all = std::make_integer_sequence<int, lanes>();
+      const Words a = rows[i];
+      const Words b = rows[i + stride];
+      rows[i] = exchanged<stride, false>(a, b, all);
+      rows[i + stride] = exchanged<stride, true>(a, b, all);
+    }
+  });
+  if constexpr (stride > 1) {
+    transpose<stride / 2>(rows);
+  }
+}
+
+template <typename Element, typename Units>
+ALWAYS_INLINE void transpose_units(Units (&units)[lanes]) {
+  const auto part = [&](auto&& member) __attribute__((always_inline)) {
+    Words words[lanes];
+    for (int i = 0; i < lanes; ++i) {
+      words[i] = (Words)member(units[i]);
+    }
+    transpose(words);
+    for (int i = 0; i < lanes; ++i) {
+      member(units[i]) = (I)words[i];
+    }
+  };
+  if constexpr (requires(Units unit) { unit.low; }) {
+    part([](Units& unit) -> I& { return unit.low; });
+    if constexpr (Element::bits == 5) {
+      part([](Units& unit) -> I& { return unit.high; });
+    }
+  } else {
+    part([](Units& unit) -> I& { return unit; });
+  }
+}
+
+// One vector of scales for each of `count` groups, at most `lanes`, from those of as many columns.
+ALWAYS_INLINE void transposed_scales(
+    ScaleType type,
+    const uint8_t* source,
+    const int64_t (&columns)[lanes],
+    int64_t count,
+    float* destination) {
+  Words words[lanes];
+  for (int c = 0; c < lanes; ++c) {
+    words[c] = (Words)load_first_scales(type, source + columns[c], count);
+  }
+  transpose(words);
+  for (int g = 0; g < lanes; ++g) {
+    Vector::store(destination + g * lanes, (F)words[g]);
+  }
+}
+
+// Elements first to first + length of `lanes` columns from n on, as steps of a panel. Behind `end` stands the last
+// column again.
+template <typename Element, typename Units>
+void decode_columns(const Product& product, int64_t n, int64_t end, int64_t first, int64_t length, float* panel) {
+  using Codes = typename Units::Codes;
+  constexpr int per_unit = positions<Element>;
+  constexpr int block = block_elements<Element>;
+  constexpr int elements_per_step = sizeof(float) / sizeof(typename Units::Storage);
+  const int group_size = product.format.group_size;
+  const int shift = Spread<Element>(group_size).shift;
+  const int64_t row_bytes = product.K * Element::bits / 8;
+  const int bytes = scale_bytes(product.scale_type);
+  int64_t codes[lanes];
+  int64_t scales[lanes];
+  for (int c = 0; c < lanes; ++c) {
+    const int64_t column = n + c < end ? n + c : end - 1;
+    codes[c] = column * row_bytes;
+    scales[c] = column * (product.K / group_size) * bytes;
+  }
+  alignas(64) float scale[lanes * lanes];
+  alignas(64) float bias[lanes * lanes] = {};
+  const int64_t chunk = static_cast<int64_t>(lanes) * group_size;
+  for (int64_t start = first; start < first + length; start += chunk) {
+    const int64_t stop = start + chunk < first + length ? start + chunk : first + length;
+    const int64_t groups = (stop - start) / group_size;
+    const int64_t offset = start / group_size * bytes;
+    transposed_scales(product.scale_type, product.scales + offset, scales, groups, scale);
+    if (product.biases != nullptr) {
+      transposed_scales(product.scale_type, product.biases + offset, scales, groups, bias);
+    }
+    for (int64_t k = start; k < stop; k += block) {
+      const int64_t byte = k * Element::bits / 8;
+      typename Codes::Units units[lanes];
+      for (int c = 0; c < lanes; ++c) {
+        const uint8_t* source = product.words + codes[c] + byte;
+        prefetch(source + lanes * row_bytes, block_bytes<Element>);
+        units[c] = load_block<Codes, block_bytes<Element>>(source, row_bytes - byte);
+      }
+      transpose_units<Element>(units);
+      const int64_t count = (stop - k < block ? stop - k : block) / per_unit;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t group = ((k - start) / per_unit + i) >> shift;
+        float* steps = panel + (k - first + i * per_unit) / elements_per_step * panel_columns;
+        Units::store(
+            units[i], Vector::load(scale + group * lanes), Vector::load(bias + group * lanes),
+            reinterpret_cast<typename Units::Storage*>(steps), panel_columns * elements_per_step);
+      }
+    }
+  }
+}
+
+// Adds the products of `steps` steps to the sums of a tile, as one addend: a long sum of small addends is less exact.
+template <typename Tile, int ROWS, int VECTORS>
 void broadcast_tile(
     const float* x,
     int64_t x_row,
     const float* w,
     int64_t w_row,
-    int64_t length,
+    int64_t steps,
     float* sums,
     int64_t sums_row) {
-  F total[ROWS][plain_tile_vectors];
-  for (int m = 0; m < ROWS; ++m) {
-    for (int v = 0; v < plain_tile_vectors; ++v) {
-      total[m][v] = Vector::load(sums + m * sums_row + v * lanes);
+  F total[ROWS][VECTORS];
+  for (auto& row : total) {
+    for (auto& value : row) {
+      value = Vector::zero();
     }
   }
-  for (int64_t k = 0; k < length; ++k) {
-    for (int v = 0; v < plain_tile_vectors; ++v) {
-      const F weight = Vector::load(w + k * w_row + v * lanes);
-      for (int m = 0; m < ROWS; ++m) {
-        total[m][v] = Vector::fma(Vector::set(x[m * x_row + k]), weight, total[m][v]);
+  for (int64_t k = 0; k < steps; ++k) {
+    typename Tile::Operand weights[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
+      weights[v] = Tile::load(w + k * w_row + v * lanes);
+    }
+    for (int m = 0; m < ROWS; ++m) {
+      const auto activation = Tile::broadcast(x + m * x_row + k);
+      for (int v = 0; v < VECTORS; ++v) {
+        total[m][v] = Tile::multiply_add(activation, weights[v], total[m][v]);
       }
     }
   }
   for (int m = 0; m < ROWS; ++m) {
-    for (int v = 0; v < plain_tile_vectors; ++v) {
-      Vector::store(sums + m * sums_row + v * lanes, total[m][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* sum = sums + m * sums_row + v * lanes;
+      Vector::store(sum, Vector::add(Vector::load(sum), total[m][v]));
     }
   }
 }
+
+// broadcast_tile for a number of rows known at run time, at most ROWS.
+template <typename Tile, int ROWS = broadcast_rows>
+void broadcast_tile_of(
+    int64_t rows,
+    const float* x,
+    int64_t x_row,
+    const float* w,
+    int64_t w_row,
+    int64_t steps,
+    float* sums,
+    int64_t sums_row) {
+  if (rows == ROWS) {
+    return broadcast_tile<Tile, ROWS, tile_vectors>(x, x_row, w, w_row, steps, sums, sums_row);
+  }
+  if constexpr (ROWS > 1) {
+    broadcast_tile_of<Tile, ROWS - 1>(rows, x, x_row, w, w_row, steps, sums, sums_row);
+  }
+}
+
+template <typename Element, typename Tile, typename Units>
+void broadcast_panels(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
+  constexpr int elements_per_step = sizeof(float) / sizeof(typename Units::Storage);
+  constexpr int64_t panel_elements = panel_steps * elements_per_step;
+  const int64_t x_row = packed_row(product, Layout::broadcast);
+  const int64_t columns = round_up(end - begin, panel_columns);
+  std::memset(y, 0, sizeof(float) * static_cast<size_t>(product.rows * product.y_row));
+  for (int64_t first = 0; first < product.K; first += panel_elements) {
+    const int64_t length = product.K - first < panel_elements ? product.K - first : panel_elements;
+    for (int64_t n = 0; n < columns; n += lanes) {
+      const int64_t panel = n / panel_columns * panel_columns;
+      decode_columns<Element, Units>(
+          product, begin + n, end, first, length, workspace + panel * panel_steps + n - panel);
+    }
+    for_tiles<broadcast_rows>(product.rows, [&](int64_t m, int64_t rows) {
+      for (int64_t n = 0; n < columns; n += panel_columns) {
+        broadcast_tile_of<Tile>(
+            rows, product.x + m * x_row + first / elements_per_step, x_row, workspace + n * panel_steps, panel_columns,
+            length / elements_per_step, y + m * product.y_row + n, product.y_row);
+      }
+    });
+  }
+}
+
+struct Broadcast {
+  template <typename Element>
+  static void run(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
+    if constexpr (Vector::has_bfloat16) {
+      if (bfloat16_terms(product, Layout::broadcast) == 1) {
+        return broadcast_panels<Element, BFloat16Tile<Vector>, ScaledPairs<Element, Vector>>(
+            product, begin, end, workspace, y);
+      }
+    }
+    broadcast_panels<Element, Float32Tile, ScaledBlocks<Element>>(product, begin, end, workspace, y);
+  }
+};
+
+// --- plain ----------------------------------------------------------------------------------------------------------
+// One block of columns at a time: decode a few rows of w, then add x[m, k] times them to the sums of the block.
+
+constexpr int64_t plain_panel_rows = 32;
 
 struct Plain {
   template <typename Element>
@@ -1020,24 +1306,18 @@ struct Plain {
         for (int64_t k = 0; k < length; ++k) {
           decode_row<Element, Float32Tile>(product, first + k, product.N, n, columns, decoded + k * block);
         }
-        for (int v = 0; v < per_unit; v += plain_tile_vectors) {
-          int64_t m = 0;
-          for (; m + plain_tile_rows <= product.rows; m += plain_tile_rows) {
-            broadcast_tile<plain_tile_rows>(
-                product.x + m * x_row + first, x_row, decoded + v * lanes, block, length, sums + m * block + v * lanes,
-                block);
+        for_tiles<broadcast_rows>(product.rows, [&](int64_t m, int64_t rows) {
+          for (int v = 0; v < per_unit; v += tile_vectors) {
+            broadcast_tile_of<Float32Tile>(
+                rows, product.x + m * x_row + first, x_row, decoded + v * lanes, block, length,
+                sums + m * block + v * lanes, block);
           }
-          for (; m < product.rows; ++m) {
-            broadcast_tile<1>(
-                product.x + m * x_row + first, x_row, decoded + v * lanes, block, length, sums + m * block + v * lanes,
-                block);
-          }
-        }
+        });
       }
       for (int64_t m = 0; m < product.rows; ++m) {
         for (int64_t c = 0; c < columns; ++c) {
           const int64_t position = c % per_unit * lanes + c / per_unit;
-          y[m * (end - begin) + (n - begin) + c] = sums[m * block + position];
+          y[m * product.y_row + (n - begin) + c] = sums[m * block + position];
         }
       }
     }
@@ -1071,6 +1351,7 @@ void streamed(const Product& product, int64_t begin, int64_t end, float* y) {
 int64_t workspace(const Product& product) {
   const int64_t block = lanes * unit_elements(product.format.bits);
   const int64_t tiled = max_tiled_columns * panel_stride_floats;
+  static_assert(panel_steps <= panel_stride_floats);  // so that it is enough for the broadcasting product
   const int64_t plain = (plain_panel_rows + product.rows) * block;
   return tiled > plain ? tiled : plain;
 }
@@ -1081,11 +1362,12 @@ int64_t workspace(const Product& product) {
 
 namespace {
 
-constexpr ProductKernels exact_table{packed_row, pack_row, workspace, streamed, for_format<Tiled>, for_format<Plain>};
+constexpr ProductKernels exact_table{
+    packed_row, pack_row, workspace, streamed, for_format<Tiled>, for_format<Broadcast>, for_format<Plain>};
 
 // bfloat16 tells whether this machine multiplies it.
 constexpr Kernels make_table(const char* name, bool bfloat16, const ProductKernels* int8 = nullptr) {
-  return {name, bfloat16, exact_table, int8, decoder_table};
+  return {name, bfloat16, exact_table, int8, narrow, decoder_table};
 }
 
 }  // namespace
