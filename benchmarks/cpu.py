@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import functools
 import itertools
 import platform
@@ -36,6 +37,8 @@ BITS = 4
 GROUP_SIZE = 64
 OURS = "quantization-mlx"
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# What is multiplied; of int8 only by those who quantize x, ours from bfloat16.
+ACTIVATIONS = (*NAMES.values(), "int8")
 T = TypeVar("T")
 
 
@@ -118,6 +121,26 @@ def ours(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
         return matmul(x, *next(rotation), True, GROUP_SIZE, BITS)
 
     return Contender(OURS, NAMES[dtype], dtype, run, sum(part.nbytes for part in packed))
+
+
+def ours_int8(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
+    """With activations quantized to int8."""
+    contender = ours(weight, dtype)
+
+    def run(x: torch.Tensor) -> None:
+        quantization_mlx.set_cpu_activations("int8")
+        contender.run(x)
+        quantization_mlx.set_cpu_activations("exact")
+
+    return dataclasses.replace(contender, activations="int8", run=run)
+
+
+def int8_is_possible() -> bool:
+    try:
+        with quantization_mlx.cpu_activations("int8"):
+            return True
+    except ValueError:
+        return False
 
 
 def torch_dense(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
@@ -258,6 +281,7 @@ CONTENDERS: tuple[tuple[str, Callable[[torch.Tensor, torch.dtype], Contender], t
     (OURS, ours, torch.float32),
     (OURS, ours, torch.bfloat16),
     (OURS, ours, torch.float16),
+    *([(OURS, ours_int8, torch.bfloat16)] if int8_is_possible() else []),
     ("torch dense", torch_dense, torch.float32),
     ("torch dense", torch_dense, torch.bfloat16),
     ("torch dense", torch_dense, torch.float16),
@@ -473,7 +497,7 @@ def compare(contenders: Sequence[Contender], weights: Weights, rows: int, rounds
     for contender, seconds in zip(contenders, medians, strict=True):
         multiplying = operations / rates.get(contender.activations, rates["f32"])
         ceiling = max(part * contender.weight_bytes / rates["read"], multiplying) / seconds
-        reference = own["bf16" if contender.activations == "int8" else contender.activations]
+        reference = own.get(contender.activations, own["bf16"])
         values = (
             *(str(weights), rows, contender.name, contender.activations),
             *(seconds * 1e3, seconds / reference, ceiling),
@@ -559,12 +583,12 @@ def best_peers(table: list[dict]) -> dict[str, tuple[float, str]]:
         if not row["contender"].startswith(OURS):
             candidate = row["ours_is_faster"], row["contender"]
             peers[row["activations"]] = min(candidate, peers.get(row["activations"], candidate))
-    return {name: peers[name] for name in NAMES.values() if name in peers}
+    return {name: peers[name] for name in ACTIVATIONS if name in peers}
 
 
 def print_markdown(results: list[dict]) -> None:
     """Our time, how many times faster than the best peer that is, and our fraction of the ceiling."""
-    names = tuple(NAMES.values())
+    names = ACTIVATIONS
     print("\n| w | rows | " + " | ".join(names) + " |\n|---|---|" + "---|" * len(names))
     for w, rows, table in tables(results):
         own = {row["activations"]: row for row in table if row["contender"] == OURS}
@@ -608,7 +632,7 @@ def plot(results: list[dict], path: Path) -> None:
         for activations, (ratio, peer) in best_peers(table).items()
     ]
     names = list(dict.fromkeys(w for w, *_ in points))
-    colors = dict(zip(NAMES.values(), ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    colors = dict(zip(ACTIVATIONS, ("tab:blue", "tab:orange", "tab:green", "tab:purple"), strict=True))
     markers = dict(zip(dict.fromkeys(peer for *_, peer in points), itertools.cycle("osD^vP"), strict=False))
     lowest = 0.9 * min([0.9, *(ratio for *_, ratio, _ in points)])
     across = min(2, len(names))

@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import CompileConfig, StaticCache
 
+from quantization_mlx import cpu_activations
 from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.generation import prepare_for_generation
 
@@ -78,6 +79,27 @@ def prepared(checkpoint: Path, dtype: torch.dtype, name: str) -> Contender:
     start = time.perf_counter()
     prepare_for_generation(model)
     return Contender(name, transformers_run(model), f"prepared in {time.perf_counter() - start:.2f} s")
+
+
+def prepared_int8(checkpoint: Path, dtype: torch.dtype, name: str) -> Contender:
+    """With activations quantized to int8, as llama.cpp does."""
+    contender = prepared(checkpoint, dtype, name)
+    exact = contender.run
+
+    def run(tokens: list[int], count: int) -> list[float]:
+        with cpu_activations("int8"):
+            return exact(tokens, count)
+
+    contender.run = run
+    return contender
+
+
+def int8_is_possible() -> bool:
+    try:
+        with cpu_activations("int8"):
+            return True
+    except ValueError:
+        return False
 
 
 def unprepared(checkpoint: Path, dtype: torch.dtype, name: str) -> Contender:
@@ -159,6 +181,9 @@ def contenders(checkpoint: Path, model, with_compiled: bool) -> list[Contender]:
         ("llama_cpp", lambda: llama_cpp(LLAMA_CPP)),
         ("mlx_lm", lambda: mlx_lm(checkpoint, "mlx-lm, f32")),
     ]
+    if int8_is_possible():
+        name = "quantization-mlx, int8, prepared"
+        made.insert(1, ("transformers", lambda: prepared_int8(checkpoint, torch.bfloat16, name)))
     if with_compiled:
         made.append(("transformers", lambda: compiled(checkpoint, torch.bfloat16, "quantization-mlx, bf16, compiled")))
     result = []
