@@ -181,17 +181,39 @@ class Multiplication {
 
   void run(const Plan& plan) const {
     BorrowedMemory memory;
+    Batch batch;
+    int64_t batch_rows = 0;
     for (const Run& run : plan.runs) {
       // In even parts, so that all rows of a run meet the same kernel.
-      const int64_t parts = (run.rows + max_rows - 1) / max_rows;
+      const int64_t parts = quotient_up(run.rows, max_rows);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t begin = part * run.rows / parts;
-        multiply(plan, {run.matrix, run.first + begin, (part + 1) * run.rows / parts - begin}, memory);
+        const int64_t rows = (part + 1) * run.rows / parts - begin;
+        if (batch_rows + rows > max_rows) {
+          multiply(batch, memory);
+          batch.clear();
+          batch_rows = 0;
+        }
+        batch.push_back(share(plan, {run.matrix, run.first + begin, rows}));
+        batch_rows += rows;
       }
     }
+    multiply(batch, memory);
   }
 
  private:
+  // A run, and how it is computed.
+  struct Share {
+    Product product;
+    Rows rows;
+    Layout layout;
+    int64_t columns;  // of a task
+    float factor;
+    int64_t packed_row;  // floats
+    int64_t workspace;  // floats
+  };
+  using Batch = c10::SmallVector<Share, 1>;
+
   Layout layout(int64_t rows) const {
     if (!problem_.transpose) {
       return Layout::plain;
@@ -235,66 +257,92 @@ class Multiplication {
     return matrix_data(problem_.x, row / M) + row % M * problem_.x.row_stride * problem_.x.tensor.element_size();
   }
 
-  const float* pack(const Product& product, Layout layout, const Rows& rows, BorrowedMemory& memory) const {
-    const int64_t row_floats = kernels_.packed_row(product, layout);
-    float* packed = memory.packed(product.rows * row_floats);
-    const auto pack_row = [&](int64_t m, int) {
-      kernels_.pack_row(product, layout, x_row(rows.x(m)), packed + m * row_floats);
-    };
-    if (product.rows * product.K <= serial_values) {
-      for (int64_t m = 0; m < product.rows; ++m) {
-        pack_row(m, 0);
-      }
-    } else {
-      parallel_tasks(product.rows, pack_row);
-    }
-    return packed;
-  }
-
-  void store(
-      const float* source,
-      const Product& product,
-      int64_t begin,
-      int64_t columns,
-      float factor,
-      const Rows& rows) const {
-    uint8_t* y = static_cast<uint8_t*>(y_.mutable_data_ptr());
-    for (int64_t m = 0; m < product.rows; ++m) {
-      const int64_t element = rows.y(m) * product.N + begin;
-      kernels().narrow(source + m * product.y_row, factor, columns, product.x_type, y + element * y_.element_size());
-    }
-  }
-
-  void multiply(const Plan& plan, const Run& run, BorrowedMemory& memory) const {
-    Product product = product_;
+  Share share(const Plan& plan, const Run& run) const {
+    Share share{product_, {plan, run.first}, layout(run.rows), 0, factor(run.matrix), 0, 0};
+    Product& product = share.product;
+    share.columns = task_columns(share.layout);
     product.rows = run.rows;
     product.words = matrix_data(weights_.words, run.matrix);
     product.scales = matrix_data(weights_.scales, run.matrix);
     product.biases = weights_.biases.tensor.defined() ? matrix_data(weights_.biases, run.matrix) : nullptr;
+    product.y_row = share.columns;
+    share.packed_row = kernels_.packed_row(product, share.layout);
+    share.workspace = share.layout == Layout::streamed ? 0 : kernels_.workspace(product);
+    return share;
+  }
 
-    const Rows rows{plan, run.first};
-    const Layout way = layout(run.rows);
-    product.x = pack(product, way, rows, memory);
-
-    const int64_t columns = task_columns(way);
-    const int64_t workspace_floats = way == Layout::streamed ? 0 : kernels_.workspace(product);
-    product.y_row = columns;
-    const int64_t thread_floats = (workspace_floats + product.rows * columns + 15) / 16 * 16;  // whole cache lines
-    float* scratch = memory.scratch(at::get_num_threads() * thread_floats);
-    const float scale = factor(run.matrix);
-
-    parallel_tasks((product.N + columns - 1) / columns, [&](int64_t task, int thread) {
-      const int64_t begin = task * columns;
-      const int64_t end = std::min(begin + columns, product.N);
-      float* workspace = scratch + thread * thread_floats;
-      float* result = workspace + workspace_floats;
-      switch (way) {
-        case Layout::streamed: kernels_.streamed(product, begin, end, result); break;
-        case Layout::tiled: kernels_.tiled(product, begin, end, workspace, result); break;
-        case Layout::broadcast: kernels_.broadcast(product, begin, end, workspace, result); break;
-        case Layout::plain: kernels_.plain(product, begin, end, workspace, result); break;
+  void pack(Batch& batch, BorrowedMemory& memory) const {
+    int64_t floats = 0;
+    int64_t rows = 0;
+    for (const Share& share : batch) {
+      floats += share.product.rows * share.packed_row;
+      rows += share.product.rows;
+    }
+    float* packed = memory.packed(floats);
+    for (Share& share : batch) {
+      share.product.x = packed;
+      packed += share.product.rows * share.packed_row;
+    }
+    const auto pack_row = [&](int64_t row, int) {
+      const Share* share = batch.begin();
+      for (; row >= share->product.rows; ++share) {
+        row -= share->product.rows;
       }
-      store(result, product, begin, end - begin, scale, rows);
+      // The memory is this call's own.
+      float* destination = const_cast<float*>(share->product.x) + row * share->packed_row;
+      kernels_.pack_row(share->product, share->layout, x_row(share->rows.x(row)), destination);
+    };
+    if (rows * product_.K <= serial_values) {
+      for (int64_t row = 0; row < rows; ++row) {
+        pack_row(row, 0);
+      }
+    } else {
+      parallel_tasks(rows, pack_row);
+    }
+  }
+
+  void store(const Share& share, const float* source, int64_t begin, int64_t columns) const {
+    const Product& product = share.product;
+    uint8_t* y = static_cast<uint8_t*>(y_.mutable_data_ptr());
+    for (int64_t m = 0; m < product.rows; ++m) {
+      const int64_t element = share.rows.y(m) * product.N + begin;
+      kernels().narrow(
+          source + m * product.y_row, share.factor, columns, product.x_type, y + element * y_.element_size());
+    }
+  }
+
+  void multiply_columns(const Share& share, int64_t begin, float* workspace) const {
+    const Product& product = share.product;
+    const int64_t end = std::min(begin + share.columns, product.N);
+    float* result = workspace + share.workspace;
+    switch (share.layout) {
+      case Layout::streamed: kernels_.streamed(product, begin, end, result); break;
+      case Layout::tiled: kernels_.tiled(product, begin, end, workspace, result); break;
+      case Layout::broadcast: kernels_.broadcast(product, begin, end, workspace, result); break;
+      case Layout::plain: kernels_.plain(product, begin, end, workspace, result); break;
+    }
+    store(share, result, begin, end - begin);
+  }
+
+  // Every thread takes its columns of all runs: they wait for each other once, and have the same to do.
+  void multiply(Batch& batch, BorrowedMemory& memory) const {
+    pack(batch, memory);
+    int64_t thread_floats = 0;
+    int64_t most_tasks = 0;
+    for (const Share& share : batch) {
+      thread_floats = std::max(thread_floats, share.workspace + share.product.rows * share.columns);
+      most_tasks = std::max(most_tasks, quotient_up(product_.N, share.columns));
+    }
+    thread_floats = quotient_up(thread_floats, 16) * 16;  // whole cache lines
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), most_tasks);
+    float* scratch = memory.scratch(at::get_num_threads() * thread_floats);
+    parallel_tasks(threads, [&](int64_t part, int thread) {
+      for (const Share& share : batch) {
+        const int64_t tasks = quotient_up(product_.N, share.columns);
+        for (int64_t task = part * tasks / threads; task < (part + 1) * tasks / threads; ++task) {
+          multiply_columns(share, task * share.columns, scratch + thread * thread_floats);
+        }
+      }
     });
   }
 
