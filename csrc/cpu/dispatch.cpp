@@ -230,13 +230,17 @@ class Multiplication {
       return plain_column_multiple;
     }
     const int64_t threads = at::get_num_threads();
+    if (layout == Layout::broadcast) {
+      // Of the thread that has most.
+      const auto columns_of = [&](int64_t task) { return quotient_up(quotient_up(product_.N, task), threads) * task; };
+      return columns_of(max_tiled_columns) <= columns_of(broadcast_columns) ? max_tiled_columns : broadcast_columns;
+    }
     const int64_t most = layout == Layout::streamed ? product_.N : max_tiled_columns;
-    const int64_t multiple = layout == Layout::broadcast ? broadcast_columns : column_multiple;
     const int64_t even = std::max(quotient_up(product_.N, threads), task_weights / product_.K);
     // As many for each thread, where each has several.
     const int64_t rounds = quotient_up(product_.N, most * threads);
     const int64_t columns = even <= most ? even : quotient_up(product_.N, rounds * threads);
-    return quotient_up(columns, multiple) * multiple;
+    return quotient_up(columns, column_multiple) * column_multiple;
   }
 
   float factor(int64_t matrix) const {
