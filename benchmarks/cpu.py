@@ -5,6 +5,7 @@
     python benchmarks/cpu.py --from-csv cpu.csv --plot docs/cpu.png
     python benchmarks/cpu.py --experts                   # gather_qmm, as a mixture of experts calls it
     python benchmarks/cpu.py --linearity                 # whether time grows as rows and weights do
+    python benchmarks/cpu.py --formats                   # what other formats cost beside 4 bits
 
 For each matrix and number of rows of x, one run times every contender in turn, round after round, with enough copies of
 the weights in rotation that none stays in the last-level cache. The table shows the median time, how many times
@@ -72,6 +73,11 @@ TOKENS = (1, 8, 128, 512)
 # From 8 to 200 million weights, and what doubles twice.
 GROWING_MATRICES = tuple(map(Weights.parse, ("2048x4096", "4096x4096", "14336x4096", "4096x14336", "14336x14336")))
 GROWING_ROWS = (512, 2048)
+FORMATS = (
+    *({"bits": bits, "group_size": GROUP_SIZE} for bits in (4, 2, 3, 5, 6, 8)),
+    *({"bits": 4, "group_size": group_size} for group_size in (32, 128)),
+    *({"mode": mode} for mode in ("mxfp4", "mxfp8", "nvfp4")),
+)
 
 # Seconds.
 SLOW = 1.0  # what of the others takes longer is timed once, and not at all with more rows
@@ -112,13 +118,14 @@ def copies(parts: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
 # --- Contenders: each builds itself for a weight [N, K], or raises ImportError ----------------------------------------
 
 
-def ours(weight: torch.Tensor, dtype: torch.dtype) -> Contender:
-    packed = quantization_mlx.quantize(weight.to(dtype), GROUP_SIZE, BITS)
+def ours(weight: torch.Tensor, dtype: torch.dtype, **options: int | str) -> Contender:
+    options = options or {"bits": BITS, "group_size": GROUP_SIZE}
+    packed = quantization_mlx.quantize(weight.to(dtype), **options)
     rotation = itertools.cycle(copies(packed))
     matmul = quantization_mlx.quantized_matmul
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return matmul(x, *next(rotation), True, GROUP_SIZE, BITS)
+        return matmul(x, *next(rotation), transpose=True, **options)
 
     return Contender(OURS, NAMES[dtype], dtype, run, sum(part.nbytes for part in packed))
 
@@ -546,6 +553,21 @@ def linearity(one: Weights, row_counts: Sequence[int], shapes: Sequence[Weights]
     time_growth([(weights, 1) for weights in shapes], "weight", [weights.N * weights.K for weights in shapes], rounds)
 
 
+def formats(weights: Weights, row_counts: Sequence[int], rounds: int) -> None:
+    """Prints our times in all formats, and how many times those of the first they are, beside the weights' bytes."""
+    weight = weights.random()
+    for dtype in (torch.float32, torch.bfloat16):
+        contenders = [ours(weight, dtype, **options) for options in FORMATS]
+        inputs = [torch.randn(rows, weights.K).to(dtype) for rows in row_counts]
+        print(f"\n{NAMES[dtype]:34s} bytes" + "".join(f"{rows:13d} rows" for rows in row_counts))
+        columns = [measure([(contender, x) for contender in contenders], rounds) for x in inputs]
+        medians = [[statistics.median(seconds) for seconds in column] for column in columns]
+        for i, (options, contender) in enumerate(zip(FORMATS, contenders, strict=True)):
+            name = ", ".join(f"{key} {value}" for key, value in options.items())
+            cells = "".join(f"{column[i] * 1e3:9.3f} ms{column[i] / column[0]:5.2f} x" for column in medians)
+            print(f"  {name:32s}{contender.weight_bytes / contenders[0].weight_bytes:4.2f} x{cells}")
+
+
 # --- Output -----------------------------------------------------------------------------------------------------------
 
 
@@ -675,6 +697,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--experts", action="store_true", help="gather_qmm instead")
     part.add_argument("--linearity", action="store_true", help="our own times per row and per weight instead")
+    part.add_argument("--formats", action="store_true", help="our own times in other formats than 4 bits instead")
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds: a check, not a measurement")
     parser.add_argument(
         "--shapes", type=Weights.parse, nargs="+", metavar="NxK", help="other shapes of w; NxKxEXPERTSxPER_TOKEN"
@@ -695,6 +718,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_machine()
         shapes = arguments.shapes or (GROWING_MATRICES[:2] if arguments.quick else GROWING_MATRICES)
         linearity((arguments.shapes or MATRICES)[0], arguments.rows or GROWING_ROWS, shapes, rounds)
+        return
+    if arguments.formats:
+        print_machine()
+        formats((arguments.shapes or MATRICES)[0], arguments.rows or (1, 8, 512), rounds)
         return
     if arguments.from_csv:
         results = read_csv(arguments.from_csv)

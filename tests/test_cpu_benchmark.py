@@ -131,6 +131,15 @@ def test_a_peer_without_every_type(capsys: pytest.CaptureFixture[str]) -> None:
     assert "x mlx" in capsys.readouterr().out
 
 
+def test_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(["--quick", "--formats", "--shapes", "64x128", "--rows", "1", "8"])
+    printed = capsys.readouterr().out
+    for options in benchmark.FORMATS:
+        name = ", ".join(f"{key} {value}" for key, value in options.items())
+        assert printed.count(f"  {name} ") == 2
+    assert printed.count(" ms 1.00 x") >= 4  # the first format beside itself
+
+
 def test_linearity(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(["--quick", "--linearity", "--shapes", "64x128", "32x256", "--rows", "8", "16"])
     printed = capsys.readouterr().out
