@@ -34,8 +34,6 @@ CACHE = ROOT / "build" / "mac-check"
 TORCH_RELEASES = ("2.12.0", "2.13.0")
 DEPLOYMENT_TARGET = "14.0"
 JOBS = "2"
-# zig's clang 22 crashes now and then, on a text that it takes the next time: a crash says nothing about the text.
-RUNS = 3
 
 # What a process on macOS finds in system libraries, one list for each library that the link names. A symbol that is
 # missing here has to exist on macOS 14 before it is added.
@@ -70,22 +68,15 @@ class CheckFailed(Exception):
 
 
 def run(command: list[str | Path], **environment: str) -> str:
-    """The output of a command, both streams. Raises CheckFailed with it where the command fails.
-
-    One that crashes, unlike one that finds a mistake, is run again, RUNS times in all.
-    """
+    """The output of a command, both streams. Raises CheckFailed with it where the command fails."""
     environment |= {"ZIG_GLOBAL_CACHE_DIR": str(CACHE / "zig"), "ZIG_LOCAL_CACHE_DIR": str(CACHE / "zig")}
-    for _ in range(RUNS):
-        done = subprocess.run(
-            [str(part) for part in command],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        # Killed by a signal, or the driver's words for that of the compiler inside.
-        if done.returncode >= 0 and "frontend command failed" not in done.stdout:
-            break
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
         raise CheckFailed(f"{shlex.join(str(part) for part in command)}\n{done.stdout}")
     return done.stdout
