@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,24 +14,10 @@ from mac_check import CheckFailed
 pytestmark = pytest.mark.xdist_group("mac_check")  # one process: the steps share build folders
 
 
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """The steps write to the same files, and may meet in several processes in spite of the group."""
-    mac_check.CACHE.mkdir(parents=True, exist_ok=True)
-    with (mac_check.CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@functools.cache
-def objective_cxx_commands() -> dict[str, mac_check.CompileCommand]:
+@pytest.fixture(scope="module")
+def objective_cxx() -> dict[str, mac_check.CompileCommand]:
     folder = mac_check.build(mac_check.TORCH_RELEASES[-1])
     return {command.file.name: command for command in mac_check.objective_cxx_commands(folder)}
-
-
-@pytest.fixture
-def objective_cxx(alone: None) -> dict[str, mac_check.CompileCommand]:
-    return objective_cxx_commands()
 
 
 @pytest.mark.parametrize("version", mac_check.TORCH_RELEASES)
