@@ -348,7 +348,8 @@ bool check(const Kernels& kernels) {
 
 int main() {
   bool right = true;
-  for (const Kernels* kernels : {baseline_kernels(), avx2_kernels(), avx512_kernels(), neon_kernels()}) {
+  for (const Kernels* kernels :
+       {baseline_kernels(), avx2_kernels(), avx512_kernels(), amx_kernels(), neon_kernels()}) {
     right = (kernels == nullptr || check(*kernels)) && right;
   }
   return right ? 0 : 1;

@@ -221,7 +221,9 @@ class Multiplication {
     if (rows <= max_streamed_rows) {
       return Layout::streamed;
     }
-    return int8_ || broadcasting_pays(rows, product_.K) ? Layout::broadcast : Layout::tiled;
+    Product product = product_;
+    product.rows = rows;
+    return kernels_.broadcasting_pays(product) ? Layout::broadcast : Layout::tiled;
   }
 
   // Columns of one task: whole kernel steps, and enough tasks for the threads.
@@ -283,18 +285,20 @@ class Multiplication {
       rows += share.product.rows;
     }
     float* packed = memory.packed(floats);
+    float* rows_of_share = packed;
     for (Share& share : batch) {
-      share.product.x = packed;
-      packed += share.product.rows * share.packed_row;
+      share.product.x = rows_of_share;
+      rows_of_share += share.product.rows * share.packed_row;
     }
     const auto pack_row = [&](int64_t row, int) {
       const Share* share = batch.begin();
+      float* destination = packed;
       for (; row >= share->product.rows; ++share) {
         row -= share->product.rows;
+        destination += share->product.rows * share->packed_row;
       }
-      // The memory is this call's own.
-      float* destination = const_cast<float*>(share->product.x) + row * share->packed_row;
-      kernels_.pack_row(share->product, share->layout, x_row(share->rows.x(row)), destination);
+      kernels_.pack_row(
+          share->product, share->layout, x_row(share->rows.x(row)), destination + row * share->packed_row);
     };
     if (rows * product_.K <= serial_values) {
       for (int64_t row = 0; row < rows; ++row) {
@@ -368,7 +372,8 @@ const Kernels& kernels() {
   static const Kernels& best = []() -> const Kernels& {
     const char* wanted = std::getenv("QUANTIZATION_MLX_CPU");
     std::string known;
-    for (const Kernels* candidate : {avx512_kernels(), avx2_kernels(), neon_kernels(), baseline_kernels()}) {
+    for (const Kernels* candidate :
+         {amx_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels(), baseline_kernels()}) {
       if (candidate == nullptr) {
         continue;
       }

@@ -195,11 +195,7 @@ void int8_streamed_columns(const Product& product, int64_t n, float* y) {
   const Spread<Element> spread(group_size);
 
   F total[ROWS][COLUMNS];
-  for (auto& row : total) {
-    for (auto& value : row) {
-      value = Vector::zero();
-    }
-  }
+  clear(total);
   // The scales of `lanes` groups fill a vector of each column, which the blocks of those groups share.
   for (int64_t group = 0; group < groups; group += lanes) {
     const int64_t count = groups - group < lanes ? groups - group : lanes;
@@ -270,12 +266,8 @@ struct Int8Streamed {
     if constexpr (!is_byte_coded<Element>) {
       __builtin_unreachable();
     } else {
-      switch (product.rows) {
-        case 1: return int8_streamed_rows<Element, 1>(product, begin, end, y);
-        case 2: return int8_streamed_rows<Element, 2>(product, begin, end, y);
-        case 3: return int8_streamed_rows<Element, 3>(product, begin, end, y);
-        case 4: return int8_streamed_rows<Element, 4>(product, begin, end, y);
-      }
+      with_rows<max_streamed_rows>(
+          product.rows, [&](auto rows) { int8_streamed_rows<Element, rows>(product, begin, end, y); });
     }
   }
 };
@@ -393,44 +385,40 @@ struct Int8Tile {
   int64_t ahead_bytes;
 };
 
-template <int ROWS, int STRIPS>
+template <int ROWS>
 void int8_tile(const Int8Tile& tile) {
-  F total[ROWS][STRIPS];
+  F total[ROWS][int8_tile_strips];
   for (int m = 0; m < ROWS; ++m) {
-    for (int s = 0; s < STRIPS; ++s) {
+    for (int s = 0; s < int8_tile_strips; ++s) {
       total[m][s] = tile.accumulate ? Vector::load(tile.y + m * tile.y_row + s * lanes) : Vector::zero();
     }
   }
   const uint8_t* x = tile.x;
   const uint8_t* w = tile.w;
   for (int64_t group = 0; group < tile.groups; ++group) {
-    I dots[ROWS][STRIPS];
-    for (auto& row : dots) {
-      for (auto& value : row) {
-        value = Vector::zero_integers();
-      }
-    }
+    I dots[ROWS][int8_tile_strips];
+    clear(dots);
     for (int m = 0; m < ROWS; ++m) {
       __builtin_prefetch(x + (m + ROWS) * tile.x_row * 4);
     }
-    for (int64_t c = group; c < STRIPS * lanes; c += tile.groups) {
+    for (int64_t c = group; c < int8_tile_strips * lanes; c += tile.groups) {
       prefetch(tile.ahead + c * tile.ahead_row, tile.ahead_bytes);
     }
     for (int step = 0; step < tile.group_steps; ++step) {
-      I weights[STRIPS];
-      for (int s = 0; s < STRIPS; ++s) {
+      I weights[int8_tile_strips];
+      for (int s = 0; s < int8_tile_strips; ++s) {
         weights[s] = Vector::load_halves(w + s * int8_strip_bytes);
       }
       for (int m = 0; m < ROWS; ++m) {
         const I activation = Vector::broadcast_four_bytes(x + m * tile.x_row * 4);
-        for (int s = 0; s < STRIPS; ++s) {
+        for (int s = 0; s < int8_tile_strips; ++s) {
           dots[m][s] = Vector::dot_bytes(weights[s], activation, dots[m][s]);
         }
       }
       x += 4;
       w += 64;
     }
-    for (int s = 0; s < STRIPS; ++s) {
+    for (int s = 0; s < int8_tile_strips; ++s) {
       const float* scales = tile.scales_of_w + s * int8_strip_parameters + group * lanes;
       const F scale = Vector::load(scales);
       const F bias = Vector::load(scales + int8_strip_scales);
@@ -443,20 +431,9 @@ void int8_tile(const Int8Tile& tile) {
     }
   }
   for (int m = 0; m < ROWS; ++m) {
-    for (int s = 0; s < STRIPS; ++s) {
+    for (int s = 0; s < int8_tile_strips; ++s) {
       Vector::store(tile.y + m * tile.y_row + s * lanes, total[m][s]);
     }
-  }
-}
-
-// int8_tile for a number of rows known at run time, at most ROWS.
-template <int ROWS>
-void int8_tile_of_rows(int64_t rows, const Int8Tile& tile) {
-  if (rows == ROWS) {
-    return int8_tile<ROWS, int8_tile_strips>(tile);
-  }
-  if constexpr (ROWS > 1) {
-    int8_tile_of_rows<ROWS - 1>(rows, tile);
   }
 }
 
@@ -479,21 +456,28 @@ void int8_multiply_panels(const Product& product, int64_t begin, int64_t end, fl
         decode_strip<Element>(product, strip, bytes + s * int8_strip_bytes);
         decode_strip_parameters<Element>(product, strip, parameters + s * int8_strip_parameters);
       }
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t m = tile * product.rows / tiles;
-        const int64_t rows = (tile + 1) * product.rows / tiles - m;
+      for_tiles<int8_tile_rows>(product.rows, [&](int64_t m, int64_t rows) {
         const Int8Row x(product, m, x_row);
         for (int64_t s = 0; s * lanes < width; s += int8_tile_strips) {
           const int64_t column = c + s * lanes;
-          int8_tile_of_rows<int8_tile_rows>(
-              rows,
-              {x.bytes + first, x.scales + first / group_size, x.sums + first / group_size, x_row,
-               bytes + s * int8_strip_bytes, parameters + s * int8_strip_parameters, length / group_size,
-               group_size / 4, first > 0, y + m * product.y_row + column, product.y_row,
-               product.words + ((begin + column + width) * product.K + first) * Element::bits / 8,
-               product.K * Element::bits / 8, tile == 0 ? length * Element::bits / 8 : 0});
+          const Int8Tile tile{
+              x.bytes + first,
+              x.scales + first / group_size,
+              x.sums + first / group_size,
+              x_row,
+              bytes + s * int8_strip_bytes,
+              parameters + s * int8_strip_parameters,
+              length / group_size,
+              group_size / 4,
+              first > 0,
+              y + m * product.y_row + column,
+              product.y_row,
+              product.words + ((begin + column + width) * product.K + first) * Element::bits / 8,
+              product.K * Element::bits / 8,
+              m == 0 ? length * Element::bits / 8 : 0};
+          with_rows<int8_tile_rows>(rows, [&](auto height) { int8_tile<height>(tile); });
         }
-      }
+      });
     }
   }
 }
@@ -511,7 +495,8 @@ void int8_streamed(const Product& product, int64_t begin, int64_t end, float* y)
   for_format<Int8Streamed>(product, begin, end, nullptr, y);
 }
 
-constexpr ProductKernels int8_table{int8_packed_row,           int8_pack_row, int8_workspace, int8_streamed, nullptr,
-                                    for_format<Int8Broadcast>, nullptr};
+constexpr ProductKernels int8_table{
+    [](const Product&) { return true; }, int8_packed_row, int8_pack_row, int8_workspace, int8_streamed, nullptr,
+    for_format<Int8Broadcast>,           nullptr};
 
 }  // namespace

@@ -64,10 +64,12 @@ struct DecoderKernels {
 
 // One way of computing products.
 struct ProductKernels {
+  // Whether the broadcasting product is faster than the tiled one.
+  bool (*broadcasting_pays)(const Product&);
   // Floats that one packed row of x occupies.
   int64_t (*packed_row)(const Product&, Layout);
   void (*pack_row)(const Product&, Layout, const void* row, float* packed);
-  // Floats of working memory that tiled and plain need for one call.
+  // Floats of working memory that one call needs, unless it is streamed.
   int64_t (*workspace)(const Product&);
   // y[m, n - begin] for begin <= n < end.
   void (*streamed)(const Product&, int64_t begin, int64_t end, float* y);
@@ -90,9 +92,6 @@ struct Kernels {
 
 // The most rows that the streamed product takes.
 constexpr int64_t max_streamed_rows = 4;
-// Whether more rows than that go faster through the broadcasting product than through the tiled one, as measured: what
-// it saves grows with the rows, and what transposing costs grows with K.
-constexpr bool broadcasting_pays(int64_t rows, int64_t K) { return 40 * rows > K; }
 
 // How the caller cuts the N columns into tasks: of at most max_tiled_columns for the tiled and the broadcasting
 // product, best in multiples of column_multiple; the latter in multiples of broadcast_columns, and the plain one in
@@ -106,6 +105,7 @@ constexpr int64_t plain_column_multiple = 256;
 const Kernels* baseline_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 const Kernels* neon_kernels();
 
 // The best of them, or the one that QUANTIZATION_MLX_CPU names.

@@ -37,6 +37,26 @@ ALWAYS_INLINE void unrolled(Function&& function) {
   }(std::make_integer_sequence<int, count>());
 }
 
+// Calls function with rows, at least one and at most `most`, as a constant.
+template <int most, typename Function>
+ALWAYS_INLINE void with_rows(int64_t rows, Function&& function) {
+  if (rows == most) {
+    return function(std::integral_constant<int, most>());
+  }
+  if constexpr (most > 1) {
+    with_rows<most - 1>(rows, function);
+  }
+}
+
+template <typename Sum, int rows, int columns>
+ALWAYS_INLINE void clear(Sum (&sums)[rows][columns]) {
+  for (auto& row : sums) {
+    for (auto& value : row) {
+      value = Sum();
+    }
+  }
+}
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // --- Elements: how a vector of units decodes ------------------------------------------------------------------------
@@ -598,11 +618,7 @@ struct BFloat16Stream {
       F (&total)[ROWS][COLUMNS]) {
     constexpr int half = positions<Element> / 2;
     F part[ROWS][COLUMNS];
-    for (auto& row : part) {
-      for (auto& value : row) {
-        value = Vector::zero();
-      }
-    }
+    clear(part);
     unrolled<half>([&](auto j) __attribute__((always_inline)) {
       for (int c = 0; c < COLUMNS; ++c) {
         const I value = Codes::template values<j>(units[c]);
@@ -634,11 +650,7 @@ void streamed_columns(const Product& product, int64_t n, float* y) {
   const Spread<Element> spread(group_size);
 
   F total[ROWS][COLUMNS];
-  for (auto& row : total) {
-    for (auto& value : row) {
-      value = Vector::zero();
-    }
-  }
+  clear(total);
   // The scales of `lanes` groups fill a vector of each column, which the blocks of those groups share.
   for (int64_t group = 0; group < groups; group += lanes) {
     const int64_t count = groups - group < lanes ? groups - group : lanes;
@@ -711,12 +723,8 @@ struct Streamed {
       if constexpr (terms == 3) {
         return streamed_rows<Element, Stream, 1>(product, begin, end, y);
       } else {
-        switch (product.rows) {
-          case 1: return streamed_rows<Element, Stream, 1>(product, begin, end, y);
-          case 2: return streamed_rows<Element, Stream, 2>(product, begin, end, y);
-          case 3: return streamed_rows<Element, Stream, 3>(product, begin, end, y);
-          case 4: return streamed_rows<Element, Stream, 4>(product, begin, end, y);
-        }
+        with_rows<max_streamed_rows>(
+            product.rows, [&](auto rows) { streamed_rows<Element, Stream, rows>(product, begin, end, y); });
       }
     });
   }
@@ -755,11 +763,7 @@ void multiply_tile(
     float* y,
     int64_t y_stride) {
   F total[ROWS][COLUMNS];
-  for (auto& row : total) {
-    for (auto& value : row) {
-      value = Vector::zero();
-    }
-  }
+  clear(total);
   for (int64_t k = 0; k < length; k += Tile::step) {
     typename Tile::Operand activation[ROWS];
     for (int m = 0; m < ROWS; ++m) {
@@ -989,27 +993,6 @@ void multiply_columns(
   }
 }
 
-// multiply_columns for a number of rows known at run time, at most ROWS.
-template <typename Tile, int ROWS>
-void multiply_rows(
-    int64_t rows,
-    const typename Tile::Storage* x,
-    int64_t x_row,
-    const typename Tile::Storage* w,
-    int64_t w_row,
-    int64_t length,
-    bool accumulate,
-    int64_t columns,
-    float* y,
-    int64_t y_stride) {
-  if (rows == ROWS) {
-    return multiply_columns<Tile, ROWS>(x, x_row, w, w_row, length, accumulate, columns, y, y_stride);
-  }
-  if constexpr (ROWS > 1) {
-    multiply_rows<Tile, ROWS - 1>(rows, x, x_row, w, w_row, length, accumulate, columns, y, y_stride);
-  }
-}
-
 template <typename Element, typename Tile>
 void multiply_panels(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
   using Storage = typename Tile::Storage;
@@ -1031,9 +1014,11 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end, float* 
         decode_row<Element, Tile>(product, begin + c + i, product.K, first, length, decoded + i * panel_stride);
       }
       for_tiles<tile_rows>(product.rows, [&](int64_t m, int64_t rows) {
-        multiply_rows<Tile, tile_rows>(
-            rows, x + m * x_row + first, x_row, decoded, panel_stride, padded, first > 0, width,
-            y + m * product.y_row + c, product.y_row);
+        with_rows<tile_rows>(rows, [&](auto height) {
+          multiply_columns<Tile, height>(
+              x + m * x_row + first, x_row, decoded, panel_stride, padded, first > 0, width, y + m * product.y_row + c,
+              product.y_row);
+        });
       });
     }
   }
@@ -1193,7 +1178,7 @@ void decode_columns(const Product& product, int64_t n, int64_t end, int64_t firs
 }
 
 // Adds the products of `steps` steps to the sums of a tile, as one addend: a long sum of small addends is less exact.
-template <typename Tile, int ROWS, int VECTORS>
+template <typename Tile, int ROWS>
 void broadcast_tile(
     const float* x,
     int64_t x_row,
@@ -1202,56 +1187,59 @@ void broadcast_tile(
     int64_t steps,
     float* sums,
     int64_t sums_row) {
-  F total[ROWS][VECTORS];
-  for (auto& row : total) {
-    for (auto& value : row) {
-      value = Vector::zero();
-    }
-  }
+  F total[ROWS][tile_vectors];
+  clear(total);
   for (int64_t k = 0; k < steps; ++k) {
-    typename Tile::Operand weights[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) {
+    typename Tile::Operand weights[tile_vectors];
+    for (int v = 0; v < tile_vectors; ++v) {
       weights[v] = Tile::load(w + k * w_row + v * lanes);
     }
     for (int m = 0; m < ROWS; ++m) {
       const auto activation = Tile::broadcast(x + m * x_row + k);
-      for (int v = 0; v < VECTORS; ++v) {
+      for (int v = 0; v < tile_vectors; ++v) {
         total[m][v] = Tile::multiply_add(activation, weights[v], total[m][v]);
       }
     }
   }
   for (int m = 0; m < ROWS; ++m) {
-    for (int v = 0; v < VECTORS; ++v) {
+    for (int v = 0; v < tile_vectors; ++v) {
       float* sum = sums + m * sums_row + v * lanes;
       Vector::store(sum, Vector::add(Vector::load(sum), total[m][v]));
     }
   }
 }
 
-// broadcast_tile for a number of rows known at run time, at most ROWS.
-template <typename Tile, int ROWS = broadcast_rows>
-void broadcast_tile_of(
-    int64_t rows,
-    const float* x,
-    int64_t x_row,
-    const float* w,
-    int64_t w_row,
-    int64_t steps,
-    float* sums,
-    int64_t sums_row) {
-  if (rows == ROWS) {
-    return broadcast_tile<Tile, ROWS, tile_vectors>(x, x_row, w, w_row, steps, sums, sums_row);
-  }
-  if constexpr (ROWS > 1) {
-    broadcast_tile_of<Tile, ROWS - 1>(rows, x, x_row, w, w_row, steps, sums, sums_row);
-  }
-}
+// Rows of x by the decoded steps of some panels, each of panel_columns columns.
+struct Broadcasting {
+  int64_t rows;
+  const float* x;
+  int64_t x_row;
+  float* panels;
+  int64_t columns;
+  int64_t steps;
+  float* sums;
+  int64_t sums_row;
+};
 
-template <typename Element, typename Tile, typename Units>
+template <typename Tile>
+struct VectorTiles {
+  static void multiply(const Broadcasting& task) {
+    for_tiles<broadcast_rows>(task.rows, [&](int64_t m, int64_t rows) {
+      with_rows<broadcast_rows>(rows, [&](auto height) {
+        for (int64_t n = 0; n < task.columns; n += panel_columns) {
+          broadcast_tile<Tile, height>(
+              task.x + m * task.x_row, task.x_row, task.panels + n * panel_steps, panel_columns, task.steps,
+              task.sums + m * task.sums_row + n, task.sums_row);
+        }
+      });
+    });
+  }
+};
+
+template <typename Element, typename Tiles, typename Units>
 void broadcast_panels(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
   constexpr int elements_per_step = sizeof(float) / sizeof(typename Units::Storage);
   constexpr int64_t panel_elements = panel_steps * elements_per_step;
-  const int64_t x_row = packed_row(product, Layout::broadcast);
   const int64_t columns = round_up(end - begin, panel_columns);
   std::memset(y, 0, sizeof(float) * static_cast<size_t>(product.rows * product.y_row));
   for (int64_t first = 0; first < product.K; first += panel_elements) {
@@ -1261,26 +1249,25 @@ void broadcast_panels(const Product& product, int64_t begin, int64_t end, float*
       decode_columns<Element, Units>(
           product, begin + n, end, first, length, workspace + panel * panel_steps + n - panel);
     }
-    for_tiles<broadcast_rows>(product.rows, [&](int64_t m, int64_t rows) {
-      for (int64_t n = 0; n < columns; n += panel_columns) {
-        broadcast_tile_of<Tile>(
-            rows, product.x + m * x_row + first / elements_per_step, x_row, workspace + n * panel_steps, panel_columns,
-            length / elements_per_step, y + m * product.y_row + n, product.y_row);
-      }
-    });
+    Tiles::multiply(
+        {product.rows, product.x + first / elements_per_step, packed_row(product, Layout::broadcast), workspace,
+         columns, length / elements_per_step, y, product.y_row});
   }
 }
+
+// As measured: what it saves over the tiled product grows with the rows, and what transposing costs grows with K.
+bool broadcasting_pays(const Product& product) { return 40 * product.rows > product.K; }
 
 struct Broadcast {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
     if constexpr (Vector::has_bfloat16) {
       if (bfloat16_terms(product, Layout::broadcast) == 1) {
-        return broadcast_panels<Element, BFloat16Tile<Vector>, ScaledPairs<Element, Vector>>(
+        return broadcast_panels<Element, VectorTiles<BFloat16Tile<Vector>>, ScaledPairs<Element, Vector>>(
             product, begin, end, workspace, y);
       }
     }
-    broadcast_panels<Element, Float32Tile, ScaledBlocks<Element>>(product, begin, end, workspace, y);
+    broadcast_panels<Element, VectorTiles<Float32Tile>, ScaledBlocks<Element>>(product, begin, end, workspace, y);
   }
 };
 
@@ -1307,11 +1294,13 @@ struct Plain {
           decode_row<Element, Float32Tile>(product, first + k, product.N, n, columns, decoded + k * block);
         }
         for_tiles<broadcast_rows>(product.rows, [&](int64_t m, int64_t rows) {
-          for (int v = 0; v < per_unit; v += tile_vectors) {
-            broadcast_tile_of<Float32Tile>(
-                rows, product.x + m * x_row + first, x_row, decoded + v * lanes, block, length,
-                sums + m * block + v * lanes, block);
-          }
+          with_rows<broadcast_rows>(rows, [&](auto height) {
+            for (int v = 0; v < per_unit; v += tile_vectors) {
+              broadcast_tile<Float32Tile, height>(
+                  product.x + m * x_row + first, x_row, decoded + v * lanes, block, length,
+                  sums + m * block + v * lanes, block);
+            }
+          });
         });
       }
       for (int64_t m = 0; m < product.rows; ++m) {
@@ -1363,11 +1352,16 @@ int64_t workspace(const Product& product) {
 namespace {
 
 constexpr ProductKernels exact_table{
-    packed_row, pack_row, workspace, streamed, for_format<Tiled>, for_format<Broadcast>, for_format<Plain>};
+    broadcasting_pays,     packed_row,       pack_row, workspace, streamed, for_format<Tiled>,
+    for_format<Broadcast>, for_format<Plain>};
 
 // bfloat16 tells whether this machine multiplies it.
-constexpr Kernels make_table(const char* name, bool bfloat16, const ProductKernels* int8 = nullptr) {
-  return {name, bfloat16, exact_table, int8, narrow, decoder_table};
+constexpr Kernels make_table(
+    const char* name,
+    bool bfloat16,
+    const ProductKernels* int8 = nullptr,
+    const ProductKernels& exact = exact_table) {
+  return {name, bfloat16, exact, int8, narrow, decoder_table};
 }
 
 }  // namespace
