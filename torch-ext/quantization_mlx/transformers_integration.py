@@ -216,13 +216,14 @@ def _writes_mlx_checkpoints(original: Any) -> Any:
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
-        max_shard_size: int | str = "5GB",
+        max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
         options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         has_adapters = getattr(self, "_hf_peft_config_loaded", False)
         if has_adapters or not any(isinstance(module, _QuantizedModule) for module in self.modules()):
-            return original(self, save_directory, max_shard_size=max_shard_size, **options)
+            return original(self, save_directory, **options, **_given({"max_shard_size": max_shard_size}))
+        max_shard_size = max_shard_size or "5GB"
         if kwargs.get("variant") is not None or kwargs.get("distributed_checkpoint"):
             raise ValueError(
                 "[save_pretrained] an MLX checkpoint is written without variant and distributed_checkpoint"
