@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .experts import QuantizedSwitchLinear, SwitchLinear, unfused
 from .modules import SUPPORTED, QuantizedEmbedding, QuantizedLinear, complete_format
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ def quantize_model(
     mode: str = "affine",
     predicate: Predicate | None = None,
 ) -> nn.Module:
-    """Quantizes the `nn.Linear` and `nn.Embedding` layers of `model` in place and returns it.
+    """Quantizes the `nn.Linear` and `nn.Embedding` layers and the fused experts of `model` in place and returns it.
 
-    Layers whose rows do not divide into groups, and subclasses of the two, which may compute something else, are left
-    alone, and so is a layer that shares its weight with one. Layers that share a weight, as tied embeddings do, go on
-    sharing one packed copy; the first decides for all.
+    Fused experts of Transformers count as layers `….experts.gate_proj`, `up_proj` and `down_proj`, of type
+    `SwitchLinear`, and become `QuantizedSwitchLinear`; `quantization_mlx.experts` has both. Layers whose rows do not
+    divide into groups, and subclasses of the two, which may compute something else, are left alone, and so is a layer
+    that shares its weight with one. Layers that share a weight, as tied embeddings do, go on sharing one packed copy;
+    the first decides for all.
 
     Args:
         model: any module; a layer by itself is not changed, its quantized form is returned.
@@ -64,7 +67,8 @@ def quantize_model(
         chosen = complete_format(**{"mode": mode, **choice}) if isinstance(choice, Mapping) else default
         return chosen if layer.weight.shape[-1] % chosen["group_size"] == 0 else None
 
-    return _replace_layers(model, format_of, _quantized)
+    with unfused(model):
+        return _replace_layers(model, format_of, _quantized)
 
 
 def save_checkpoint(
@@ -213,7 +217,11 @@ def _format_of(module: QuantizedLinear | QuantizedEmbedding) -> Format:
 # Layers
 
 
-def _quantized(layer: nn.Linear | nn.Embedding, format: Format) -> QuantizedLinear | QuantizedEmbedding:
+def _quantized(
+    layer: nn.Linear | nn.Embedding | SwitchLinear, format: Format
+) -> QuantizedLinear | QuantizedEmbedding | QuantizedSwitchLinear:
+    if isinstance(layer, SwitchLinear):
+        return QuantizedSwitchLinear.from_switch_linear(layer, **format)
     if isinstance(layer, nn.Linear):
         return QuantizedLinear.from_linear(layer, **format)
     return QuantizedEmbedding.from_embedding(layer, **format)
@@ -245,7 +253,7 @@ def _replace_layers(
     plan: list[tuple[list[str], Format]] = []
     for paths in holders.values():
         layers = [model.get_submodule(path) for path in paths]
-        plain = all(type(layer) in (nn.Linear, nn.Embedding) for layer in layers)
+        plain = all(type(layer) in (nn.Linear, nn.Embedding, SwitchLinear) for layer in layers)
         if plain and (format := format_of(paths[0], layers[0])) is not None:
             plan.append((paths, format))
     for paths, format in _progress(plan, "Quantizing"):
