@@ -9,7 +9,7 @@ checkpoint; `experts_forward` runs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._ops import ops
-from .modules import _frozen, _QuantizedModule, format_of_tensors
+from .modules import _frozen, _QuantizedModule
 from .ops import dequantize, quantize
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
@@ -164,7 +164,7 @@ def register_experts() -> None:
 def use_experts(model: nn.Module) -> None:
     """Makes the experts modules in `model` that hold our layers run through `experts_forward`.
 
-    To be called when all layers are in place; `unfused` does. Other experts modules of the model run as Transformers
+    To be called when all layers are in place; `fuse` does. Other experts modules of the model run as Transformers
     runs them by default.
     """
     ours = [module for _, module in _experts_modules(model) if isinstance(module.down_proj, nn.Module)]
@@ -177,8 +177,6 @@ def use_experts(model: nn.Module) -> None:
         # A model that is no PreTrainedModel, or whose class's source Transformers cannot read.
         if experts.config._experts_implementation != IMPLEMENTATION:
             experts.config._experts_implementation = IMPLEMENTATION
-        # Nothing is left in it that Transformers could initialise.
-        experts._is_hf_initialized = True
 
 
 def experts_forward(
@@ -213,8 +211,6 @@ def _mlp(experts: nn.Module, x: torch.Tensor, indices: torch.Tensor, sorted_indi
     """x [*batch, hidden_size] -> [*indices.shape, hidden_size], before the router's weights."""
     if not experts.has_gate:
         inner = experts.act_fn(experts.up_proj(x, indices, sorted_indices))
-    elif "gate_up_proj" in experts._modules:
-        inner = experts._apply_gate(experts.gate_up_proj(x, indices, sorted_indices))
     else:
         halves = (layer(x, indices, sorted_indices) for layer in (experts.gate_proj, experts.up_proj))
         inner = experts._apply_gate(_joined(*halves, dim=-1, in_turns=not experts.is_concatenated))
@@ -259,134 +255,234 @@ def _experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _fused_names(experts: nn.Module) -> tuple[str, str]:
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
 @contextmanager
-def unfused(model: nn.Module, keep_gate_up: bool = False) -> Iterator[None]:
-    """Within the context, fused experts of `model` appear as `SwitchLinear` layers, which may be replaced.
-
-    Their paths are `….experts.gate_proj`, `up_proj` and `down_proj`, or, with keep_gate_up, `gate_up_proj` and
-    `down_proj`; their weights are views of the fused parameters, [num_experts, out_features, in_features] however
-    these are stored. Afterwards a module of which no layer was replaced has its fused parameters back, and the others
-    run through `experts_forward`.
-
-    To build a model for a checkpoint, on device "meta": within the context, put `QuantizedSwitchLinear.shell(layer,
-    dtype, **format)` in the place of each layer that is quantized, where `stored_paths` tells under which name the
-    checkpoint has it; then `merge_experts` gives the checkpoint's tensors the names of that model.
-    """
-    modules = [module for _, module in _experts_modules(model) if isinstance(module.down_proj, nn.Parameter)]
-    for experts in modules:
-        _unfuse(experts, keep_gate_up)
+def unfused(model: nn.Module) -> Iterator[None]:
+    """`unfuse(model)` before, and `fuse(model)` after what is done within the context, also if that fails."""
+    unfuse(model)
     try:
         yield
     finally:
-        for experts in modules:
-            layers = [getattr(experts, name) for name in _PROJECTIONS if name in experts._modules]
-            whole = all(type(layer) is SwitchLinear for layer in layers)
-            for layer in layers:
-                if whole:
-                    _restore(experts, layer)
-                elif type(layer) is SwitchLinear:
+        fuse(model)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Puts a `SwitchLinear` in the place of each projection of the fused experts in `model`, to be replaced.
+
+    The paths are `….experts.gate_proj`, `up_proj` and `down_proj`; the weights are views of the fused parameters,
+    [num_experts, out_features, in_features] however these are stored. `fuse` has to follow.
+    """
+    for _, experts in _experts_modules(model):
+        if isinstance(experts.down_proj, nn.Parameter):
+            _unfuse(experts)
+
+
+def fuse(model: nn.Module) -> None:
+    """Gives the experts modules of `model` whose layers are all floating-point ones their fused parameters back.
+
+    The others run through `experts_forward` from now on.
+    """
+    for _, experts in _experts_modules(model):
+        layers = {name: experts._modules[name] for name in _PROJECTIONS if name in experts._modules}
+        if all(type(layer) is SwitchLinear for layer in layers.values()):
+            _fuse(experts, layers)
+        else:
+            for layer in layers.values():
+                if type(layer) is SwitchLinear:
                     _detach(layer)
-        use_experts(model)
+    use_experts(model)
 
 
-_PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def _unfuse(experts: nn.Module, keep_gate_up: bool) -> None:
-    for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
+def _unfuse(experts: nn.Module) -> None:
+    for name in _fused_names(experts):
         origin = {key: experts._parameters.pop(key) for key in (name, f"{name}_bias") if key in experts._parameters}
-        weight, bias = origin[name].detach(), origin.get(f"{name}_bias")
+        weight, bias = origin[name].detach(), origin[f"{name}_bias"].detach() if f"{name}_bias" in origin else None
         weight = weight.mT if experts.is_transposed else weight
-        parts = {name: (weight, None if bias is None else bias.detach())}
-        if name == "gate_up_proj" and not keep_gate_up:
-            weights = _halves(weight, not experts.is_concatenated)
-            biases = (None, None) if bias is None else _halves(bias.detach(), not experts.is_concatenated)
-            parts = dict(zip(("gate_proj", "up_proj"), zip(weights, biases, strict=True), strict=True))
+        parts = {name: (weight, bias)}
+        if name == "gate_up_proj":
+            in_turns = not experts.is_concatenated
+            biases = (None, None) if bias is None else _halves(bias, in_turns)
+            parts = dict(
+                zip(("gate_proj", "up_proj"), zip(_halves(weight, in_turns), biases, strict=True), strict=True)
+            )
         for part, tensors in parts.items():
             layer = SwitchLinear(*tensors).train(experts.training)
             layer.requires_grad_(origin[name].requires_grad)
-            layer._origin = origin  # holds the fused parameters no longer than their last view
+            # The fused parameters live as long as one of their views. On the meta device there is nothing to keep.
+            layer._origin = {} if weight.is_meta else origin
             setattr(experts, part, layer)
+    experts._is_hf_initialized = True  # its class would have Transformers initialise the fused parameters
 
 
-def _restore(experts: nn.Module, layer: SwitchLinear) -> None:
-    """Puts the fused parameters back that `layer` is a part of, which its siblings may have done before."""
-    for name in [name for name, child in experts._modules.items() if child is layer]:
+def _fuse(experts: nn.Module, layers: Mapping[str, SwitchLinear]) -> None:
+    for name in layers:
         del experts._modules[name]
-    for name, parameter in layer._origin.items():
-        experts.register_parameter(name, parameter)
+    for name in _fused_names(experts):
+        parts = [layers[part] for part in (("gate_proj", "up_proj") if name == "gate_up_proj" else (name,))]
+        for key, parameter in (parts[0]._origin or _joined_parameters(experts, name, parts)).items():
+            experts.register_parameter(key, parameter)
+
+
+def _joined_parameters(experts: nn.Module, name: str, parts: list[SwitchLinear]) -> dict[str, nn.Parameter]:
+    """The fused parameters of layers that have come by other weights."""
+    in_turns = not experts.is_concatenated
+    fused = {}
+    for key, attribute in ((name, "weight"), (f"{name}_bias", "bias")):
+        tensors = [getattr(part, attribute) for part in parts]
+        if tensors[0] is None:
+            continue
+        tensor = tensors[0].detach() if len(parts) == 1 else _joined(*(each.detach() for each in tensors), 1, in_turns)
+        tensor = tensor.mT.contiguous() if attribute == "weight" and experts.is_transposed else tensor
+        fused[key] = nn.Parameter(tensor, requires_grad=tensors[0].requires_grad)
+    return fused
 
 
 def _detach(layer: SwitchLinear) -> None:
     """Lets go of the fused parameters, of which `layer` remains alone."""
-    del layer._origin
+    if not layer._origin:
+        return
+    layer._origin = {}
     for name, parameter in list(layer.named_parameters()):
         own = parameter.detach().clone(memory_format=torch.contiguous_format)
         setattr(layer, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
 
 
-# Names and tensors of MLX checkpoints
+# MLX checkpoints
+#
+# While a model is built for a checkpoint, on the meta device, `place_experts` gives it what the checkpoint stores, and
+# after the tensors are loaded `finish_experts` makes of that what the model computes with.
 
 # Where mlx_lm's model has the experts: the name of the block, where that is not Transformers' "mlp", and of the layers
-# in it; by model_type.
+# in it, where that is not "switch_mlp"; by model_type.
 _BLOCKS = {"mixtral": "block_sparse_moe", "phimoe": "block_sparse_moe", "minimax_m2": "block_sparse_moe"}
 _LAYERS = {"gpt_oss": "experts", "dots1": "experts", "afmoe": "experts"}
 
 
-def stored_paths(model: nn.Module, path: str) -> list[str]:
-    """The paths under which an MLX checkpoint has the layer at `path` of the model: two for a `gate_up_proj`."""
-    stored = _renamed(path, _stored_prefixes(model))
-    head, _, last = stored.rpartition(".")
-    return [f"{head}.gate_proj", f"{head}.up_proj"] if last == "gate_up_proj" else [stored]
+def expert_renamings(model: nn.Module) -> list[Any]:
+    """The rules of Transformers (`WeightRenaming`) that turn MLX's names of experts into those of `model`."""
+    from transformers.core_model_loading import WeightRenaming
+
+    renamed = {stored: own for own, stored in _stored_prefixes(model).items()}
+    blocks = {(s.rpartition(".")[2], o.rpartition(".")[2]) for s, o in renamed.items()}
+    return [WeightRenaming(rf"\.{stored}\.", f".{own}.") for stored, own in sorted(blocks) if stored != own]
 
 
-def merge_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of an MLX checkpoint with mixtures of experts, named and shaped as `model` wants them.
+def place_experts(model: nn.Module, stored: Iterable[str]) -> None:
+    """Gives `model`, on the meta device, layers for what an MLX checkpoint stores in other ways than Transformers.
 
-    - `….switch_mlp.{gate,up,down}_proj.*` (or what the family calls it) becomes `….experts.*`, without a copy;
-    - floating-point projections of a module that has fused parameters are fused;
-    - a quantized router becomes a floating-point one, since Transformers' routers are no layers of their own;
-    - gpt-oss as OpenAI stores it, `….experts.{gate_up,down}_proj_{blocks,scales,bias}`, becomes `….experts.{gate_up,
-      down}_proj.{weight,scales,bias}` in mode mxfp4: views, without a copy, for a model unfused with keep_gate_up.
-
-    Other tensors pass through. Nothing is checked here: a name that the model does not have stays one.
+    Fused experts are unfused. Attention with a `kv_b_proj` gets the two layers that mlx_lm makes of it, `embed_q` and
+    `unembed_out`, if these are stored.
 
     Args:
-        model: on any device, its quantized layers in place (see `unfused`).
-        tensors: by the checkpoint's names.
+        stored: the names of the stored tensors, as they are in the model.
     """
-    names = {stored: own for own, stored in _stored_prefixes(model).items()}
-    merged = {_renamed(name, names): tensor for name, tensor in tensors.items()}
-    for path, experts in _experts_modules(model):
-        if isinstance(experts.down_proj, nn.Parameter):
-            _fuse(merged, path, experts)
-        else:
-            _view_blocks(merged, path)
+    unfuse(model)
+    names = set(stored)
+    for path, attention in model.named_modules():
+        if f"{path}.embed_q.weight" in names and isinstance(getattr(attention, "kv_b_proj", None), nn.Linear):
+            _split_kv_b(attention)
+
+
+def place_routers(model: nn.Module, format_of: Callable[[str, nn.Module], dict[str, Any] | None]) -> None:
+    """Lets the routers of `model`, on the meta device, hold packed weights until `finish_experts` unpacks them.
+
+    Transformers' routers are no layers of their own, so they compute with floating-point weights.
+
+    Args:
+        format_of: called with the path and the module; the format, None for a router that is not quantized.
+    """
+    for path, _ in list(_experts_modules(model)):
         for router_path, router in _routers(model, path):
-            _dequantize_router(merged, router_path, router)
-    return merged
+            if (format := format_of(router_path, router)) is not None:
+                packed = _QuantizedModule(
+                    tuple(router.weight.shape), **format, device="meta", dtype=router.weight.dtype
+                )
+                router._packed = {**format, "dtype": router.weight.dtype}
+                for name, parameter in packed.named_parameters():
+                    router.register_parameter(name, parameter)
+
+
+def finish_experts(model: nn.Module) -> None:
+    """Fuses floating-point experts, and unpacks what Transformers computes with in floating point; see `place_experts`
+    and `place_routers`. To be called with the tensors in place."""
+    for module in model.modules():
+        if (packed := module.__dict__.pop("_packed", None)) is not None:
+            weight = dequantize(module.weight, module.scales, module._parameters.pop("biases", None), **packed)
+            del module.scales
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(module._modules.get("embed_q"), (SwitchLinear, QuantizedSwitchLinear)):
+            _join_kv_b(module)
+    fuse(model)
+
+
+def _routers(model: nn.Module, experts_path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules beside the experts that have a matrix of their own and are no ordinary layers."""
+    block = experts_path.rpartition(".")[0]
+    for name, module in model.get_submodule(block).named_children():
+        weight = module._parameters.get("weight")
+        ordinary = isinstance(module, (nn.Linear, nn.Embedding, _QuantizedModule))
+        if weight is not None and weight.dim() == 2 and not ordinary:
+            yield f"{block}.{name}" if block else name, module
+
+
+def _split_kv_b(attention: nn.Module) -> None:
+    weight = attention.kv_b_proj.weight
+    heads, rank = attention.num_heads, weight.shape[1]
+    nope, value = attention.qk_nope_head_dim, attention.v_head_dim
+    attention.embed_q = SwitchLinear(weight.new_empty(heads, rank, nope))
+    attention.unembed_out = SwitchLinear(weight.new_empty(heads, value, rank))
+    del attention.kv_b_proj
+
+
+def _join_kv_b(attention: nn.Module) -> None:
+    """`embed_q` has the transposed matrices of the keys, `unembed_out` those of the values, one of each to a head."""
+    keys, values = (_float_weight(getattr(attention, name)) for name in ("embed_q", "unembed_out"))
+    weight = torch.cat((keys.mT, values), 1).flatten(0, 1)
+    del attention.embed_q, attention.unembed_out
+    attention.kv_b_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    attention.kv_b_proj.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _float_weight(layer: SwitchLinear | QuantizedSwitchLinear) -> torch.Tensor:
+    if isinstance(layer, SwitchLinear):
+        return layer.weight.detach()
+    return dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, layer.mode).detach()
 
 
 def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The opposite of `merge_experts`: the model's tensors, by its own names, as an MLX checkpoint has them.
+    """The tensors of `model`, by their names in it, as an MLX checkpoint has them.
 
-    Fused experts, quantized or not, become views of their projections; nothing is copied.
+    The experts get MLX's names; fused parameters become views of the projections, and nothing is copied. Other tensors
+    pass through.
     """
-    split: dict[str, torch.Tensor] = dict(tensors)
+    split = dict(tensors)
     for path, experts in _experts_modules(model):
-        fused = isinstance(experts.down_proj, nn.Parameter)
-        for name in ("gate_up_proj", "up_proj", "down_proj"):
-            if fused and f"{path}.{name}" in split:
-                weight = split.pop(f"{path}.{name}")
-                split[f"{path}.{name}.weight"] = weight.mT if experts.is_transposed else weight
-                if f"{path}.{name}_bias" in split:
-                    split[f"{path}.{name}.bias"] = split.pop(f"{path}.{name}_bias")
-        for part in ("weight", "scales", "biases", "bias"):
-            if (tensor := split.pop(f"{path}.gate_up_proj.{part}", None)) is not None:
-                halves = _halves(tensor, not experts.is_concatenated)
-                split[f"{path}.gate_proj.{part}"], split[f"{path}.up_proj.{part}"] = halves
+        if not isinstance(experts.down_proj, nn.Parameter):
+            continue
+        for name in _fused_names(experts):
+            parts = {"weight": split.pop(f"{path}.{name}", None), "bias": split.pop(f"{path}.{name}_bias", None)}
+            for part, tensor in parts.items():
+                if tensor is None:
+                    continue
+                tensor = tensor.mT if part == "weight" and experts.is_transposed else tensor
+                if name == "gate_up_proj":
+                    halves = _halves(tensor, not experts.is_concatenated)
+                    split[f"{path}.gate_proj.{part}"], split[f"{path}.up_proj.{part}"] = halves
+                else:
+                    split[f"{path}.{name}.{part}"] = tensor
     prefixes = _stored_prefixes(model)
     return {_renamed(name, prefixes): tensor for name, tensor in split.items()}
+
+
+def stored_path(model: nn.Module, path: str) -> str:
+    """The path under which an MLX checkpoint has the layer at `path` of `model`."""
+    return _renamed(path, _stored_prefixes(model))
 
 
 def _stored_prefixes(model: nn.Module) -> dict[str, str]:
@@ -410,48 +506,3 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
             return prefixes[head] + name[len(head) :]
         head = head.rpartition(".")[0]
     return name
-
-
-def _fuse(tensors: dict[str, torch.Tensor], path: str, experts: nn.Module) -> None:
-    in_turns = not experts.is_concatenated
-    if f"{path}.gate_proj.weight" in tensors and f"{path}.up_proj.weight" in tensors:
-        for part in ("weight", "bias"):
-            halves = [tensors.pop(f"{path}.{name}.{part}", None) for name in ("gate_proj", "up_proj")]
-            if halves[0] is not None and halves[1] is not None:
-                tensors[f"{path}.gate_up_proj.{part}"] = _joined(*halves, 1, in_turns)
-    for name in ("gate_up_proj", "up_proj", "down_proj"):
-        if (weight := tensors.pop(f"{path}.{name}.weight", None)) is not None:
-            tensors[f"{path}.{name}"] = weight.mT.contiguous() if experts.is_transposed else weight
-        if (bias := tensors.pop(f"{path}.{name}.bias", None)) is not None:
-            tensors[f"{path}.{name}_bias"] = bias
-
-
-def _view_blocks(tensors: dict[str, torch.Tensor], path: str) -> None:
-    for name in ("gate_up_proj", "down_proj"):
-        if (blocks := tensors.pop(f"{path}.{name}_blocks", None)) is not None:
-            # 16 bytes hold 32 values, the even ones in the low halves: the order of MLX's words.
-            tensors[f"{path}.{name}.weight"] = blocks.flatten(-2).view(torch.uint32)
-        for part in ("scales", "bias"):
-            if (tensor := tensors.pop(f"{path}.{name}_{part}", None)) is not None:
-                tensors[f"{path}.{name}.{part}"] = tensor
-
-
-def _routers(model: nn.Module, experts_path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules beside the experts that have a matrix of their own and are no ordinary layers."""
-    block = experts_path.rpartition(".")[0]
-    for name, module in model.get_submodule(block).named_children():
-        weight = module._parameters.get("weight")
-        if (
-            weight is not None
-            and weight.dim() == 2
-            and not isinstance(module, (nn.Linear, nn.Embedding, _QuantizedModule))
-        ):
-            yield f"{block}.{name}" if block else name, module
-
-
-def _dequantize_router(tensors: dict[str, torch.Tensor], path: str, router: nn.Module) -> None:
-    if (scales := tensors.get(f"{path}.scales")) is None or (weight := tensors.get(f"{path}.weight")) is None:
-        return
-    format = format_of_tensors(router.weight.shape[-1], weight, scales)
-    packed = weight, tensors.pop(f"{path}.scales"), tensors.pop(f"{path}.biases", None)
-    tensors[f"{path}.weight"] = dequantize(*packed, **format, dtype=router.weight.dtype)

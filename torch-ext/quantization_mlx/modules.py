@@ -47,23 +47,6 @@ def complete_format(group_size: int | None = None, bits: int | None = None, mode
     return format
 
 
-def format_of_tensors(columns: int, weight: torch.Tensor, scales: torch.Tensor) -> dict[str, Any]:
-    """The keyword arguments group_size, bits and mode of packed rows of so many values, told by shapes and dtypes.
-
-    Raises:
-        ValueError: no format has such tensors.
-    """
-    group_size = columns // max(scales.shape[-1], 1)
-    bits = weight.shape[-1] * 32 // max(columns, 1)
-    for mode, (group_sizes, widths) in SUPPORTED.items():
-        if (mode == "affine") == scales.is_floating_point() and group_size in group_sizes and bits in widths:
-            return {"group_size": group_size, "bits": bits, "mode": mode}
-    raise ValueError(
-        f"rows of {columns} values in {weight.shape[-1]} words with {scales.shape[-1]} scales of {scales.dtype} have "
-        "no supported format"
-    )
-
-
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
