@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .modules import QuantizedEmbedding, QuantizedLinear, complete_format
+from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_path, unfused
+from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format
 from .stored import RECORDS, WEIGHT_FILES, Format, find_record, read_config, read_headers, require, weight_files
 
 if TYPE_CHECKING:
@@ -36,11 +37,13 @@ def quantize_model(
     mode: str = "affine",
     predicate: Predicate | None = None,
 ) -> nn.Module:
-    """Quantizes the `nn.Linear` and `nn.Embedding` layers of `model` in place and returns it.
+    """Quantizes the `nn.Linear` and `nn.Embedding` layers and the fused experts of `model` in place and returns it.
 
-    Layers whose rows do not divide into groups, and subclasses of the two, which may compute something else, are left
-    alone, and so is a layer that shares its weight with one. Layers that share a weight, as tied embeddings do, go on
-    sharing one packed copy; the first decides for all.
+    Fused experts of Transformers count as layers `….experts.gate_proj`, `up_proj` and `down_proj`, of type
+    `SwitchLinear`, and become `QuantizedSwitchLinear`; `quantization_mlx.experts` has both. Layers whose rows do not
+    divide into groups, and subclasses of the two, which may compute something else, are left alone, and so is a layer
+    that shares its weight with one. Layers that share a weight, as tied embeddings do, go on sharing one packed copy;
+    the first decides for all.
 
     Args:
         model: any module; a layer by itself is not changed, its quantized form is returned.
@@ -61,7 +64,8 @@ def quantize_model(
         chosen = complete_format(**{"mode": mode, **choice}) if isinstance(choice, Mapping) else default
         return chosen if layer.weight.shape[-1] % chosen["group_size"] == 0 else None
 
-    return _replace_layers(model, format_of, _quantized)
+    with unfused(model):
+        return _replace_layers(model, format_of, _quantized)
 
 
 def save_checkpoint(
@@ -145,23 +149,27 @@ def _progress(items: list[Any], what: str) -> Iterable[Any]:
 # Formats
 
 
-def _format_of(module: QuantizedLinear | QuantizedEmbedding) -> Format:
+def _format_of(module: _QuantizedModule) -> Format:
     return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
 
 
 # Layers
 
 
-def _quantized(layer: nn.Linear | nn.Embedding, format: Format) -> QuantizedLinear | QuantizedEmbedding:
+def _quantized(layer: nn.Linear | nn.Embedding | SwitchLinear, format: Format) -> _QuantizedModule:
+    if isinstance(layer, SwitchLinear):
+        return QuantizedSwitchLinear.from_switch_linear(layer, **format)
     if isinstance(layer, nn.Linear):
         return QuantizedLinear.from_linear(layer, **format)
     return QuantizedEmbedding.from_embedding(layer, **format)
 
 
 def _shell(
-    layer: nn.Linear | nn.Embedding, format: Format, dtype: torch.dtype | None
-) -> QuantizedLinear | QuantizedEmbedding:
+    layer: nn.Linear | nn.Embedding | SwitchLinear, format: Format, dtype: torch.dtype | None
+) -> _QuantizedModule:
     """A quantized layer of the same sizes that waits for its tensors."""
+    if isinstance(layer, SwitchLinear):
+        return QuantizedSwitchLinear.shell(layer, dtype, **format)
     if isinstance(layer, nn.Linear):
         has_bias = layer.bias is not None
         return QuantizedLinear(layer.in_features, layer.out_features, has_bias, **format, device="meta", dtype=dtype)
@@ -171,7 +179,7 @@ def _shell(
 def _replace_layers(
     model: nn.Module,
     format_of: Callable[[str, nn.Module], Format | None],
-    convert: Callable[[Any, Format], QuantizedLinear | QuantizedEmbedding],
+    convert: Callable[[Any, Format], _QuantizedModule],
 ) -> nn.Module:
     """Puts convert(layer, format) in the place of every layer that has a format; returns the model.
 
@@ -184,12 +192,12 @@ def _replace_layers(
     plan: list[tuple[list[str], Format]] = []
     for paths in holders.values():
         layers = [model.get_submodule(path) for path in paths]
-        plain = all(type(layer) in (nn.Linear, nn.Embedding) for layer in layers)
+        plain = all(type(layer) in (nn.Linear, nn.Embedding, SwitchLinear) for layer in layers)
         if plain and (format := format_of(paths[0], layers[0])) is not None:
             plan.append((paths, format))
     for paths, format in _progress(plan, "Quantizing"):
         layers = [model.get_submodule(path) for path in paths]  # that share this weight, or are one and the same
-        replaced: dict[int, QuantizedLinear | QuantizedEmbedding] = {}
+        replaced: dict[int, _QuantizedModule] = {}
         for path, layer in zip(paths, layers, strict=True):
             if id(layer) not in replaced:
                 twin = next(iter(replaced.values()), None)
@@ -228,7 +236,8 @@ def write_checkpoint(
     # Inside the directory, because a rename cannot leave its file system.
     with tempfile.TemporaryDirectory(prefix=".save-", dir=directory) as scratch:
         staged = Path(scratch)
-        weight_files = _write_weights(_distinct_tensors(model, state_dict), staged, max_shard_size)
+        tensors = split_experts(model, _distinct_tensors(model, state_dict))
+        weight_files = _write_weights(tensors, staged, max_shard_size)
         _write_json(staged / "config.json", _config_record(model))
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(staged)
@@ -279,9 +288,9 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     formats = {
-        path: _format_of(module)
+        stored_path(model, path): _format_of(module)
         for path, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+        if isinstance(module, _QuantizedModule)
     }
     if formats:
         (common, _), *_ = Counter(tuple(format.items()) for format in formats.values()).most_common(1)
