@@ -148,8 +148,16 @@ def test_what_from_pretrained_takes(saved: Path) -> None:
     assert model.dtype == model.lm_head.scales.dtype == torch.bfloat16
     assert (model.is_quantized, model.quantization_method, model.training) == (True, "mlx", False)
     assert isinstance(model.config.quantization_config, MLXConfig)
-    base = AutoModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@torch.no_grad()
+def test_model_without_head(tied: bool, tmp_path: Path) -> None:
+    model = quantize_model(tiny_model(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
     assert type(base.layers[0].mlp.up_proj) is QuantizedLinear
+    assert torch.equal(base(TOKENS).last_hidden_state, model.model(TOKENS).last_hidden_state)
 
 
 def test_config_names_layers_that_differ(tmp_path: Path) -> None:
@@ -464,6 +472,18 @@ def test_metal_config_runs_on_the_cpu(bits: int, tmp_path: Path) -> None:
     assert sum(type(module) is linear for module in loaded.modules()) == 2 * 7
     with torch.no_grad():
         assert_close(loaded(BATCH).logits, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_metal_linear_on_every_device(bits: int, device: str) -> None:
+    """The kernel under the patch, on the CPU and on MPS, with a batch."""
+    metal = importlib.import_module("transformers.integrations.metal_quantization")
+    layer = metal.MetalLinear(128, 24, bits=bits, group_size=32)
+    parts = metal._affine_quantize_tensor(oracle.random_x(24, 128), 32, bits)
+    layer.weight.data, layer.scales.data, layer.qbiases.data = parts
+    matrix = oracle.dequantize(*parts, oracle.Format("affine", 32, bits)).T
+    x = oracle.random_x(3, 5, 128)
+    oracle.assert_product(layer.to(device)(x.to(device)), x, matrix, torch.float32)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

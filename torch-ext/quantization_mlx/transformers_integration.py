@@ -74,7 +74,7 @@ def patch_transformers() -> None:
 
 
 def unpatch_transformers() -> None:
-    """Undoes `patch_transformers()`; without it, does nothing. Models that were loaded go on working."""
+    """Undoes `patch_transformers()`; without it, does nothing. MLX models that were loaded go on working."""
     with _patch.lock:
         if _patch.permanent:
             _patch.permanent = False
@@ -171,7 +171,8 @@ def _takes_all_weight_files(original: Any) -> Any:
     def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
         source = kwargs.get("pretrained_model_name_or_path")
         plain = not any(kwargs.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
-        directory = _mlx_directory(source, kwargs.get("download_kwargs") or {}) if plain and source else None
+        named = plain and source is not None and not os.path.isfile(source)
+        directory = _mlx_directory(source, kwargs.get("download_kwargs") or {}) if named else None
         if directory is None:
             return original(*args, **kwargs)
         return [str(file) for file in weight_files(directory)], None
