@@ -63,8 +63,9 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
     quantized = {path: layer for path, layer in model.named_modules() if isinstance(layer, _QuantizedModule)}
     tied = {id(layer.weight) for layer in quantized.values() if isinstance(layer, QuantizedEmbedding)}
     linear = {path: layer for path, layer in quantized.items() if id(layer.weight) not in tied}
+    scaled = [path for path, layer in quantized.items() if getattr(layer, "scale", 1) != 1]
     formats = {(layer.mode, layer.group_size, layer.bits) for layer in linear.values()}
-    strange = [path for path, layer in linear.items() if type(layer) is not QuantizedLinear]
+    strange = [path for path, layer in linear.items() if type(layer) is not QuantizedLinear] + scaled
     if not linear or strange or len(formats) > 1:
         what = f"layers of other kinds: {listed(strange)}" if strange else f"the formats {sorted(formats)}"
         raise ValueError(f"[mlx_to_metal] MetalConfig has linear layers of one format, and this model has {what}")
