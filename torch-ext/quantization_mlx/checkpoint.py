@@ -282,6 +282,10 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
+    # Transformers knows some of these by other names than MLX.
+    for name, own_name in model.config.attribute_map.items():
+        if own_name in config:
+            config.setdefault(name, config[own_name])
     # Transformers keeps these inside rope_parameters, MLX reads them at the top.
     rope = config.get("rope_parameters") or {}
     config.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
