@@ -410,10 +410,16 @@ def place_routers(model: nn.Module, format_of: Callable[[str, nn.Module], dict[s
 
 def finish_experts(model: nn.Module) -> None:
     """Fuses floating-point experts, and unpacks what Transformers computes with in floating point; see `place_experts`
-    and `place_routers`. To be called with the tensors in place."""
-    for module in model.modules():
+    and `place_routers`. To be called with the tensors in place.
+
+    Raises:
+        ValueError: the scales of a router are not finite numbers.
+    """
+    for path, module in list(model.named_modules()):
         if (packed := module.__dict__.pop("_packed", None)) is not None:
             weight = dequantize(module.weight, module.scales, module._parameters.pop("biases", None), **packed)
+            if not weight.isfinite().all():
+                raise ValueError(f"[from_pretrained] {path}.scales has values that are not finite numbers")
             del module.scales
             module.weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(module._modules.get("embed_q"), (SwitchLinear, QuantizedSwitchLinear)):

@@ -115,7 +115,7 @@ def _place_layers(
     files = [Path(file) for file in checkpoint_files]
     headers = read_headers(files)
     quantizer.prefix = _foreign_prefix(model, headers)
-    place_experts(model, (name.removeprefix(f"{quantizer.prefix}.") for name in headers))
+    place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
     names, converted = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
     stored = {names[name]: tensor for name, tensor in headers.items() if name in names}
     record = {
