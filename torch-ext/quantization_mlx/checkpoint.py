@@ -19,13 +19,15 @@ import torch
 from torch import nn
 
 from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_path, unfused
-from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format
+from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
+from .recipes import mixed_recipe
 from .stored import RECORDS, WEIGHT_FILES, Format, find_record, read_config, read_headers, require, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Predicate = Callable[[str, nn.Module], "bool | Format"]
+OnLayer = Callable[[str, torch.Tensor, Any], None]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -35,27 +37,37 @@ def quantize_model(
     group_size: int | None = None,
     bits: int | None = None,
     mode: str = "affine",
-    predicate: Predicate | None = None,
+    predicate: Predicate | str | None = None,
+    on_layer: OnLayer | None = None,
 ) -> nn.Module:
-    """Quantizes the `nn.Linear` and `nn.Embedding` layers and the fused experts of `model` in place and returns it.
+    """Quantizes the `nn.Linear` and `nn.Embedding` layers and the fused experts of `model` in place, one after the
+    other, and returns it.
 
     Fused experts of Transformers count as layers `….experts.gate_proj`, `up_proj` and `down_proj`, of type
     `SwitchLinear`, and become `QuantizedSwitchLinear`; `quantization_mlx.experts` has both. Layers whose rows do not
-    divide into groups, and subclasses of the two, which may compute something else, are left alone, and so is a layer
-    that shares its weight with one. Layers that share a weight, as tied embeddings do, go on sharing one packed copy;
-    the first decides for all.
+    divide into groups, and subclasses of `nn.Linear` and `nn.Embedding`, which may compute something else, are left
+    alone, and so is a layer that shares its weight with one; embeddings that scale their rows, as Gemma's do, are
+    quantized. Layers that share a weight, as tied embeddings do, go on sharing one packed copy; the first decides for
+    all.
 
     Args:
         model: any module; a layer by itself is not changed, its quantized form is returned.
         group_size, bits, mode: the format; what is None takes the mode's default.
         predicate: called with the path and the layer; a false value leaves the layer alone, a dict with any of
-            group_size, bits and mode quantizes it in that format, and any other true value in the common one.
+            group_size, bits and mode quantizes it in that format, and any other true value in the common one. The
+            name of a mixed recipe, such as "mixed_4_6", stands for `mixed_recipe(name, model, group_size)`.
+        on_layer: called with the path, the weight [..., rows, columns] and the quantized module of each layer, while
+            both exist; a `QuantizationReport`'s `add` for example.
 
     Raises:
         TypeError: the predicate's dict has other keys.
-        ValueError: the format is not supported.
+        ValueError: the format or the recipe is not supported.
     """
     default = complete_format(group_size, bits, mode)
+    if isinstance(predicate, str):
+        if mode != "affine":
+            raise ValueError(f"[quantize_model] the recipe {predicate!r} is for mode 'affine', not for {mode!r}")
+        predicate = mixed_recipe(predicate, model, default["group_size"])
 
     def format_of(path: str, layer: nn.Module) -> Format | None:
         choice = True if predicate is None else predicate(path, layer)
@@ -65,7 +77,7 @@ def quantize_model(
         return chosen if layer.weight.shape[-1] % chosen["group_size"] == 0 else None
 
     with unfused(model):
-        return _replace_layers(model, format_of, _quantized)
+        return _replace_layers(model, format_of, _quantized, on_layer)
 
 
 def save_checkpoint(
@@ -173,13 +185,15 @@ def _shell(
     if isinstance(layer, nn.Linear):
         has_bias = layer.bias is not None
         return QuantizedLinear(layer.in_features, layer.out_features, has_bias, **format, device="meta", dtype=dtype)
-    return QuantizedEmbedding(layer.num_embeddings, layer.embedding_dim, **format, device="meta", dtype=dtype)
+    sizes = (layer.num_embeddings, layer.embedding_dim)
+    return QuantizedEmbedding(*sizes, **format, device="meta", dtype=dtype, scale=row_scale(layer))
 
 
 def _replace_layers(
     model: nn.Module,
     format_of: Callable[[str, nn.Module], Format | None],
     convert: Callable[[Any, Format], _QuantizedModule],
+    on_layer: OnLayer | None = None,
 ) -> nn.Module:
     """Puts convert(layer, format) in the place of every layer that has a format; returns the model.
 
@@ -192,7 +206,7 @@ def _replace_layers(
     plan: list[tuple[list[str], Format]] = []
     for paths in holders.values():
         layers = [model.get_submodule(path) for path in paths]
-        plain = all(type(layer) in (nn.Linear, nn.Embedding, SwitchLinear) for layer in layers)
+        plain = all(type(layer) in (nn.Linear, SwitchLinear) or row_scale(layer) is not None for layer in layers)
         if plain and (format := format_of(paths[0], layers[0])) is not None:
             plan.append((paths, format))
     for paths, format in _progress(plan, "Quantizing"):
@@ -202,6 +216,8 @@ def _replace_layers(
             if id(layer) not in replaced:
                 twin = next(iter(replaced.values()), None)
                 replaced[id(layer)] = convert(layer, format) if twin is None else _tied(layer, twin)
+                if twin is None and on_layer is not None:
+                    on_layer(path, layer.weight.detach(), replaced[id(layer)])
             if not path:
                 return replaced[id(layer)]
             model.set_submodule(path, replaced[id(layer)])
@@ -286,11 +302,7 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
     for name, own_name in model.config.attribute_map.items():
         if own_name in config:
             config.setdefault(name, config[own_name])
-    # Transformers keeps these inside rope_parameters, MLX reads them at the top.
-    rope = config.get("rope_parameters") or {}
-    config.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    config.update(_attention_record(config))
     formats = {
         stored_path(model, path): _format_of(module)
         for path, module in model.named_modules()
@@ -301,6 +313,22 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
         exceptions = {path: format for path, format in formats.items() if tuple(format.items()) != common}
         config.update({name: {**dict(common), **exceptions} for name in RECORDS})
     return dict(sorted(config.items()))
+
+
+def _attention_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What MLX reads at the top of config.json and Transformers keeps inside rope_parameters and layer_types."""
+    rope = config.get("rope_parameters") or {}
+    record: dict[str, Any] = {}
+    if "rope_theta" in (sliding := rope.get("sliding_attention") or {}):
+        record["rope_local_base_freq"] = sliding["rope_theta"]
+    rope = rope.get("full_attention") or rope
+    record.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
+    if rope.get("rope_type", "default") != "default":
+        record["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    kinds = config.get("layer_types") or []
+    if {"sliding_attention", "full_attention"} <= set(kinds):
+        record["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    return record
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

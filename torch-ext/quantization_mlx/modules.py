@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,6 +46,26 @@ def complete_format(group_size: int | None = None, bits: int | None = None, mode
             f"it takes a group_size of {sorted(group_sizes)} and bits of {sorted(widths)}"
         )
     return format
+
+
+def row_scale(layer: nn.Module) -> float | None:
+    """The factor between the rows that an embedding looks up and what comes out of it.
+
+    That is 1 for `nn.Embedding`, and the square root of the width or the like for what Transformers calls a
+    ScaledWordEmbedding. None for any other layer: it may do something else to its rows.
+    """
+    if type(layer) is nn.Embedding:
+        return 1.0
+    if not isinstance(layer, nn.Embedding) or not type(layer).__name__.endswith("ScaledWordEmbedding"):
+        return None
+    # Where embed_scale is a buffer, it is lost on the meta device, and the number stands beside it.
+    scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", None))
+    return float(scale) if isinstance(scale, (int, float)) else None
+
+
+@cache
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    return torch.tensor(scale, dtype=dtype).item()
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -181,6 +202,7 @@ class QuantizedEmbedding(_QuantizedModule):
         num_embeddings, embedding_dim: the two sizes; embedding_dim is a multiple of group_size.
         group_size, bits, mode: the format, as in QuantizedLinear.
         device, dtype: where the parameters live, and the dtype of the rows that come out.
+        scale: what the rows are multiplied by, rounded to their dtype, as Gemma does; `as_linear` leaves it out.
 
     Raises:
         ValueError: the format is not supported, or embedding_dim does not divide into groups.
@@ -195,10 +217,12 @@ class QuantizedEmbedding(_QuantizedModule):
         mode: str = "affine",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__((num_embeddings, embedding_dim), group_size, bits, mode, device, dtype)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
+        self.scale = scale
         # uint8 scales cannot tell the model's dtype; an empty buffer follows `.to(dtype)` and can.
         like = None if mode == "affine" else torch.empty(0, dtype=dtype, device=device)
         self.register_buffer("_like", like, persistent=False)
@@ -207,8 +231,16 @@ class QuantizedEmbedding(_QuantizedModule):
     def from_embedding(
         cls, embedding: nn.Embedding, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedEmbedding:
-        """Quantizes `embedding`."""
-        module = cls(embedding.num_embeddings, embedding.embedding_dim, group_size, bits, mode, device="meta")
+        """Quantizes `embedding`.
+
+        Raises:
+            TypeError: it is of a subclass of `nn.Embedding` that may do more than scale its rows.
+        """
+        scale = row_scale(embedding)
+        if scale is None:
+            raise TypeError(f"[QuantizedEmbedding] {type(embedding).__name__} may do more than look up and scale rows")
+        sizes = (embedding.num_embeddings, embedding.embedding_dim)
+        module = cls(*sizes, group_size, bits, mode, device="meta", scale=scale)
         module._pack(embedding.weight)
         module.follow_dtype(embedding.weight)
         return module.train(embedding.training)
@@ -231,6 +263,8 @@ class QuantizedEmbedding(_QuantizedModule):
         biases = None if self.biases is None else F.embedding(flat, self.biases)
         dtype = None if self._like is None else self._like.dtype
         rows = _dequantize(words, scales, biases, self.group_size, self.bits, self.mode, None, dtype)
+        if self.scale != 1:
+            rows = rows * _rounded(self.scale, rows.dtype)
         return rows.view(*indices.shape, self.embedding_dim)
 
     def as_linear(self, x: torch.Tensor) -> torch.Tensor:
@@ -238,4 +272,5 @@ class QuantizedEmbedding(_QuantizedModule):
         return self._matmul(x)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}"
+        scale = f", scale={self.scale:.6g}" if self.scale != 1 else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}{scale}"

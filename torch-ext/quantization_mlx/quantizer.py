@@ -60,6 +60,7 @@ def quantizer_classes() -> tuple[type, type]:
         requires_calibration = False
         is_trainable = True  # adapters are, and gradients reach the activations
         is_compileable = True
+        prefix: str | None = None  # of all names in the checkpoint, and of none in the model
 
         def is_serializable(self) -> bool:
             # Asked by Transformers' own save_pretrained only, which does not write the format.
@@ -69,7 +70,6 @@ def quantizer_classes() -> tuple[type, type]:
             return False
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
-            self.prefix = None
             if self.pre_quantized:
                 _place_layers(model, self, options.get("checkpoint_files"), options.get("dtype"))
 
