@@ -428,6 +428,45 @@ def test_formats_may_differ_between_projections(tmp_path: Path) -> None:
     assert_close(logits(loaded), mlx_logits(tmp_path), 1e-4)
 
 
+def openai_checkpoint(model: PreTrainedModel, directory: Path) -> None:
+    """`model`, a gpt-oss, as OpenAI stores it: its experts in blocks of mode mxfp4, quantized by mlx."""
+    from safetensors.torch import save_file
+
+    model.save_pretrained(directory)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        words, scales = oracle.mlx_quantize(tensors.pop(name).mT.contiguous(), Format("mxfp4", 32, 4))
+        tensors[f"{name}_blocks"] = words.view(torch.uint8).unflatten(-1, (-1, 16))
+        tensors[f"{name}_scales"] = scales
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_blocks_of_gpt_oss_are_viewed(tmp_path: Path) -> None:
+    dense = tiny_model("gpt_oss")
+    openai_checkpoint(dense, tmp_path / "openai")
+    patch_transformers()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "openai", dtype=torch.float32)
+    finally:
+        unpatch_transformers()
+    layer = experts_of(model).gate_up_proj
+    assert (layer.mode, layer.weight.shape) == ("mxfp4", (4, 2 * EXPERT, HIDDEN // 8))
+    reference = copy.deepcopy(dense)
+    for path, experts in reference.named_modules():
+        if hasattr(experts, "is_transposed"):
+            for name in ("gate_up_proj", "down_proj"):
+                weight = dequantized(model.get_submodule(f"{path}.{name}")).float()
+                getattr(experts, name).data = weight.mT
+    reference.set_experts_implementation("eager")
+    assert_close(logits(model), logits(reference))
+    save_checkpoint(model, tmp_path / "mlx")
+    assert_close(logits(model), mlx_logits(tmp_path / "mlx"), 1e-4)
+    assert_close(logits(load_checkpoint(tmp_path / "mlx")), logits(model))
+
+
 @FAMILY
 def test_splitting_copies_nothing(family: str) -> None:
     for model in (tiny_model(family), quantize_model(tiny_model(family))):
