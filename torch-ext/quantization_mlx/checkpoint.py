@@ -303,11 +303,12 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
         if own_name in config:
             config.setdefault(name, config[own_name])
     config.update(_attention_record(config))
+    names_of = stored_paths(model)
     formats = {
         stored: _format_of(module)
         for path, module in model.named_modules()
         if isinstance(module, _QuantizedModule)
-        for stored in stored_paths(model, path)
+        for stored in names_of(path)
     }
     if formats:
         (common, _), *_ = Counter(tuple(format.items()) for format in formats.values()).most_common(1)

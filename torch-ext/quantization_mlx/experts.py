@@ -524,11 +524,17 @@ def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict
     return {_renamed(name, prefixes): tensor for name, tensor in split.items()}
 
 
-def stored_paths(model: nn.Module, path: str) -> list[str]:
-    """The paths under which an MLX checkpoint has the layer at `path` of `model`: two for a `gate_up_proj`."""
-    stored = _renamed(path, _stored_prefixes(model))
-    head, _, name = stored.rpartition(".")
-    return [f"{head}.gate_proj", f"{head}.up_proj"] if name == "gate_up_proj" else [stored]
+def stored_paths(model: nn.Module) -> Callable[[str], list[str]]:
+    """A function from the path of a layer of `model` to those under which an MLX checkpoint has it: two for a
+    `gate_up_proj`, else one."""
+    prefixes = _stored_prefixes(model)
+
+    def paths(path: str) -> list[str]:
+        stored = _renamed(path, prefixes)
+        head, _, name = stored.rpartition(".")
+        return [f"{head}.gate_proj", f"{head}.up_proj"] if name == "gate_up_proj" else [stored]
+
+    return paths
 
 
 def _stored_prefixes(model: nn.Module) -> dict[str, str]:
