@@ -165,17 +165,15 @@ def load_checkpoint(
     return model.eval()
 
 
-def _require(name: str) -> Any:
-    """Imports an optional package."""
+def _require(name: str, extra: str = "transformers") -> Any:
+    """Imports an optional package, which the extra has."""
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ImportError(
-            f'checkpoints need the package {package}: pip install "quantization-mlx[transformers]"'
-        ) from error
+        raise ImportError(f'this needs the package {package}: pip install "quantization-mlx[{extra}]"') from error
 
 
 def _progress(items: list[Any], what: str) -> Iterable[Any]:
