@@ -27,6 +27,7 @@ from .ops import (
     quantized_matmul,
 )
 from .plans import explain
+from .transformers_integration import patch_transformers, unpatch_transformers
 
 __all__ = [
     "QuantizedEmbedding",
@@ -53,10 +54,12 @@ __all__ = [
     "nvfp4_qmm_n",
     "nvfp4_qmm_t",
     "nvfp4_qmv",
+    "patch_transformers",
     "prepare_for_generation",
     "quantize",
     "quantize_model",
     "quantized_matmul",
     "save_checkpoint",
     "set_cpu_activations",
+    "unpatch_transformers",
 ]

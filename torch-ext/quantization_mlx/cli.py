@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checkpoint import _progress, _require, load_checkpoint, quantize_model, save_checkpoint
+from .checkpoint import _progress, load_checkpoint, quantize_model, save_checkpoint
 from .generation import prepare_for_generation
 from .modules import SUPPORTED, complete_format
 from .ops import quantize, quantized_matmul
 from .plans import explain
 from .recipes import RECIPES, QuantizationReport, format_name
+from .stored import RECORDS, find_record, read_config, read_headers, require, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -242,12 +243,12 @@ def _check_conversion(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         if Path(arguments.plot).suffix not in _PLOTS:
             raise _UsageError(f"--plot {arguments.plot} should end with one of {', '.join(_PLOTS)}")
-        _require("matplotlib", "plot")
+        require("matplotlib", "plot")
 
 
 def _read_source(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in floating point and its tokenizer."""
-    transformers = _require("transformers")
+    transformers = require("transformers")
     source, gguf = arguments.hf_path, arguments.gguf_file
     if gguf is None and source.endswith(".gguf"):
         source, gguf = str(Path(source).parent), Path(source).name
@@ -259,22 +260,22 @@ def _read_source(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTra
     if gguf is not None:
         if not (Path(source) / gguf).is_file():
             raise FileNotFoundError(f"there is no file {gguf} in {source}")
-        _require("gguf", "cli")
+        require("gguf", "cli")
         files = {"gguf_file": gguf}
         dtype = getattr(torch, arguments.dtype or "bfloat16")
         options = {"dtype": dtype, "quantization_config": transformers.GgufConfig(dequantize=True)}
     elif Path(source).is_dir():
-        _check_float(_Config.read(Path(source)), source)
+        _check_float(_read_config(Path(source)), source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **files)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, **files, **options)
     return model.eval(), tokenizer
 
 
-def _check_float(config: _Config, source: str) -> None:
-    if config.method is not None:
-        raise ValueError(f"{source} is quantized already, by {config.method!r}; convert the original")
-    if config.record:
+def _check_float(config: Mapping[str, Any], source: str) -> None:
+    if find_record(config) is not None:
         raise ValueError(f"{source} is a quantized MLX checkpoint already; convert the original")
+    if (method := _other_method(config)) is not None:
+        raise ValueError(f"{source} is quantized already, by {method!r}; convert the original")
 
 
 # Generate, perplexity, benchmark
@@ -439,10 +440,8 @@ def _load(
     arguments: argparse.Namespace, with_tokenizer: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     directory = Path(arguments.model)
-    config = _Config.read(directory)
-    if config.method is not None:
-        raise ValueError(f"{directory} is quantized by {config.method!r} and no MLX checkpoint")
-    transformers = _require("transformers")
+    _read_mlx_config(directory)
+    transformers = require("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory) if with_tokenizer else None
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     return load_checkpoint(directory, arguments.device, dtype), tokenizer
@@ -507,30 +506,28 @@ def _print_table(rows: Iterable[tuple[str, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-@dataclass
-class _Config:
-    """What config.json says of quantization: MLX's record, empty if there is none, or another method's name."""
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}")
+    config = read_config(directory)
+    if config is None:
+        raise FileNotFoundError(f"{directory} has no config.json and so is no checkpoint")
+    return config
 
-    model: str
-    record: dict[str, Any]
-    method: str | None
 
-    @classmethod
-    def read(cls, directory: Path) -> _Config:
-        if not directory.is_dir():
-            raise FileNotFoundError(f"there is no directory {directory}")
-        file = directory / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{directory} has no config.json and so is no checkpoint")
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{file} does not hold an object")
-        record = content.get("quantization") or content.get("quantization_config") or {}
-        name = (content.get("architectures") or [content.get("model_type", "model of an unknown kind")])[0]
-        return cls(name, record, record.get("quant_method"))
+def _read_mlx_config(directory: Path) -> dict[str, Any]:
+    config = _read_config(directory)
+    if (method := _other_method(config)) is not None:
+        raise ValueError(f"{directory} is quantized by {method!r} and no MLX checkpoint")
+    return config
+
+
+def _other_method(config: Mapping[str, Any]) -> str | None:
+    """The name of a method that is not MLX's, by which a checkpoint is quantized."""
+    record = next(filter(None, map(config.get, RECORDS)), None)
+    if record is None or find_record(config) is not None:
+        return None
+    return record.get("quant_method", "unknown") if isinstance(record, Mapping) else str(record)
 
 
 @dataclass
@@ -544,10 +541,10 @@ class _Part:
     bytes: int = 0
     largest: tuple[int, ...] = ()
 
-    def add(self, shape: Sequence[int], bytes_: int) -> None:
+    def add(self, shape: Sequence[int], stored: Iterable[Tensor]) -> None:
         self.tensors += 1
         self.weights += math.prod(shape)
-        self.bytes += bytes_
+        self.bytes += sum(tensor.nbytes for tensor in stored)
         self.largest = max(self.largest, tuple(shape), key=lambda each: math.prod(each) if each else 0)
 
     @property
@@ -566,28 +563,24 @@ class _Summary:
     @classmethod
     def read(cls, directory: Path) -> _Summary:
         """Raises FileNotFoundError and ValueError, which name the directory."""
-        config = _Config.read(directory)
-        if config.method is not None:
-            raise ValueError(f"{directory} is quantized by {config.method!r} and no MLX checkpoint")
-        files = sorted(directory.glob("model*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{directory} has no model*.safetensors")
-        headers: dict[str, tuple[list[int], str, int]] = {}
-        for file in files:
-            headers.update(_read_header(file))
+        config = _read_mlx_config(directory)
+        model = (config.get("architectures") or [config.get("model_type", "a model of an unknown kind")])[0]
+        files = weight_files(directory)
+        stored = read_headers(files)
         parts: dict[str, _Part] = {}
-        for name, (shape, dtype, bytes_) in headers.items():
+        for name, tensor in stored.items():
             path, _, kind = name.rpartition(".")
-            if f"{path}.scales" not in headers or kind not in ("weight", "scales", "biases"):
-                parts.setdefault(dtype, _Part(dtype)).add(shape, bytes_)
+            scales = stored.get(f"{path}.scales")
+            if scales is None or kind not in ("weight", "scales", "biases"):
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                parts.setdefault(dtype, _Part(dtype)).add(tensor.shape, [tensor])
             elif kind == "weight":
-                scales, biases = headers[f"{path}.scales"], headers.get(f"{path}.biases")
-                format = _stored_format(path, config.record, shape, scales[0])
-                columns = scales[0][-1] * format["group_size"]
-                stored = bytes_ + scales[2] + (biases[2] if biases else 0)
-                key = format_name(**format)
-                parts.setdefault(key, _Part(key, format)).add((*shape[:-1], columns), stored)
-        return cls(config.model, len(files), sorted(parts.values(), key=lambda part: -part.bytes))
+                format = _stored_format(path, find_record(config) or {}, tensor, scales)
+                shape = (*tensor.shape[:-1], scales.shape[-1] * format["group_size"])
+                biases = stored.get(f"{path}.biases")
+                together = [tensor, scales] + ([] if biases is None else [biases])
+                parts.setdefault(key := format_name(**format), _Part(key, format)).add(shape, together)
+        return cls(model, len(files), sorted(parts.values(), key=lambda part: -part.bytes))
 
     @property
     def quantized(self) -> list[_Part]:
@@ -607,36 +600,15 @@ class _Summary:
         }
 
 
-def _read_header(file: Path) -> dict[str, tuple[list[int], str, int]]:
-    """The shape, dtype and bytes of each tensor in a file."""
-    safetensors = _require("safetensors")
+def _stored_format(path: str, record: Mapping[str, Any], weight: Tensor, scales: Tensor) -> dict[str, Any]:
+    """The format of a layer: that of its entry, or else the common one, but with as many bits as the shapes tell."""
+    own = record.get(path)
+    entry = own if isinstance(own, Mapping) else record
+    format = (entry.get("group_size"), entry.get("bits"), entry.get("mode") or "affine")
     try:
-        with safetensors.safe_open(file, "pt") as opened:
-            names = opened.keys()
-            slices = {name: opened.get_slice(name) for name in names}
-            found = {name: (each.get_shape(), each.get_dtype()) for name, each in slices.items()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
-    return {name: (shape, dtype, math.prod(shape) * _dtype_bits(dtype) // 8) for name, (shape, dtype) in found.items()}
-
-
-def _dtype_bits(dtype: str) -> int:
-    """Of a dtype's name in safetensors, such as BF16 or F8_E4M3."""
-    digits = "".join(character for character in dtype.partition("_")[0] if character.isdigit())
-    return int(digits) if digits else 8
-
-
-def _stored_format(path: str, record: dict[str, Any], weight: Sequence[int], scales: Sequence[int]) -> dict[str, Any]:
-    """The format of a layer: from its entry, or else from the common one and the shapes."""
-    entry = record.get(path) if isinstance(record.get(path), dict) else record
-    mode = entry.get("mode") or "affine"
-    group_size = entry.get("group_size")
-    if entry is record and group_size is not None:
-        bits = weight[-1] * 32 // (scales[-1] * group_size)
-    else:
-        bits = entry.get("bits")
-    try:
-        return complete_format(group_size, bits, mode)
+        format = complete_format(*format)
+        columns = scales.shape[-1] * format["group_size"]
+        return complete_format(**{**format, "bits": weight.shape[-1] * 32 // columns})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

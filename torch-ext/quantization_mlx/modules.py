@@ -73,10 +73,10 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class _QuantizedModule(nn.Module):
-    """A packed matrix [rows, columns], grouped along its columns, as the parameters of an MLX checkpoint:
+    """Packed matrices [..., rows, columns], grouped along their columns, as the parameters of an MLX checkpoint:
 
-    - `weight`: uint32 [rows, columns * bits / 32];
-    - `scales`: [rows, columns / group_size], of the model's dtype in mode "affine" and uint8 otherwise;
+    - `weight`: uint32 [..., rows, columns * bits / 32];
+    - `scales`: [..., rows, columns / group_size], of the model's dtype in mode "affine" and uint8 otherwise;
     - `biases`: as `scales`; None but in mode "affine".
 
     All three are frozen; `scales` and `biases` of affine layers may be trained after `requires_grad_()`. Being
@@ -86,8 +86,7 @@ class _QuantizedModule(nn.Module):
 
     def __init__(
         self,
-        rows: int,
-        columns: int,
+        shape: tuple[int, ...],
         group_size: int | None,
         bits: int | None,
         mode: str,
@@ -95,6 +94,7 @@ class _QuantizedModule(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        *rows, columns = shape
         format = complete_format(group_size, bits, mode)
         self.group_size: int = format["group_size"]
         self.bits: int = format["bits"]
@@ -103,17 +103,17 @@ class _QuantizedModule(nn.Module):
             raise ValueError(
                 f"[{type(self).__name__}] a row of {columns} values does not divide into groups of {self.group_size}"
             )
-        groups = (rows, columns // self.group_size)
+        groups = (*rows, columns // self.group_size)
         affine = mode == "affine"
         scale_dtype = (dtype or torch.get_default_dtype()) if affine else torch.uint8
-        self.weight = _frozen(torch.zeros(rows, columns * self.bits // 32, dtype=torch.uint32, device=device))
+        self.weight = _frozen(torch.zeros(*rows, columns * self.bits // 32, dtype=torch.uint32, device=device))
         self.scales = _frozen(torch.zeros(groups, dtype=scale_dtype, device=device))
         self.register_parameter(
             "biases", _frozen(torch.zeros(groups, dtype=scale_dtype, device=device)) if affine else None
         )
 
     def _pack(self, weight: torch.Tensor) -> None:
-        """Quantizes weight [rows, columns] into this module's parameters."""
+        """Quantizes weight [..., rows, columns] into this module's parameters."""
         packed = quantize(weight.detach(), self.group_size, self.bits, self.mode)
         for name, tensor in zip(("weight", "scales", "biases"), packed, strict=False):
             setattr(self, name, _frozen(tensor))
@@ -162,7 +162,7 @@ class QuantizedLinear(_QuantizedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(out_features, in_features, group_size, bits, mode, device, dtype)
+        super().__init__((out_features, in_features), group_size, bits, mode, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter(
@@ -219,7 +219,7 @@ class QuantizedEmbedding(_QuantizedModule):
         dtype: torch.dtype | None = None,
         scale: float = 1.0,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, group_size, bits, mode, device, dtype)
+        super().__init__((num_embeddings, embedding_dim), group_size, bits, mode, device, dtype)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.scale = scale
