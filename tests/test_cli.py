@@ -21,7 +21,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 import oracle
 from quantization_mlx import load_checkpoint
-from quantization_mlx.cli import main
+from quantization_mlx.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parent.parent
 
 VOCABULARY = 96
 TEXT = " ".join(f"w{i * i % VOCABULARY}" for i in range(100))
@@ -244,6 +246,21 @@ def test_info_reads_headers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"mxfp4, 4 bits, group_size 32: kernels for its largest matrix, {rows} x {columns}" in out
 
 
+# --- Help -------------------------------------------------------------------------------------------------------------
+
+
+def test_documentation_shows_the_help_of_today(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^```text\n\$ quantization-mlx ?(\w*) --help\n(.*?)^```$", page, re.M | re.S))
+    assert set(blocks) == {"", *COMMANDS}
+    monkeypatch.setenv("COLUMNS", "100")
+    for command, text in blocks.items():
+        out, _ = run(capsys, *command.split(), "--help")
+        assert out == text, "python benchmarks/quantization_error.py --help-only writes the page anew"
+
+
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -331,10 +348,8 @@ def test_missing_extras_are_named(
     monkeypatch.setitem(sys.modules, package, None)
     flags = ["-q", "--plot", tmp_path / "plot.png"]
     _, err = run(capsys, "convert", "--hf-path", dense, "--mlx-path", tmp_path / "out", *flags, code=1)
-    assert (
-        err
-        == f'quantization-mlx convert: error: this needs the package {package}: pip install "quantization-mlx[{extra}]"\n'
-    )
+    install = f'pip install "quantization-mlx[{extra}]"'
+    assert err == f"quantization-mlx convert: error: this needs the package {package}: {install}\n"
 
 
 def test_debug_raises(tmp_path: Path) -> None:
