@@ -186,6 +186,14 @@ def _truth(text: str) -> bool:
     return truths[text.lower()]
 
 
+def _transformers() -> Any:
+    """The package, whose progress bars are for people."""
+    transformers = require("transformers")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 # Convert
 
 
@@ -248,7 +256,7 @@ def _check_conversion(arguments: argparse.Namespace) -> None:
 
 def _read_source(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in floating point and its tokenizer."""
-    transformers = require("transformers")
+    transformers = _transformers()
     source, gguf = arguments.hf_path, arguments.gguf_file
     if gguf is None and source.endswith(".gguf"):
         source, gguf = str(Path(source).parent), Path(source).name
@@ -441,7 +449,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     directory = Path(arguments.model)
     _read_mlx_config(directory)
-    transformers = require("transformers")
+    transformers = _transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory) if with_tokenizer else None
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     return load_checkpoint(directory, arguments.device, dtype), tokenizer
@@ -496,7 +504,7 @@ def info(arguments: argparse.Namespace) -> None:
     for part in summary.quantized:
         shape = " x ".join(map(str, part.largest))
         print(f"\n{part.name}: kernels for its largest matrix, {shape}")
-        _print_table([(name, f"{rows} rows", kernel) for name, rows, kernel in kernels[part.name]])
+        _print_table([(name, f"{count} row{'s' * (count > 1)}", kernel) for name, count, kernel in kernels[part.name]])
 
 
 def _print_table(rows: Iterable[tuple[str, ...]]) -> None:
