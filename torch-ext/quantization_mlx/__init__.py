@@ -3,6 +3,7 @@
 from . import layers
 from .activations import cpu_activations, get_cpu_activations, set_cpu_activations
 from .checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from .foreign import convert_awq, convert_compressed_tensors, convert_foreign_checkpoint, convert_gptq
 from .generation import prepare_for_generation
 from .modules import QuantizedEmbedding, QuantizedLinear
 from .ops import (
@@ -37,6 +38,10 @@ __all__ = [
     "affine_qmm_t",
     "affine_qmm_t_nax",
     "affine_qmv",
+    "convert_awq",
+    "convert_compressed_tensors",
+    "convert_foreign_checkpoint",
+    "convert_gptq",
     "cpu_activations",
     "dequantize",
     "explain",
