@@ -27,6 +27,7 @@ from .ops import (
     quantize,
     quantized_matmul,
 )
+from .peft_integration import patch_peft, unpatch_peft
 from .plans import explain
 
 __all__ = [
@@ -58,10 +59,12 @@ __all__ = [
     "nvfp4_qmm_n",
     "nvfp4_qmm_t",
     "nvfp4_qmv",
+    "patch_peft",
     "prepare_for_generation",
     "quantize",
     "quantize_model",
     "quantized_matmul",
     "save_checkpoint",
     "set_cpu_activations",
+    "unpatch_peft",
 ]
