@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -135,7 +136,7 @@ def test_loss_falls_on_a_real_text(tmp_path: Path) -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.85 * losses[0]
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
 
     with torch.no_grad():
         after = model(tokens[:1]).logits

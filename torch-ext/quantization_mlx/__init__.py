@@ -29,6 +29,7 @@ from .ops import (
 )
 from .peft_integration import patch_peft, unpatch_peft
 from .plans import explain
+from .transformers_integration import patch_transformers, unpatch_transformers
 
 __all__ = [
     "QuantizedEmbedding",
@@ -60,6 +61,7 @@ __all__ = [
     "nvfp4_qmm_t",
     "nvfp4_qmv",
     "patch_peft",
+    "patch_transformers",
     "prepare_for_generation",
     "quantize",
     "quantize_model",
@@ -67,4 +69,5 @@ __all__ = [
     "save_checkpoint",
     "set_cpu_activations",
     "unpatch_peft",
+    "unpatch_transformers",
 ]

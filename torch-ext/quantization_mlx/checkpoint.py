@@ -18,18 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .modules import SUPPORTED, QuantizedEmbedding, QuantizedLinear, complete_format
+from .modules import QuantizedEmbedding, QuantizedLinear, complete_format
+from .stored import RECORDS, WEIGHT_FILES, Format, find_record, read_config, read_headers, require, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Format = dict[str, Any]  # keyword arguments group_size, bits and mode of the quantized modules
 Predicate = Callable[[str, nn.Module], "bool | Format"]
 
-_WEIGHT_FILES = "model*.safetensors"
 _INDEX = "model.safetensors.index.json"
-_RECORDS = ("quantization", "quantization_config")  # the names under which config.json has the format
-_SHOWN_NAMES = 8  # as many tensor names as an error message lists
 
 
 def quantize_model(
@@ -87,21 +84,7 @@ def save_checkpoint(
     Raises:
         ImportError: safetensors is not installed.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    # Inside the directory, because a rename cannot leave its file system.
-    with tempfile.TemporaryDirectory(prefix=".save-", dir=directory) as scratch:
-        staged = Path(scratch)
-        weight_files = _write_weights(_distinct_tensors(model), staged, max_shard_bytes)
-        _write_json(staged / "config.json", _config_record(model))
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(staged)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
-        _move_files(staged, directory)
-    for file in directory.glob(_WEIGHT_FILES):
-        if file.name not in weight_files:
-            file.unlink()
+    write_checkpoint(model, Path(directory), tokenizer, max_shard_bytes)
 
 
 def load_checkpoint(
@@ -109,7 +92,10 @@ def load_checkpoint(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Reads an MLX checkpoint of a dense decoder (Llama and its relatives) as a Transformers model in eval mode.
+    """Reads an MLX checkpoint as a Transformers model in eval mode.
+
+    It is what `AutoModelForCausalLM.from_pretrained(directory)` does after `patch_transformers()`, without patching
+    beyond this call, and as strict with checkpoints that are not quantized.
 
     A layer is quantized if config.json has an entry for it that is not false, or else if its scales are stored. The
     index is not consulted: the tensors are those that the `model*.safetensors` files hold. The model is built without
@@ -118,53 +104,33 @@ def load_checkpoint(
     Args:
         directory: holds config.json and the weights.
         device: where the model is put; the CPU if None.
-        dtype: what floating-point tensors are converted to; None keeps them as they are stored.
+        dtype: what floating-point tensors are converted to; None takes that of the first one stored.
 
     Raises:
         FileNotFoundError: config.json or the weights are missing.
         ImportError: transformers or safetensors is not installed.
-        ValueError: the checkpoint is of another kind, or lacks tensors, or has unknown ones, or ones of a wrong shape
-            or dtype; the message names them.
+        ValueError: the checkpoint is of another kind, or lacks tensors, or has unknown or damaged ones, or ones of a
+            wrong shape or dtype, or scales that are not finite numbers; the message names them.
     """
-    transformers = _require("transformers")
+    transformers = require("transformers")
+    require("safetensors")
+    from .transformers_integration import mark_as_mlx, patched_transformers
+
     directory = Path(directory)
-    stored_config = _read_config(directory)
-    record = _quantization_record(directory, stored_config)
-    tensors = _read_tensors(directory, torch.device(device or "cpu"), dtype)
-    dtype = dtype or next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
-
+    stored_config = read_config(directory)
+    if stored_config is None:
+        raise FileNotFoundError(f"[load_checkpoint] {directory} has no config.json")
+    if find_record(stored_config) is None and (other := next(filter(None, map(stored_config.get, RECORDS)), None)):
+        method = other.get("quant_method") if isinstance(other, Mapping) else other
+        raise ValueError(f"[load_checkpoint] {directory} is quantized by {method!r}, which is not the MLX format")
     config = transformers.AutoConfig.from_pretrained(directory)
-    for name in _RECORDS:
-        if hasattr(config, name):
-            delattr(config, name)
-    if "tie_word_embeddings" not in stored_config:  # MLX ties by default, Transformers does not
-        config.tie_word_embeddings = not any(name.startswith("lm_head.") for name in tensors)
-
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _replace_layers(
-        model,
-        lambda path, layer: _stored_format(path, layer, record, tensors),
-        lambda layer, format: _shell(layer, format, dtype),
-    )
-    _restore_buffers(model, torch.device(device or "cpu"))
-    _assign(model, tensors, directory)
-    if (directory / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    return model.eval()
-
-
-def _require(name: str) -> Any:
-    """Imports an optional package."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise ImportError(
-            f'checkpoints need the package {package}: pip install "quantization-mlx[transformers]"'
-        ) from error
+    mark_as_mlx(config, always=True)
+    if dtype is None:
+        stored = read_headers(weight_files(directory)).values()
+        dtype = next((tensor.dtype for tensor in stored if tensor.is_floating_point()), None)
+    with patched_transformers():
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype)
+    return model if device is None else model.to(device)
 
 
 def _progress(items: list[Any], what: str) -> Iterable[Any]:
@@ -177,33 +143,6 @@ def _progress(items: list[Any], what: str) -> Iterable[Any]:
 
 
 # Formats
-
-
-def _entry_format(entry: Mapping[str, Any]) -> Format:
-    """The format of an entry of config.json, which may have other keys and lack these."""
-    return complete_format(entry.get("group_size"), entry.get("bits"), entry.get("mode") or "affine")
-
-
-def _stored_format(
-    path: str, layer: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> Format | None:
-    """The format of one layer of a checkpoint, None if it is not quantized."""
-    entry = record.get(path)
-    if isinstance(entry, Mapping):
-        return _entry_format(entry)
-    scales = tensors.get(f"{path}.scales")
-    if entry is False or (scales is None and entry is None):
-        return None
-    weight = tensors.get(f"{path}.weight")
-    if scales is None or weight is None:
-        return _entry_format(record)
-    # The shapes tell more than the default: mixed checkpoints exist that have no entry for their exceptions.
-    columns = layer.weight.shape[-1]
-    group_size, bits = columns // scales.shape[-1], weight.shape[-1] * 32 // columns
-    if scales.is_floating_point():
-        return {"group_size": group_size, "bits": bits, "mode": "affine"}
-    modes = [mode for mode, known in SUPPORTED.items() if mode != "affine" and known == ((group_size,), (bits,))]
-    return {"group_size": group_size, "bits": bits, "mode": modes[0]} if modes else _entry_format(record)
 
 
 def _format_of(module: QuantizedLinear | QuantizedEmbedding) -> Format:
@@ -274,162 +213,85 @@ def _tied(
     return tied.train(layer.training)
 
 
-# Loading
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    file = directory / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"[load_checkpoint] {directory} has no config.json")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _quantization_record(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The record of formats in `config`, empty if nothing is quantized."""
-    record = config.get("quantization") or config.get("quantization_config") or {}
-    if "quant_method" in record:
-        raise ValueError(
-            f"[load_checkpoint] {directory} is quantized by {record['quant_method']!r}, which is not the MLX format"
-        )
-    if config.get("quantize_activations"):
-        raise ValueError(f"[load_checkpoint] {directory} asks for quantized activations, which are not supported")
-    return record
-
-
-def _read_tensors(directory: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    safetensors_torch = _require("safetensors.torch")
-    files = sorted(directory.glob(_WEIGHT_FILES))
-    if not files:
-        raise FileNotFoundError(f"[load_checkpoint] {directory} has no {_WEIGHT_FILES}")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in _progress(files, "Reading"):
-        shard = safetensors_torch.load_file(file, device=str(device))
-        if twice := sorted(tensors.keys() & shard.keys()):
-            raise ValueError(f"[load_checkpoint] {file} repeats tensors of another file: {_listed(twice)}")
-        tensors.update(shard)
-    if dtype is None:
-        return tensors
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-
-
-def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Computes the buffers that no checkpoint stores, such as rotary frequencies, by the model's own initialisation."""
-    for path, module in model.named_modules():
-        lost = [name for name in module._non_persistent_buffers_set if getattr(module._buffers[name], "is_meta", False)]
-        for name in lost:
-            old = module._buffers[name]
-            fill = torch.nan if old.is_floating_point() else 0
-            module._buffers[name] = torch.full_like(old, fill, device=device)
-        if lost:
-            model._init_weights(module)
-        if any(module._buffers[name].isnan().any() for name in lost):
-            raise ValueError(f"[load_checkpoint] {path} ({type(module).__name__}) does not initialise {lost}")
-
-
-def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
-    """Puts the tensors into the model, which must want exactly these."""
-    wanted: dict[torch.Tensor, list[str]] = {}  # several names where parameters are shared
-    for name, placeholder in model.state_dict(keep_vars=True).items():
-        wanted.setdefault(placeholder, []).append(name)
-    # Whoever stores a tied tensor twice stores it under the later name, too; old checkpoints store rotary frequencies.
-    names = {name for aliases in wanted.values() for name in aliases}
-    unexpected = [name for name in tensors if name not in names and not name.endswith("rotary_emb.inv_freq")]
-    missing = [aliases[0] for aliases in wanted.values() if aliases[0] not in tensors]
-    wrong = [
-        f"{aliases[0]} is {_described(tensors[aliases[0]])} and should be {_described(placeholder)}"
-        for placeholder, aliases in wanted.items()
-        if aliases[0] in tensors and not _fits(tensors[aliases[0]], placeholder)
-    ]
-    faults = [
-        f"{fault}: {_listed(found)}"
-        for fault, found in (("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong tensors", wrong))
-        if found
-    ]
-    if faults:
-        raise ValueError(f"[load_checkpoint] {directory}: {'; '.join(faults)}")
-    for placeholder, aliases in wanted.items():
-        tensor = tensors[aliases[0]]
-        if isinstance(placeholder, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=placeholder.requires_grad)
-        for alias in aliases:
-            path, _, attribute = alias.rpartition(".")
-            setattr(model.get_submodule(path), attribute, tensor)
-
-
-def _fits(tensor: torch.Tensor, placeholder: torch.Tensor) -> bool:
-    same_kind = tensor.dtype == placeholder.dtype or (tensor.is_floating_point() and placeholder.is_floating_point())
-    return same_kind and tensor.shape == placeholder.shape
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(names[:_SHOWN_NAMES]) + more
-
-
 # Saving
 
 
-def _distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def write_checkpoint(
+    model: PreTrainedModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = 5 * 1024**3,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """`save_checkpoint`, where a size may be a string such as "5GB", and the model's tensors may be given."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # Inside the directory, because a rename cannot leave its file system.
+    with tempfile.TemporaryDirectory(prefix=".save-", dir=directory) as scratch:
+        staged = Path(scratch)
+        weight_files = _write_weights(_distinct_tensors(model, state_dict), staged, max_shard_size)
+        _write_json(staged / "config.json", _config_record(model))
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        _move_files(staged, directory)
+    for file in directory.glob(WEIGHT_FILES):
+        if file.name not in weight_files:
+            file.unlink()
+
+
+def _distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
     """The model's tensors under their first names: tied ones are stored once, as MLX does."""
     distinct: dict[torch.Tensor, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         distinct.setdefault(tensor, name)
-    return {name: tensor.detach() for tensor, name in distinct.items()}
+    return {name: (tensor if state_dict is None else state_dict[name]).detach() for tensor, name in distinct.items()}
 
 
-def _write_weights(tensors: Mapping[str, torch.Tensor], directory: Path, max_shard_bytes: int) -> set[str]:
+def _write_weights(tensors: Mapping[str, torch.Tensor], directory: Path, max_shard_size: int | str) -> set[str]:
     """Writes the weight files and their index, and returns the names of the files."""
-    save_file = _require("safetensors.torch").save_file
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    room = max_shard_bytes
-    for name, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    files = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    save_file = require("safetensors.torch").save_file
+    split = require("huggingface_hub").split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    for file, shard in _progress(list(zip(files, shards, strict=True)), "Writing"):
-        on_host = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
+    for file, names in _progress(list(split.filename_to_tensors.items()), "Writing"):
+        on_host = {name: tensors[name].cpu().contiguous() for name in names}
         save_file(on_host, directory / file, metadata={"format": "mlx"})
-    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    weight_map = {name: file for file, names in split.filename_to_tensors.items() for name in names}
     total_size = sum(tensor.nbytes for tensor in tensors.values())
     _write_json(
         directory / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    return set(files)
+    return set(split.filename_to_tensors)
 
 
 def _config_record(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of `model`."""
     config = model.config.to_diff_dict()
-    for name in ("_name_or_path", *_RECORDS):
+    for name in ("_name_or_path", *RECORDS):
         config.pop(name, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
-    # Transformers keeps these inside rope_parameters, MLX reads them at the top.
-    rope = config.get("rope_parameters") or {}
-    config.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     formats = {
         path: _format_of(module)
         for path, module in model.named_modules()
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
     }
+    return _in_mlx_terms(config, formats)
+
+
+def _in_mlx_terms(config: dict[str, Any], formats: Mapping[str, Format]) -> dict[str, Any]:
+    """`config` with what MLX looks for in it, among that the formats by the paths of the layers."""
+    # Transformers keeps these inside rope_parameters, MLX reads them at the top.
+    rope = config.get("rope_parameters") or {}
+    config.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     if formats:
         (common, _), *_ = Counter(tuple(format.items()) for format in formats.values()).most_common(1)
         exceptions = {path: format for path, format in formats.items() if tuple(format.items()) != common}
-        config.update({name: {**dict(common), **exceptions} for name in _RECORDS})
+        config.update({name: {**dict(common), **exceptions} for name in RECORDS})
     return dict(sorted(config.items()))
 
 

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,9 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import _INDEX, _RECORDS, _WEIGHT_FILES, _listed, _move_files, _progress, _require, _write_json
+from .checkpoint import _INDEX, _in_mlx_terms, _move_files, _progress, _write_json
 from .modules import SUPPORTED, complete_format
 from .ops import dequantize, quantize
+from .stored import WEIGHT_FILES, listed, require
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, that each 4-bit field of a word holds
 _GROUP_SIZES = sorted(SUPPORTED["affine"][0], reverse=True)
@@ -190,7 +190,7 @@ def convert_foreign_checkpoint(
             _write_json(Path(scratch) / "config.json", _mlx_config(config, report, stored))
             _copy_companions(source, Path(scratch))
             _move_files(Path(scratch), target)
-    for file in target.glob(_WEIGHT_FILES):
+    for file in target.glob(WEIGHT_FILES):
         if file.name not in weight_map.values():
             file.unlink()
     return report
@@ -394,7 +394,7 @@ class _StoredTensors:
     """The tensors of all safetensors files of a directory, read when they are asked for."""
 
     def __init__(self, directory: Path, open_files: ExitStack) -> None:
-        safetensors = _require("safetensors")
+        safetensors = require("safetensors")
         paths = sorted(directory.glob("*.safetensors"))
         if not paths:
             raise FileNotFoundError(f"[convert_foreign_checkpoint] {directory} has no *.safetensors")
@@ -408,7 +408,7 @@ class _StoredTensors:
             self.names.append(list(file.keys()))
             if twice := sorted(self._files.keys() & set(self.names[-1])):
                 raise ValueError(
-                    f"[convert_foreign_checkpoint] {path} repeats tensors of another file: {_listed(twice)}"
+                    f"[convert_foreign_checkpoint] {path} repeats tensors of another file: {listed(twice)}"
                 )
             self._files.update(dict.fromkeys(self.names[-1], file))
 
@@ -542,7 +542,7 @@ def _write_converted(
     requantize: Mapping[str, Any] | None,
 ) -> tuple[ConversionReport, dict[str, str]]:
     """Writes the weight files and their index; returns the report and the file of each tensor."""
-    save_file = _require("safetensors.torch").save_file
+    save_file = require("safetensors.torch").save_file
     report = ConversionReport(dtype=dtype or next(iter(layers.values())).scales.dtype)
     left_out = _zero_biases_of_no_layer(source, stored, layers)
     weight_map: dict[str, str] = {}
@@ -603,7 +603,7 @@ def _zero_biases_of_no_layer(source: Path, stored: _StoredTensors, paths: Iterab
     names = {name for path in paths if (name := f"{path}.bias") in stored and not stored[name].any()}
     if not names:
         return names
-    transformers = _require("transformers")
+    transformers = require("transformers")
     config = transformers.AutoConfig.from_pretrained(source)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -619,15 +619,7 @@ def _mlx_config(config: Mapping[str, Any], report: ConversionReport, stored: _St
     result["dtype"] = str(report.dtype).removeprefix("torch.")
     if "tie_word_embeddings" not in result:  # MLX ties by default
         result["tie_word_embeddings"] = not any(name.startswith("lm_head.") for name in stored)
-    # Transformers 5 keeps it inside rope_parameters, MLX reads it at the top.
-    rope = result.get("rope_parameters") or {}
-    result.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
-    if rope.get("rope_type", "default") != "default":
-        result["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    (common, _), *_ = Counter(tuple(format.items()) for format in report.formats.values()).most_common(1)
-    exceptions = {path: format for path, format in report.formats.items() if tuple(format.items()) != common}
-    result.update({name: {**dict(common), **exceptions} for name in _RECORDS})
-    return dict(sorted(result.items()))
+    return _in_mlx_terms(result, report.formats)
 
 
 def _copy_companions(source: Path, directory: Path) -> None:

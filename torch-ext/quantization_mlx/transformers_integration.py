@@ -1,0 +1,240 @@
+"""After `patch_transformers()`, Transformers reads and writes MLX checkpoints, and runs `MetalConfig` on any device.
+
+What loads is Transformers' own `from_pretrained`. The patch lets it find the quantizer (quantizer.py) of a config
+without `quant_method`, and all weight files of an MLX checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import ops
+from .checkpoint import write_checkpoint
+from .modules import _QuantizedModule
+from .quantizer import METHOD, quantizer_classes
+from .stored import RECORDS, WEIGHT_FILES, find_record, is_mlx_directory, read_config, require, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# Patching
+
+
+class _Patch:
+    """The state of the patch: how many hold it, and how it is undone."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.holders = 0
+        self.permanent = False
+        self.undo = contextlib.ExitStack()
+
+    def acquire(self) -> None:
+        if self.holders == 0:
+            with contextlib.ExitStack() as stack:
+                _apply(stack)
+                self.undo = stack.pop_all()
+        self.holders += 1
+
+    def release(self) -> None:
+        self.holders -= 1
+        if self.holders == 0:
+            self.undo.close()
+
+
+_patch = _Patch()
+
+
+def patch_transformers() -> None:
+    """Makes Transformers read and write MLX checkpoints, until `unpatch_transformers()`; a second call does nothing.
+
+    - `from_pretrained` loads MLX checkpoints, by the name of a repository or of a directory, with their layers
+      quantized: config.json needs no `quant_method`, and the index of the weight files is not used.
+      It raises ValueError if tensors are missing, unknown, damaged or of a wrong shape or dtype, or scales not finite.
+    - `save_pretrained` writes models that have quantized layers as MLX checkpoints, which mlx_lm loads. A save that
+      fails leaves an older checkpoint in the directory as it was.
+    - Models with the `MetalConfig` of Transformers run on this package's kernels, on any device.
+
+    Raises:
+        ImportError: transformers or safetensors is not installed.
+    """
+    with _patch.lock:
+        if not _patch.permanent:
+            _patch.acquire()
+            _patch.permanent = True
+
+
+def unpatch_transformers() -> None:
+    """Undoes `patch_transformers()`; without it, does nothing. Models that were loaded go on working."""
+    with _patch.lock:
+        if _patch.permanent:
+            _patch.permanent = False
+            _patch.release()
+
+
+@contextlib.contextmanager
+def patched_transformers() -> Iterator[None]:
+    """As between `patch_transformers()` and `unpatch_transformers()`; may be nested, and used by several threads."""
+    with _patch.lock:
+        _patch.acquire()
+    try:
+        yield
+    finally:
+        with _patch.lock:
+            _patch.release()
+
+
+def _apply(stack: contextlib.ExitStack) -> None:
+    """Patches; `stack` gets what undoes it."""
+    require("transformers")
+    require("safetensors")
+    from transformers import PreTrainedModel, modeling_utils, quantizers
+    from transformers.integrations import metal_quantization
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_metal import MetalHfQuantizer
+
+    config_class, quantizer_class = quantizer_classes()
+    quantizers.register_quantization_config(METHOD)(config_class)
+    stack.callback(auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop, METHOD)
+    quantizers.register_quantizer(METHOD)(quantizer_class)
+    stack.callback(auto.AUTO_QUANTIZER_MAPPING.pop, METHOD)
+
+    for target, name, replacement in (
+        (modeling_utils, "get_hf_quantizer", _reads_mlx_configs(modeling_utils.get_hf_quantizer)),
+        (
+            modeling_utils,
+            "_get_resolved_checkpoint_files",
+            _takes_all_weight_files(modeling_utils._get_resolved_checkpoint_files),
+        ),
+        (PreTrainedModel, "save_pretrained", _writes_mlx_checkpoints(PreTrainedModel.save_pretrained)),
+        (MetalHfQuantizer, "validate_environment", lambda self, *args, **kwargs: None),
+        (MetalHfQuantizer, "update_device_map", _metal_device_map),
+        (metal_quantization, "_metal_kernel", ops),
+    ):
+        stack.callback(setattr, target, name, getattr(target, name))
+        setattr(target, name, replacement)
+
+
+def _metal_device_map(self: Any, device_map: Any) -> Any:
+    """Where a model with MetalConfig goes: to the GPU of a Mac if the user does not say, and else to the CPU."""
+    return {"": "mps"} if device_map is None and torch.backends.mps.is_available() else device_map
+
+
+def _reads_mlx_configs(original: Any) -> Any:
+    """`get_hf_quantizer` that knows the quantizer of a config without `quant_method`, as MLX writes it."""
+
+    @functools.wraps(original)
+    def get_hf_quantizer(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+        mark_as_mlx(config)
+        return original(config, *args, **kwargs)
+
+    return get_hf_quantizer
+
+
+def mark_as_mlx(config: PreTrainedConfig, always: bool = False) -> None:
+    """Gives the record of formats in `config` the `quant_method` by which Transformers finds the quantizer.
+
+    Args:
+        config: of a model; left alone if it has no record of MLX.
+        always: whether a config without any record becomes that of a checkpoint without quantized layers.
+
+    Raises:
+        ValueError: the checkpoint quantizes activations.
+    """
+    for holder in (config, config.get_text_config(decoder=True)):
+        record = find_record({name: getattr(holder, name, None) for name in RECORDS})
+        if record is not None or always:
+            break
+    else:
+        return
+    if getattr(config, "quantize_activations", False):
+        raise ValueError("[from_pretrained] the checkpoint asks for quantized activations, which are not supported")
+    for name in RECORDS:
+        if hasattr(holder, name):
+            delattr(holder, name)
+    config.quantization_config = {**(record or {}), "quant_method": METHOD}
+
+
+def _takes_all_weight_files(original: Any) -> Any:
+    """The resolver of weight files, by which MLX checkpoints are all files `model*.safetensors` that there are."""
+
+    @functools.wraps(original)
+    def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
+        source = kwargs.get("pretrained_model_name_or_path")
+        plain = not any(kwargs.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
+        directory = _mlx_directory(source, kwargs.get("download_kwargs") or {}) if plain and source else None
+        if directory is None:
+            return original(*args, **kwargs)
+        return [str(file) for file in weight_files(directory)], None
+
+    return _get_resolved_checkpoint_files
+
+
+def _mlx_directory(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
+    """Where the MLX checkpoint `source` is, after the download of its weights; None if it is of another kind."""
+    subfolder = options.get("subfolder") or ""
+    if os.path.isdir(source):
+        directory = Path(source, subfolder)
+        return directory if is_mlx_directory(directory) else None
+    from huggingface_hub import snapshot_download
+    from transformers.utils import cached_file
+
+    config_file = cached_file(
+        str(source), "config.json", _raise_exceptions_for_missing_entries=False, **_given(options)
+    )
+    if config_file is None or find_record(read_config(Path(config_file).parent) or {}) is None:
+        return None
+    names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+    snapshot = snapshot_download(
+        str(source),
+        allow_patterns=[f"{subfolder}/{WEIGHT_FILES}" if subfolder else WEIGHT_FILES],
+        **{name: value for name, value in _given(options).items() if name in names},
+    )
+    return Path(snapshot, subfolder)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _writes_mlx_checkpoints(original: Any) -> Any:
+    """`save_pretrained` that writes models with quantized layers of this package as MLX checkpoints."""
+
+    @functools.wraps(original)
+    def save_pretrained(
+        self: PreTrainedModel,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> None:
+        options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
+        has_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        if has_adapters or not any(isinstance(module, _QuantizedModule) for module in self.modules()):
+            return original(self, save_directory, max_shard_size=max_shard_size, **options)
+        if kwargs.get("variant") is not None or kwargs.get("distributed_checkpoint"):
+            raise ValueError(
+                "[save_pretrained] an MLX checkpoint is written without variant and distributed_checkpoint"
+            )
+        if is_main_process:
+            write_checkpoint(self, Path(save_directory), max_shard_size=max_shard_size, state_dict=state_dict)
+            if push_to_hub:
+                names = ("commit_message", "private", "token", "revision", "create_pr")
+                self.push_to_hub(
+                    kwargs.get("repo_id") or Path(save_directory).name,
+                    max_shard_size=max_shard_size,
+                    **{name: kwargs[name] for name in names if name in kwargs},
+                )
+
+    return save_pretrained
