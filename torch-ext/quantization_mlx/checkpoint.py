@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .modules import QuantizedEmbedding, QuantizedLinear, complete_format
+from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_path, unfused
+from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
+from .recipes import mixed_recipe
 from .stored import RECORDS, WEIGHT_FILES, Format, find_record, read_config, read_headers, require, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Predicate = Callable[[str, nn.Module], "bool | Format"]
+OnLayer = Callable[[str, torch.Tensor, Any], None]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -34,25 +37,37 @@ def quantize_model(
     group_size: int | None = None,
     bits: int | None = None,
     mode: str = "affine",
-    predicate: Predicate | None = None,
+    predicate: Predicate | str | None = None,
+    on_layer: OnLayer | None = None,
 ) -> nn.Module:
-    """Quantizes the `nn.Linear` and `nn.Embedding` layers of `model` in place and returns it.
+    """Quantizes the `nn.Linear` and `nn.Embedding` layers and the fused experts of `model` in place, one after the
+    other, and returns it.
 
-    Layers whose rows do not divide into groups, and subclasses of the two, which may compute something else, are left
-    alone, and so is a layer that shares its weight with one. Layers that share a weight, as tied embeddings do, go on
-    sharing one packed copy; the first decides for all.
+    Fused experts of Transformers count as layers `….experts.gate_proj`, `up_proj` and `down_proj`, of type
+    `SwitchLinear`, and become `QuantizedSwitchLinear`; `quantization_mlx.experts` has both. Layers whose rows do not
+    divide into groups, and subclasses of `nn.Linear` and `nn.Embedding`, which may compute something else, are left
+    alone, and so is a layer that shares its weight with one; embeddings that scale their rows, as Gemma's do, are
+    quantized. Layers that share a weight, as tied embeddings do, go on sharing one packed copy; the first decides for
+    all.
 
     Args:
         model: any module; a layer by itself is not changed, its quantized form is returned.
         group_size, bits, mode: the format; what is None takes the mode's default.
         predicate: called with the path and the layer; a false value leaves the layer alone, a dict with any of
-            group_size, bits and mode quantizes it in that format, and any other true value in the common one.
+            group_size, bits and mode quantizes it in that format, and any other true value in the common one. The
+            name of a mixed recipe, such as "mixed_4_6", stands for `mixed_recipe(name, model, group_size)`.
+        on_layer: called with the path, the weight [..., rows, columns] and the quantized module of each layer, while
+            both exist; a `QuantizationReport`'s `add` for example.
 
     Raises:
         TypeError: the predicate's dict has other keys.
-        ValueError: the format is not supported.
+        ValueError: the format or the recipe is not supported.
     """
     default = complete_format(group_size, bits, mode)
+    if isinstance(predicate, str):
+        if mode != "affine":
+            raise ValueError(f"[quantize_model] the recipe {predicate!r} is for mode 'affine', not for {mode!r}")
+        predicate = mixed_recipe(predicate, model, default["group_size"])
 
     def format_of(path: str, layer: nn.Module) -> Format | None:
         choice = True if predicate is None else predicate(path, layer)
@@ -61,7 +76,8 @@ def quantize_model(
         chosen = complete_format(**{"mode": mode, **choice}) if isinstance(choice, Mapping) else default
         return chosen if layer.weight.shape[-1] % chosen["group_size"] == 0 else None
 
-    return _replace_layers(model, format_of, _quantized)
+    with unfused(model):
+        return _replace_layers(model, format_of, _quantized, on_layer)
 
 
 def save_checkpoint(
@@ -145,33 +161,39 @@ def _progress(items: list[Any], what: str) -> Iterable[Any]:
 # Formats
 
 
-def _format_of(module: QuantizedLinear | QuantizedEmbedding) -> Format:
+def _format_of(module: _QuantizedModule) -> Format:
     return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
 
 
 # Layers
 
 
-def _quantized(layer: nn.Linear | nn.Embedding, format: Format) -> QuantizedLinear | QuantizedEmbedding:
+def _quantized(layer: nn.Linear | nn.Embedding | SwitchLinear, format: Format) -> _QuantizedModule:
+    if isinstance(layer, SwitchLinear):
+        return QuantizedSwitchLinear.from_switch_linear(layer, **format)
     if isinstance(layer, nn.Linear):
         return QuantizedLinear.from_linear(layer, **format)
     return QuantizedEmbedding.from_embedding(layer, **format)
 
 
 def _shell(
-    layer: nn.Linear | nn.Embedding, format: Format, dtype: torch.dtype | None
-) -> QuantizedLinear | QuantizedEmbedding:
+    layer: nn.Linear | nn.Embedding | SwitchLinear, format: Format, dtype: torch.dtype | None
+) -> _QuantizedModule:
     """A quantized layer of the same sizes that waits for its tensors."""
+    if isinstance(layer, SwitchLinear):
+        return QuantizedSwitchLinear.shell(layer, dtype, **format)
     if isinstance(layer, nn.Linear):
         has_bias = layer.bias is not None
         return QuantizedLinear(layer.in_features, layer.out_features, has_bias, **format, device="meta", dtype=dtype)
-    return QuantizedEmbedding(layer.num_embeddings, layer.embedding_dim, **format, device="meta", dtype=dtype)
+    sizes = (layer.num_embeddings, layer.embedding_dim)
+    return QuantizedEmbedding(*sizes, **format, device="meta", dtype=dtype, scale=row_scale(layer))
 
 
 def _replace_layers(
     model: nn.Module,
     format_of: Callable[[str, nn.Module], Format | None],
-    convert: Callable[[Any, Format], QuantizedLinear | QuantizedEmbedding],
+    convert: Callable[[Any, Format], _QuantizedModule],
+    on_layer: OnLayer | None = None,
 ) -> nn.Module:
     """Puts convert(layer, format) in the place of every layer that has a format; returns the model.
 
@@ -184,16 +206,18 @@ def _replace_layers(
     plan: list[tuple[list[str], Format]] = []
     for paths in holders.values():
         layers = [model.get_submodule(path) for path in paths]
-        plain = all(type(layer) in (nn.Linear, nn.Embedding) for layer in layers)
+        plain = all(type(layer) in (nn.Linear, SwitchLinear) or row_scale(layer) is not None for layer in layers)
         if plain and (format := format_of(paths[0], layers[0])) is not None:
             plan.append((paths, format))
     for paths, format in _progress(plan, "Quantizing"):
         layers = [model.get_submodule(path) for path in paths]  # that share this weight, or are one and the same
-        replaced: dict[int, QuantizedLinear | QuantizedEmbedding] = {}
+        replaced: dict[int, _QuantizedModule] = {}
         for path, layer in zip(paths, layers, strict=True):
             if id(layer) not in replaced:
                 twin = next(iter(replaced.values()), None)
                 replaced[id(layer)] = convert(layer, format) if twin is None else _tied(layer, twin)
+                if twin is None and on_layer is not None:
+                    on_layer(path, layer.weight.detach(), replaced[id(layer)])
             if not path:
                 return replaced[id(layer)]
             model.set_submodule(path, replaced[id(layer)])
@@ -228,7 +252,8 @@ def write_checkpoint(
     # Inside the directory, because a rename cannot leave its file system.
     with tempfile.TemporaryDirectory(prefix=".save-", dir=directory) as scratch:
         staged = Path(scratch)
-        weight_files = _write_weights(_distinct_tensors(model, state_dict), staged, max_shard_size)
+        tensors = split_experts(model, _distinct_tensors(model, state_dict))
+        weight_files = _write_weights(tensors, staged, max_shard_size)
         _write_json(staged / "config.json", _config_record(model))
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(staged)
@@ -274,25 +299,37 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
     formats = {
-        path: _format_of(module)
+        stored_path(model, path): _format_of(module)
         for path, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+        if isinstance(module, _QuantizedModule)
     }
     return _in_mlx_terms(config, formats)
 
 
 def _in_mlx_terms(config: dict[str, Any], formats: Mapping[str, Format]) -> dict[str, Any]:
     """`config` with what MLX looks for in it, among that the formats by the paths of the layers."""
-    # Transformers keeps these inside rope_parameters, MLX reads them at the top.
-    rope = config.get("rope_parameters") or {}
-    config.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    config.update(_attention_record(config))
     if formats:
         (common, _), *_ = Counter(tuple(format.items()) for format in formats.values()).most_common(1)
         exceptions = {path: format for path, format in formats.items() if tuple(format.items()) != common}
         config.update({name: {**dict(common), **exceptions} for name in RECORDS})
     return dict(sorted(config.items()))
+
+
+def _attention_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What MLX reads at the top of config.json and Transformers keeps inside rope_parameters and layer_types."""
+    rope = config.get("rope_parameters") or {}
+    record: dict[str, Any] = {}
+    if "rope_theta" in (sliding := rope.get("sliding_attention") or {}):
+        record["rope_local_base_freq"] = sliding["rope_theta"]
+    rope = rope.get("full_attention") or rope
+    record.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
+    if rope.get("rope_type", "default") != "default":
+        record["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    kinds = config.get("layer_types") or []
+    if {"sliding_attention", "full_attention"} <= set(kinds):
+        record["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    return record
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

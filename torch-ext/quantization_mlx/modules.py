@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,15 +48,35 @@ def complete_format(group_size: int | None = None, bits: int | None = None, mode
     return format
 
 
+def row_scale(layer: nn.Module) -> float | None:
+    """The factor between the rows that an embedding looks up and what comes out of it.
+
+    That is 1 for `nn.Embedding`, and the square root of the width or the like for what Transformers calls a
+    ScaledWordEmbedding. None for any other layer: it may do something else to its rows.
+    """
+    if type(layer) is nn.Embedding:
+        return 1.0
+    if not isinstance(layer, nn.Embedding) or not type(layer).__name__.endswith("ScaledWordEmbedding"):
+        return None
+    # Where embed_scale is a buffer, it is lost on the meta device, and the number stands beside it.
+    scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", None))
+    return float(scale) if isinstance(scale, (int, float)) else None
+
+
+@cache
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    return torch.tensor(scale, dtype=dtype).item()
+
+
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
 class _QuantizedModule(nn.Module):
-    """A packed matrix [rows, columns], grouped along its columns, as the parameters of an MLX checkpoint:
+    """Packed matrices [..., rows, columns], grouped along their columns, as the parameters of an MLX checkpoint:
 
-    - `weight`: uint32 [rows, columns * bits / 32];
-    - `scales`: [rows, columns / group_size], of the model's dtype in mode "affine" and uint8 otherwise;
+    - `weight`: uint32 [..., rows, columns * bits / 32];
+    - `scales`: [..., rows, columns / group_size], of the model's dtype in mode "affine" and uint8 otherwise;
     - `biases`: as `scales`; None but in mode "affine".
 
     All three are frozen; `scales` and `biases` of affine layers may be trained after `requires_grad_()`. Being
@@ -65,8 +86,7 @@ class _QuantizedModule(nn.Module):
 
     def __init__(
         self,
-        rows: int,
-        columns: int,
+        shape: tuple[int, ...],
         group_size: int | None,
         bits: int | None,
         mode: str,
@@ -74,6 +94,7 @@ class _QuantizedModule(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        *rows, columns = shape
         format = complete_format(group_size, bits, mode)
         self.group_size: int = format["group_size"]
         self.bits: int = format["bits"]
@@ -82,17 +103,17 @@ class _QuantizedModule(nn.Module):
             raise ValueError(
                 f"[{type(self).__name__}] a row of {columns} values does not divide into groups of {self.group_size}"
             )
-        groups = (rows, columns // self.group_size)
+        groups = (*rows, columns // self.group_size)
         affine = mode == "affine"
         scale_dtype = (dtype or torch.get_default_dtype()) if affine else torch.uint8
-        self.weight = _frozen(torch.zeros(rows, columns * self.bits // 32, dtype=torch.uint32, device=device))
+        self.weight = _frozen(torch.zeros(*rows, columns * self.bits // 32, dtype=torch.uint32, device=device))
         self.scales = _frozen(torch.zeros(groups, dtype=scale_dtype, device=device))
         self.register_parameter(
             "biases", _frozen(torch.zeros(groups, dtype=scale_dtype, device=device)) if affine else None
         )
 
     def _pack(self, weight: torch.Tensor) -> None:
-        """Quantizes weight [rows, columns] into this module's parameters."""
+        """Quantizes weight [..., rows, columns] into this module's parameters."""
         packed = quantize(weight.detach(), self.group_size, self.bits, self.mode)
         for name, tensor in zip(("weight", "scales", "biases"), packed, strict=False):
             setattr(self, name, _frozen(tensor))
@@ -141,7 +162,7 @@ class QuantizedLinear(_QuantizedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(out_features, in_features, group_size, bits, mode, device, dtype)
+        super().__init__((out_features, in_features), group_size, bits, mode, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter(
@@ -181,6 +202,7 @@ class QuantizedEmbedding(_QuantizedModule):
         num_embeddings, embedding_dim: the two sizes; embedding_dim is a multiple of group_size.
         group_size, bits, mode: the format, as in QuantizedLinear.
         device, dtype: where the parameters live, and the dtype of the rows that come out.
+        scale: what the rows are multiplied by, rounded to their dtype, as Gemma does; `as_linear` leaves it out.
 
     Raises:
         ValueError: the format is not supported, or embedding_dim does not divide into groups.
@@ -195,10 +217,12 @@ class QuantizedEmbedding(_QuantizedModule):
         mode: str = "affine",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        scale: float = 1.0,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, group_size, bits, mode, device, dtype)
+        super().__init__((num_embeddings, embedding_dim), group_size, bits, mode, device, dtype)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
+        self.scale = scale
         # uint8 scales cannot tell the model's dtype; an empty buffer follows `.to(dtype)` and can.
         like = None if mode == "affine" else torch.empty(0, dtype=dtype, device=device)
         self.register_buffer("_like", like, persistent=False)
@@ -207,8 +231,16 @@ class QuantizedEmbedding(_QuantizedModule):
     def from_embedding(
         cls, embedding: nn.Embedding, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedEmbedding:
-        """Quantizes `embedding`."""
-        module = cls(embedding.num_embeddings, embedding.embedding_dim, group_size, bits, mode, device="meta")
+        """Quantizes `embedding`.
+
+        Raises:
+            TypeError: it is of a subclass of `nn.Embedding` that may do more than scale its rows.
+        """
+        scale = row_scale(embedding)
+        if scale is None:
+            raise TypeError(f"[QuantizedEmbedding] {type(embedding).__name__} may do more than look up and scale rows")
+        sizes = (embedding.num_embeddings, embedding.embedding_dim)
+        module = cls(*sizes, group_size, bits, mode, device="meta", scale=scale)
         module._pack(embedding.weight)
         module.follow_dtype(embedding.weight)
         return module.train(embedding.training)
@@ -231,6 +263,8 @@ class QuantizedEmbedding(_QuantizedModule):
         biases = None if self.biases is None else F.embedding(flat, self.biases)
         dtype = None if self._like is None else self._like.dtype
         rows = _dequantize(words, scales, biases, self.group_size, self.bits, self.mode, None, dtype)
+        if self.scale != 1:
+            rows = rows * _rounded(self.scale, rows.dtype)
         return rows.view(*indices.shape, self.embedding_dim)
 
     def as_linear(self, x: torch.Tensor) -> torch.Tensor:
@@ -238,4 +272,5 @@ class QuantizedEmbedding(_QuantizedModule):
         return self._matmul(x)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}"
+        scale = f", scale={self.scale:.6g}" if self.scale != 1 else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}{scale}"

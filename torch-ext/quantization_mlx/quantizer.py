@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .checkpoint import _replace_layers, _shell, quantize_model
+from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
 from .stored import entry_format, judge, read_config, read_headers, stored_format
 
@@ -59,6 +60,7 @@ def quantizer_classes() -> tuple[type, type]:
         requires_calibration = False
         is_trainable = True  # adapters are, and gradients reach the activations
         is_compileable = True
+        prefix: str | None = None  # of all names in the checkpoint, and of none in the model
 
         def is_serializable(self) -> bool:
             # Asked by Transformers' own save_pretrained only, which does not write the format.
@@ -68,7 +70,6 @@ def quantizer_classes() -> tuple[type, type]:
             return False
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
-            self.prefix = None
             if self.pre_quantized:
                 _place_layers(model, self, options.get("checkpoint_files"), options.get("dtype"))
 
@@ -76,7 +77,7 @@ def quantizer_classes() -> tuple[type, type]:
             from transformers.core_model_loading import PrefixChange
 
             first = [PrefixChange(prefix_to_remove=self.prefix)] if self.prefix else []
-            return first + super().update_weight_conversions(weight_conversions, model)
+            return first + super().update_weight_conversions(weight_conversions, model) + expert_renamings(model)
 
         def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
             if not self.pre_quantized:
@@ -114,6 +115,7 @@ def _place_layers(
     files = [Path(file) for file in checkpoint_files]
     headers = read_headers(files)
     quantizer.prefix = _foreign_prefix(model, headers)
+    place_experts(model, (name.removeprefix(f"{quantizer.prefix}.") for name in headers))
     names, converted = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
     stored = {names[name]: tensor for name, tensor in headers.items() if name in names}
     record = {
@@ -126,6 +128,7 @@ def _place_layers(
         lambda path, layer: stored_format(path, layer, record, stored),
         lambda layer, format: _shell(layer, format, dtype),
     )
+    place_routers(model, lambda path, router: stored_format(path, router, record, stored))
     for target, source in list(model.all_tied_weights_keys.items()):
         layer_path, _, attribute = target.rpartition(".")
         if attribute == "weight" and isinstance(layer := model.get_submodule(layer_path), _QuantizedModule):
@@ -222,6 +225,7 @@ def _finish_layers(model: nn.Module) -> None:
                 parameter.data = parameter.data.clone()
             if name != "weight" and not _is_finite(parameter, module.mode):
                 raise ValueError(f"[from_pretrained] {path}.{name} has values that are not finite numbers")
+    finish_experts(model)
 
 
 def _is_finite(scales: torch.Tensor, mode: str) -> bool:

@@ -74,7 +74,7 @@ def patch_transformers() -> None:
 
 
 def unpatch_transformers() -> None:
-    """Undoes `patch_transformers()`; without it, does nothing. Models that were loaded go on working."""
+    """Undoes `patch_transformers()`; without it, does nothing. MLX models that were loaded go on working."""
     with _patch.lock:
         if _patch.permanent:
             _patch.permanent = False
@@ -171,7 +171,8 @@ def _takes_all_weight_files(original: Any) -> Any:
     def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
         source = kwargs.get("pretrained_model_name_or_path")
         plain = not any(kwargs.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
-        directory = _mlx_directory(source, kwargs.get("download_kwargs") or {}) if plain and source else None
+        named = plain and source is not None and not os.path.isfile(source)
+        directory = _mlx_directory(source, kwargs.get("download_kwargs") or {}) if named else None
         if directory is None:
             return original(*args, **kwargs)
         return [str(file) for file in weight_files(directory)], None
@@ -216,13 +217,14 @@ def _writes_mlx_checkpoints(original: Any) -> Any:
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
-        max_shard_size: int | str = "5GB",
+        max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
         options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         has_adapters = getattr(self, "_hf_peft_config_loaded", False)
         if has_adapters or not any(isinstance(module, _QuantizedModule) for module in self.modules()):
-            return original(self, save_directory, max_shard_size=max_shard_size, **options)
+            return original(self, save_directory, **options, **_given({"max_shard_size": max_shard_size}))
+        max_shard_size = max_shard_size or "5GB"
         if kwargs.get("variant") is not None or kwargs.get("distributed_checkpoint"):
             raise ValueError(
                 "[save_pretrained] an MLX checkpoint is written without variant and distributed_checkpoint"
