@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_path, unfused
+from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
 from .recipes import mixed_recipe
 from .stored import RECORDS, WEIGHT_FILES, Format, find_record, read_config, read_headers, require, weight_files
@@ -298,10 +298,16 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
+    # Transformers knows some of these by other names than MLX.
+    for name, own_name in model.config.attribute_map.items():
+        if own_name in config:
+            config.setdefault(name, config[own_name])
+    names_of = stored_paths(model)
     formats = {
-        stored_path(model, path): _format_of(module)
+        stored: _format_of(module)
         for path, module in model.named_modules()
         if isinstance(module, _QuantizedModule)
+        for stored in names_of(path)
     }
     return _in_mlx_terms(config, formats)
 

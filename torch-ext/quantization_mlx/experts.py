@@ -211,6 +211,8 @@ def _mlp(experts: nn.Module, x: torch.Tensor, indices: torch.Tensor, sorted_indi
     """x [*batch, hidden_size] -> [*indices.shape, hidden_size], before the router's weights."""
     if not experts.has_gate:
         inner = experts.act_fn(experts.up_proj(x, indices, sorted_indices))
+    elif "gate_up_proj" in experts._modules:
+        inner = experts._apply_gate(experts.gate_up_proj(x, indices, sorted_indices))
     else:
         halves = (layer(x, indices, sorted_indices) for layer in (experts.gate_proj, experts.up_proj))
         inner = experts._apply_gate(_joined(*halves, dim=-1, in_turns=not experts.is_concatenated))
@@ -256,6 +258,7 @@ def _experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_FUSED = ("gate_up_proj", "down_proj")
 
 
 def _fused_names(experts: nn.Module) -> tuple[str, str]:
@@ -370,20 +373,30 @@ def expert_renamings(model: nn.Module) -> list[Any]:
 
     renamed = {stored: own for own, stored in _stored_prefixes(model).items()}
     blocks = {(s.rpartition(".")[2], o.rpartition(".")[2]) for s, o in renamed.items()}
-    return [WeightRenaming(rf"\.{stored}\.", f".{own}.") for stored, own in sorted(blocks) if stored != own]
+    rules = [(rf"\.{stored}\.", f".{own}.") for stored, own in sorted(blocks) if stored != own]
+    if any("gate_up_proj" in experts._modules for _, experts in _experts_modules(model)):
+        parts = {"blocks": "weight", "scales": "scales", "bias": "bias"}
+        rules += [
+            (rf"\.experts\.{name}_{part}$", f".experts.{name}.{own}") for name in _FUSED for part, own in parts.items()
+        ]
+    return [WeightRenaming(*rule) for rule in rules]
 
 
 def place_experts(model: nn.Module, stored: Iterable[str]) -> None:
     """Gives `model`, on the meta device, layers for what an MLX checkpoint stores in other ways than Transformers.
 
-    Fused experts are unfused. Attention with a `kv_b_proj` gets the two layers that mlx_lm makes of it, `embed_q` and
-    `unembed_out`, if these are stored.
+    Fused experts are unfused, but for those of gpt-oss as OpenAI stores them, in blocks: these are mode mxfp4 already,
+    with the rows of gate and up in turns, and the module wants them so. Attention with a `kv_b_proj` gets the two
+    layers that mlx_lm makes of it, `embed_q` and `unembed_out`, if these are stored.
 
     Args:
         stored: the names of the stored tensors, as they are in the model.
     """
-    unfuse(model)
     names = set(stored)
+    for path, experts in _experts_modules(model):
+        if f"{path}.gate_up_proj_blocks" in names:
+            _place_blocks(experts)
+    unfuse(model)
     for path, attention in model.named_modules():
         if f"{path}.embed_q.weight" in names and isinstance(getattr(attention, "kv_b_proj", None), nn.Linear):
             _split_kv_b(attention)
@@ -410,12 +423,20 @@ def place_routers(model: nn.Module, format_of: Callable[[str, nn.Module], dict[s
 
 def finish_experts(model: nn.Module) -> None:
     """Fuses floating-point experts, and unpacks what Transformers computes with in floating point; see `place_experts`
-    and `place_routers`. To be called with the tensors in place."""
-    for module in model.modules():
+    and `place_routers`. To be called with the tensors in place.
+
+    Raises:
+        ValueError: the scales of a router are not finite numbers.
+    """
+    for path, module in list(model.named_modules()):
         if (packed := module.__dict__.pop("_packed", None)) is not None:
             weight = dequantize(module.weight, module.scales, module._parameters.pop("biases", None), **packed)
+            if not weight.isfinite().all():
+                raise ValueError(f"[from_pretrained] {path}.scales has values that are not finite numbers")
             del module.scales
             module.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(module, QuantizedSwitchLinear) and module.weight.dim() == 4:
+            module.weight = _frozen(_words_of_blocks(module.weight))
         if isinstance(module._modules.get("embed_q"), (SwitchLinear, QuantizedSwitchLinear)):
             _join_kv_b(module)
     fuse(model)
@@ -429,6 +450,25 @@ def _routers(model: nn.Module, experts_path: str) -> Iterator[tuple[str, nn.Modu
         ordinary = isinstance(module, (nn.Linear, nn.Embedding, _QuantizedModule))
         if weight is not None and weight.dim() == 2 and not ordinary:
             yield f"{block}.{name}" if block else name, module
+
+
+def _place_blocks(experts: nn.Module) -> None:
+    for name in _FUSED:
+        weight, bias = experts._parameters.pop(name), experts._parameters.pop(f"{name}_bias")
+        linear = SwitchLinear(weight.mT if experts.is_transposed else weight, bias)
+        layer = QuantizedSwitchLinear.shell(linear, weight.dtype, mode="mxfp4")
+        layer.weight = _frozen(torch.empty(*layer.scales.shape, 16, dtype=torch.uint8, device="meta"))
+        setattr(experts, name, layer)
+    experts._is_hf_initialized = True
+
+
+def _words_of_blocks(blocks: torch.Tensor) -> torch.Tensor:
+    """Blocks uint8 [num_experts, rows, groups, 16] as words uint32 [num_experts, rows, groups * 4], without a copy.
+
+    16 bytes hold 32 values, the even ones in their low halves: the order of MLX's words.
+    """
+    flat = blocks.detach().flatten(-2)
+    return (flat.clone() if flat.data_ptr() % 4 else flat).view(torch.uint32)
 
 
 def _split_kv_b(attention: nn.Module) -> None:
@@ -463,6 +503,10 @@ def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict
     """
     split = dict(tensors)
     for path, experts in _experts_modules(model):
+        for part in ("weight", "scales", "biases", "bias"):
+            if (tensor := split.pop(f"{path}.gate_up_proj.{part}", None)) is not None:
+                halves = _halves(tensor, not experts.is_concatenated)
+                split[f"{path}.gate_proj.{part}"], split[f"{path}.up_proj.{part}"] = halves
         if not isinstance(experts.down_proj, nn.Parameter):
             continue
         for name in _fused_names(experts):
@@ -480,9 +524,17 @@ def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict
     return {_renamed(name, prefixes): tensor for name, tensor in split.items()}
 
 
-def stored_path(model: nn.Module, path: str) -> str:
-    """The path under which an MLX checkpoint has the layer at `path` of `model`."""
-    return _renamed(path, _stored_prefixes(model))
+def stored_paths(model: nn.Module) -> Callable[[str], list[str]]:
+    """A function from the path of a layer of `model` to those under which an MLX checkpoint has it: two for a
+    `gate_up_proj`, else one."""
+    prefixes = _stored_prefixes(model)
+
+    def paths(path: str) -> list[str]:
+        stored = _renamed(path, prefixes)
+        head, _, name = stored.rpartition(".")
+        return [f"{head}.gate_proj", f"{head}.up_proj"] if name == "gate_up_proj" else [stored]
+
+    return paths
 
 
 def _stored_prefixes(model: nn.Module) -> dict[str, str]:

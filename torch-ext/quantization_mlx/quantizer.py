@@ -116,7 +116,7 @@ def _place_layers(
     files = [Path(file) for file in checkpoint_files]
     headers = read_headers(files)
     quantizer.prefix = _foreign_prefix(model, headers)
-    place_experts(model, (name.removeprefix(f"{quantizer.prefix}.") for name in headers))
+    place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
     names, converted = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
     if twice := sorted(name for name, count in Counter(names.values()).items() if count > 1):
         raise ValueError(f"[from_pretrained] {files[0].parent} has tensors under several names: {listed(twice)}")

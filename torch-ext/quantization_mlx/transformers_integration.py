@@ -143,6 +143,9 @@ def _reads_mlx_configs(original: Any) -> Any:
 def mark_as_mlx(config: PreTrainedConfig, always: bool = False) -> None:
     """Gives the record of formats in `config` the `quant_method` by which Transformers finds the quantizer.
 
+    The record of gpt-oss as OpenAI stores it, in mode mxfp4 by another name, becomes one of MLX where Transformers
+    would dequantize the experts, which is without a GPU of the kinds that its own kernels are for.
+
     Args:
         config: of a model; left alone if it has no record of MLX.
         always: whether a config without any record becomes that of a checkpoint without quantized layers.
@@ -151,7 +154,7 @@ def mark_as_mlx(config: PreTrainedConfig, always: bool = False) -> None:
         ValueError: the checkpoint quantizes activations.
     """
     for holder in (config, config.get_text_config(decoder=True)):
-        record = find_record({name: getattr(holder, name, None) for name in RECORDS})
+        record = find_record({name: getattr(holder, name, None) for name in RECORDS}) or _gpt_oss_record(holder)
         if record is not None or always:
             break
     else:
@@ -162,6 +165,14 @@ def mark_as_mlx(config: PreTrainedConfig, always: bool = False) -> None:
         if hasattr(holder, name):
             delattr(holder, name)
     config.quantization_config = {**(record or {}), "quant_method": METHOD}
+
+
+def _gpt_oss_record(config: PreTrainedConfig) -> Mapping[str, Any] | None:
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+    accelerator = torch.accelerator.current_accelerator()
+    dequantized = accelerator is None or accelerator.type == "mps"
+    return {"mode": "mxfp4"} if config.model_type == "gpt_oss" and method == "mxfp4" and dequantized else None
 
 
 def _takes_all_weight_files(original: Any) -> Any:
