@@ -3,6 +3,7 @@
 from . import layers
 from .activations import cpu_activations, get_cpu_activations, set_cpu_activations
 from .checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from .foreign import convert_awq, convert_compressed_tensors, convert_foreign_checkpoint, convert_gptq
 from .generation import prepare_for_generation
 from .modules import QuantizedEmbedding, QuantizedLinear
 from .ops import (
@@ -26,6 +27,7 @@ from .ops import (
     quantize,
     quantized_matmul,
 )
+from .peft_integration import patch_peft, unpatch_peft
 from .plans import explain
 from .transformers_integration import patch_transformers, unpatch_transformers
 
@@ -38,6 +40,10 @@ __all__ = [
     "affine_qmm_t",
     "affine_qmm_t_nax",
     "affine_qmv",
+    "convert_awq",
+    "convert_compressed_tensors",
+    "convert_foreign_checkpoint",
+    "convert_gptq",
     "cpu_activations",
     "dequantize",
     "explain",
@@ -54,6 +60,7 @@ __all__ = [
     "nvfp4_qmm_n",
     "nvfp4_qmm_t",
     "nvfp4_qmv",
+    "patch_peft",
     "patch_transformers",
     "prepare_for_generation",
     "quantize",
@@ -61,5 +68,6 @@ __all__ = [
     "quantized_matmul",
     "save_checkpoint",
     "set_cpu_activations",
+    "unpatch_peft",
     "unpatch_transformers",
 ]

@@ -311,7 +311,6 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
     for name, own_name in model.config.attribute_map.items():
         if own_name in config:
             config.setdefault(name, config[own_name])
-    config.update(_attention_record(config))
     names_of = stored_paths(model)
     formats = {
         stored: _format_of(module)
@@ -319,6 +318,12 @@ def _config_record(model: PreTrainedModel) -> dict[str, Any]:
         if isinstance(module, _QuantizedModule)
         for stored in names_of(path)
     }
+    return _in_mlx_terms(config, formats)
+
+
+def _in_mlx_terms(config: dict[str, Any], formats: Mapping[str, Format]) -> dict[str, Any]:
+    """`config` with what MLX looks for in it, among that the formats by the paths of the layers."""
+    config.update(_attention_record(config))
     if formats:
         (common, _), *_ = Counter(tuple(format.items()) for format in formats.values()).most_common(1)
         exceptions = {path: format for path, format in formats.items() if tuple(format.items()) != common}
