@@ -246,7 +246,7 @@ def sample() -> None:
     global peak
     while not done.is_set():
         peak = max(peak, anonymous())
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 thread = threading.Thread(target=sample)
 thread.start()
@@ -350,6 +350,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown tensor": (
         lambda directory: edit_tensors(directory, lambda t: t.update(extra=torch.ones(1))),
         "unexpected tensors: extra",
+    ),
+    "a tensor under two names": (
+        lambda directory: edit_tensors(directory, lambda t: t.update({"norm.weight": torch.ones(128)})),
+        r"under several names: model\.norm\.weight",
     ),
     "unknown mode": (
         lambda directory: edit_config(directory, lambda c: c["quantization"].update(mode="int4")),

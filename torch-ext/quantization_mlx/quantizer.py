@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import nn
 from .checkpoint import _replace_layers, _shell, quantize_model
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
-from .stored import entry_format, judge, read_config, read_headers, stored_format
+from .stored import entry_format, judge, listed, read_config, read_headers, stored_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,6 +118,8 @@ def _place_layers(
     quantizer.prefix = _foreign_prefix(model, headers)
     place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
     names, converted = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
+    if twice := sorted(name for name, count in Counter(names.values()).items() if count > 1):
+        raise ValueError(f"[from_pretrained] {files[0].parent} has tensors under several names: {listed(twice)}")
     stored = {names[name]: tensor for name, tensor in headers.items() if name in names}
     record = {
         names.get(f"{key}.weight", f"{key}.weight").removesuffix(".weight"): entry
