@@ -437,7 +437,7 @@ def finish_experts(model: nn.Module) -> None:
             module.weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(module, QuantizedSwitchLinear) and module.weight.dim() == 4:
             module.weight = _frozen(_words_of_blocks(module.weight))
-        if isinstance(module._modules.get("embed_q"), (SwitchLinear, QuantizedSwitchLinear)):
+        if "_kv_b_dtype" in module.__dict__:
             _join_kv_b(module)
     fuse(model)
 
@@ -477,22 +477,25 @@ def _split_kv_b(attention: nn.Module) -> None:
     nope, value = attention.qk_nope_head_dim, attention.v_head_dim
     attention.embed_q = SwitchLinear(weight.new_empty(heads, rank, nope))
     attention.unembed_out = SwitchLinear(weight.new_empty(heads, value, rank))
+    attention._kv_b_dtype = weight.dtype
     del attention.kv_b_proj
 
 
 def _join_kv_b(attention: nn.Module) -> None:
     """`embed_q` has the transposed matrices of the keys, `unembed_out` those of the values, one of each to a head."""
-    keys, values = (_float_weight(getattr(attention, name)) for name in ("embed_q", "unembed_out"))
+    dtype = attention.__dict__.pop("_kv_b_dtype")
+    keys, values = (_float_weight(getattr(attention, name), dtype) for name in ("embed_q", "unembed_out"))
     weight = torch.cat((keys.mT, values), 1).flatten(0, 1)
     del attention.embed_q, attention.unembed_out
     attention.kv_b_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     attention.kv_b_proj.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _float_weight(layer: SwitchLinear | QuantizedSwitchLinear) -> torch.Tensor:
+def _float_weight(layer: SwitchLinear | QuantizedSwitchLinear, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(layer, SwitchLinear):
         return layer.weight.detach()
-    return dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, layer.mode).detach()
+    packed = layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, layer.mode
+    return dequantize(*packed, dtype=dtype).detach()
 
 
 def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
