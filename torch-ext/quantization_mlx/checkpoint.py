@@ -199,16 +199,7 @@ def _replace_layers(
 
     All formats are settled before the first layer changes. A float weight is let go once its last layer is replaced.
     """
-    holders: dict[int, list[str]] = {}  # the paths of all modules with a weight, by the weight's identity
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            holders.setdefault(id(weight), []).append(path)
-    plan: list[tuple[list[str], Format]] = []
-    for paths in holders.values():
-        layers = [model.get_submodule(path) for path in paths]
-        plain = all(type(layer) in (nn.Linear, SwitchLinear) or row_scale(layer) is not None for layer in layers)
-        if plain and (format := format_of(paths[0], layers[0])) is not None:
-            plan.append((paths, format))
+    plan = _plan(model, format_of)
     for paths, format in _progress(plan, "Quantizing"):
         layers = [model.get_submodule(path) for path in paths]  # that share this weight, or are one and the same
         replaced: dict[int, _QuantizedModule] = {}
@@ -222,6 +213,24 @@ def _replace_layers(
                 return replaced[id(layer)]
             model.set_submodule(path, replaced[id(layer)])
     return model
+
+
+def _plan(model: nn.Module, format_of: Callable[[str, nn.Module], Format | None]) -> list[tuple[list[str], Format]]:
+    """The paths of the layers to replace, those together that share a weight, and their formats.
+
+    A function of its own, because a weight that a variable still names is not let go.
+    """
+    holders: dict[int, list[str]] = {}  # the paths of all modules with a weight, by the weight's identity
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            holders.setdefault(id(weight), []).append(path)
+    plan: list[tuple[list[str], Format]] = []
+    for paths in holders.values():
+        layers = [model.get_submodule(path) for path in paths]
+        plain = all(type(layer) in (nn.Linear, SwitchLinear) or row_scale(layer) is not None for layer in layers)
+        if plain and (format := format_of(paths[0], layers[0])) is not None:
+            plan.append((paths, format))
+    return plan
 
 
 def _tied(

@@ -41,8 +41,8 @@ _DTYPES = {
 }
 
 
-def require(name: str) -> Any:
-    """Imports an optional package.
+def require(name: str, extra: str = "transformers") -> Any:
+    """Imports an optional package, which `extra` of this package has.
 
     Raises:
         ImportError: it is not installed; the message names the extra.
@@ -51,9 +51,7 @@ def require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ImportError(
-            f'checkpoints need the package {package}: pip install "quantization-mlx[transformers]"'
-        ) from error
+        raise ImportError(f'this needs the package {package}: pip install "quantization-mlx[{extra}]"') from error
 
 
 # The record of formats
