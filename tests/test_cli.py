@@ -128,9 +128,12 @@ def test_generate_streams_the_greedy_text(
     expected = greedy(converted, "w5 w17 w3", 12)
     flags = ["generate", "--model", converted, "--dtype", "float32", "-m", "12"]
     out, err = run(capsys, *flags, "-p", "w5 w17 w3")
-    assert out.strip() == expected and len(expected.split()) == 12
-    assert re.search(r"^Prompt: 3 tokens, \d+\.\d+ tokens-per-sec$", err, re.M)
-    assert re.search(r"^Generation: 12 tokens, \d+\.\d+ tokens-per-sec$", err, re.M)
+    assert out.strip() == expected and len(expected.split()) > 1
+    length = len(AutoTokenizer.from_pretrained(converted)("w5 w17 w3").input_ids)
+    assert re.search(rf"^Prompt: {length} tokens, \d+\.\d+ tokens-per-sec$", err, re.M)
+    # The text, and what ended it if that was a token.
+    words = len(expected.split())
+    assert re.search(rf"^Generation: ({words}|{words + 1}) tokens, \d+\.\d+ tokens-per-sec$", err, re.M)
     assert re.search(r"^Decoder: fused ops of prepare_for_generation$", err, re.M)
     assert re.search(r"^Peak resident memory: \d+\.\d+ GB$", err, re.M)
 
@@ -218,7 +221,7 @@ def test_info_adds_up(converted: Path, capsys: pytest.CaptureFixture[str]) -> No
 
     out, _ = run(capsys, "info", "--model", converted, "--gpu", "applegpu_g17s")
     assert "affine, 4 bits, group_size 64" in out
-    assert re.search(r"^cpu +1 row +(baseline|avx2|avx512|neon)$", out, re.M)
+    assert re.search(r"^cpu +1 row +(baseline|avx2|avx512|amx|neon)$", out, re.M)
     assert re.search(r"^applegpu_g17s +1 row +affine_qmv_bfloat16_gs_64_b_4 \[matvec\]$", out, re.M)
     assert re.search(r"^applegpu_g17s +512 rows +affine_qmm_t\S* \[(tile|tensor)\]$", out, re.M)
 
