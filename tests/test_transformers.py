@@ -320,7 +320,9 @@ def drop(name: str) -> Callable[[Path], None]:
 
 
 def reshape(name: str) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name][:, :-1]}))
+    return lambda directory: edit_tensors(
+        directory, lambda tensors: tensors.update({name: tensors[name][:, :-1].clone()})
+    )
 
 
 def point_outside(directory: Path) -> None:
@@ -457,7 +459,7 @@ def reference(model: nn.Module, quantized: type, offsets: str) -> Tensor:
             format = oracle.Format("affine", layer.group_size, layer.bits)
             linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             values = oracle.dequantize(layer.weight, layer.scales, getattr(layer, offsets), format)
-            linear.weight, linear.bias = nn.Parameter(values), layer.bias
+            linear.weight, linear.bias = nn.Parameter(values), copy.deepcopy(layer.bias)
             dense.set_submodule(path, linear)
     dense = dense.double()
     return torch.cat([dense(row[None]).logits for row in BATCH])
