@@ -344,7 +344,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing layer": (drop("model.layers.0.mlp.up_proj.weight"), r"missing tensors: model\.layers\.0\.mlp\.up_proj"),
     "wrong shape": (reshape(f"{LAYER}.weight"), rf"wrong tensors: {LAYER}\.weight is uint32 \[128, 15\]"),
-    "wrong shape of scales": (reshape(f"{LAYER}.scales"), rf"wrong tensors: .*{LAYER}\.scales is float32 \[128, 1\]"),
+    "wrong shape of scales": (
+        reshape(f"{LAYER}.scales"),  # they tell of groups of 128, of which the biases know nothing
+        rf"wrong tensors: {LAYER}\.biases is float32 \[128, 2\] and should be float32 \[128, 1\]",
+    ),
     "wrong shape of the norm": (
         lambda directory: edit_tensors(directory, lambda t: t.update({"model.norm.weight": torch.ones(5)})),
         r"model\.norm\.weight is float32 \[5\] and should be float32 \[128\]",
