@@ -320,7 +320,9 @@ def drop(name: str) -> Callable[[Path], None]:
 
 
 def reshape(name: str) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name][:, :-1]}))
+    return lambda directory: edit_tensors(
+        directory, lambda tensors: tensors.update({name: tensors[name][:, :-1].clone()})
+    )
 
 
 def point_outside(directory: Path) -> None:
@@ -342,7 +344,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing layer": (drop("model.layers.0.mlp.up_proj.weight"), r"missing tensors: model\.layers\.0\.mlp\.up_proj"),
     "wrong shape": (reshape(f"{LAYER}.weight"), rf"wrong tensors: {LAYER}\.weight is uint32 \[128, 15\]"),
-    "wrong shape of scales": (reshape(f"{LAYER}.scales"), rf"wrong tensors: .*{LAYER}\.scales is float32 \[128, 1\]"),
+    "wrong shape of scales": (
+        reshape(f"{LAYER}.scales"),  # they tell of groups of 128, of which the biases know nothing
+        rf"wrong tensors: {LAYER}\.biases is float32 \[128, 2\] and should be float32 \[128, 1\]",
+    ),
     "wrong shape of the norm": (
         lambda directory: edit_tensors(directory, lambda t: t.update({"model.norm.weight": torch.ones(5)})),
         r"model\.norm\.weight is float32 \[5\] and should be float32 \[128\]",
@@ -457,7 +462,7 @@ def reference(model: nn.Module, quantized: type, offsets: str) -> Tensor:
             format = oracle.Format("affine", layer.group_size, layer.bits)
             linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             values = oracle.dequantize(layer.weight, layer.scales, getattr(layer, offsets), format)
-            linear.weight, linear.bias = nn.Parameter(values), layer.bias
+            linear.weight, linear.bias = nn.Parameter(values), copy.deepcopy(layer.bias)
             dense.set_submodule(path, linear)
     dense = dense.double()
     return torch.cat([dense(row[None]).logits for row in BATCH])

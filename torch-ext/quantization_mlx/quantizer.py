@@ -217,6 +217,9 @@ def _finish_layers(model: nn.Module) -> None:
     Raises:
         ValueError: scales or biases are not finite numbers.
     """
+    for parameter in model.parameters():
+        if not parameter.is_meta and parameter.data_ptr() % parameter.element_size():
+            parameter.data = parameter.data.clone()  # in a mapped file, tensors may lie anywhere
     for path, module in model.named_modules():
         if not isinstance(module, _QuantizedModule):
             continue
@@ -224,8 +227,6 @@ def _finish_layers(model: nn.Module) -> None:
             if (parameter := getattr(module, name)) is None or parameter.is_meta:
                 continue
             parameter.requires_grad_(False)
-            if parameter.data_ptr() % parameter.element_size():  # the file gives no better address
-                parameter.data = parameter.data.clone()
             if name != "weight" and not _is_finite(parameter, module.mode):
                 raise ValueError(f"[from_pretrained] {path}.{name} has values that are not finite numbers")
     finish_experts(model)
