@@ -114,4 +114,4 @@ def test_perplexity_is_near_the_float_models(gemma: Model, capsys: pytest.Captur
     assert found == pytest.approx(quantized, rel=1e-3)
     assert "255 tokens in 1 sequences" in err
     assert exact < 100
-    assert found < 1.5 * exact
+    assert found < 2 * exact
