@@ -447,10 +447,10 @@ BATCH = torch.cat((TOKENS, TOKENS.flip(-1), TOKENS.roll(3)))
 
 
 def metal_model(directory: Path, bits: int, tied: bool, **options: Any) -> nn.Module:
-    """Quantized by Transformers on the fly."""
+    """Quantized by Transformers on the fly; where it sees a GPU, it would put the model there."""
     tiny_model(tie_word_embeddings=tied, attention_bias=True, hidden_size=256).save_pretrained(directory / "dense")
     config = MetalConfig(bits=bits, group_size=64)
-    return load(directory / "dense", quantization_config=config, **options)
+    return load(directory / "dense", quantization_config=config, device_map="cpu", **options)
 
 
 @torch.no_grad()
@@ -477,7 +477,7 @@ def test_metal_config_runs_on_the_cpu(bits: int, tmp_path: Path) -> None:
     with torch.no_grad():
         assert_close(model(BATCH).logits, expected)
     model.save_pretrained(tmp_path / "metal")
-    loaded = load(tmp_path / "metal")
+    loaded = load(tmp_path / "metal", device_map="cpu")
     assert sum(type(module) is linear for module in loaded.modules()) == 2 * 7
     with torch.no_grad():
         assert_close(loaded(BATCH).logits, expected)
@@ -516,7 +516,7 @@ def test_mlx_checkpoints_become_metal_ones(bits: int, tied: bool, tmp_path: Path
     stored = json.loads((tmp_path / "metal" / "config.json").read_text())
     assert stored["quantization_config"]["quant_method"] == "metal"
     assert "quantization" not in stored
-    loaded = load(tmp_path / "metal")
+    loaded = load(tmp_path / "metal", device_map="cpu")
     assert sum(type(module) is linear for module in loaded.modules()) == 2 * 7 + (not tied)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert_close(logits(loaded), expected)

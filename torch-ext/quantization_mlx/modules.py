@@ -223,6 +223,7 @@ class QuantizedEmbedding(_QuantizedModule):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.scale = scale
+        self._is_scaled = scale != 1  # torch.compile takes a float attribute that is read for a variable
         # uint8 scales cannot tell the model's dtype; an empty buffer follows `.to(dtype)` and can.
         like = None if mode == "affine" else torch.empty(0, dtype=dtype, device=device)
         self.register_buffer("_like", like, persistent=False)
@@ -263,7 +264,7 @@ class QuantizedEmbedding(_QuantizedModule):
         biases = None if self.biases is None else F.embedding(flat, self.biases)
         dtype = None if self._like is None else self._like.dtype
         rows = _dequantize(words, scales, biases, self.group_size, self.bits, self.mode, None, dtype)
-        if self.scale != 1:
+        if self._is_scaled:
             rows = rows * _rounded(self.scale, rows.dtype)
         return rows.view(*indices.shape, self.embedding_dim)
 
