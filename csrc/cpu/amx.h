@@ -108,7 +108,7 @@ struct MatrixBroadcast {
 
 // Where decoding, which costs more than in the tiled product, is shared by enough rows, as measured.
 bool matrices_pay(const Product& product) {
-  return (bfloat16_terms(product, Layout::broadcast) == 1 && product.rows >= 48) || broadcasting_pays(product);
+  return (bfloat16_terms(product, Layout::broadcast) == 1 && product.rows >= 12) || broadcasting_pays(product);
 }
 
 constexpr ProductKernels matrix_table{
