@@ -3,6 +3,7 @@
 from . import layers
 from .activations import cpu_activations, get_cpu_activations, set_cpu_activations
 from .checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from .experts import QuantizedSwitchLinear
 from .foreign import convert_awq, convert_compressed_tensors, convert_foreign_checkpoint, convert_gptq
 from .generation import prepare_for_generation
 from .modules import QuantizedEmbedding, QuantizedLinear
@@ -34,6 +35,7 @@ from .transformers_integration import patch_transformers, unpatch_transformers
 __all__ = [
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "QuantizedSwitchLinear",
     "affine_gather_qmm_rhs_nax",
     "affine_qmm_n",
     "affine_qmm_n_nax",

@@ -21,7 +21,7 @@ from torch import nn
 from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
 from .recipes import mixed_recipe
-from .stored import RECORDS, WEIGHT_FILES, Format, find_record, read_config, read_headers, require, weight_files
+from .stored import RECORDS, WEIGHT_FILES, Format, other_method, read_config, read_headers, require, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,8 +136,7 @@ def load_checkpoint(
     stored_config = read_config(directory)
     if stored_config is None:
         raise FileNotFoundError(f"[load_checkpoint] {directory} has no config.json")
-    if find_record(stored_config) is None and (other := next(filter(None, map(stored_config.get, RECORDS)), None)):
-        method = other.get("quant_method") if isinstance(other, Mapping) else other
+    if (method := other_method(stored_config)) is not None:
         raise ValueError(f"[load_checkpoint] {directory} is quantized by {method!r}, which is not the MLX format")
     config = transformers.AutoConfig.from_pretrained(directory)
     mark_as_mlx(config, always=True)

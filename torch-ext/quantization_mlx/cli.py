@@ -28,7 +28,7 @@ from .modules import SUPPORTED, complete_format
 from .ops import quantize, quantized_matmul
 from .plans import explain
 from .recipes import RECIPES, QuantizationReport, format_name
-from .stored import RECORDS, find_record, read_config, read_headers, require, weight_files
+from .stored import find_record, other_method, read_config, read_headers, require, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -282,7 +282,7 @@ def _read_source(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTra
 def _check_float(config: Mapping[str, Any], source: str) -> None:
     if find_record(config) is not None:
         raise ValueError(f"{source} is a quantized MLX checkpoint already; convert the original")
-    if (method := _other_method(config)) is not None:
+    if (method := other_method(config)) is not None:
         raise ValueError(f"{source} is quantized already, by {method!r}; convert the original")
 
 
@@ -525,17 +525,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _read_mlx_config(directory: Path) -> dict[str, Any]:
     config = _read_config(directory)
-    if (method := _other_method(config)) is not None:
+    if (method := other_method(config)) is not None:
         raise ValueError(f"{directory} is quantized by {method!r} and no MLX checkpoint")
     return config
-
-
-def _other_method(config: Mapping[str, Any]) -> str | None:
-    """The name of a method that is not MLX's, by which a checkpoint is quantized."""
-    record = next(filter(None, map(config.get, RECORDS)), None)
-    if record is None or find_record(config) is not None:
-        return None
-    return record.get("quant_method", "unknown") if isinstance(record, Mapping) else str(record)
 
 
 @dataclass

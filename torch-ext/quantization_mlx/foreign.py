@@ -12,7 +12,6 @@ things may not carry over exactly:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -28,7 +27,7 @@ from torch import Tensor
 from .checkpoint import _INDEX, _in_mlx_terms, _move_files, _progress, _write_json
 from .modules import SUPPORTED, complete_format
 from .ops import dequantize, quantize
-from .stored import WEIGHT_FILES, listed, require
+from .stored import WEIGHT_FILES, listed, read_json, require
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, that each 4-bit field of a word holds
 _GROUP_SIZES = sorted(SUPPORTED["affine"][0], reverse=True)
@@ -480,10 +479,7 @@ _CODES = {method.tensors[0] for method in _METHODS.values()}
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"[convert_foreign_checkpoint] {file.parent} has no {file.name}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"[convert_foreign_checkpoint] {file} is not JSON: {error}") from error
+    return read_json(file, "convert_foreign_checkpoint")
 
 
 def _foreign_record(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,14 @@ def find_record(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return record if name == "quantization" or record.keys() & {"quant_method", "group_size", "bits"} else None
 
 
+def other_method(config: Mapping[str, Any]) -> str | None:
+    """The name of the method by which a checkpoint is quantized if that is not MLX's; `config` as in `find_record`."""
+    record = next(filter(None, map(config.get, RECORDS)), None)
+    if record is None or find_record(config) is not None:
+        return None
+    return record.get("quant_method", "unknown") if isinstance(record, Mapping) else str(record)
+
+
 def entry_format(entry: Mapping[str, Any]) -> Format:
     """The format of an entry of the record, which may have other keys and lack these.
 
@@ -139,15 +147,22 @@ def read_config(directory: Path) -> dict[str, Any] | None:
         ValueError: it is no JSON object.
     """
     file = directory / "config.json"
-    if not file.exists():
-        return None
+    return read_json(file) if file.exists() else None
+
+
+def read_json(file: Path, op: str = "from_pretrained") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it is no JSON object; the message begins with the name of `op`.
+    """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"[from_pretrained] {file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"[from_pretrained] {file} is not a JSON object")
-    return config
+        raise ValueError(f"[{op}] {file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"[{op}] {file} is not a JSON object")
+    return content
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, torch.Tensor]:
