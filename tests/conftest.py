@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -37,6 +38,25 @@ if sys.platform == "darwin":
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """From now on, the second file that safetensors saves finds the disk full.
+
+    Returns the files that it was asked to save, a list that grows.
+    """
+    from safetensors.torch import save_file
+
+    asked: list[Path] = []
+
+    def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+        asked.append(file)
+        if len(asked) == 2:
+            raise OSError("No space left on device")
+        save_file(tensors, file, metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    return asked
 
 
 @pytest.fixture(params=DEVICES, scope="session")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import oracle
+from conftest import fill_disk
 from oracle import FLOAT_FORMATS, SOME_FORMATS, name_of
 from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.modules import QuantizedEmbedding, QuantizedLinear
@@ -485,15 +486,7 @@ def test_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.
         save_checkpoint(model, saved, Failing())
     assert contents(saved) == before
 
-    written = []
-
-    def fail_at_the_second_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-        written.append(file)
-        if len(written) == 2:
-            raise OSError("No space left on device")
-        save_file(tensors, file, metadata)
-
-    monkeypatch.setattr("safetensors.torch.save_file", fail_at_the_second_file)
+    written = fill_disk(monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(model, saved, max_shard_bytes=40_000)
     assert len(written) == 2

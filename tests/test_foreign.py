@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import oracle
+from conftest import fill_disk
 from quantization_mlx import load_checkpoint, quantized_matmul
 from quantization_mlx.foreign import (
     ConvertedLinear,
@@ -479,15 +480,7 @@ def test_interrupted_conversion_leaves_the_target(tmp_path: Path, monkeypatch: p
     foreign_checkpoint(tmp_path / "awq", "awq", AWQ, files=2)
     convert_foreign_checkpoint(tmp_path / "awq", tmp_path / "mlx")
     before = contents(tmp_path / "mlx")
-    written = []
-
-    def fail_at_the_second_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-        written.append(file)
-        if len(written) == 2:
-            raise OSError("No space left on device")
-        save_file(tensors, file, metadata)
-
-    monkeypatch.setattr("safetensors.torch.save_file", fail_at_the_second_file)
+    written = fill_disk(monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         convert_foreign_checkpoint(tmp_path / "awq", tmp_path / "mlx", dtype=torch.bfloat16)
     assert len(written) == 2
