@@ -86,7 +86,7 @@ def quantize_model(
     Left alone, with a warning that says why, are layers whose in_features do not divide into groups, subclasses of
     `nn.Linear`, which may compute something else, and layers that share their weight with a module of another type, as
     a tied output head does with an embedding: they stay tied. Linear layers that share a weight go on sharing one
-    packed copy.
+    packed copy. Layers of other types, GPT-2's `Conv1D` for example, are not looked at.
 
     Args:
         model: any module; a layer by itself is not changed, its quantized form is returned.
@@ -98,7 +98,7 @@ def quantize_model(
 
     Raises:
         TypeError: model is no module, or skip_layers is a string.
-        ValueError: quant_type or group_size is not supported.
+        ValueError: quant_type or group_size is not supported, or a weight has infinities or NaN; nothing has changed.
     """
     op = "quantize_model"
     if quant_type not in MarlinLinear.QUANT_TYPES:
@@ -136,7 +136,7 @@ def replace_linear_layers(
 
     Raises:
         TypeError: model is no module, or is itself a linear layer, or skip_layers is a string.
-        ValueError: bits or group_size is not supported.
+        ValueError: bits or group_size is not supported, or a weight has infinities or NaN; nothing has changed.
     """
     op = "replace_linear_layers"
     _check_bits(op, bits, group_size)
@@ -176,6 +176,9 @@ def _replace(
         others = [path for path in holders if path not in linear]
         obstacles = others + [path for path, reason in reasons.items() if reason is not None]
         if not obstacles:
+            path, layer = next(iter(linear.items()))
+            if not layer.weight.is_meta and not layer.weight.isfinite().all():
+                raise ValueError(f"[{op}] {path}.weight has values that are not finite numbers")
             replaced.extend(linear)
             return True
         for path, reason in reasons.items():
