@@ -129,15 +129,19 @@ def weight_files(directory: Path, op: str = "from_pretrained") -> list[Path]:
     return files
 
 
-def is_mlx_directory(directory: Path) -> bool:
-    """Whether MLX wrote the files: config.json has a record of formats, or else the first weight file says so."""
-    config = read_config(directory)
+def is_mlx_directory(directory: Path, op: str = "from_pretrained") -> bool:
+    """Whether MLX wrote the files: config.json has a record of formats, or else the first weight file says so.
+
+    Raises:
+        ValueError: config.json or that file is damaged; the message begins with the name of `op`.
+    """
+    config = read_config(directory, op)
     if config is None:
         return False
     if find_record(config) is not None:
         return True
     first = next(iter(sorted(directory.glob(WEIGHT_FILES))), None)
-    return first is not None and (_open(first).metadata() or {}).get("format") == "mlx"
+    return first is not None and (_open(first, op).metadata() or {}).get("format") == "mlx"
 
 
 def read_config(directory: Path, op: str = "from_pretrained") -> dict[str, Any] | None:

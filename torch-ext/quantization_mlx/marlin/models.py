@@ -27,7 +27,6 @@ from ..checkpoint import config_record, distinct_tensors, replace_layers, write_
 from ..modules import _QuantizedModule
 from ..quantizer import align_parameters
 from ..stored import (
-    find_record,
     is_mlx_directory,
     judge,
     listed,
@@ -326,16 +325,16 @@ def save_quantized(
         raise ValueError(f"[{op}] layers are of no known class, which is {' or '.join(_CLASSES)}: {listed(strange)}")
     if mlx := [path for path, module in modules.items() if isinstance(module, _QuantizedModule)]:
         raise ValueError(f"[{op}] layers are of MLX's formats, which save_checkpoint writes: {listed(mlx)}")
-    tensors = distinct_tensors(model)
+    config = {**config_record(model), "quantization_config": {"quant_method": METHOD}}
     records = {
-        "config.json": {**config_record(model), "quantization_config": {"quant_method": METHOD}},
+        "config.json": dict(sorted(config.items())),
         RECORD: {
             "format": FORMAT,
             "layers": {path: _entry(layer) for path, layer in layers.items()},
             "tied": _aliases(model),
         },
     }
-    write_directory(model, Path(output_dir), tensors, records, "pt", max_shard_bytes)
+    write_directory(model, Path(output_dir), distinct_tensors(model), records, "pt", max_shard_bytes)
 
 
 def _entry(layer: ColumnPackedLinear) -> dict[str, Any]:
@@ -429,7 +428,7 @@ def _read_record(directory: Path, op: str) -> dict[str, Any]:
 
 
 def _refuse_mlx(directory: Path, op: str) -> None:
-    if find_record(read_config(directory, op) or {}) is not None or is_mlx_directory(directory):
+    if is_mlx_directory(directory, op):
         raise ValueError(f"[{op}] {directory} is an MLX checkpoint; load_checkpoint loads it")
 
 
