@@ -44,6 +44,7 @@ from quantization_mlx.marlin import (
     ColumnPackedLinear,
     MarlinLinear,
     MetalQuantizedLinear,
+    TransformersMarlinPipeline,
     load_and_quantize,
     load_quantized,
     quantize_model,
@@ -801,3 +802,9 @@ def test_real_model_with_layers_of_every_format(tmp_path: Path, monkeypatch: pyt
     assert_same_state(loaded, model)
     assert torch.equal(scores(loaded), computed)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+    pipeline = TransformersMarlinPipeline(loaded, tokenizer, "cpu")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = pipeline.chat(question, 24, temperature=0)
+    assert "Paris" in answer
+    assert "".join(pipeline.chat(question, 24, temperature=0, stream=True)) == answer

@@ -28,6 +28,8 @@ from .models import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+
 
 class TransformersMarlinPipeline:
     """A causal language model with its tokenizer, which turns text into text.
@@ -81,12 +83,13 @@ class TransformersMarlinPipeline:
         op = f"{cls.__name__}.from_pretrained"
         _check_bits(op, bits, group_size)
         device = usable_device(device, op)
+        tokenizer = _load_tokenizer(model_id, trust_remote_code, op)
         model = _load_saved(model_id, device, trust_remote_code, model_options, op)
         if model is None:
             model = load_dense(model_id, op, trust_remote_code=trust_remote_code, **model_options)
             if quantize:
                 replace_linear_layers(model, bits, group_size, skip_layers, layer_filter)
-        return cls(model, _load_tokenizer(model_id, trust_remote_code), device)
+        return cls(model, tokenizer, device)
 
     def __call__(
         self,
@@ -254,7 +257,7 @@ class MarlinPipeline(TransformersMarlinPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: torch.device | str | None = "mps",
     ) -> None:
-        warnings.warn("MarlinPipeline is deprecated; use TransformersMarlinPipeline", DeprecationWarning, stacklevel=2)
+        _deprecate()
         if isinstance(model, TransformersMarlinPipeline):
             tokenizer, device, model = tokenizer or model.tokenizer, model.device, model.model
         if tokenizer is None:
@@ -284,14 +287,23 @@ class MarlinPipeline(TransformersMarlinPipeline):
         Raises:
             ImportError, TypeError, ValueError: as in `TransformersMarlinPipeline.from_pretrained`.
         """
+        _deprecate()
         op = "MarlinPipeline.from_pretrained"
         device = usable_device(device, op)
+        tokenizer = _load_tokenizer(path, trust_remote_code, op)
         skip = {"skip_layers": kwargs.pop("skip_layers")} if "skip_layers" in kwargs else {}
         model = _load_saved(path, device, trust_remote_code, kwargs, op)
         if model is None:
             model = load_dense(path, op, trust_remote_code=trust_remote_code, **kwargs)
             model = quantize_model(model, quant_type, group_size, **skip)
-        return cls(model, _load_tokenizer(path, trust_remote_code), device)
+        pipeline = cls.__new__(cls)  # without a second warning
+        TransformersMarlinPipeline.__init__(pipeline, model, tokenizer, device)
+        return pipeline
+
+
+def _deprecate() -> None:
+    """Warns the caller of the caller."""
+    warnings.warn("MarlinPipeline is deprecated; use TransformersMarlinPipeline", DeprecationWarning, stacklevel=3)
 
 
 def _sampling_options(max_tokens: int, temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
@@ -330,5 +342,11 @@ def _load_saved(
     return load_quantized(directory, device, trust_remote_code=trust_remote_code)
 
 
-def _load_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool, op: str) -> PreTrainedTokenizerBase:
+    directory = Path(source)
+    if directory.is_dir() and not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        # Of some models, Transformers would make a tokenizer without a vocabulary.
+        raise ValueError(
+            f"[{op}] {source} has no tokenizer; save one there by its save_pretrained, or give it to the constructor"
+        )
     return require("transformers").AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
