@@ -751,6 +751,42 @@ def test_remote_code_is_never_implied(saved: Path, tmp_path: Path, monkeypatch: 
         assert set(trusted) == {expected}
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = -output.logits
+        return output
+"""
+
+
+def test_models_with_their_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
+    dense, made = tmp_path / "dense", tmp_path / "quantized"
+    tiny_model().save_pretrained(dense)
+    (dense / "own.py").write_text(OWN_CODE)
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    edit_record(dense, lambda c: c.update(model_type="own", architectures=["Own"], auto_map=names), "config.json")
+
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_and_quantize(dense, device="cpu")
+    model, _ = load_and_quantize(dense, device="cpu", trust_remote_code=True)
+    assert torch.equal(logits(model), -logits(quantized()))
+    save_quantized(model, made)
+    shutil.rmtree(dense)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_quantized(made, "cpu")
+    assert torch.equal(logits(load_quantized(made, "cpu", trust_remote_code=True)), logits(model))
+
+
 def test_models_that_others_quantized_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     model.is_quantized, model.quantization_method = True, "awq"

@@ -278,14 +278,15 @@ def write_checkpoint(
 ) -> None:
     """`save_checkpoint`, where a size may be a string such as "5GB", and the model's tensors may be given."""
     tensors = split_experts(model, distinct_tensors(model, state_dict))
-    write_directory(model, directory, tensors, {"config.json": _mlx_config(model)}, "mlx", max_shard_size, tokenizer)
+    records = {"config.json": _mlx_config(model)}
+    write_directory(model, directory, tensors, lambda staged: records, "mlx", max_shard_size, tokenizer)
 
 
 def write_directory(
     model: PreTrainedModel,
     directory: Path,
     tensors: Mapping[str, torch.Tensor],
-    records: Mapping[str, Mapping[str, Any]],
+    records: Callable[[Path], Mapping[str, Mapping[str, Any]]],
     format: str,
     max_shard_size: int | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -295,7 +296,8 @@ def write_directory(
     Args:
         directory: made if it does not exist; weight files in it that are not overwritten are removed.
         tensors: by the names that they are stored under.
-        records: what the JSON files hold, by their names; config.json among them.
+        records: returns what the JSON files hold, by their names, config.json among them; is called with the directory
+            in which everything is gathered, for what else it may put there.
         format: what the weight files say that their format is.
         max_shard_size: tensors beyond this size are split over several files; in bytes, or a string such as "5GB".
     """
@@ -304,7 +306,7 @@ def write_directory(
     with tempfile.TemporaryDirectory(prefix=".save-", dir=directory) as scratch:
         staged = Path(scratch)
         weight_files = _write_weights(tensors, staged, max_shard_size, format)
-        for name, record in records.items():
+        for name, record in records(staged).items():
             _write_json(staged / name, record)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(staged)

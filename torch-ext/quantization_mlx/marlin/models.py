@@ -325,16 +325,24 @@ def save_quantized(
         raise ValueError(f"[{op}] layers are of no known class, which is {' or '.join(_CLASSES)}: {listed(strange)}")
     if mlx := [path for path, module in modules.items() if isinstance(module, _QuantizedModule)]:
         raise ValueError(f"[{op}] layers are of MLX's formats, which save_checkpoint writes: {listed(mlx)}")
-    config = {**config_record(model), "quantization_config": {"quant_method": METHOD}}
-    records = {
-        "config.json": dict(sorted(config.items())),
-        RECORD: {
-            "format": FORMAT,
-            "layers": {path: _entry(layer) for path, layer in layers.items()},
-            "tied": _aliases(model),
-        },
-    }
+
+    def records(directory: Path) -> dict[str, dict[str, Any]]:
+        _copy_remote_code(model, directory)
+        config = {**config_record(model), "quantization_config": {"quant_method": METHOD}}
+        entries = {path: _entry(layer) for path, layer in layers.items()}
+        record = {"format": FORMAT, "layers": entries, "tied": _aliases(model)}
+        return {"config.json": dict(sorted(config.items())), RECORD: record}
+
     write_directory(model, Path(output_dir), distinct_tensors(model), records, "pt", max_shard_bytes)
+
+
+def _copy_remote_code(model: PreTrainedModel, directory: Path) -> None:
+    """Copies the Python files of a model that came with its own, and lets its config name them."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    for each in (model, model.config):
+        if each._auto_class is not None:
+            custom_object_save(each, directory, config=model.config)
 
 
 def _entry(layer: ColumnPackedLinear) -> dict[str, Any]:
@@ -433,10 +441,12 @@ def _refuse_mlx(directory: Path, op: str) -> None:
 
 
 def _class_of(config: Any, trust_remote_code: bool) -> Any:
-    """The class of the saved model."""
+    """The class of the saved model, or the one that finds it among the Python code that config.json names."""
     transformers = require("transformers")
-    remote = trust_remote_code and getattr(config, "auto_map", None)
-    for name in () if remote else config.architectures or ():
+    remote = [name for name in getattr(config, "auto_map", None) or () if name.startswith("AutoModel")]
+    if trust_remote_code and remote:
+        return getattr(transformers, remote[0], transformers.AutoModelForCausalLM)
+    for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
