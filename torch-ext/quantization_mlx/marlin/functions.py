@@ -118,7 +118,7 @@ def pack_int4_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, T
     """Quantizes weights [K, N] of any float dtype to (code - zero) * scale, from the least to the largest of a group.
 
     A zero point is a whole number, and outside of 0 to 15 where a group has values of one sign only; it is 2048 at
-    most, so groups that vary by less than 1 / 140 of their magnitude get larger scales than their range needs.
+    most, so groups that vary by less than 1 / 136 of their magnitude get larger scales than their range needs.
 
     Returns:
         (packed uint32 [K / 8, N], scales and zeros float16 [K / group_size, N]). Given an mlx array, mlx arrays.

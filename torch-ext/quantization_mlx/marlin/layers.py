@@ -100,7 +100,7 @@ class ColumnPackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ColumnPackedLinear:
         """Moves everything, but lets a change of dtype leave scales and zeros alone: the format has them as float16."""
-        tables = [table for table in (self._parameters["scales"], self._parameters["zeros"]) if table is not None]
+        tables = self._parameters.get("scales"), self._parameters.get("zeros")
 
         def apply(tensor: torch.Tensor) -> torch.Tensor:
             if any(tensor is table for table in tables):
