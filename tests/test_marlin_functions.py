@@ -206,15 +206,15 @@ WEIGHTS: dict[str, Callable[[int, int], Tensor]] = {
 @KIND
 @GROUP_SIZE
 @DTYPE
-@pytest.mark.parametrize("what", WEIGHTS)
-def test_packers_follow_the_formulas(kind: str, group_size: int, dtype: torch.dtype, what: str, device: str) -> None:
-    """Words, scales and zeros bit for bit."""
-    limit = torch.finfo(dtype).max
-    weights = WEIGHTS[what](256, 21).clamp(-limit, limit).to(dtype)
+def test_packers_follow_the_formulas(kind: str, group_size: int, dtype: torch.dtype, device: str) -> None:
+    """Words, scales and zeros bit for bit; each kind of weights in columns of its own."""
+    limit, N = torch.finfo(dtype).max, 7
+    weights = torch.cat([make(256, N) for make in WEIGHTS.values()], 1).clamp(-limit, limit).to(dtype)
     packed = packer(kind)(weights.to(device), group_size=group_size)
     assert isinstance(packed, tuple)
     for ours, theirs in zip(packed, reference(kind, weights, group_size).tensors, strict=True):
-        oracle.assert_identical(ours, theirs, kind)
+        for what, one, other in zip(WEIGHTS, ours.cpu().split(N, 1), theirs.split(N, 1), strict=True):
+            oracle.assert_identical(one, other, f"{kind}, {what} weights")
 
 
 @KIND
@@ -389,7 +389,7 @@ def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
 @KIND
 @DTYPE
 @GROUP_SIZE
-@pytest.mark.parametrize("N", [1, 33, 100, 128])
+@pytest.mark.parametrize("N", [1, 33, 128])
 def test_products(kind: str, dtype: torch.dtype, group_size: int, N: int, device: str) -> None:
     packed = random_packed(kind, 256, N, group_size)
     matrix = exact(kind, packed, group_size)
