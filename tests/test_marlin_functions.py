@@ -109,7 +109,11 @@ def reference_scales(kind: str, groups: np.ndarray) -> np.ndarray:
             scales = np.maximum((groups.max(1) - groups.min(1)) / np.float32(15), largest / np.float32(2047))
     else:
         scales = largest / np.float32(DIVISORS[kind])
-    return np.clip(scales, np.float32(1e-7), np.float32(65504)).astype(np.float16)
+    rounded = np.clip(scales, np.float32(1e-7), np.float32(65504)).astype(np.float16)
+    if kind == "int4":  # rounded down, small scales would let a zero point pass 2048
+        next_up = np.nextafter(rounded, np.float16(65504))
+        rounded = np.where(2048 * rounded.astype(np.float32) < largest, next_up, rounded)
+    return rounded
 
 
 def reference_codes(kind: str, quotients: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
@@ -215,6 +219,16 @@ def test_packers_follow_the_formulas(kind: str, group_size: int, dtype: torch.dt
     for ours, theirs in zip(packed, reference(kind, weights, group_size).tensors, strict=True):
         for what, one, other in zip(WEIGHTS, ours.cpu().split(N, 1), theirs.split(N, 1), strict=True):
             oracle.assert_identical(one, other, f"{kind}, {what} weights")
+
+
+def test_int4_keeps_values_far_from_zero(device: str) -> None:
+    """Each column is one value, of either sign: the error is half a step of 1 / 2047 of it, or of the least scale."""
+    values = torch.logspace(-8, 7, 301).repeat_interleave(2) * torch.tensor([1, -1]).repeat(301)
+    packed = pack_int4_weights(values.expand(128, -1).to(device))
+    decoded = exact("int4", Packed(*packed), 128)
+    step = (values.abs() / 2047).clamp_min(1e-7).double()
+    # A float16 is off by half a unit of its last place, or of the subnormal ones.
+    oracle.assert_within(decoded, values.double().expand(128, -1), 0.5 * step * (1 + 2**-10) + 2**-25)
 
 
 @KIND
