@@ -646,6 +646,16 @@ def test_arrays_keep_their_values(dtype: torch.dtype, shape: tuple[int, ...]) ->
         oracle.assert_identical(oracle.from_mlx(to_mlx(tensor.T)), tensor.T)
 
 
+def test_arrays_go_to_the_gpu_where_mlx_and_torch_have_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mx = oracle.mlx()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: device == "mps")
+    assert to_torch(mx.arange(3)).device.type == "cpu"
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    tensor = to_torch(mx.arange(3.0))
+    assert tensor.device.type == device
+    oracle.assert_identical(oracle.from_mlx(to_mlx(tensor)), torch.arange(3.0))
+
+
 def test_a_tensor_outlives_its_array() -> None:
     mx = oracle.mlx()
     array = mx.arange(100_000) + 0.5

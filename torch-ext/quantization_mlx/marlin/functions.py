@@ -46,24 +46,22 @@ def _check_tensor(function: str, name: str, value: Any, dimensions: int | None =
         raise ValueError(f"[{function}] {name} has shape {list(value.shape)}; it must have {dimensions} dimensions")
 
 
-def _check_packed(function: str, mode: str, group_size: int, K: int, N: int, words: Any, **tables: Any) -> None:
-    """Judges packed weights: `words`, under its documented name in front, and scales and zeros by keyword."""
+def _check_packed(function: str, mode: str, group_size: int, K: int, N: int, **packed: Any) -> None:
+    """Judges packed weights under their documented names: first the words, then scales and maybe zeros."""
     check_groups(function, "K", K, group_size)
-    name, words = words
-    integers, half = (torch.uint32, torch.int32), (torch.float16,)
-    expected = {name: (words, (K * BITS[mode] // 32, N), integers)}
-    expected |= {table: (tensor, (K // group_size, N), half) for table, tensor in tables.items()}
-    for name, (tensor, shape, dtypes) in expected.items():
+    rows, dtypes = K * BITS[mode] // 32, (torch.uint32, torch.int32)
+    for name, tensor in packed.items():
         _check_tensor(function, name, tensor, 2)
-        if tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != (rows, N):
             raise ValueError(
                 f"[{function}] {name} has shape {list(tensor.shape)}; with K = {K}, N = {N} and group_size = "
-                f"{group_size} it must be {list(shape)}"
+                f"{group_size} it must be {[rows, N]}"
             )
         if tensor.dtype not in dtypes:
             raise TypeError(
                 f"[{function}] {name} has dtype {tensor.dtype}; supported are {', '.join(map(str, dtypes))}"
             )
+        rows, dtypes = K // group_size, (torch.float16,)
 
 
 # Packing
@@ -140,19 +138,19 @@ def pack_int4_sym_weights(weights: Tensor, group_size: int = 128) -> tuple[Tenso
 
 
 def _multiply(
-    function: str, mode: str, A: Tensor, B_packed: Tensor, group_size: int, K: int, N: int, **tables: Any
+    function: str, mode: str, A: Tensor, group_size: int, K: int, N: int, B_packed: Tensor, **tables: Tensor
 ) -> Tensor:
-    _check_packed(function, mode, group_size, K, N, ("B_packed", B_packed), **tables)
+    _check_packed(function, mode, group_size, K, N, B_packed=B_packed, **tables)
     operands = A, B_packed, tables["scales"], tables.get("zeros")
     return _quantized_matmul(*operands, False, group_size, BITS[mode], mode, op=function)
 
 
-def _sizes(function: str, A: Any, B_packed: Any) -> dict[str, int]:
+def _gemm(function: str, mode: str, A: Tensor, group_size: int, B_packed: Tensor, **tables: Tensor) -> Tensor:
     _check_tensor(function, "A", A)
     _check_tensor(function, "B_packed", B_packed, 2)
     if not A.dim():
         raise ValueError(f"[{function}] A has no dimensions; it must be [..., K]")
-    return {"K": A.shape[-1], "N": B_packed.shape[-1]}
+    return _multiply(function, mode, A, group_size, A.shape[-1], B_packed.shape[-1], B_packed, **tables)
 
 
 @accepts_mlx_arrays
@@ -167,17 +165,13 @@ def marlin_gemm_fp4(A: Tensor, B_packed: Tensor, scales: Tensor, group_size: int
     Returns:
         [..., N] of A's dtype. Given mlx arrays, an mlx array.
     """
-    function = "marlin_gemm_fp4"
-    sizes = _sizes(function, A, B_packed)
-    return _multiply(function, "marlin_fp4", A, B_packed, group_size, scales=scales, **sizes)
+    return _gemm("marlin_gemm_fp4", "marlin_fp4", A, group_size, B_packed, scales=scales)
 
 
 @accepts_mlx_arrays
 def marlin_gemm_int4(A: Tensor, B_packed: Tensor, scales: Tensor, zeros: Tensor, group_size: int = 128) -> Tensor:
     """`marlin_gemm_fp4` with weights of `pack_int4_weights`: `zeros` is float16 [K / group_size, N], like `scales`."""
-    function = "marlin_gemm_int4"
-    sizes = _sizes(function, A, B_packed)
-    return _multiply(function, "marlin_int4", A, B_packed, group_size, scales=scales, zeros=zeros, **sizes)
+    return _gemm("marlin_gemm_int4", "marlin_int4", A, group_size, B_packed, scales=scales, zeros=zeros)
 
 
 def _check_library(function: str, lib: Any) -> None:
@@ -201,7 +195,7 @@ def _dispatch(
     _check_tensor(function, "A", A, 2)
     if tuple(A.shape) != (M, K):
         raise ValueError(f"[{function}] A has shape {list(A.shape)}; with M = {M} and K = {K} it must be [{M}, {K}]")
-    return _multiply(function, mode, A, B_packed, group_size, K, N, scales=scales)
+    return _multiply(function, mode, A, group_size, K, N, B_packed, scales=scales)
 
 
 def dispatch_gemm_fp4(
@@ -263,7 +257,7 @@ def dispatch_dequant_fp4(
     """The weights, float16 [K, N], of packed uint32 [K / 8, N] and scales float16 [K / group_size, N]."""
     function, mode = "dispatch_dequant_fp4", "marlin_fp4"
     _check_library(function, lib)
-    _check_packed(function, mode, group_size, K, N, ("packed", packed), scales=scales)
+    _check_packed(function, mode, group_size, K, N, packed=packed, scales=scales)
     if packed.device != scales.device:
         raise ValueError(f"[{function}] packed is on {packed.device} and scales on {scales.device}")
     return dequantize(packed, scales, None, group_size, BITS[mode], mode)

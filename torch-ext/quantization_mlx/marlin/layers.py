@@ -14,6 +14,8 @@ from .functions import BITS, check_groups, pack
 # Called with every argument in place: the shortest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
 
+QUANT_TYPES = {"fp4": "marlin_fp4", "int4": "marlin_int4", "int4_sym": "marlin_int4_sym"}
+MODE_OF_BITS = {4: "marlin_fp4", 8: "marlin_fp8", 2: "marlin_int2"}
 _PACKED = ("weight_packed", "scales", "zeros")
 
 
@@ -130,8 +132,6 @@ class MarlinLinear(ColumnPackedLinear):
         ValueError: quant_type or group_size is not supported, or in_features does not divide into groups.
     """
 
-    QUANT_TYPES = ("fp4", "int4", "int4_sym")
-
     def __init__(
         self,
         in_features: int,
@@ -142,11 +142,11 @@ class MarlinLinear(ColumnPackedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if quant_type not in self.QUANT_TYPES:
+        if quant_type not in QUANT_TYPES:
             raise ValueError(
-                f"[{type(self).__name__}] quant_type is {quant_type!r}; supported are {', '.join(self.QUANT_TYPES)}"
+                f"[{type(self).__name__}] quant_type is {quant_type!r}; supported are {', '.join(QUANT_TYPES)}"
             )
-        super().__init__(in_features, out_features, f"marlin_{quant_type}", group_size, bias, device, dtype)
+        super().__init__(in_features, out_features, QUANT_TYPES[quant_type], group_size, bias, device, dtype)
         self.quant_type = quant_type
 
     @classmethod
@@ -169,8 +169,6 @@ class MetalQuantizedLinear(ColumnPackedLinear):
         ValueError: bits or group_size is not supported, or in_features does not divide into groups.
     """
 
-    MODES = {4: "marlin_fp4", 8: "marlin_fp8", 2: "marlin_int2"}  # noqa: RUF012
-
     def __init__(
         self,
         in_features: int,
@@ -181,9 +179,9 @@ class MetalQuantizedLinear(ColumnPackedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if bits not in self.MODES:
-            raise ValueError(f"[{type(self).__name__}] bits is {bits}; supported are {sorted(self.MODES)}")
-        super().__init__(in_features, out_features, self.MODES[bits], group_size, bias, device, dtype)
+        if bits not in MODE_OF_BITS:
+            raise ValueError(f"[{type(self).__name__}] bits is {bits}; supported are {sorted(MODE_OF_BITS)}")
+        super().__init__(in_features, out_features, MODE_OF_BITS[bits], group_size, bias, device, dtype)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, bits: int = 4, group_size: int = 128) -> MetalQuantizedLinear:
