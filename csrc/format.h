@@ -1,4 +1,4 @@
-// Every number format of MLX's quantized matrices, described once for C++ and for Metal shaders.
+// Every number format of quantized matrices, MLX's and Marlin's, described once for C++ and for Metal shaders.
 //
 // Written in what C++14 and MSL have in common: functions on scalars by value, no pointers, no tables. The CPU kernels,
 // the shaders and the argument checks all include this file, so they cannot disagree on a format.
@@ -23,7 +23,19 @@
 
 namespace quantization_mlx {
 
-enum class Mode : int { affine = 0, mxfp4 = 1, mxfp8 = 2, nvfp4 = 3 };
+// Those that begin with marlin are column-packed: see "Packing".
+enum class Mode : int {
+  affine = 0,
+  mxfp4 = 1,
+  mxfp8 = 2,
+  nvfp4 = 3,
+  marlin_fp4 = 4,
+  marlin_fp8 = 5,
+  marlin_int2 = 6,
+  marlin_int4 = 7,
+  marlin_int4_sym = 8
+};
+inline constexpr int mode_count = 9;
 
 struct Format {
   Mode mode;
@@ -31,24 +43,39 @@ struct Format {
   int group_size;
 };
 
-inline constexpr bool has_biases(Mode mode) { return mode == Mode::affine; }
+inline constexpr bool is_column_packed(Mode mode) { return mode >= Mode::marlin_fp4; }
 
-inline constexpr int default_bits(Mode mode) { return mode == Mode::mxfp8 ? 8 : 4; }
+// What a code stands for; else the integer that it is.
+inline constexpr bool is_e2m1(Mode mode) {
+  return mode == Mode::mxfp4 || mode == Mode::nvfp4 || mode == Mode::marlin_fp4;
+}
+inline constexpr bool is_e4m3(Mode mode) { return mode == Mode::mxfp8 || mode == Mode::marlin_fp8; }
+
+// Whether each group has, beside its scale, a bias or the code that stands for zero.
+inline constexpr bool has_biases(Mode mode) { return mode == Mode::affine; }
+inline constexpr bool has_zeros(Mode mode) { return mode == Mode::marlin_int4; }
+
+inline constexpr int default_bits(Mode mode) { return is_e4m3(mode) ? 8 : (mode == Mode::marlin_int2 ? 2 : 4); }
 
 inline constexpr int default_group_size(Mode mode) {
-  return mode == Mode::affine ? 64 : (mode == Mode::nvfp4 ? 16 : 32);
+  return is_column_packed(mode) ? 128 : (mode == Mode::affine ? 64 : (mode == Mode::nvfp4 ? 16 : 32));
 }
 
 inline constexpr bool is_supported(Format format) {
-  return format.mode == Mode::affine
-      ? ((format.bits >= 2 && format.bits <= 6) || format.bits == 8) &&
-          (format.group_size == 32 || format.group_size == 64 || format.group_size == 128)
-      : format.bits == default_bits(format.mode) && format.group_size == default_group_size(format.mode);
+  const bool any_group = format.mode == Mode::affine || is_column_packed(format.mode);
+  const bool group_size = any_group ? format.group_size == 32 || format.group_size == 64 || format.group_size == 128
+                                    : format.group_size == default_group_size(format.mode);
+  const bool bits = format.mode == Mode::affine ? (format.bits >= 2 && format.bits <= 6) || format.bits == 8
+                                                : format.bits == default_bits(format.mode);
+  return group_size && bits;
 }
 
 // --- Packing ------------------------------------------------------------------------------------------------------
 // A row is one little-endian bit stream: element i occupies bits [i * bits, (i + 1) * bits). A *unit* is the shortest
 // run of whole bytes that holds whole elements, or one 32-bit word where the width divides 32.
+//
+// Column-packed matrices are [K, N], grouped along K, and each column is such a stream: word (r, n) holds the elements
+// r * 32 / bits, ... of column n. So the words are [K * bits / 32, N], with scales [K / group_size, N].
 
 inline constexpr int unit_elements(int bits) { return bits == 6 ? 4 : (bits == 3 || bits == 5 ? 8 : 32 / bits); }
 
@@ -164,6 +191,11 @@ inline uint32_t e4m3_from_float(float value) {
   return sign | ((rounded - (120u << 23)) >> 20);
 }
 
+// What a code stands for before it is scaled.
+inline float element_value(Mode mode, uint32_t code) {
+  return is_e2m1(mode) ? e2m1_to_float(code) : (is_e4m3(mode) ? e4m3_to_float(code) : static_cast<float>(code));
+}
+
 // --- E8M0: the power-of-two scale of mxfp4 and mxfp8 ---------------------------------------------------------------
 // Value 2^(byte - 127). MLX decodes byte 255 as infinity.
 
@@ -181,6 +213,21 @@ inline uint32_t e8m0_from_ratio(float ratio) {
     return bits > 0x00400000u ? 1u : 0u;
   }
   return exponent + static_cast<uint32_t>((bits & 0x7FFFFFu) != 0u && exponent < 255u);
+}
+
+// --- Column-packed elements ----------------------------------------------------------------------------------------
+// The value of a code is (element - zero) * scale, with a float16 scale; float32 arithmetic is exact in it, and so is
+// element * scale + column_bias.
+
+inline constexpr float column_zero(Mode mode, float stored) {
+  return mode == Mode::marlin_int4 ? stored
+                                   : (mode == Mode::marlin_int4_sym ? 8.0f : (mode == Mode::marlin_int2 ? 1.5f : 0.0f));
+}
+
+inline constexpr bool has_column_bias(Mode mode) { return is_column_packed(mode) && !is_e2m1(mode) && !is_e4m3(mode); }
+
+inline constexpr float column_bias(Mode mode, float scale, float stored_zero) {
+  return -column_zero(mode, stored_zero) * scale;
 }
 
 // --- Quantizing one group -----------------------------------------------------------------------------------------
@@ -229,6 +276,55 @@ inline AffineParameters affine_parameters(float minimum, float maximum, int bits
 inline uint32_t affine_code(float value, AffineParameters parameters, int bits) {
   float last = static_cast<float>((1 << bits) - 1);
   float code = round_half_even(quotient(value - parameters.bias, parameters.scale));
+  code = code > 0.0f ? code : 0.0f;  // also where code is NaN
+  return static_cast<uint32_t>(code > last ? last : code);
+}
+
+// The float16 bits of a column-packed group's scale. The zeros of marlin_int4 are integers that float16 holds exactly,
+// so a scale is so large that the one furthest from 0 is below 2048.
+inline uint32_t column_scale_bits(Mode mode, float minimum, float maximum) {
+  float largest = magnitude(minimum) > magnitude(maximum) ? magnitude(minimum) : magnitude(maximum);
+  float scale = 0.0f;
+  if (mode == Mode::marlin_int4) {
+    // Halved, a range that overflows float32 does not.
+    scale = 2.0f * quotient(0.5f * maximum - 0.5f * minimum, 15.0f);
+    float least = quotient(largest, 2047.0f);
+    scale = scale > least ? scale : least;
+  } else {
+    scale = quotient(
+        largest,
+        mode == Mode::marlin_fp4 ? 6.0f
+                                 : (mode == Mode::marlin_fp8 ? 448.0f : (mode == Mode::marlin_int2 ? 1.5f : 7.0f)));
+  }
+  scale = scale > 1e-7f ? scale : 1e-7f;
+  uint32_t bits = float16_from_float(scale < 65504.0f ? scale : 65504.0f);
+  // Small float16 values are coarse: rounded down, the scale would let a zero pass 2048.
+  bool is_too_small = mode == Mode::marlin_int4 && 2048.0f * float16_to_float(bits) < largest && bits < 0x7BFFu;
+  return is_too_small ? bits + 1u : bits;
+}
+
+// The code of zero to be stored for such a group. Where the scale saturates, so does it.
+inline float column_stored_zero(Mode mode, float minimum, float scale) {
+  if (!has_zeros(mode)) {
+    return 0.0f;
+  }
+  float zero = round_half_even(quotient(-minimum, scale));
+  zero = zero > -2048.0f ? zero : -2048.0f;
+  return (zero < 2048.0f ? zero : 2048.0f) + 0.0f;  // never -0
+}
+
+inline uint32_t column_code(Mode mode, float value, float scale, float stored_zero) {
+  float scaled = quotient(value, scale);
+  if (is_e2m1(mode)) {
+    return e2m1_from_float(scaled);
+  }
+  if (is_e4m3(mode)) {
+    return e4m3_from_float(scaled);
+  }
+  float last = static_cast<float>((1 << default_bits(mode)) - 1);
+  // Symmetric codes are rounded before 8 is added: the sum itself would round once more.
+  float code = mode == Mode::marlin_int4_sym ? round_half_even(scaled) + 8.0f
+                                             : round_half_even(scaled + column_zero(mode, stored_zero));
   code = code > 0.0f ? code : 0.0f;  // also where code is NaN
   return static_cast<uint32_t>(code > last ? last : code);
 }

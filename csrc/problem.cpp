@@ -70,11 +70,24 @@ void check_device(
       other.device(), "; all arguments must be on one device.");
 }
 
-constexpr std::pair<std::string_view, Mode> modes[] = {
+constexpr std::pair<std::string_view, Mode> modes[mode_count] = {
     {"affine", Mode::affine},
     {"mxfp4", Mode::mxfp4},
     {"mxfp8", Mode::mxfp8},
-    {"nvfp4", Mode::nvfp4}};
+    {"nvfp4", Mode::nvfp4},
+    {"marlin_fp4", Mode::marlin_fp4},
+    {"marlin_fp8", Mode::marlin_fp8},
+    {"marlin_int2", Mode::marlin_int2},
+    {"marlin_int4", Mode::marlin_int4},
+    {"marlin_int4_sym", Mode::marlin_int4_sym}};
+
+std::string supported_of(Mode mode) {
+  if (mode == Mode::affine) {
+    return "affine takes bits 2, 3, 4, 5, 6 or 8 and group_size 32, 64 or 128.";
+  }
+  const std::string group_size = is_column_packed(mode) ? "32, 64 or 128" : std::to_string(default_group_size(mode));
+  return c10::str(name_of(mode), " takes bits ", default_bits(mode), " and group_size ", group_size, ".");
+}
 
 Format parse_format(
     std::string_view op,
@@ -84,7 +97,8 @@ Format parse_format(
   const auto* found = std::find_if(std::begin(modes), std::end(modes), [&](auto& mode) { return mode.first == name; });
   TORCH_CHECK_VALUE(
       found != std::end(modes), "[", op, "] mode is \"", name,
-      "\"; supported are \"affine\", \"mxfp4\", \"mxfp8\" and \"nvfp4\".");
+      "\"; supported are \"affine\", \"mxfp4\", \"mxfp8\" and \"nvfp4\", and for column-packed weights "
+      "\"marlin_fp4\", \"marlin_fp8\", \"marlin_int2\", \"marlin_int4\" and \"marlin_int4_sym\".");
   const Mode mode = found->second;
   const int64_t wanted_bits = bits.value_or(default_bits(mode));
   const int64_t wanted_group_size = group_size.value_or(default_group_size(mode));
@@ -93,10 +107,7 @@ Format parse_format(
   const Format format{mode, narrow(wanted_bits), narrow(wanted_group_size)};
   TORCH_CHECK_VALUE(
       is_supported(format), "[", op, "] mode \"", name, "\" with bits ", wanted_bits, " and group_size ",
-      wanted_group_size, " is not supported; ",
-      mode == Mode::affine
-          ? std::string("affine takes bits 2, 3, 4, 5, 6 or 8 and group_size 32, 64 or 128.")
-          : c10::str(name, " takes bits ", default_bits(mode), " and group_size ", default_group_size(mode), "."));
+      wanted_group_size, " is not supported; ", supported_of(mode));
   return format;
 }
 
@@ -127,6 +138,25 @@ void check_global_scale(
       one_per_matrix ? " or the leading shape of w." : ".");
 }
 
+void check_float16(const WeightArguments& arguments, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(
+      tensor.defined() && tensor.scalar_type() == at::kHalf, "[", arguments.op, "] ", name, " have dtype ",
+      tensor.scalar_type(), "; mode \"", arguments.mode, "\" has float16 ", name, ".");
+}
+
+void check_column_packed(const WeightArguments& arguments, Mode mode) {
+  check_float16(arguments, "scales", arguments.scales);
+  if (has_zeros(mode)) {
+    TORCH_CHECK_VALUE(
+        arguments.biases.has_value(), "[", arguments.op, "] mode \"", arguments.mode, "\" needs zeros, as biases.");
+    check_float16(arguments, "zeros", *arguments.biases);
+    check_device(arguments.op, "zeros", *arguments.biases, "w", arguments.w);
+  } else {
+    TORCH_CHECK_VALUE(
+        !arguments.biases.has_value(), "[", arguments.op, "] mode \"", arguments.mode, "\" has no biases.");
+  }
+}
+
 // Everything about the weights but their sizes.
 Format check_weights(const WeightArguments& arguments) {
   std::string_view op = arguments.op;
@@ -141,7 +171,9 @@ Format check_weights(const WeightArguments& arguments) {
       w.dim() >= 2 && scales.dim() >= 2, "[", op, "] w of shape ", w.sym_sizes(), " and scales of shape ",
       scales.sym_sizes(), " must have at least two dimensions.");
   check_device(op, "scales", scales, "w", w);
-  if (has_biases(format.mode)) {
+  if (is_column_packed(format.mode)) {
+    check_column_packed(arguments, format.mode);
+  } else if (has_biases(format.mode)) {
     TORCH_CHECK_VALUE(biases.has_value(), "[", op, "] mode \"affine\" needs biases.");
     check_activation(op, "scales", scales);
     check_activation(op, "biases", *biases);
@@ -157,24 +189,29 @@ Format check_weights(const WeightArguments& arguments) {
 
 // --- Shape rules, the same for real and for symbolic sizes ---------------------------------------------------------
 
-// The unpacked length of a row of w.
+// The unpacked length of a row of w, or of a column where columns are packed.
 template <typename Int>
 Int check_packing(const WeightArguments& arguments, Format format) {
   const auto w = sizes_of<Int>(arguments.w);
   const auto scales = sizes_of<Int>(arguments.scales);
   const Int bits = format.bits;
   const Int group_size = format.group_size;
-  const Int length = scales.back() * group_size;
+  const bool columns = is_column_packed(format.mode);
+  const size_t from_last = columns ? 2 : 1;  // of the packed dimension
+  const Int words = w[w.size() - from_last];
+  const Int groups = scales[scales.size() - from_last];
+  const Int length = groups * group_size;
   TORCH_CHECK_VALUE(
-      w.size() == scales.size() && w.slice(0, w.size() - 1) == scales.slice(0, scales.size() - 1) &&
-          w.back() * 32 == length * bits,
+      w.size() == scales.size() && w.slice(0, w.size() - from_last) == scales.slice(0, scales.size() - from_last) &&
+          (!columns || w.back() == scales.back()) && words * 32 == length * bits,
       "[", arguments.op, "] w of shape ", w, " and scales of shape ", scales, " do not belong together: ", bits,
-      "-bit rows of ", w.back(), " words hold ", w.back() * 32, "/", bits, " elements, and ", scales.back(),
-      " groups of ", group_size, " hold ", length, ".");
+      "-bit ", columns ? "columns" : "rows", " of ", words, " words hold ", words * 32, "/", bits, " elements, and ",
+      groups, " groups of ", group_size, " hold ", length, ".");
   if (arguments.biases.has_value()) {
     TORCH_CHECK_VALUE(
-        sizes_of<Int>(*arguments.biases) == scales, "[", arguments.op, "] biases of shape ",
-        sizes_of<Int>(*arguments.biases), " must have the shape of scales, ", scales, ".");
+        sizes_of<Int>(*arguments.biases) == scales, "[", arguments.op, "] ",
+        has_zeros(format.mode) ? "zeros" : "biases", " of shape ", sizes_of<Int>(*arguments.biases),
+        " must have the shape of scales, ", scales, ".");
   }
   return length;
 }
@@ -212,11 +249,15 @@ MatmulShape<Int> operand_shape(const WeightArguments& arguments, Format format, 
   const auto x_sizes = sizes_of<Int>(x);
   const auto w_sizes = sizes_of<Int>(arguments.w);
   TORCH_CHECK_VALUE(!x_sizes.empty(), "[", op, "] x is a scalar; it needs at least one dimension.");
+  TORCH_CHECK_VALUE(
+      !transpose || !is_column_packed(format.mode), "[", op, "] mode \"", name_of(format.mode),
+      "\" has column-packed weights [K, N]; it takes transpose=False.");
   MatmulShape<Int> shape;
-  const Int rows = w_sizes[w_sizes.size() - 2];
+  const bool columns = is_column_packed(format.mode);
   shape.M = x_sizes.size() > 1 ? x_sizes[x_sizes.size() - 2] : Int(1);
-  shape.K = transpose ? length : rows;
-  shape.N = transpose ? rows : length;
+  const Int& rows = w_sizes[w_sizes.size() - 2];
+  shape.K = transpose || columns ? length : rows;
+  shape.N = transpose ? rows : columns ? w_sizes.back() : length;
   TORCH_CHECK_VALUE(
       x_sizes.back() == shape.K, "[", op, "] x of shape ", x_sizes, " and w of shape ", w_sizes,
       " do not fit: with transpose=", transpose ? "True" : "False", ", bits ", format.bits, " and group_size ",
@@ -348,8 +389,20 @@ ScalarType dequantized_dtype(const WeightArguments& arguments, Format format, st
         "; supported are float32, float16 and bfloat16.");
     return *dtype;
   }
+  if (is_column_packed(format.mode)) {
+    return arguments.scales.scalar_type();
+  }
   return has_biases(format.mode) ? c10::promoteTypes(arguments.scales.scalar_type(), arguments.biases->scalar_type())
                                  : at::kBFloat16;
+}
+
+template <typename Int>
+Sizes<Int> unpacked_sizes(const WeightArguments& arguments, Format format) {
+  const Int length = check_packing<Int>(arguments, format);
+  const auto sizes = sizes_of<Int>(arguments.w);
+  Sizes<Int> result(sizes.begin(), sizes.end());
+  result[result.size() - (is_column_packed(format.mode) ? 2 : 1)] = length;
+  return result;
 }
 
 template <typename Int>
@@ -363,11 +416,19 @@ QuantizedShape<Int> quantized_shape(const Tensor& w, Format format) {
   const auto sizes = sizes_of<Int>(w);
   TORCH_CHECK_VALUE(sizes.size() >= 2, "[quantize] w of shape ", sizes, " must have at least two dimensions.");
   const Int group_size = format.group_size;
+  const bool columns = is_column_packed(format.mode);
+  const Int length = sizes[sizes.size() - (columns ? 2 : 1)];
   TORCH_CHECK_VALUE(
-      sizes.back() % group_size == 0, "[quantize] the last size of w, of shape ", sizes,
+      length % group_size == 0, "[quantize] the ", columns ? "second to last" : "last", " size of w, of shape ", sizes,
       ", must be divisible by group_size ", group_size, ".");
+  const Int words = length * format.bits / 32;
+  const Int groups = length / group_size;
+  if (columns) {
+    const auto leading = sizes.slice(0, sizes.size() - 2);
+    return {joined<Int>(leading, {words, sizes.back()}), joined<Int>(leading, {groups, sizes.back()})};
+  }
   const auto leading = sizes.slice(0, sizes.size() - 1);
-  return {joined<Int>(leading, {sizes.back() * format.bits / 32}), joined<Int>(leading, {sizes.back() / group_size})};
+  return {joined<Int>(leading, {words}), joined<Int>(leading, {groups})};
 }
 
 Format check_quantize(
@@ -384,18 +445,25 @@ Format check_quantize(
 
 template <typename Int>
 std::tuple<Tensor, Tensor, Tensor> empty_results(const Tensor& w, Format format, const QuantizedShape<Int>& shape) {
-  const bool affine = has_biases(format.mode);
-  const auto parameters = w.options().dtype(affine ? w.scalar_type() : at::kByte);
+  const auto dtype = is_column_packed(format.mode) ? at::kHalf : has_biases(format.mode) ? w.scalar_type() : at::kByte;
+  const auto parameters = w.options().dtype(dtype);
+  const bool third = has_biases(format.mode) || has_zeros(format.mode);
   const Sizes<Int> none{Int(0)};
   return {
       empty(c10::ArrayRef<Int>(shape.words), w.options().dtype(at::kUInt32)),
       empty(c10::ArrayRef<Int>(shape.scales), parameters),
-      empty(c10::ArrayRef<Int>(affine ? shape.scales : none), parameters)};
+      empty(c10::ArrayRef<Int>(third ? shape.scales : none), parameters)};
 }
 
 }  // namespace
 
 std::string_view name_of(Mode mode) { return modes[static_cast<int>(mode)].first; }
+
+bool is_column_packed(std::string_view mode) {
+  return std::any_of(std::begin(modes), std::end(modes), [&](auto& entry) {
+    return entry.first == mode && is_column_packed(entry.second);
+  });
+}
 
 void check_range(std::string_view op, const char* name, const Tensor& indices, int64_t matrices) {
   const int64_t* values = indices.const_data_ptr<int64_t>();
@@ -408,7 +476,7 @@ void check_range(std::string_view op, const char* name, const Tensor& indices, i
 
 ScalarType result_dtype(const WeightArguments& arguments, const Tensor& x) {
   ScalarType dtype = x.scalar_type();
-  if (arguments.biases.has_value()) {
+  if (arguments.mode == name_of(Mode::affine)) {
     dtype = c10::promoteTypes(dtype, arguments.scales.scalar_type());
     dtype = c10::promoteTypes(dtype, arguments.biases->scalar_type());
   }
@@ -484,18 +552,15 @@ Tensor GatherProblem::meta(
 DequantizeProblem DequantizeProblem::check(const WeightArguments& arguments, std::optional<ScalarType> dtype) {
   const Format format = check_weights(arguments);
   check_global_scale(arguments.op, format.mode, arguments.global_scale, "w", arguments.w, /*one_per_matrix=*/false);
-  const int64_t length = check_packing<int64_t>(arguments, format);
-  const auto leading = arguments.w.sizes().slice(0, arguments.w.dim() - 1);
   return {
-      matrices_of(arguments, format), dequantized_dtype(arguments, format, dtype), joined<int64_t>(leading, {length})};
+      matrices_of(arguments, format), dequantized_dtype(arguments, format, dtype),
+      unpacked_sizes<int64_t>(arguments, format)};
 }
 
 Tensor DequantizeProblem::meta(const WeightArguments& arguments, std::optional<ScalarType> dtype) {
   const Format format = check_weights(arguments);
   check_global_scale(arguments.op, format.mode, arguments.global_scale, "w", arguments.w, /*one_per_matrix=*/false);
-  const auto length = check_packing<c10::SymInt>(arguments, format);
-  const auto leading = arguments.w.sym_sizes().slice(0, arguments.w.dim() - 1);
-  const auto output = joined<c10::SymInt>(leading, {length});
+  const auto output = unpacked_sizes<c10::SymInt>(arguments, format);
   return empty(c10::SymIntArrayRef(output), arguments.w.options().dtype(dequantized_dtype(arguments, format, dtype)));
 }
 

@@ -42,7 +42,7 @@ struct QuantizedMatrices {
   Format format;
   Matrices words;
   Matrices scales;
-  Matrices biases;  // an undefined tensor in the floating-point modes
+  Matrices biases;  // or zeros; an undefined tensor in modes that have neither
   at::Tensor global_scale;  // undefined, or float32 with one element or one per matrix
 };
 
@@ -57,8 +57,8 @@ struct MatmulShape {
   Sizes<Int> output;
 };
 
-// x @ dequantize(w).T (transpose) or x @ dequantize(w). Batches of x and w broadcast; where w is a single matrix, all
-// rows of x are one product.
+// x @ dequantize(w).T (transpose) or x @ dequantize(w), the latter alone where columns are packed. Batches of x and w
+// broadcast; where w is a single matrix, all rows of x are one product.
 struct MatmulProblem {
   std::string_view op;
   QuantizedMatrices weights;
@@ -132,11 +132,14 @@ struct QuantizeProblem {
       const std::optional<at::Tensor>& global_scale);
 };
 
-// The three results of quantize, uninitialised; the third is empty in the floating-point modes.
+// The three results of quantize, uninitialised; the third is empty in modes that have neither biases nor zeros.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_quantized(const QuantizeProblem& problem);
 
-// "affine", "mxfp4", "mxfp8" or "nvfp4"; ends in a zero byte.
+// "affine", "mxfp4", ...; ends in a zero byte.
 std::string_view name_of(Mode mode);
+
+// Whether the mode of this name packs columns; false for a name that is none.
+bool is_column_packed(std::string_view mode);
 
 // Raises IndexError unless all of these int64 indices, contiguous and in host memory, choose one of `matrices`.
 void check_range(std::string_view op, const char* name, const at::Tensor& indices, int64_t matrices);
