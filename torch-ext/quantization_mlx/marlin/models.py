@@ -38,7 +38,7 @@ from ..stored import (
     weight_files,
 )
 from .functions import check_groups
-from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
+from .layers import MODE_OF_BITS, QUANT_TYPES, ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ def quantize_model(
     model: nn.Module,
     quant_type: str = "fp4",
     group_size: int = 128,
-    skip_layers: Iterable[str] = _HEAD_AND_TABLE,
+    skip_layers: Iterable[str] | None = _HEAD_AND_TABLE,
 ) -> nn.Module:
     """Makes the `nn.Linear` layers of `model` `MarlinLinear` ones, in place and one after the other; returns the model.
 
@@ -93,15 +93,15 @@ def quantize_model(
         group_size: 128, 64 or 32.
         skip_layers: names of layers to leave alone. A name is one or more whole components of a dotted path:
             "lm_head", "layers.0" and "model.layers.0.mlp.up_proj" are names, "head" is none of "lm_head". An empty
-            set skips nothing.
+            set, like None, skips nothing.
 
     Raises:
         TypeError: model is no module, or skip_layers is a string.
         ValueError: quant_type or group_size is not supported, or a weight has infinities or NaN; nothing has changed.
     """
     op = "quantize_model"
-    if quant_type not in MarlinLinear.QUANT_TYPES:
-        raise ValueError(f"[{op}] quant_type is {quant_type!r}; supported are {', '.join(MarlinLinear.QUANT_TYPES)}")
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"[{op}] quant_type is {quant_type!r}; supported are {', '.join(QUANT_TYPES)}")
     convert = functools.partial(MarlinLinear.from_linear, quant_type=quant_type, group_size=group_size)
     model, stats = _replace(op, model, convert, group_size, skip_layers, None)
     unasked = [f"{path}: {reason}" for path, reason in stats.skipped.items() if reason != _IN_SKIP_LAYERS]
@@ -142,12 +142,12 @@ def replace_linear_layers(
     if isinstance(model, nn.Linear):
         raise TypeError(f"[{op}] a layer by itself is not replaced in place; use MetalQuantizedLinear.from_float")
     convert = functools.partial(MetalQuantizedLinear.from_float, bits=bits, group_size=group_size)
-    return _replace(op, model, convert, group_size, skip_layers or (), layer_filter)[1]
+    return _replace(op, model, convert, group_size, skip_layers, layer_filter)[1]
 
 
 def _check_bits(op: str, bits: int, group_size: int) -> None:
-    if bits not in MetalQuantizedLinear.MODES:
-        raise ValueError(f"[{op}] bits is {bits}; supported are {sorted(MetalQuantizedLinear.MODES)}")
+    if bits not in MODE_OF_BITS:
+        raise ValueError(f"[{op}] bits is {bits}; supported are {sorted(MODE_OF_BITS)}")
     check_groups(op, "in_features", 0, group_size)
 
 
@@ -156,7 +156,7 @@ def _replace(
     model: nn.Module,
     convert: Callable[[nn.Linear], ColumnPackedLinear],
     group_size: int,
-    skip_layers: Iterable[str],
+    skip_layers: Iterable[str] | None,
     layer_filter: LayerFilter | None,
 ) -> tuple[nn.Module, ReplacementStats]:
     """Puts what `convert` makes of a layer in its place; returns the model, or what took its place, and the counts."""
@@ -165,7 +165,7 @@ def _replace(
     if isinstance(skip_layers, str):
         raise TypeError(f"[{op}] skip_layers is the string {skip_layers!r}; it must be a set of names")
     check_groups(op, "in_features", 0, group_size)
-    names = list(skip_layers)
+    names = list(skip_layers or ())
     replaced: list[str] = []
     skipped: dict[str, str] = {}
 
@@ -403,8 +403,7 @@ def load_quantized(
 
 def is_saved(directory: Path) -> bool:
     """Whether `save_quantized` wrote the directory, and nothing that is of another kind since."""
-    config = read_config(directory) or {}
-    return (directory / RECORD).exists() and (config.get("quantization_config") or {}).get("quant_method") == METHOD
+    return (directory / RECORD).exists() and other_method(read_config(directory) or {}) == METHOD
 
 
 def _read_record(directory: Path, op: str) -> dict[str, Any]:
