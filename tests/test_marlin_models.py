@@ -439,6 +439,15 @@ def test_every_tensor_keeps_its_dtype(dtype: torch.dtype, tmp_path: Path) -> Non
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_a_model_goes_to_a_device_and_back_whole(saved: Path, device: str) -> None:
+    loaded = load_quantized(saved, device)
+    assert {tensor.device.type for tensor in [*loaded.parameters(), *loaded.buffers()]} == {device}
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    expected = load_quantized(saved, "cpu")
+    assert_same_state(loaded.cpu(), expected)
+    assert torch.equal(logits(loaded), logits(expected))
+
+
 def test_layers_of_one_weight_are_stored_once_and_loaded_as_one(tmp_path: Path) -> None:
     model = tiny_model()
     first, second = model.model.layers
