@@ -10,7 +10,8 @@
 
 // Function constants, all bool. Macros, because MSL wants literals as their indices.
 #define QUANTIZATION_MLX_ALIGNED_OUTPUTS 0  // N is a multiple of the columns of one threadgroup
-#define QUANTIZATION_MLX_ALIGNED_WEIGHTS 1  // every run of packed weights starts at a multiple of its load width
+#define QUANTIZATION_MLX_ALIGNED_WEIGHTS \
+  1  // packed weights, and scales of columns, start at multiples of a load's width
 #define QUANTIZATION_MLX_ALIGNED_X 2  // every row of x starts at a multiple of 16 bytes
 #define QUANTIZATION_MLX_ALIGNED_K 3  // every part of K is a multiple of a tile's depth
 #define QUANTIZATION_MLX_HAS_GLOBAL_SCALE 4  // nvfp4 with a global scale
@@ -29,6 +30,11 @@ inline constexpr int qmv_columns() { return qmv_lanes_across() * qmv_outputs(); 
 // Columns of y that one threadgroup of qvm computes.
 inline constexpr int qvm_simdgroups() { return 4; }
 inline constexpr int qvm_columns() { return 256; }
+
+// The same of packed columns, of which a lane has so many.
+inline constexpr int column_qvm_simdgroups() { return 8; }
+inline constexpr int column_qvm_lane_columns() { return 2; }
+inline constexpr int column_qvm_columns() { return 32 * column_qvm_lane_columns(); }
 
 // The tiled products: tiles of 16, 32 or 64 rows, always so many columns, and so much of K at a time. Tiles of few rows
 // wait for memory rather than for the matrix units: they take more of w at once.
@@ -86,6 +92,12 @@ struct SumPartsParams {
 // A matrix of whole groups, contiguous, seen as one row.
 struct QuantizeParams {
   int64_t elements;
+};
+
+// The same where columns are packed, as one matrix of n columns.
+struct QuantizeColumnsParams {
+  int64_t elements;
+  int n;
 };
 
 }  // namespace quantization_mlx
