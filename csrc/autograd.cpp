@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
@@ -13,11 +14,12 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "cpu/ops.h"
-#include "format.h"
+#include "problem.h"
 
 namespace quantization_mlx::autograd {
 namespace {
@@ -89,6 +91,17 @@ bool wants_parameters(AutogradContext* context, const Weights& weights) {
   return weights.biases.has_value() && (context->needs_input_grad(2) || context->needs_input_grad(3));
 }
 
+// Scales of the other modes are integers, which cannot ask for a gradient.
+void refuse_parameter_gradients(
+    std::string_view op,
+    std::string_view mode,
+    const Tensor& scales,
+    const OptionalTensor& biases) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !is_column_packed(mode) || (!wants_gradient(scales) && !wants_gradient(biases)), "[", op, "] mode \"", mode,
+      "\" has gradients for x only, and scales or zeros require one.");
+}
+
 // What reaches the inputs of a product without elements.
 variable_list zero_gradients(
     AutogradContext* context,
@@ -130,6 +143,27 @@ Tensor weight_gradient(const Tensor& x, const Tensor& gradient, bool transpose) 
   return transpose ? at::matmul(gradient.mT(), x) : at::matmul(x.mT(), gradient);
 }
 
+// Elements of column-packed weights that a backward pass holds unpacked at a time.
+constexpr int64_t unpacked_elements = 1 << 22;
+
+// gradient [.., N] @ dequantize(w).T of column-packed weights [.., K, N], some of whose rows are unpacked at a time.
+Tensor column_packed_x_gradient(const Tensor& gradient, const Weights& weights) {
+  const int64_t groups = weights.scales.size(-2);
+  const int64_t group_words = weights.w.size(-2) / groups;
+  const int64_t group_elements = weights.scales.numel() / groups * weights.group_size.value_or(128);
+  const int64_t step = std::max<int64_t>(1, unpacked_elements / std::max<int64_t>(group_elements, 1));
+  std::vector<Tensor> parts;
+  for (int64_t group = 0; group < groups; group += step) {
+    const int64_t end = std::min(group + step, groups);
+    const Tensor zeros = weights.biases.has_value() ? weights.biases->slice(-2, group, end) : Tensor();
+    const Tensor rows = ops::dequantize(
+        weights.w.slice(-2, group * group_words, end * group_words), weights.scales.slice(-2, group, end),
+        optional(zeros), weights.group_size, weights.bits, weights.mode, std::nullopt, gradient.scalar_type());
+    parts.push_back(at::matmul(gradient, rows.mT()));
+  }
+  return parts.size() == 1 ? parts[0] : at::cat(parts, -1);
+}
+
 Tensor flat_rows(const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-1)}); }
 
 // --- quantized_matmul -----------------------------------------------------------------------------------------------
@@ -167,9 +201,11 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
       return zero_gradients(context, weights, x_sizes, gradients[0], std::move(result));
     }
     if (context->needs_input_grad(0)) {
-      Tensor x_gradient = ops::quantized_matmul(
-          gradient, weights.w, weights.scales, weights.biases, !weights.transpose, weights.group_size, weights.bits,
-          weights.mode, weights.global_scale, weights.op);
+      Tensor x_gradient = is_column_packed(weights.mode)
+          ? column_packed_x_gradient(gradient, weights)
+          : ops::quantized_matmul(
+                gradient, weights.w, weights.scales, weights.biases, !weights.transpose, weights.group_size,
+                weights.bits, weights.mode, weights.global_scale, weights.op);
       x_gradient = vector ? x_gradient.squeeze(-2) : x_gradient;
       result[0] =
           at::sum_to(x_gradient, c10::SymIntArrayRef(x_sizes)).to(context->saved_data["x_dtype"].toScalarType());
@@ -217,6 +253,31 @@ Tensor flat_indices(
 
 Tensor matrices(const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-2), tensor.sym_size(-1)}); }
 
+// The gradient of each gathered matrix of x. A masked product for each matrix of w, where columns are packed: no index
+// is read on the host, on any device.
+Tensor gathered_x_gradient(const Tensor& gradient, const Tensor& rhs, const Weights& weights) {
+  if (!is_column_packed(weights.mode)) {
+    return ops::gather_qmm(
+        gradient, weights.w, weights.scales, weights.biases, std::nullopt, rhs, !weights.transpose, weights.group_size,
+        weights.bits, weights.mode, weights.global_scale, /*sorted_indices=*/false, weights.op);
+  }
+  const Tensor w = matrices(weights.w);
+  const Tensor scales = matrices(weights.scales);
+  const OptionalTensor zeros = weights.biases.has_value() ? OptionalTensor(matrices(*weights.biases)) : std::nullopt;
+  const Tensor none = at::zeros({}, gradient.options());
+  Tensor sum;
+  for (int64_t matrix = 0; matrix < w.size(0); ++matrix) {
+    Weights one = weights;
+    one.w = w[matrix];
+    one.scales = scales[matrix];
+    one.biases = zeros.has_value() ? OptionalTensor((*zeros)[matrix]) : std::nullopt;
+    const Tensor chosen = at::where(rhs.eq(matrix).reshape({-1, 1, 1}), gradient, none);
+    const Tensor part = column_packed_x_gradient(chosen, one);
+    sum = sum.defined() ? sum + part : part;
+  }
+  return sum;
+}
+
 struct GatherQmm : torch::autograd::Function<GatherQmm> {
   static Tensor forward(
       AutogradContext* context,
@@ -258,9 +319,7 @@ struct GatherQmm : torch::autograd::Function<GatherQmm> {
       return zero_gradients(context, weights, x_sizes, gradients[0], std::move(result));
     }
     if (context->needs_input_grad(0)) {
-      const Tensor each = ops::gather_qmm(
-          gradient, weights.w, weights.scales, weights.biases, std::nullopt, rhs, !weights.transpose,
-          weights.group_size, weights.bits, weights.mode, weights.global_scale, /*sorted_indices=*/false, weights.op);
+      const Tensor each = gathered_x_gradient(gradient, rhs, weights);
       c10::SymInt count = 1;
       for (const auto& size : x_batch) {
         count = count * size;
@@ -328,6 +387,7 @@ Tensor quantized_matmul(
     const OptionalTensor& global_scale,
     std::string_view op) {
   refuse_tangents(op, {&x, &scales, pointer(biases)});
+  refuse_parameter_gradients(op, mode, scales, biases);
   if (at::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(scales) || wants_gradient(biases))) {
     return QuantizedMatmul::apply(
         x, w, scales, biases,
@@ -352,6 +412,7 @@ Tensor gather_qmm(
     bool sorted_indices,
     std::string_view op) {
   refuse_tangents(op, {&x, &scales, pointer(biases)});
+  refuse_parameter_gradients(op, mode, scales, biases);
   if (at::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(scales) || wants_gradient(biases))) {
     return GatherQmm::apply(
         x, w, scales, biases, lhs_indices, rhs_indices, sorted_indices,
@@ -373,6 +434,7 @@ Tensor dequantize(
     const OptionalTensor& global_scale,
     std::optional<at::ScalarType> dtype) {
   refuse_tangents("dequantize", {&scales, pointer(biases)});
+  refuse_parameter_gradients("dequantize", mode, scales, biases);
   if (at::GradMode::is_enabled() && (wants_gradient(scales) || wants_gradient(biases))) {
     return Dequantize::apply(
         w, scales, biases, dtype,

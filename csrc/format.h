@@ -45,7 +45,7 @@ struct Format {
 
 inline constexpr bool is_column_packed(Mode mode) { return mode >= Mode::marlin_fp4; }
 
-// What a code stands for before it is scaled; else the code itself.
+// What a code stands for; else the integer that it is.
 inline constexpr bool is_e2m1(Mode mode) {
   return mode == Mode::mxfp4 || mode == Mode::nvfp4 || mode == Mode::marlin_fp4;
 }
@@ -191,6 +191,11 @@ inline uint32_t e4m3_from_float(float value) {
   return sign | ((rounded - (120u << 23)) >> 20);
 }
 
+// What a code stands for before it is scaled.
+inline float element_value(Mode mode, uint32_t code) {
+  return is_e2m1(mode) ? e2m1_to_float(code) : (is_e4m3(mode) ? e4m3_to_float(code) : static_cast<float>(code));
+}
+
 // --- E8M0: the power-of-two scale of mxfp4 and mxfp8 ---------------------------------------------------------------
 // Value 2^(byte - 127). MLX decodes byte 255 as infinity.
 
@@ -223,10 +228,6 @@ inline constexpr bool has_column_bias(Mode mode) { return is_column_packed(mode)
 
 inline constexpr float column_bias(Mode mode, float scale, float stored_zero) {
   return -column_zero(mode, stored_zero) * scale;
-}
-
-inline float column_element(Mode mode, uint32_t code) {
-  return is_e2m1(mode) ? e2m1_to_float(code) : (is_e4m3(mode) ? e4m3_to_float(code) : static_cast<float>(code));
 }
 
 // --- Quantizing one group -----------------------------------------------------------------------------------------

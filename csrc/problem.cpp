@@ -459,6 +459,12 @@ std::tuple<Tensor, Tensor, Tensor> empty_results(const Tensor& w, Format format,
 
 std::string_view name_of(Mode mode) { return modes[static_cast<int>(mode)].first; }
 
+bool is_column_packed(std::string_view mode) {
+  return std::any_of(std::begin(modes), std::end(modes), [&](auto& entry) {
+    return entry.first == mode && is_column_packed(entry.second);
+  });
+}
+
 void check_range(std::string_view op, const char* name, const Tensor& indices, int64_t matrices) {
   const int64_t* values = indices.const_data_ptr<int64_t>();
   const int64_t* end = values + indices.numel();

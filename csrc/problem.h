@@ -138,6 +138,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_quantized(const QuantizePro
 // "affine", "mxfp4", ...; ends in a zero byte.
 std::string_view name_of(Mode mode);
 
+// Whether the mode of this name packs columns; false for a name that is none.
+bool is_column_packed(std::string_view mode);
+
 // Raises IndexError unless all of these int64 indices, contiguous and in host memory, choose one of `matrices`.
 void check_range(std::string_view op, const char* name, const at::Tensor& indices, int64_t matrices);
 

@@ -282,8 +282,8 @@ struct LayerLists {
         weight.has_value() && scales.has_value(), "[", steps_op, "] product ", which, " has no weight or no scales.");
     const int64_t* numbers = formats.data() + which * product_numbers;
     TORCH_CHECK_VALUE(
-        numbers[2] >= 0 && numbers[2] <= static_cast<int>(Mode::nvfp4), "[", steps_op, "] mode ", numbers[2],
-        " of product ", which, " is unknown.");
+        numbers[2] >= 0 && numbers[2] < mode_count, "[", steps_op, "] mode ", numbers[2], " of product ", which,
+        " is unknown.");
     const Tensor y = quantized_matmul(
         MatmulProblem::check(
             {steps_op, *weight, *scales, tensor(2), numbers[0], numbers[1], name_of(static_cast<Mode>(numbers[2])),

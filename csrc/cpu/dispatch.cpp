@@ -42,7 +42,7 @@ ScaleType scale_type_of(const QuantizedMatrices& weights) {
     case Mode::mxfp4:
     case Mode::mxfp8: return ScaleType::e8m0;
     case Mode::nvfp4: return ScaleType::e4m3;
-    case Mode::affine: break;
+    default: break;
   }
   switch (weights.scales.tensor.scalar_type()) {
     case at::kHalf: return ScaleType::float16;
@@ -170,6 +170,7 @@ class Multiplication {
         weights_(problem.weights),
         y_(y),
         int8_(activations_of(problem) == Activations::int8),
+        column_packed_(is_column_packed(problem.weights.format.mode)),
         kernels_(int8_ ? *kernels().int8 : kernels().exact) {
     product_.format = weights_.format;
     product_.scale_type = scale_type_of(weights_);
@@ -215,11 +216,14 @@ class Multiplication {
   using Batch = c10::SmallVector<Share, 1>;
 
   Layout layout(int64_t rows) const {
-    if (!problem_.transpose) {
+    if (!problem_.transpose && !column_packed_) {
       return Layout::plain;
     }
     if (rows <= max_streamed_rows) {
       return Layout::streamed;
+    }
+    if (column_packed_) {
+      return Layout::broadcast;
     }
     Product product = product_;
     product.rows = rows;
@@ -242,7 +246,8 @@ class Multiplication {
     // As many for each thread, where each has several.
     const int64_t rounds = quotient_up(product_.N, most * threads);
     const int64_t columns = even <= most ? even : quotient_up(product_.N, rounds * threads);
-    return quotient_up(columns, column_multiple) * column_multiple;
+    const int64_t multiple = column_packed_ ? broadcast_columns : column_multiple;
+    return quotient_up(columns, multiple) * multiple;
   }
 
   float factor(int64_t matrix) const {
@@ -358,6 +363,7 @@ class Multiplication {
   const QuantizedMatrices& weights_;
   Tensor& y_;
   bool int8_;
+  bool column_packed_;
   const ProductKernels& kernels_;
   Product product_{};
 };

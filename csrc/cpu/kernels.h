@@ -12,7 +12,7 @@ enum class Real : uint8_t { float32, float16, bfloat16 };
 
 enum class ScaleType : uint8_t { float32, float16, bfloat16, e8m0, e4m3 };
 
-// How the rows of x are laid out for a kernel.
+// How the rows of x are laid out for a kernel. Column-packed weights are multiplied in two of these layouts.
 enum class Layout : uint8_t {
   streamed,  // float32 in the order in which the weights unpack, with the sum of each group behind it
   tiled,  // the same order, in the element type of the tiled product
@@ -28,12 +28,13 @@ struct Product {
   bool bfloat16;  // may multiply in bfloat16; only where Kernels::bfloat16 allows it
   int64_t K;
   int64_t N;
-  const uint8_t* words;  // [N, K] packed, or [K, N] for Layout::plain
+  const uint8_t* words;  // [N, K] packed, or [K, N] for Layout::plain and in column-packed modes
   const uint8_t* scales;
-  const uint8_t* biases;  // null in the floating-point modes
+  const uint8_t* biases;  // or zeros; null in modes that have neither
   const float* x;  // packed rows
   int64_t rows;
-  int64_t y_row;  // floats from one row of a result to the next; for Layout::broadcast whole broadcast_columns
+  int64_t y_row;  // floats from one row of a result to the next; whole broadcast_columns for that layout, and in
+                  // column-packed modes
 };
 
 // One query position of the heads that share keys and values, against all positions up to it.

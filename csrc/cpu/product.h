@@ -17,6 +17,10 @@
 //   tiled     more rows: a panel of weights is decoded into the cache once, then multiplied tile by tile
 //   broadcast many rows: the same with lanes that run along N; units are transposed, where weights are smallest
 //   plain     untransposed weights: their lanes run along N as they are
+//
+// Column-packed weights are [K, N] with units along K: words of neighbouring columns are neighbours, and lanes run
+// along N without a transpose. They are streamed with x broadcast, or decoded to the panels of the broadcasting
+// product.
 
 namespace {
 
@@ -553,7 +557,7 @@ void pack_row(const Product& product, Layout layout, const void* x, float* packe
     return widen(product.x_type, row, product.K, packed);
   }
   with_terms<Vector>(product, layout, [&](auto terms) { pack_units<terms, Vector>(product, row, packed); });
-  if (layout == Layout::streamed && product.biases != nullptr) {
+  if (layout == Layout::streamed && (product.biases != nullptr || has_column_bias(product.format.mode))) {
     sum_groups(product, row, packed + packed_values(product, layout));
   }
 }
@@ -715,17 +719,159 @@ struct StreamOf<Element, V, 0> {
   using type = Float32Stream<Element>;
 };
 
+// --- streamed, column-packed ----------------------------------------------------------------------------------------
+// Words of neighbouring columns are neighbours: element j of all lanes meets the one x[j].
+//
+//     column      0      1      2   ...
+//     word row 0  e0..   e0..   e0..     -> value j of every column, times x[j] in all lanes
+//     word row 1  e8..   e8..   e8..
+//
+// One group of all columns after the other, which is as many streams through memory as a group has rows of words. Codes
+// are multiplied as they are, and the sum of a group is scaled. Behind x, packed as for the rows above, stand the sums
+// of its groups, for what the code of zero adds.
+
+template <typename Element>
+constexpr bool may_be_column_packed = Element::bits == 2 || Element::bits == 4 || std::is_same_v<Element, E4M3Element>;
+
+// How far ahead of their use words are asked for, in bytes along their row.
+constexpr int64_t column_bytes_ahead = 1024;
+
+// x points to where packed x has element 0 of the unit: the others follow `lanes` apart.
+template <typename Element>
+struct Float32Columns {
+  using Units = typename Element::Units;
+  static constexpr int64_t block_floats = block_elements<Element>;
+  static ALWAYS_INLINE Units load(const uint8_t* codes) { return Element::load(codes); }
+
+  template <int ROWS, int VECTORS>
+  static ALWAYS_INLINE void add(
+      const Units (&units)[VECTORS],
+      const float* x,
+      int64_t x_row,
+      F (&sums)[ROWS][VECTORS]) {
+    unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
+      for (int v = 0; v < VECTORS; ++v) {
+        const F value = Element::template value<j>(units[v]);
+        for (int m = 0; m < ROWS; ++m) {
+          sums[m][v] = Vector::fma(value, Vector::set(x[m * x_row + j * lanes]), sums[m][v]);
+        }
+      }
+    });
+  }
+};
+
+template <typename Element, typename V, int TERMS>
+struct BFloat16Columns {
+  using Codes = Pairs<Element, V>;
+  using Units = typename Codes::Units;
+  static constexpr int64_t block_floats = block_elements<Element> / 2 * TERMS;
+  static ALWAYS_INLINE Units load(const uint8_t* codes) { return Codes::load(codes); }
+
+  template <int ROWS, int VECTORS>
+  static ALWAYS_INLINE void add(
+      const Units (&units)[VECTORS],
+      const float* x,
+      int64_t x_row,
+      F (&sums)[ROWS][VECTORS]) {
+    constexpr int half = positions<Element> / 2;
+    unrolled<half>([&](auto j) __attribute__((always_inline)) {
+      for (int v = 0; v < VECTORS; ++v) {
+        const I value = Codes::template values<j>(units[v]);
+        for (int term = 0; term < TERMS; ++term) {
+          for (int m = 0; m < ROWS; ++m) {
+            sums[m][v] = V::dot_pairs(value, V::broadcast_pair(x + m * x_row + (term * half + j) * lanes), sums[m][v]);
+          }
+        }
+      }
+    });
+  }
+};
+
+// What a lane's code of zero adds to its sum, for each unit of x.
+ALWAYS_INLINE F negated_zeros(const Product& product, int64_t position, int64_t count) {
+  if (product.format.mode == Mode::marlin_int4) {
+    const F zeros =
+        load_first_scales(product.scale_type, product.biases + position * scale_bytes(product.scale_type), count);
+    return Vector::mul(zeros, Vector::set(-1.0f));
+  }
+  return Vector::set(-column_zero(product.format.mode, 0.0f));
+}
+
+// Adds one group of the columns [n, n + VECTORS * lanes), of which `count` exist, to y.
+template <typename Element, typename Stream, int ROWS, int VECTORS>
+ALWAYS_INLINE void add_column_group(const Product& product, int64_t group, int64_t n, int64_t count, float* y) {
+  const int64_t units_per_group = product.format.group_size / positions<Element>;
+  const int64_t x_row = packed_row(product, Layout::streamed);
+  F sums[ROWS][VECTORS];
+  clear(sums);
+  for (int64_t unit = group * units_per_group; unit < (group + 1) * units_per_group; ++unit) {
+    const uint8_t* codes = product.words + (unit * product.N + n) * unit_bytes(Element::bits);
+    prefetch(codes + column_bytes_ahead, VECTORS * block_bytes<Element>);
+    typename Stream::Units units[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
+      units[v] = load_block<Stream, block_bytes<Element>>(
+          codes + v * block_bytes<Element>, (count - v * lanes) * unit_bytes(Element::bits));
+    }
+    Stream::template add<ROWS, VECTORS>(
+        units, product.x + unit / lanes * Stream::block_floats + unit % lanes, x_row, sums);
+  }
+  const float* group_sums = product.x + packed_values(product, Layout::streamed) + group;
+  for (int v = 0; v < VECTORS; ++v) {
+    const int64_t position = group * product.N + n + v * lanes;
+    const F scale = load_first_scales(
+        product.scale_type, product.scales + position * scale_bytes(product.scale_type), count - v * lanes);
+    if (has_column_bias(product.format.mode)) {
+      const F zeros = negated_zeros(product, position, count - v * lanes);
+      for (int m = 0; m < ROWS; ++m) {
+        sums[m][v] = Vector::fma(zeros, Vector::set(group_sums[m * x_row]), sums[m][v]);
+      }
+    }
+    for (int m = 0; m < ROWS; ++m) {
+      float* total = y + m * product.y_row + v * lanes;
+      Vector::store(total, Vector::fma(sums[m][v], scale, Vector::load(total)));
+    }
+  }
+}
+
+template <typename Element, typename Stream, int ROWS>
+void streamed_column_groups(const Product& product, int64_t begin, int64_t end, float* y) {
+  constexpr int vectors = (Vector::registers >= 32 ? 4 : 2) / (ROWS <= 2 ? 1 : 2);
+  std::memset(y, 0, sizeof(float) * static_cast<size_t>(ROWS * product.y_row));
+  for (int64_t group = 0; group < product.K / product.format.group_size; ++group) {
+    int64_t n = begin;
+    for (; n + vectors * lanes <= end; n += vectors * lanes) {
+      add_column_group<Element, Stream, ROWS, vectors>(product, group, n, vectors * lanes, y + (n - begin));
+    }
+    for (; n < end; n += lanes) {
+      add_column_group<Element, Stream, ROWS, 1>(product, group, n, end - n, y + (n - begin));
+    }
+  }
+}
+
+template <typename Element, typename V, int TERMS>
+struct ColumnsOf {
+  using type = BFloat16Columns<Element, V, TERMS>;
+};
+template <typename Element, typename V>
+struct ColumnsOf<Element, V, 0> {
+  using type = Float32Columns<Element>;
+};
+
 struct Streamed {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float*, float* y) {
     with_terms<Vector>(product, Layout::streamed, [&](auto terms) {
-      using Stream = typename StreamOf<Element, Vector, terms>::type;
-      if constexpr (terms == 3) {
-        return streamed_rows<Element, Stream, 1>(product, begin, end, y);
-      } else {
-        with_rows<max_streamed_rows>(
-            product.rows, [&](auto rows) { streamed_rows<Element, Stream, rows>(product, begin, end, y); });
-      }
+      constexpr int most_rows = terms == 3 ? 1 : max_streamed_rows;
+      with_rows<most_rows>(product.rows, [&](auto rows) {
+        if constexpr (may_be_column_packed<Element>) {
+          if (is_column_packed(product.format.mode)) {
+            using Stream = typename ColumnsOf<Element, Vector, terms>::type;
+            return streamed_column_groups<Element, Stream, rows>(product, begin, end, y);
+          }
+        }
+        using Stream = typename StreamOf<Element, Vector, terms>::type;
+        streamed_rows<Element, Stream, rows>(product, begin, end, y);
+      });
     });
   }
 };
@@ -1177,6 +1323,36 @@ void decode_columns(const Product& product, int64_t n, int64_t end, int64_t firs
   }
 }
 
+// As decode_columns, for column-packed weights: what is there already transposed. Behind `end` stand zeros.
+template <typename Element, typename Units>
+void decode_packed_columns(
+    const Product& product,
+    int64_t n,
+    int64_t end,
+    int64_t first,
+    int64_t length,
+    float* panel) {
+  using Codes = typename Units::Codes;
+  constexpr int per_unit = positions<Element>;
+  constexpr int elements_per_step = sizeof(float) / sizeof(typename Units::Storage);
+  const int group_size = product.format.group_size;
+  const int bytes = scale_bytes(product.scale_type);
+  const int64_t count = end > n ? end - n : 0;
+  for (int64_t k = first; k < first + length; k += group_size) {
+    const int64_t position = k / group_size * product.N + n;
+    const F scale = load_first_scales(product.scale_type, product.scales + position * bytes, count);
+    const F bias = has_column_bias(product.format.mode) ? Vector::mul(negated_zeros(product, position, count), scale)
+                                                        : Vector::zero();
+    for (int64_t element = k; element < k + group_size; element += per_unit) {
+      const uint8_t* codes = product.words + (element / per_unit * product.N + n) * unit_bytes(Element::bits);
+      float* steps = panel + (element - first) / elements_per_step * panel_columns;
+      Units::store(
+          load_block<Codes, block_bytes<Element>>(codes, count * unit_bytes(Element::bits)), scale, bias,
+          reinterpret_cast<typename Units::Storage*>(steps), panel_columns * elements_per_step);
+    }
+  }
+}
+
 // Adds the products of `steps` steps to the sums of a tile, as one addend: a long sum of small addends is less exact.
 template <typename Tile, int ROWS>
 void broadcast_tile(
@@ -1245,9 +1421,14 @@ void broadcast_panels(const Product& product, int64_t begin, int64_t end, float*
   for (int64_t first = 0; first < product.K; first += panel_elements) {
     const int64_t length = product.K - first < panel_elements ? product.K - first : panel_elements;
     for (int64_t n = 0; n < columns; n += lanes) {
-      const int64_t panel = n / panel_columns * panel_columns;
-      decode_columns<Element, Units>(
-          product, begin + n, end, first, length, workspace + panel * panel_steps + n - panel);
+      float* panel = workspace + n / panel_columns * panel_columns * panel_steps + n % panel_columns;
+      if constexpr (may_be_column_packed<Element>) {
+        if (is_column_packed(product.format.mode)) {
+          decode_packed_columns<Element, Units>(product, begin + n, end, first, length, panel);
+          continue;
+        }
+      }
+      decode_columns<Element, Units>(product, begin + n, end, first, length, panel);
     }
     Tiles::multiply(
         {product.rows, product.x + first / elements_per_step, packed_row(product, Layout::broadcast), workspace,
@@ -1317,11 +1498,11 @@ struct Plain {
 
 template <typename Kernel>
 void for_format(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
-  switch (product.format.mode) {
-    case Mode::mxfp4:
-    case Mode::nvfp4: return Kernel::template run<E2M1Element>(product, begin, end, workspace, y);
-    case Mode::mxfp8: return Kernel::template run<E4M3Element>(product, begin, end, workspace, y);
-    case Mode::affine: break;
+  if (is_e2m1(product.format.mode)) {
+    return Kernel::template run<E2M1Element>(product, begin, end, workspace, y);
+  }
+  if (is_e4m3(product.format.mode)) {
+    return Kernel::template run<E4M3Element>(product, begin, end, workspace, y);
   }
   switch (product.format.bits) {
     case 2: return Kernel::template run<AffineElement<2>>(product, begin, end, workspace, y);

@@ -108,14 +108,6 @@ void quantize_groups(const QuantizeProblem& problem, Tensor& words, Tensor& scal
   });
 }
 
-float decode_element(Mode mode, uint32_t code) {
-  switch (mode) {
-    case Mode::affine: return static_cast<float>(code);
-    case Mode::mxfp8: return e4m3_to_float(code);
-    default: return e2m1_to_float(code);
-  }
-}
-
 // T is the result's type, S the type of affine scales and biases.
 template <typename T, typename S>
 void dequantize_groups(const DequantizeProblem& problem, Tensor& result) {
@@ -144,7 +136,118 @@ void dequantize_groups(const DequantizeProblem& problem, Tensor& result) {
       }
       T* values = destination + group * format.group_size;
       for (int i = 0; i < format.group_size; ++i) {
-        values[i] = static_cast<T>(decode_element(format.mode, codes[i]) * scale + bias);
+        values[i] = static_cast<T>(element_value(format.mode, codes[i]) * scale + bias);
+      }
+    }
+  });
+}
+
+// --- Column-packed matrices ----------------------------------------------------------------------------------------
+// Rows of a few columns at a time, so that every pass over them reads and writes whole cache lines.
+
+constexpr int64_t columns_at_once = 64;
+
+// The columns [begin, end) of one group of one matrix.
+struct ColumnGroup {
+  int64_t matrix_group;  // counted through all matrices
+  int64_t begin;
+  int64_t end;
+
+  int64_t count() const { return end - begin; }
+};
+
+template <typename Function>
+void for_column_groups(int64_t groups, int64_t columns, const Function& function) {
+  parallel_tasks(groups, [&](int64_t group, int) {
+    for (int64_t begin = 0; begin < columns; begin += columns_at_once) {
+      function(ColumnGroup{group, begin, std::min(begin + columns_at_once, columns)});
+    }
+  });
+}
+
+template <typename T>
+void quantize_columns(const QuantizeProblem& problem, Tensor& words, Tensor& scales, Tensor& zeros) {
+  const Format format = problem.format;
+  const int64_t N = problem.w.size(-1);
+  const int word_codes = 32 / format.bits;
+  const int64_t group_words = format.group_size / word_codes;
+  uint32_t* packed = static_cast<uint32_t*>(words.mutable_data_ptr());
+  c10::Half* group_scales = scales.mutable_data_ptr<c10::Half>();
+  c10::Half* group_zeros = has_zeros(format.mode) ? zeros.mutable_data_ptr<c10::Half>() : nullptr;
+  for_column_groups(scales.numel() / N, N, [&](const ColumnGroup& columns) {
+    const T* w = problem.w.const_data_ptr<T>() + columns.matrix_group * format.group_size * N + columns.begin;
+    float minimum[columns_at_once];
+    float maximum[columns_at_once];
+    for (int64_t c = 0; c < columns.count(); ++c) {
+      minimum[c] = maximum[c] = static_cast<float>(w[c]);
+    }
+    for (int64_t k = 1; k < format.group_size; ++k) {
+      for (int64_t c = 0; c < columns.count(); ++c) {
+        const float value = static_cast<float>(w[k * N + c]);
+        minimum[c] = value < minimum[c] ? value : minimum[c];
+        maximum[c] = value > maximum[c] ? value : maximum[c];
+      }
+    }
+    float scale[columns_at_once];
+    float zero[columns_at_once];
+    for (int64_t c = 0; c < columns.count(); ++c) {
+      const int64_t position = columns.matrix_group * N + columns.begin + c;
+      const uint32_t bits = column_scale_bits(format.mode, minimum[c], maximum[c]);
+      scale[c] = float16_to_float(bits);
+      zero[c] = column_stored_zero(format.mode, minimum[c], scale[c]);
+      group_scales[position] = c10::Half(static_cast<uint16_t>(bits), c10::Half::from_bits());
+      if (group_zeros != nullptr) {
+        group_zeros[position] = zero[c];
+      }
+    }
+    for (int64_t row = 0; row < group_words; ++row) {
+      uint32_t* destination = packed + (columns.matrix_group * group_words + row) * N + columns.begin;
+      for (int64_t c = 0; c < columns.count(); ++c) {
+        uint32_t word = 0;
+        for (int i = 0; i < word_codes; ++i) {
+          const float value = static_cast<float>(w[(row * word_codes + i) * N + c]);
+          word |= column_code(format.mode, value, scale[c], zero[c]) << (i * format.bits);
+        }
+        destination[c] = word;
+      }
+    }
+  });
+}
+
+template <typename T>
+void dequantize_columns(const DequantizeProblem& problem, Tensor& result) {
+  const QuantizedMatrices& weights = problem.weights;
+  const Format format = weights.format;
+  const Tensor words = weights.words.tensor.contiguous();
+  const Tensor scales = weights.scales.tensor.contiguous();
+  const Tensor zeros = has_zeros(format.mode) ? weights.biases.tensor.contiguous() : Tensor();
+  const int64_t N = words.size(-1);
+  const int word_codes = 32 / format.bits;
+  const uint32_t mask = (1u << format.bits) - 1;
+  const int64_t group_words = format.group_size / word_codes;
+  const uint32_t* packed = static_cast<const uint32_t*>(words.const_data_ptr());
+  float elements[256];
+  for (uint32_t code = 0; code <= mask; ++code) {
+    elements[code] = element_value(format.mode, code);
+  }
+  for_column_groups(scales.numel() / N, N, [&](const ColumnGroup& columns) {
+    const int64_t first = columns.matrix_group * N + columns.begin;
+    float scale[columns_at_once];
+    float zero[columns_at_once];
+    for (int64_t c = 0; c < columns.count(); ++c) {
+      scale[c] = scales.const_data_ptr<c10::Half>()[first + c];
+      zero[c] = column_zero(
+          format.mode, zeros.defined() ? static_cast<float>(zeros.const_data_ptr<c10::Half>()[first + c]) : 0.0f);
+    }
+    for (int64_t row = 0; row < group_words; ++row) {
+      const int64_t word_row = columns.matrix_group * group_words + row;
+      const uint32_t* source = packed + word_row * N + columns.begin;
+      T* destination = result.mutable_data_ptr<T>() + word_row * word_codes * N + columns.begin;
+      for (int i = 0; i < word_codes; ++i) {
+        for (int64_t c = 0; c < columns.count(); ++c) {
+          const float element = elements[source[c] >> (i * format.bits) & mask];
+          destination[i * N + c] = static_cast<T>((element - zero[c]) * scale[c]);
+        }
       }
     }
   });
@@ -165,7 +268,12 @@ void with_type(at::ScalarType dtype, const Function& function) {
 std::tuple<Tensor, Tensor, Tensor> quantize(const QuantizeProblem& problem) {
   auto [words, scales, biases] = empty_quantized(problem);
   with_type(problem.w.scalar_type(), [&, &words = words, &scales = scales, &biases = biases](auto type) {
-    quantize_groups<decltype(type)>(problem, words, scales, biases);
+    using T = decltype(type);
+    if (words.numel() == 0) {
+      return;
+    }
+    const auto run = is_column_packed(problem.format.mode) ? quantize_columns<T> : quantize_groups<T>;
+    run(problem, words, scales, biases);
   });
   return {words, scales, biases};
 }
@@ -173,7 +281,13 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const QuantizeProblem& problem) {
 Tensor dequantize(const DequantizeProblem& problem) {
   const auto options = problem.weights.words.tensor.options().dtype(problem.dtype);
   Tensor result = at::empty(problem.output, options);
+  if (result.numel() == 0) {
+    return result;
+  }
   with_type(problem.dtype, [&](auto type) {
+    if (is_column_packed(problem.weights.format.mode)) {
+      return dequantize_columns<decltype(type)>(problem, result);
+    }
     with_type(problem.weights.scales.tensor.scalar_type(), [&](auto scale_type) {
       dequantize_groups<decltype(type), decltype(scale_type)>(problem, result);
     });
