@@ -267,7 +267,7 @@ template <typename T, Mode mode, int group_size, int bits>
   }
   const long group = static_cast<long>(run / (group_size / run_elements)) * params.n + column;
   const float scale = decode_scale<mode>(scales[group]);
-  const float bias = column_bias(mode, scale, decode_zero<mode>(zeros, group));
+  const float zero = decode_zero<mode>(zeros, group);
   device T* target = y + static_cast<long>(run) * run_elements * params.n + column;
 #pragma unroll
   for (int chunk = 0; chunk < 4; ++chunk) {
@@ -275,7 +275,7 @@ template <typename T, Mode mode, int group_size, int bits>
     decode_chunk<mode, bits>(packed, chunk, elements);
 #pragma unroll
     for (int i = 0; i < chunk_elements; ++i) {
-      target[(chunk * chunk_elements + i) * static_cast<long>(params.n)] = static_cast<T>(elements[i] * scale + bias);
+      target[(chunk * chunk_elements + i) * static_cast<long>(params.n)] = static_cast<T>((elements[i] - zero) * scale);
     }
   }
 }
