@@ -1323,32 +1323,48 @@ void decode_columns(const Product& product, int64_t n, int64_t end, int64_t firs
   }
 }
 
-// As decode_columns, for column-packed weights: what is there already transposed. Behind `end` stand zeros.
+// Where the steps of column n of a task are, from the first of its panels on.
+ALWAYS_INLINE float* panel_of(float* panels, int64_t n) {
+  return panels + n / panel_columns * panel_columns * panel_steps + n % panel_columns;
+}
+
+// Elements first to first + length of `columns` column-packed columns from `begin` on, as steps of panels: transposed
+// they are already. Behind `end` stand zeros. A group's rows lie far apart, and are asked for while the one before is
+// decoded.
 template <typename Element, typename Units>
 void decode_packed_columns(
     const Product& product,
-    int64_t n,
+    int64_t begin,
     int64_t end,
+    int64_t columns,
     int64_t first,
     int64_t length,
-    float* panel) {
+    float* panels) {
   using Codes = typename Units::Codes;
   constexpr int per_unit = positions<Element>;
+  constexpr int word_bytes = unit_bytes(Element::bits);
   constexpr int elements_per_step = sizeof(float) / sizeof(typename Units::Storage);
   const int group_size = product.format.group_size;
   const int bytes = scale_bytes(product.scale_type);
-  const int64_t count = end > n ? end - n : 0;
   for (int64_t k = first; k < first + length; k += group_size) {
-    const int64_t position = k / group_size * product.N + n;
-    const F scale = load_first_scales(product.scale_type, product.scales + position * bytes, count);
-    const F bias = has_column_bias(product.format.mode) ? Vector::mul(negated_zeros(product, position, count), scale)
-                                                        : Vector::zero();
-    for (int64_t element = k; element < k + group_size; element += per_unit) {
-      const uint8_t* codes = product.words + (element / per_unit * product.N + n) * unit_bytes(Element::bits);
-      float* steps = panel + (element - first) / elements_per_step * panel_columns;
-      Units::store(
-          load_block<Codes, block_bytes<Element>>(codes, count * unit_bytes(Element::bits)), scale, bias,
-          reinterpret_cast<typename Units::Storage*>(steps), panel_columns * elements_per_step);
+    for (int64_t unit = (k + group_size) / per_unit; unit < (k + 2 * group_size) / per_unit; ++unit) {
+      prefetch(product.words + (unit * product.N + begin) * word_bytes, columns * word_bytes);
+    }
+    prefetch(product.scales + ((k / group_size + 1) * product.N + begin) * bytes, columns * bytes);
+    for (int64_t n = begin; n < begin + columns; n += lanes) {
+      const int64_t count = end > n ? end - n : 0;
+      const int64_t position = k / group_size * product.N + n;
+      const F scale = load_first_scales(product.scale_type, product.scales + position * bytes, count);
+      const F bias = has_column_bias(product.format.mode) ? Vector::mul(negated_zeros(product, position, count), scale)
+                                                          : Vector::zero();
+      float* panel = panel_of(panels, n - begin);
+      for (int64_t element = k; element < k + group_size; element += per_unit) {
+        const uint8_t* codes = product.words + (element / per_unit * product.N + n) * word_bytes;
+        float* steps = panel + (element - first) / elements_per_step * panel_columns;
+        Units::store(
+            load_block<Codes, block_bytes<Element>>(codes, count * word_bytes), scale, bias,
+            reinterpret_cast<typename Units::Storage*>(steps), panel_columns * elements_per_step);
+      }
     }
   }
 }
@@ -1412,6 +1428,25 @@ struct VectorTiles {
   }
 };
 
+template <typename Element, typename Units>
+void decode_panels(
+    const Product& product,
+    int64_t begin,
+    int64_t end,
+    int64_t columns,
+    int64_t first,
+    int64_t length,
+    float* panels) {
+  if constexpr (may_be_column_packed<Element>) {
+    if (is_column_packed(product.format.mode)) {
+      return decode_packed_columns<Element, Units>(product, begin, end, columns, first, length, panels);
+    }
+  }
+  for (int64_t n = 0; n < columns; n += lanes) {
+    decode_columns<Element, Units>(product, begin + n, end, first, length, panel_of(panels, n));
+  }
+}
+
 template <typename Element, typename Tiles, typename Units>
 void broadcast_panels(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
   constexpr int elements_per_step = sizeof(float) / sizeof(typename Units::Storage);
@@ -1420,16 +1455,7 @@ void broadcast_panels(const Product& product, int64_t begin, int64_t end, float*
   std::memset(y, 0, sizeof(float) * static_cast<size_t>(product.rows * product.y_row));
   for (int64_t first = 0; first < product.K; first += panel_elements) {
     const int64_t length = product.K - first < panel_elements ? product.K - first : panel_elements;
-    for (int64_t n = 0; n < columns; n += lanes) {
-      float* panel = workspace + n / panel_columns * panel_columns * panel_steps + n % panel_columns;
-      if constexpr (may_be_column_packed<Element>) {
-        if (is_column_packed(product.format.mode)) {
-          decode_packed_columns<Element, Units>(product, begin + n, end, first, length, panel);
-          continue;
-        }
-      }
-      decode_columns<Element, Units>(product, begin + n, end, first, length, panel);
-    }
+    decode_panels<Element, Units>(product, begin, end, columns, first, length, workspace);
     Tiles::multiply(
         {product.rows, product.x + first / elements_per_step, packed_row(product, Layout::broadcast), workspace,
          columns, length / elements_per_step, y, product.y_row});
