@@ -6,6 +6,7 @@
     python benchmarks/cpu.py --experts                   # gather_qmm, as a mixture of experts calls it
     python benchmarks/cpu.py --linearity                 # whether time grows as rows and weights do
     python benchmarks/cpu.py --formats                   # what other formats cost beside 4 bits
+    python benchmarks/cpu.py --layouts                   # Marlin's column-packed formats beside MLX's
 
 For each matrix and number of rows of x, one run times every contender in turn, round after round, with enough copies of
 the weights in rotation that none stays in the last-level cache. The table shows the median time, how many times
@@ -78,6 +79,15 @@ FORMATS = (
     *({"bits": 4, "group_size": group_size} for group_size in (32, 128)),
     *({"mode": mode} for mode in ("mxfp4", "mxfp8", "nvfp4")),
 )
+# Marlin's formats, each with MLX's of equal bits and group_size.
+LAYOUTS = (
+    *(({"mode": f"marlin_{name}", "group_size": 64}, {"bits": 4, "group_size": 64}) for name in ("int4", "int4_sym")),
+    ({"mode": "marlin_fp4", "group_size": 64}, {"bits": 4, "group_size": 64}),
+    ({"mode": "marlin_fp4", "group_size": 32}, {"mode": "mxfp4"}),
+    ({"mode": "marlin_fp8", "group_size": 64}, {"bits": 8, "group_size": 64}),
+    ({"mode": "marlin_fp8", "group_size": 32}, {"mode": "mxfp8"}),
+    ({"mode": "marlin_int2", "group_size": 64}, {"bits": 2, "group_size": 64}),
+)
 
 # Seconds.
 SLOW = 1.0  # what of the others takes longer is timed once, and not at all with more rows
@@ -120,12 +130,13 @@ def copies(parts: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
 
 def ours(weight: torch.Tensor, dtype: torch.dtype, **options: int | str) -> Contender:
     options = options or {"bits": BITS, "group_size": GROUP_SIZE}
-    packed = quantization_mlx.quantize(weight.to(dtype), **options)
+    by_rows = not str(options.get("mode", "")).startswith("marlin_")
+    packed = quantization_mlx.quantize((weight if by_rows else weight.mT).to(dtype), **options)
     rotation = itertools.cycle(copies(packed))
     matmul = quantization_mlx.quantized_matmul
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return matmul(x, *next(rotation), transpose=True, **options)
+        return matmul(x, *next(rotation), transpose=by_rows, **options)
 
     return Contender(OURS, NAMES[dtype], dtype, run, sum(part.nbytes for part in packed))
 
@@ -563,9 +574,31 @@ def formats(weights: Weights, row_counts: Sequence[int], rounds: int) -> None:
         columns = [measure([(contender, x) for contender in contenders], rounds) for x in inputs]
         medians = [[statistics.median(seconds) for seconds in column] for column in columns]
         for i, (options, contender) in enumerate(zip(FORMATS, contenders, strict=True)):
-            name = ", ".join(f"{key} {value}" for key, value in options.items())
             cells = "".join(f"{column[i] * 1e3:9.3f} ms{column[i] / column[0]:5.2f} x" for column in medians)
-            print(f"  {name:32s}{contender.weight_bytes / contenders[0].weight_bytes:4.2f} x{cells}")
+            print(f"  {described(options):32s}{contender.weight_bytes / contenders[0].weight_bytes:4.2f} x{cells}")
+
+
+def described(options: dict[str, int | str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items())
+
+
+def layouts(shapes: Sequence[Weights], row_counts: Sequence[int], rounds: int) -> None:
+    """Prints our times in Marlin's formats, and how many times those in MLX's formats of equal bits they are."""
+    print("\n| format | beside | w | x |" + "".join(f" {rows} rows |" for rows in row_counts))
+    print("|---|---|---|---|" + "---|" * len(row_counts))
+    worst = 0.0
+    for weights, (options, other) in itertools.product(shapes, LAYOUTS):
+        weight = weights.random()
+        for dtype in NAMES:
+            pair = [ours(weight, dtype, **options), ours(weight, dtype, **other)]
+            cells = []
+            for rows in row_counts:
+                x = torch.randn(rows, weights.K).to(dtype)
+                columns, by_rows = map(statistics.median, measure([(contender, x) for contender in pair], rounds))
+                worst = max(worst, columns / by_rows)
+                cells.append(f" {columns * 1e3:.2f} ms, {columns / by_rows:.2f} |")
+            print(f"| {described(options)} | {described(other)} | {weights} | {NAMES[dtype]} |" + "".join(cells))
+    print(f"\nthe largest ratio is {worst:.2f}")
 
 
 # --- Output -----------------------------------------------------------------------------------------------------------
@@ -698,6 +731,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     part.add_argument("--experts", action="store_true", help="gather_qmm instead")
     part.add_argument("--linearity", action="store_true", help="our own times per row and per weight instead")
     part.add_argument("--formats", action="store_true", help="our own times in other formats than 4 bits instead")
+    part.add_argument("--layouts", action="store_true", help="our own times in Marlin's formats beside MLX's instead")
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds: a check, not a measurement")
     parser.add_argument(
         "--shapes", type=Weights.parse, nargs="+", metavar="NxK", help="other shapes of w; NxKxEXPERTSxPER_TOKEN"
@@ -722,6 +756,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.formats:
         print_machine()
         formats((arguments.shapes or MATRICES)[0], arguments.rows or (1, 8, 512), rounds)
+        return
+    if arguments.layouts:
+        print_machine()
+        shapes = arguments.shapes or (MATRICES[:1] if arguments.quick else MATRICES[:2])
+        layouts(shapes, arguments.rows or ((1, 8) if arguments.quick else (1, 2, 4, 8, 16, 32, 128, 512)), rounds)
         return
     if arguments.from_csv:
         results = read_csv(arguments.from_csv)

@@ -146,20 +146,29 @@ Tensor weight_gradient(const Tensor& x, const Tensor& gradient, bool transpose) 
 // Elements of column-packed weights that a backward pass holds unpacked at a time.
 constexpr int64_t unpacked_elements = 1 << 22;
 
-// gradient [.., N] @ dequantize(w).T of column-packed weights [.., K, N], some of whose rows are unpacked at a time.
+// gradient [.., N] @ dequantize(w).T of column-packed weights [.., K, N], some of whose rows are unpacked at a time: all
+// of them where a compiler traces weights of unknown sizes, which nothing can loop over.
 Tensor column_packed_x_gradient(const Tensor& gradient, const Weights& weights) {
-  const int64_t groups = weights.scales.size(-2);
-  const int64_t group_words = weights.w.size(-2) / groups;
-  const int64_t group_elements = weights.scales.numel() / groups * weights.group_size.value_or(128);
+  const auto product = [&](const Tensor& w, const Tensor& scales, const OptionalTensor& zeros) {
+    const Tensor rows = ops::dequantize(
+        w, scales, zeros, weights.group_size, weights.bits, weights.mode, std::nullopt, gradient.scalar_type());
+    return at::matmul(gradient, rows.mT());
+  };
+  const auto& [w, scales, zeros] = std::tie(weights.w, weights.scales, weights.biases);
+  if (w.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||
+      scales.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    return product(w, scales, zeros);
+  }
+  const int64_t groups = scales.size(-2);
+  const int64_t group_words = w.size(-2) / groups;
+  const int64_t group_elements = scales.numel() / groups * weights.group_size.value_or(128);
   const int64_t step = std::max<int64_t>(1, unpacked_elements / std::max<int64_t>(group_elements, 1));
   std::vector<Tensor> parts;
   for (int64_t group = 0; group < groups; group += step) {
     const int64_t end = std::min(group + step, groups);
-    const Tensor zeros = weights.biases.has_value() ? weights.biases->slice(-2, group, end) : Tensor();
-    const Tensor rows = ops::dequantize(
-        weights.w.slice(-2, group * group_words, end * group_words), weights.scales.slice(-2, group, end),
-        optional(zeros), weights.group_size, weights.bits, weights.mode, std::nullopt, gradient.scalar_type());
-    parts.push_back(at::matmul(gradient, rows.mT()));
+    parts.push_back(product(
+        w.slice(-2, group * group_words, end * group_words), scales.slice(-2, group, end),
+        zeros.has_value() ? OptionalTensor(zeros->slice(-2, group, end)) : std::nullopt));
   }
   return parts.size() == 1 ? parts[0] : at::cat(parts, -1);
 }

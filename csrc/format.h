@@ -297,7 +297,10 @@ inline uint32_t column_scale_bits(Mode mode, float minimum, float maximum) {
                                  : (mode == Mode::marlin_fp8 ? 448.0f : (mode == Mode::marlin_int2 ? 1.5f : 7.0f)));
   }
   scale = scale > 1e-7f ? scale : 1e-7f;
-  return float16_from_float(scale < 65504.0f ? scale : 65504.0f);
+  uint32_t bits = float16_from_float(scale < 65504.0f ? scale : 65504.0f);
+  // Small float16 values are coarse: rounded down, the scale would let a zero pass 2048.
+  bool is_too_small = mode == Mode::marlin_int4 && 2048.0f * float16_to_float(bits) < largest && bits < 0x7BFFu;
+  return is_too_small ? bits + 1u : bits;
 }
 
 // The code of zero to be stored for such a group. Where the scale saturates, so does it.

@@ -74,7 +74,7 @@ Weights random_weights(const Case& test, int64_t elements) {
   weights.words.resize(elements * test.format.bits / 8);
   for (auto& byte : weights.words) {
     byte = static_cast<uint8_t>(random_bits());
-    if (test.format.mode == Mode::mxfp8 && (byte & 0x7F) == 0x7F) {
+    if (is_e4m3(test.format.mode) && (byte & 0x7F) == 0x7F) {
       byte = 0;  // NaN
     }
   }
@@ -84,27 +84,56 @@ Weights random_weights(const Case& test, int64_t elements) {
       case ScaleType::e4m3: weights.scales.push_back(static_cast<uint8_t>(random_bits() % 0x7F)); break;
       default:
         append_real(weights.scales, real_of(test.scale_type), uniform());
-        append_real(weights.biases, real_of(test.scale_type), uniform() * 8);
+        if (has_biases(test.format.mode)) {
+          append_real(weights.biases, real_of(test.scale_type), uniform() * 8);
+        } else if (has_zeros(test.format.mode)) {
+          append_real(weights.biases, real_of(test.scale_type), std::nearbyint(uniform() * 20));
+        }
     }
   }
   return weights;
 }
 
-double decoded(const Case& test, const Weights& weights, int64_t element) {
+// Where element (k, n) of the product's right operand is.
+struct Place {
+  int64_t bit;
+  int64_t group;
+};
+
+Place place_of(const Case& test, int64_t k, int64_t n) {
+  const Format format = test.format;
+  if (is_column_packed(format.mode)) {
+    const int64_t word_codes = 32 / format.bits;
+    return {(k / word_codes * test.N + n) * 32 + k % word_codes * format.bits, k / format.group_size * test.N + n};
+  }
+  const int64_t element = test.transpose ? n * test.K + k : k * test.N + n;
+  return {element * format.bits, element / format.group_size};
+}
+
+// A weight, and how large the bias is that its product with x may cancel.
+struct Weight {
+  double value;
+  double bias;
+};
+
+Weight decoded(const Case& test, const Weights& weights, const Place& place) {
   uint32_t code = 0;
-  for (int bit = 0; bit < test.format.bits; ++bit) {
-    const int64_t position = element * test.format.bits + bit;
+  for (int64_t bit = 0; bit < test.format.bits; ++bit) {
+    const int64_t position = place.bit + bit;
     code |= (weights.words[position / 8] >> position % 8 & 1u) << bit;
   }
-  const int64_t group = element / test.format.group_size;
-  switch (test.format.mode) {
-    case Mode::mxfp4: return static_cast<double>(e2m1_to_float(code)) * e8m0_to_float(weights.scales[group]);
-    case Mode::mxfp8: return static_cast<double>(e4m3_to_float(code)) * e8m0_to_float(weights.scales[group]);
-    case Mode::nvfp4: return static_cast<double>(e2m1_to_float(code)) * e4m3_to_float(weights.scales[group]);
-    case Mode::affine: break;
-  }
+  const double element = element_value(test.format.mode, code);
   const Real type = real_of(test.scale_type);
-  return code * read_real(weights.scales, type, group) + read_real(weights.biases, type, group);
+  switch (test.scale_type) {
+    case ScaleType::e8m0: return {element * e8m0_to_float(weights.scales[place.group]), 0.0};
+    case ScaleType::e4m3: return {element * e4m3_to_float(weights.scales[place.group]), 0.0};
+    default: break;
+  }
+  const double scale = read_real(weights.scales, type, place.group);
+  const double third = weights.biases.empty() ? 0.0 : read_real(weights.biases, type, place.group);
+  const double bias =
+      is_column_packed(test.format.mode) ? -scale * column_zero(test.format.mode, static_cast<float>(third)) : third;
+  return {element * scale + bias, bias};
 }
 
 // An allocation of exactly `count` elements, so that a sanitizer sees the first one beyond.
@@ -196,15 +225,9 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8) {
   const std::vector<Activation> multiplied = int8 ? int8_activations(test, x) : exact_activations(test, x);
   double worst = 0.0;
   for (int64_t n = 0; n < test.N; ++n) {
-    std::vector<double> column;
-    std::vector<double> column_biases;
+    std::vector<Weight> column;
     for (int64_t k = 0; k < test.K; ++k) {
-      const int64_t element = test.transpose ? n * test.K + k : k * test.N + n;
-      column.push_back(decoded(test, weights, element));
-      column_biases.push_back(
-          weights.biases.empty()
-              ? 0.0
-              : read_real(weights.biases, real_of(test.scale_type), element / test.format.group_size));
+      column.push_back(decoded(test, weights, place_of(test, k, n)));
     }
     for (int64_t m = 0; m < test.rows; ++m) {
       double expected = 0.0;
@@ -212,9 +235,9 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8) {
       double doubt = 0.0;
       for (int64_t k = 0; k < test.K; ++k) {
         const auto [activation, step] = multiplied[m * test.K + k];
-        expected += activation * column[k];
-        magnitudes += std::fabs(activation) * (std::fabs(column[k]) + 2 * std::fabs(column_biases[k]));
-        doubt += step * std::fabs(column[k]);
+        expected += activation * column[k].value;
+        magnitudes += std::fabs(activation) * (std::fabs(column[k].value) + 2 * std::fabs(column[k].bias));
+        doubt += step * std::fabs(column[k].value);
       }
       const double error = std::fabs(y[m * product.y_row + n] - expected) / (epsilon * (magnitudes + 1e-30) + doubt);
       worst = error > worst || std::isnan(error) ? error : worst;
@@ -282,6 +305,11 @@ std::vector<Format> formats() {
       all.push_back({Mode::affine, bits, group_size});
     }
   }
+  for (int mode = static_cast<int>(Mode::marlin_fp4); mode < mode_count; ++mode) {
+    for (int group_size : {32, 128}) {
+      all.push_back({static_cast<Mode>(mode), default_bits(static_cast<Mode>(mode)), group_size});
+    }
+  }
   return all;
 }
 
@@ -290,7 +318,8 @@ std::vector<ScaleType> scale_types(Mode mode) {
     case Mode::mxfp4:
     case Mode::mxfp8: return {ScaleType::e8m0};
     case Mode::nvfp4: return {ScaleType::e4m3};
-    default: return {ScaleType::float32, ScaleType::float16, ScaleType::bfloat16};
+    case Mode::affine: return {ScaleType::float32, ScaleType::float16, ScaleType::bfloat16};
+    default: return {ScaleType::float16};
   }
 }
 
@@ -318,14 +347,20 @@ bool check(const Kernels& kernels) {
               if ((layout == Layout::streamed) != (rows <= max_streamed_rows) && layout != Layout::plain) {
                 continue;
               }
+              const bool columns_packed = is_column_packed(format.mode);
+              if (columns_packed && (layout == Layout::tiled || layout == Layout::plain)) {
+                continue;  // not theirs
+              }
               const bool transpose = layout != Layout::plain;
               // Two panels of the widest vectors, or one, and a part of one.
-              const int64_t columns = layout == Layout::broadcast && groups < 37 ? 39 : 7;
+              const int64_t columns = columns_packed && groups < 37 ? 77
+                  : layout == Layout::broadcast && groups < 37      ? 39
+                                                                    : 7;
               const Case test{format,   scale_type, x_type, rows, transpose ? packed : 5, transpose ? columns : packed,
                               transpose};
               report(kernels, test, layout, run(kernels, test, layout, false), "");
               const bool by_int8 = layout == Layout::streamed || layout == Layout::broadcast;
-              if (kernels.int8 != nullptr && by_int8 && format.mode != Mode::mxfp8) {
+              if (kernels.int8 != nullptr && by_int8 && format.mode != Mode::mxfp8 && !columns_packed) {
                 Case wide = test;
                 wide.N = 45;
                 report(kernels, wide, layout, run(kernels, wide, layout, true), " int8");
@@ -348,8 +383,7 @@ bool check(const Kernels& kernels) {
 
 int main() {
   bool right = true;
-  for (const Kernels* kernels :
-       {baseline_kernels(), avx2_kernels(), avx512_kernels(), amx_kernels(), neon_kernels()}) {
+  for (const Kernels* kernels : {baseline_kernels(), avx2_kernels(), avx512_kernels(), amx_kernels(), neon_kernels()}) {
     right = (kernels == nullptr || check(*kernels)) && right;
   }
   return right ? 0 : 1;

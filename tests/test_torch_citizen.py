@@ -20,6 +20,7 @@ import oracle
 import quantization_mlx as qm
 from conftest import NATIVE_DEVICES
 from oracle import DTYPES, FLOAT_FORMATS, SOME_FORMATS, Format, Quantized, name_of
+from test_marlin_functions import BITS, random_packed
 
 TRANSPOSE = pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "no-transpose"])
 AFFINE = Format("affine", 64, 4)
@@ -38,11 +39,15 @@ class Call:
     kwargs: dict[str, Any]
 
     def on(self, device: str, grad: bool = False) -> Call:
+        # Of the marlin modes, only the activations have a gradient.
+        constants = self.args[1:] if str(self.kwargs.get("mode")).startswith("marlin") else ()
+
         def moved(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
+            trained = grad and value.is_floating_point() and not any(value is constant for constant in constants)
             value = value.to(device)
-            return value.detach().requires_grad_() if grad and value.is_floating_point() else value
+            return value.detach().requires_grad_() if trained else value
 
         args = tuple(moved(value) for value in self.args)
         return Call(self.op, args, {name: moved(value) for name, value in self.kwargs.items()})
@@ -68,8 +73,30 @@ def _explicit_calls() -> dict[str, Call]:
     return calls
 
 
+def _marlin_calls() -> dict[str, Call]:
+    calls = {}
+    for kind, bits in BITS.items():
+        mode = f"marlin_{kind}"
+        options = {"group_size": 32, "bits": bits, "mode": mode}
+        forward = {**options, "transpose": False}
+        plain = tuple(random_packed(kind, 64, 24, 32))
+        experts = tuple(None if t is None else torch.stack([t] * 3) for t in plain)
+        calls[f"quantize {mode}"] = Call("quantize", (oracle.random_x(64, 24),), options)
+        calls[f"quantize {mode} batched"] = Call("quantize", (oracle.random_x(2, 64, 24).half(),), options)
+        calls[f"dequantize {mode}"] = Call("dequantize", plain, options)
+        calls[f"quantized_matmul {mode}"] = Call("quantized_matmul", (oracle.random_x(2, 5, 64), *plain), forward)
+        calls[f"quantized_matmul {mode} 1-D"] = Call("quantized_matmul", (oracle.random_x(64), *plain), forward)
+        calls[f"quantized_matmul {mode} batched"] = Call(
+            "quantized_matmul", (oracle.random_x(2, 1, 5, 64).bfloat16(), *experts), forward
+        )
+        calls[f"gather_qmm {mode}"] = Call(
+            "gather_qmm", (oracle.random_x(2, 3, 64), *experts), {"rhs_indices": torch.tensor([[2, 0]]), **forward}
+        )
+    return calls
+
+
 def _all_calls() -> dict[str, Call]:
-    calls = _explicit_calls()
+    calls = _explicit_calls() | _marlin_calls()
     for format in (AFFINE, MXFP4, MXFP8, NVFP4):
         options = format.options
         plain = oracle.random_quantized(format, 64, 128)

@@ -4,18 +4,27 @@ Shapes: M rows of activations ``x``, K the inner size, N output features, E matr
 
 Formats (``mode``), with the defaults of ``group_size`` and ``bits`` in front:
 
-====== ============ ================ ===================== ==========================================
-mode   group_size   bits             scales                value of an element
-====== ============ ================ ===================== ==========================================
-affine 64, 32, 128  4, 2, 3, 5, 6, 8 float, with biases    code * scale + bias
-mxfp4  32           4                uint8 E8M0            E2M1(code) * scale
-mxfp8  32           8                uint8 E8M0            E4M3(code) * scale
-nvfp4  16           4                uint8 E4M3            E2M1(code) * scale [* global_scale / 2688]
-====== ============ ================ ===================== ==========================================
+=============== ============ ================ ===================== ==========================================
+mode            group_size   bits             scales                value of an element
+=============== ============ ================ ===================== ==========================================
+affine          64, 32, 128  4, 2, 3, 5, 6, 8 float, with biases    code * scale + bias
+mxfp4           32           4                uint8 E8M0            E2M1(code) * scale
+mxfp8           32           8                uint8 E8M0            E4M3(code) * scale
+nvfp4           16           4                uint8 E4M3            E2M1(code) * scale [* global_scale / 2688]
+marlin_fp4      128, 64, 32  4                float16               E2M1(code) * scale
+marlin_fp8      128, 64, 32  8                float16               E4M3(code) * scale
+marlin_int2     128, 64, 32  2                float16               (code - 1.5) * scale
+marlin_int4     128, 64, 32  4                float16, with zeros   (code - zero) * scale
+marlin_int4_sym 128, 64, 32  4                float16               (code - 8) * scale
+=============== ============ ================ ===================== ==========================================
 
 Packed weights are uint32 (or int32) words: a row of K elements is one little-endian bit stream of ``K * bits / 32``
 words, with one scale (and bias) per ``group_size`` elements along the row. Float32, float16 and bfloat16 activations
 are supported, on any strides; products accumulate in float32.
+
+The marlin modes are not MLX's. Their weights are packed by columns: words run along N and the elements of a word
+along K, so that word ``(r, n)`` of ``w`` ``[K * bits / 32, N]`` has rows ``r * 32 / bits`` and on of column ``n``, the
+first in the lowest bits; ``scales`` (and the zeros, which take the place of ``biases``) are ``[K / group_size, N]``.
 
 Every op raises ``ValueError`` for shapes, devices or options that do not fit, ``TypeError`` for dtypes, and
 ``IndexError`` for an index out of range on CPU. The message names the op and shows what was given and what is
@@ -60,22 +69,25 @@ def quantize(
     *,
     global_scale: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Quantize the rows of ``w``, bit for bit as ``mlx.core.quantize`` does on CPU.
+    """Quantize the rows of ``w``, bit for bit as ``mlx.core.quantize`` does on CPU; in the marlin modes, its columns.
 
     Args:
-        w: float tensor ``[..., K]`` of two or more dimensions, K divisible by ``group_size``.
+        w: float tensor ``[..., K]`` of two or more dimensions, K divisible by ``group_size``; ``[..., K, N]`` in the
+            marlin modes.
         group_size, bits, mode: the format; see the module's table.
         global_scale: nvfp4 only, a float32 tensor with one element, meant to be ``w.abs().max()``.
 
     Returns:
-        ``(w_q, scales, biases)`` in affine mode, else ``(w_q, scales)``: ``w_q`` uint32 ``[..., K * bits / 32]``;
-        ``scales`` and ``biases`` ``[..., K / group_size]``, of the dtype of ``w`` in affine mode, else uint8.
+        ``(w_q, scales, biases)`` in affine mode, ``(w_q, scales, zeros)`` in mode marlin_int4, else ``(w_q, scales)``:
+        ``w_q`` uint32 ``[..., K * bits / 32]``; ``scales`` and ``biases`` ``[..., K / group_size]``, of the dtype of
+        ``w`` in affine mode, else uint8. In the marlin modes ``w_q`` ``[..., K * bits / 32, N]``, and ``scales`` and
+        ``zeros`` float16 ``[..., K / group_size, N]``.
 
     Where MLX's E8M0 scale would wrap around for groups below 6 * 2**-127 (mxfp4) or 448 * 2**-127 (mxfp8), and decode
-    as infinity, the scale saturates at 2**-127 instead.
+    as infinity, the scale saturates at 2**-127 instead. A float16 scale saturates at 65504, and is 1e-7 or more.
     """
     w_q, scales, biases = ops.quantize(w, group_size, bits, mode, global_scale=global_scale)
-    return (w_q, scales, biases) if mode == "affine" else (w_q, scales)
+    return (w_q, scales, biases) if mode in ("affine", "marlin_int4") else (w_q, scales)
 
 
 def dequantize(
@@ -90,8 +102,11 @@ def dequantize(
 ) -> Tensor:
     """The float tensor ``[..., K]`` that packed ``w`` ``[..., K * bits / 32]`` stands for.
 
-    ``dtype`` defaults to the promoted dtype of ``scales`` and ``biases`` in affine mode and to bfloat16 otherwise. Each
-    value is computed in float32 and rounded once. Gradients reach affine ``scales`` and ``biases``.
+    In the marlin modes, ``[..., K, N]`` from ``[..., K * bits / 32, N]``; ``biases`` are the zeros of marlin_int4.
+
+    ``dtype`` defaults to the promoted dtype of ``scales`` and ``biases`` in affine mode, to float16 in the marlin modes
+    and to bfloat16 otherwise. Each value is computed in float32 and rounded once. Gradients reach affine ``scales`` and
+    ``biases``.
     """
     return ops.dequantize(w, scales, biases, group_size, bits, mode, global_scale, dtype)
 
@@ -115,7 +130,9 @@ def quantized_matmul(
         w: ``[..., N, K * bits / 32]``, or ``[..., K, N * bits / 32]`` with ``transpose=False``. Leading sizes of ``x``
             and of a batched ``w`` broadcast.
         scales, biases: ``[..., N, K / group_size]``, or ``[..., K, N / group_size]`` with ``transpose=False``.
-        group_size, bits, mode: the format; see the module's table.
+        group_size, bits, mode: the format; see the module's table. The marlin modes take ``transpose=False`` alone,
+            ``w`` ``[..., K * bits / 32, N]``, ``scales`` ``[..., K / group_size, N]`` and, in mode marlin_int4, the
+            zeros as ``biases``.
         global_scale: nvfp4 only, the float32 tensor that ``quantize`` was given.
 
     Returns:
@@ -143,7 +160,8 @@ def gather_qmm(
     """``quantized_matmul`` of chosen matrices: result ``i`` is ``x[lhs_indices[i]]`` times ``w[rhs_indices[i]]``.
 
     Args:
-        x: ``[..., M, K]``; w, scales, biases: as in :func:`quantized_matmul`, usually ``[E, N, ...]``.
+        x: ``[..., M, K]``; w, scales, biases: as in :func:`quantized_matmul`, usually ``[E, N, ...]``, or
+            ``[E, ..., N]`` in the marlin modes.
         lhs_indices, rhs_indices: integer tensors that broadcast, counting the matrices of ``x`` and of ``w`` in
             row-major order of their leading sizes. One that is missing counts through its operand.
         global_scale: nvfp4 only, float32, one element or one per matrix of ``w``.

@@ -1,0 +1,38 @@
+"""Marlin's interface: weights packed by columns, the products that its documentation names, and layers on them."""
+
+from .functions import (
+    benchmark_dequant_fp4,
+    dispatch_dequant_fp4,
+    dispatch_gemm_fp4,
+    dispatch_gemm_fp8,
+    dispatch_gemm_int2,
+    marlin_gemm_fp4,
+    marlin_gemm_int4,
+    pack_fp4_weights,
+    pack_fp8_weights,
+    pack_int2_weights,
+    pack_int4_sym_weights,
+    pack_int4_weights,
+)
+from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
+from .library import MetalKernelLibrary, get_default_library
+
+__all__ = [
+    "ColumnPackedLinear",
+    "MarlinLinear",
+    "MetalKernelLibrary",
+    "MetalQuantizedLinear",
+    "benchmark_dequant_fp4",
+    "dispatch_dequant_fp4",
+    "dispatch_gemm_fp4",
+    "dispatch_gemm_fp8",
+    "dispatch_gemm_int2",
+    "get_default_library",
+    "marlin_gemm_fp4",
+    "marlin_gemm_int4",
+    "pack_fp4_weights",
+    "pack_fp8_weights",
+    "pack_int2_weights",
+    "pack_int4_sym_weights",
+    "pack_int4_weights",
+]

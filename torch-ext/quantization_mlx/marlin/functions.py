@@ -1,0 +1,318 @@
+"""The functions of Marlin's documentation: packing by columns, and products with packed weights.
+
+M rows of activations A, K the inner size, N output features. The marlin modes, which the table in `ops.py` describes,
+pack `weights` [K, N] into words of 32 / bits elements along K, with one float16 scale for each `group_size` elements
+of a column. What was packed can be given to `dequantize` and `quantized_matmul(..., transpose=False)` as well.
+
+Every function raises `ValueError` for shapes, values and options that do not fit and `TypeError` for dtypes and for
+what is no tensor; the message names the function and shows what was given and what is supported.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import ops
+from ..ops import dequantize, quantize
+from .arrays import accepts_mlx_arrays
+from .library import MetalKernelLibrary
+
+BITS = {"marlin_fp4": 4, "marlin_fp8": 8, "marlin_int2": 2, "marlin_int4": 4, "marlin_int4_sym": 4}
+GROUP_SIZES = (128, 64, 32)
+
+# Called with every argument in place: the shortest way from Python into the dispatcher.
+_quantized_matmul = ops.quantized_matmul.default
+
+
+# Checking, with the names of the documented arguments
+
+
+def check_groups(function: str, what: str, K: int, group_size: int) -> None:
+    """Raises ValueError unless `what`, of size K, divides into groups of a size that is supported."""
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"[{function}] group_size is {group_size}; supported are {', '.join(map(str, GROUP_SIZES))}")
+    if K % group_size:
+        raise ValueError(f"[{function}] {what} is {K}, which does not divide into groups of {group_size}")
+
+
+def _check_tensor(function: str, name: str, value: Any, dimensions: int | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"[{function}] {name} is of type {type(value).__name__}; it must be a tensor")
+    if dimensions is not None and value.dim() != dimensions:
+        raise ValueError(f"[{function}] {name} has shape {list(value.shape)}; it must have {dimensions} dimensions")
+
+
+def _check_packed(function: str, mode: str, group_size: int, K: int, N: int, **packed: Any) -> None:
+    """Judges packed weights under their documented names: first the words, then scales and maybe zeros."""
+    check_groups(function, "K", K, group_size)
+    rows, dtypes = K * BITS[mode] // 32, (torch.uint32, torch.int32)
+    for name, tensor in packed.items():
+        _check_tensor(function, name, tensor, 2)
+        if tuple(tensor.shape) != (rows, N):
+            raise ValueError(
+                f"[{function}] {name} has shape {list(tensor.shape)}; with K = {K}, N = {N} and group_size = "
+                f"{group_size} it must be {[rows, N]}"
+            )
+        if tensor.dtype not in dtypes:
+            raise TypeError(
+                f"[{function}] {name} has dtype {tensor.dtype}; supported are {', '.join(map(str, dtypes))}"
+            )
+        rows, dtypes = K // group_size, (torch.float16,)
+
+
+# Packing
+
+
+def pack(function: str, mode: str, weights: Tensor, group_size: int) -> tuple[Tensor, ...]:
+    """`quantize` of weights [K, N] in a marlin mode; errors carry the name of `function`."""
+    _check_tensor(function, "weights", weights, 2)
+    if not weights.is_floating_point():
+        raise TypeError(f"[{function}] weights has dtype {weights.dtype}; it must be a floating-point one")
+    check_groups(function, "K, the number of rows of weights,", weights.shape[0], group_size)
+    weights = weights.detach()
+    if weights.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        weights = weights.float()
+    if not weights.is_meta and not torch.isfinite(weights).all():
+        raise ValueError(f"[{function}] weights has infinities or NaN in float32; all values must be finite")
+    return quantize(weights, group_size, BITS[mode], mode)
+
+
+@accepts_mlx_arrays
+def pack_fp4_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Quantizes weights [K, N] of any float dtype to E2M1 with scales of absmax / 6; ties go to the smaller magnitude.
+
+    Returns:
+        (packed uint32 [K / 8, N], scales float16 [K / group_size, N]). Given an mlx array, mlx arrays.
+    """
+    return pack("pack_fp4_weights", "marlin_fp4", weights, group_size)
+
+
+@accepts_mlx_arrays
+def pack_fp8_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Quantizes weights [K, N] of any float dtype to E4M3 with scales of absmax / 448.
+
+    Returns:
+        (packed uint32 [K / 4, N], scales float16 [K / group_size, N]). Given an mlx array, mlx arrays.
+    """
+    return pack("pack_fp8_weights", "marlin_fp8", weights, group_size)
+
+
+@accepts_mlx_arrays
+def pack_int2_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Quantizes weights [K, N] of any float dtype to -1.5, -0.5, 0.5 and 1.5 times scales of absmax / 1.5.
+
+    Returns:
+        (packed uint32 [K / 16, N], scales float16 [K / group_size, N]). Given an mlx array, mlx arrays.
+    """
+    return pack("pack_int2_weights", "marlin_int2", weights, group_size)
+
+
+@accepts_mlx_arrays
+def pack_int4_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes weights [K, N] of any float dtype to (code - zero) * scale, from the least to the largest of a group.
+
+    A zero point is a whole number, and outside of 0 to 15 where a group has values of one sign only; it is 2048 at
+    most, so groups that vary by less than 1 / 136 of their magnitude get larger scales than their range needs.
+
+    Returns:
+        (packed uint32 [K / 8, N], scales and zeros float16 [K / group_size, N]). Given an mlx array, mlx arrays.
+    """
+    return pack("pack_int4_weights", "marlin_int4", weights, group_size)
+
+
+@accepts_mlx_arrays
+def pack_int4_sym_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Quantizes weights [K, N] of any float dtype to (code - 8) * scale with scales of absmax / 7.
+
+    Returns:
+        (packed uint32 [K / 8, N], scales float16 [K / group_size, N]). Given an mlx array, mlx arrays.
+    """
+    return pack("pack_int4_sym_weights", "marlin_int4_sym", weights, group_size)
+
+
+# Products
+
+
+def _multiply(
+    function: str, mode: str, A: Tensor, group_size: int, K: int, N: int, B_packed: Tensor, **tables: Tensor
+) -> Tensor:
+    _check_packed(function, mode, group_size, K, N, B_packed=B_packed, **tables)
+    operands = A, B_packed, tables["scales"], tables.get("zeros")
+    return _quantized_matmul(*operands, False, group_size, BITS[mode], mode, op=function)
+
+
+def _gemm(function: str, mode: str, A: Tensor, group_size: int, B_packed: Tensor, **tables: Tensor) -> Tensor:
+    _check_tensor(function, "A", A)
+    _check_tensor(function, "B_packed", B_packed, 2)
+    if not A.dim():
+        raise ValueError(f"[{function}] A has no dimensions; it must be [..., K]")
+    return _multiply(function, mode, A, group_size, A.shape[-1], B_packed.shape[-1], B_packed, **tables)
+
+
+@accepts_mlx_arrays
+def marlin_gemm_fp4(A: Tensor, B_packed: Tensor, scales: Tensor, group_size: int = 128) -> Tensor:
+    """A @ dequantized B, without unpacking B in memory; sums are float32.
+
+    Args:
+        A: [..., K], float16 as documented, or bfloat16 or float32.
+        B_packed, scales: uint32 [K / 8, N] and float16 [K / group_size, N], from `pack_fp4_weights`.
+        group_size: 128, 64 or 32.
+
+    Returns:
+        [..., N] of A's dtype. Given mlx arrays, an mlx array.
+    """
+    return _gemm("marlin_gemm_fp4", "marlin_fp4", A, group_size, B_packed, scales=scales)
+
+
+@accepts_mlx_arrays
+def marlin_gemm_int4(A: Tensor, B_packed: Tensor, scales: Tensor, zeros: Tensor, group_size: int = 128) -> Tensor:
+    """`marlin_gemm_fp4` with weights of `pack_int4_weights`: `zeros` is float16 [K / group_size, N], like `scales`."""
+    return _gemm("marlin_gemm_int4", "marlin_int4", A, group_size, B_packed, scales=scales, zeros=zeros)
+
+
+def _check_library(function: str, lib: Any) -> None:
+    if not isinstance(lib, MetalKernelLibrary):
+        raise TypeError(f"[{function}] lib is of type {type(lib).__name__}; it must be a MetalKernelLibrary")
+
+
+def _dispatch(
+    function: str,
+    mode: str,
+    lib: MetalKernelLibrary,
+    A: Tensor,
+    B_packed: Tensor,
+    scales: Tensor,
+    M: int,
+    N: int,
+    K: int,
+    group_size: int,
+) -> Tensor:
+    _check_library(function, lib)
+    _check_tensor(function, "A", A, 2)
+    if tuple(A.shape) != (M, K):
+        raise ValueError(f"[{function}] A has shape {list(A.shape)}; with M = {M} and K = {K} it must be [{M}, {K}]")
+    return _multiply(function, mode, A, group_size, K, N, B_packed, scales=scales)
+
+
+def dispatch_gemm_fp4(
+    lib: MetalKernelLibrary,
+    A: Tensor,
+    B_packed: Tensor,
+    scales: Tensor,
+    M: int,
+    N: int,
+    K: int,
+    group_size: int = 32,
+) -> Tensor:
+    """A [M, K] @ dequantized B, [M, N] of A's dtype, on the device of the tensors: "mps" or the CPU.
+
+    Args:
+        lib: a handle, such as `get_default_library()`.
+        A: float16 as documented, or bfloat16 or float32.
+        B_packed, scales: uint32 [K / 8, N] and float16 [K / group_size, N].
+        M, N, K: the sizes, which those of the tensors must be.
+        group_size: 128, 64 or 32; the default is not that of `pack_fp4_weights`.
+    """
+    return _dispatch("dispatch_gemm_fp4", "marlin_fp4", lib, A, B_packed, scales, M, N, K, group_size)
+
+
+def dispatch_gemm_fp8(
+    lib: MetalKernelLibrary,
+    A: Tensor,
+    B_packed: Tensor,
+    scales: Tensor,
+    M: int,
+    N: int,
+    K: int,
+    group_size: int = 128,
+) -> Tensor:
+    """`dispatch_gemm_fp4` with E4M3 weights, as of `pack_fp8_weights`: B_packed is [K / 4, N]."""
+    return _dispatch("dispatch_gemm_fp8", "marlin_fp8", lib, A, B_packed, scales, M, N, K, group_size)
+
+
+def dispatch_gemm_int2(
+    lib: MetalKernelLibrary,
+    A: Tensor,
+    B_packed: Tensor,
+    scales: Tensor,
+    M: int,
+    N: int,
+    K: int,
+    group_size: int = 128,
+) -> Tensor:
+    """`dispatch_gemm_fp4` with 2-bit weights, as of `pack_int2_weights`: B_packed is [K / 16, N]."""
+    return _dispatch("dispatch_gemm_int2", "marlin_int2", lib, A, B_packed, scales, M, N, K, group_size)
+
+
+# Dequantization
+
+
+def dispatch_dequant_fp4(
+    lib: MetalKernelLibrary, packed: Tensor, scales: Tensor, K: int, N: int, group_size: int = 32
+) -> Tensor:
+    """The weights, float16 [K, N], of packed uint32 [K / 8, N] and scales float16 [K / group_size, N]."""
+    function, mode = "dispatch_dequant_fp4", "marlin_fp4"
+    _check_library(function, lib)
+    _check_packed(function, mode, group_size, K, N, packed=packed, scales=scales)
+    if packed.device != scales.device:
+        raise ValueError(f"[{function}] packed is on {packed.device} and scales on {scales.device}")
+    return dequantize(packed, scales, None, group_size, BITS[mode], mode)
+
+
+def benchmark_dequant_fp4(
+    lib: MetalKernelLibrary,
+    num_packed: int = 16 * 1024 * 1024,
+    group_size: int = 32,
+    warmup_iters: int = 10,
+    benchmark_iters: int = 100,
+) -> dict[str, float]:
+    """Times `dispatch_dequant_fp4` on the device of `lib`.
+
+    Args:
+        lib: a handle, such as `get_default_library()`.
+        num_packed: words to unpack, rounded up so that they fill a matrix of whole groups.
+        group_size: 128, 64 or 32.
+        warmup_iters, benchmark_iters: calls before the clock starts, and calls that it measures.
+
+    Returns:
+        time_ms: milliseconds of one call; bandwidth_gb_s: 10^9 bytes per second, counting 4 read for each word, 2 for
+        each scale and 16 written for each word; throughput_gop_s: 10^9 weights unpacked per second.
+    """
+    function = "benchmark_dequant_fp4"
+    _check_library(function, lib)
+    check_groups(function, "group_size", group_size, group_size)
+    for name, count, least in (
+        ("num_packed", num_packed, 1),
+        ("warmup_iters", warmup_iters, 0),
+        ("benchmark_iters", benchmark_iters, 1),
+    ):
+        if count < least:
+            raise ValueError(f"[{function}] {name} is {count}; it must be at least {least}")
+    words_per_group = group_size // 8
+    N = min(4096, -(-num_packed // words_per_group))
+    groups = -(-num_packed // (words_per_group * N))
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (groups * words_per_group, N), dtype=torch.int32, generator=generator)
+    packed = words.to(lib.device)
+    scales = torch.ones(groups, N, dtype=torch.float16, device=lib.device)
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            dispatch_dequant_fp4(lib, packed, scales, groups * group_size, N, group_size)
+        if lib.device.type == "mps":
+            torch.mps.synchronize()
+
+    run(warmup_iters)
+    start = time.perf_counter()
+    run(benchmark_iters)
+    seconds = (time.perf_counter() - start) / benchmark_iters
+    moved = 20 * packed.numel() + 2 * scales.numel()
+    return {
+        "time_ms": seconds * 1e3,
+        "bandwidth_gb_s": moved / seconds / 1e9,
+        "throughput_gop_s": 8 * packed.numel() / seconds / 1e9,
+    }

@@ -1,0 +1,189 @@
+"""Linear layers that hold their weights packed by columns, as Marlin's kernels read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._ops import ops
+from .functions import BITS, check_groups, pack
+
+# Called with every argument in place: the shortest way from Python into the dispatcher.
+_quantized_matmul = ops.quantized_matmul.default
+
+QUANT_TYPES = {"fp4": "marlin_fp4", "int4": "marlin_int4", "int4_sym": "marlin_int4_sym"}
+MODE_OF_BITS = {4: "marlin_fp4", 8: "marlin_fp8", 2: "marlin_int2"}
+_PACKED = ("weight_packed", "scales", "zeros")
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class ColumnPackedLinear(nn.Module):
+    """y = x @ W + bias on packed W [in_features, out_features]; there is never an unpacked copy. Its tensors:
+
+    - `weight_packed`: uint32 [in_features * bits / 32, out_features];
+    - `scales`: float16 [in_features / group_size, out_features];
+    - `zeros`: as `scales`; None but in mode "marlin_int4";
+    - `bias`: [out_features] or None.
+
+    The first three are frozen, and keep their dtypes when the module changes its own. A module made by the constructor
+    holds zeros.
+
+    Args:
+        in_features, out_features: the two sizes; in_features is a multiple of group_size.
+        mode: "marlin_fp4", "marlin_fp8", "marlin_int2", "marlin_int4" or "marlin_int4_sym".
+        group_size: 128, 64 or 32.
+        bias: whether there is a `bias`.
+        device, dtype: where the parameters live, and the dtype of the bias.
+
+    Raises:
+        ValueError: the mode or the group_size is not supported, or in_features does not divide into groups.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        mode: str,
+        group_size: int = 128,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in BITS:
+            raise ValueError(f"[{type(self).__name__}] mode is {mode!r}; supported are {', '.join(BITS)}")
+        check_groups(type(self).__name__, "in_features", in_features, group_size)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.bits = BITS[mode]
+        self.mode = mode
+
+        def table() -> nn.Parameter:
+            return _frozen(torch.zeros(in_features // group_size, out_features, dtype=torch.float16, device=device))
+
+        words = in_features * self.bits // 32
+        self.weight_packed = _frozen(torch.zeros(words, out_features, dtype=torch.uint32, device=device))
+        self.scales = table()
+        self.register_parameter("zeros", table() if mode == "marlin_int4" else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    @classmethod
+    def _quantized(cls, function: str, linear: nn.Linear, **options: Any) -> ColumnPackedLinear:
+        """A layer with the quantized weight of `linear`; a bias is shared with it, not copied."""
+        name = f"{cls.__name__}.{function}"
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"[{name}] linear is of type {type(linear).__name__}; it must be a torch.nn.Linear")
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **options)
+        packed = pack(name, layer.mode, linear.weight.T, layer.group_size)
+        for parameter, tensor in zip(_PACKED, packed, strict=False):
+            setattr(layer, parameter, _frozen(tensor))
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] of float32, float16 or bfloat16 -> [..., out_features] of x's dtype."""
+        # Reading a parameter as an attribute costs half a microsecond, and a step of generation reads a thousand.
+        held = self._parameters
+        try:
+            words, scales, zeros, bias = held["weight_packed"], held["scales"], held["zeros"], held["bias"]
+        except KeyError:  # a parametrization has taken one's place
+            words, scales, zeros, bias = self.weight_packed, self.scales, self.zeros, self.bias
+        y = _quantized_matmul(x, words, scales, zeros, False, self.group_size, self.bits, self.mode)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ColumnPackedLinear:
+        """Moves everything, but lets a change of dtype leave scales and zeros alone: the format has them as float16."""
+        tables = self._parameters.get("scales"), self._parameters.get("zeros")
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            if any(tensor is table for table in tables):
+                return fn(tensor.view(torch.int16)).view(torch.float16)
+            return fn(tensor)
+
+        return super()._apply(apply, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"group_size={self.group_size}, bits={self.bits}, mode={self.mode!r}"
+        )
+
+
+class MarlinLinear(ColumnPackedLinear):
+    """`torch.nn.Linear` on packed 4-bit weights.
+
+    Args:
+        in_features, out_features: the two sizes; in_features is a multiple of group_size.
+        bias: whether there is a `bias` [out_features].
+        quant_type: "fp4", "int4" (with zero points) or "int4_sym", packed as by `pack_fp4_weights` and its like.
+        group_size: 128, 64 or 32.
+        device, dtype: where the parameters live, and the dtype of the bias.
+
+    Raises:
+        ValueError: quant_type or group_size is not supported, or in_features does not divide into groups.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        quant_type: str = "fp4",
+        group_size: int = 128,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if quant_type not in QUANT_TYPES:
+            raise ValueError(
+                f"[{type(self).__name__}] quant_type is {quant_type!r}; supported are {', '.join(QUANT_TYPES)}"
+            )
+        super().__init__(in_features, out_features, QUANT_TYPES[quant_type], group_size, bias, device, dtype)
+        self.quant_type = quant_type
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quant_type: str = "fp4", group_size: int = 128) -> MarlinLinear:
+        """Quantizes `linear`; a bias is shared with it, not copied."""
+        return cls._quantized("from_linear", linear, quant_type=quant_type, group_size=group_size)
+
+
+class MetalQuantizedLinear(ColumnPackedLinear):
+    """`torch.nn.Linear` on packed weights of 4 bits (E2M1), 8 bits (E4M3) or 2 bits (-1.5, -0.5, 0.5, 1.5).
+
+    Args:
+        in_features, out_features: the two sizes; in_features is a multiple of group_size.
+        bits: 4, 8 or 2, packed as by `pack_fp4_weights`, `pack_fp8_weights` and `pack_int2_weights`.
+        group_size: 128, 64 or 32.
+        bias: whether there is a `bias` [out_features].
+        device, dtype: where the parameters live, and the dtype of the bias.
+
+    Raises:
+        ValueError: bits or group_size is not supported, or in_features does not divide into groups.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int = 4,
+        group_size: int = 128,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if bits not in MODE_OF_BITS:
+            raise ValueError(f"[{type(self).__name__}] bits is {bits}; supported are {sorted(MODE_OF_BITS)}")
+        super().__init__(in_features, out_features, MODE_OF_BITS[bits], group_size, bias, device, dtype)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, bits: int = 4, group_size: int = 128) -> MetalQuantizedLinear:
+        """Quantizes `linear`; a bias is shared with it, not copied."""
+        return cls._quantized("from_float", linear, bits=bits, group_size=group_size)
