@@ -10,8 +10,7 @@
 
 // Function constants, all bool. Macros, because MSL wants literals as their indices.
 #define QUANTIZATION_MLX_ALIGNED_OUTPUTS 0  // N is a multiple of the columns of one threadgroup
-#define QUANTIZATION_MLX_ALIGNED_WEIGHTS \
-  1  // packed weights, and scales of columns, start at multiples of a load's width
+#define QUANTIZATION_MLX_ALIGNED_WEIGHTS 1  // every run of packed weights starts at a multiple of its load width
 #define QUANTIZATION_MLX_ALIGNED_X 2  // every row of x starts at a multiple of 16 bytes
 #define QUANTIZATION_MLX_ALIGNED_K 3  // every part of K is a multiple of a tile's depth
 #define QUANTIZATION_MLX_HAS_GLOBAL_SCALE 4  // nvfp4 with a global scale
@@ -31,7 +30,7 @@ inline constexpr int qmv_columns() { return qmv_lanes_across() * qmv_outputs(); 
 inline constexpr int qvm_simdgroups() { return 4; }
 inline constexpr int qvm_columns() { return 256; }
 
-// The same of packed columns, of which a lane has so many.
+// The same where columns are packed, of which a lane has so many side by side.
 inline constexpr int column_qvm_simdgroups() { return 8; }
 inline constexpr int column_qvm_lane_columns() { return 2; }
 inline constexpr int column_qvm_columns() { return 32 * column_qvm_lane_columns(); }
@@ -71,7 +70,8 @@ struct ProductParams {
   int k;
   int n;
   int parts;  // of K, each to a threadgroup of its own; 1 without split-K
-  int part_k;  // elements of K for each part: a multiple of 32, and of a tile's depth in a tiled product
+  int part_k;  // elements of K for each part: a multiple of 32, of a tile's depth in a tiled product, and of a group in
+               // a matvec of packed columns
 };
 
 // As ProductParams, for pairs of indices: z is the position in both lists. The outer strides lead from one matrix to

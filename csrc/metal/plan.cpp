@@ -55,7 +55,7 @@ constexpr int column_qvm_part_k = 1024;  // a group of 128 for each simdgroup
 constexpr int tile_part_k = 512;
 // Parts are whole steps of a kernel along K.
 constexpr int qmv_step_k = 32;
-constexpr int qvm_step_k = 32;  // where columns are packed, a group
+constexpr int qvm_step_k = 32;  // where columns are packed: a group
 
 // The sorted-expert form pays from so many pairs on, and so many for each expert: with fewer, most rows of a tile are
 // idle, and a matvec for each pair reads no more.
@@ -316,20 +316,25 @@ class ProductPlanner {
                           qmv_columns(),  qmv_step_k, 32u * qmv_simdgroups()};
       product(block, kernel, 1, 1);
     } else {
-      const int rows = smallest_at_least(qvm_rows, block.rows);
-      Kernel kernel{Family::matvec, "matvec",   gathered ? "gather_qvm" : "qvm", rows > 1 ? rows : 0,
-                    qvm_columns(),  qvm_step_k, 32u * qvm_simdgroups()};
-      int per_core = qvm_threadgroups_per_core;
-      int least_part = qvm_part_k;
-      if (is_column_packed(format_.mode)) {
-        kernel.columns = column_qvm_columns();
-        kernel.depth = format_.group_size;
-        kernel.threads = 32u * column_qvm_simdgroups();
-        per_core = column_qvm_threadgroups_per_core;
-        least_part = column_qvm_part_k;
-      }
-      product(block, kernel, 1, gathered ? 1 : parts_of(block, kernel, 1, per_core, least_part));
+      const Kernel kernel = qvm_kernel(gathered ? "gather_qvm" : "qvm", smallest_at_least(qvm_rows, block.rows));
+      product(block, kernel, 1, gathered ? 1 : qvm_parts(block, kernel));
     }
+  }
+
+  Kernel qvm_kernel(const char* op, int rows) const {
+    Kernel kernel{Family::matvec, "matvec", op, rows > 1 ? rows : 0, qvm_columns(), qvm_step_k, 32u * qvm_simdgroups()};
+    if (is_column_packed(format_.mode)) {
+      kernel.columns = column_qvm_columns();
+      kernel.depth = format_.group_size;
+      kernel.threads = 32u * column_qvm_simdgroups();
+    }
+    return kernel;
+  }
+
+  int64_t qvm_parts(const Block& block, const Kernel& kernel) const {
+    return is_column_packed(format_.mode)
+        ? parts_of(block, kernel, 1, column_qvm_threadgroups_per_core, column_qvm_part_k)
+        : parts_of(block, kernel, 1, qvm_threadgroups_per_core, qvm_part_k);
   }
 
   // The larger tile reads and unpacks each weight for more rows; the smaller one computes fewer rows that nobody wants.
@@ -538,9 +543,9 @@ uint32_t threadgroups_for(std::string_view op, int64_t threads) {
 }
 
 // columns: of a matrix whose columns are packed.
-void set_matrix_params(Launch& launch, int64_t elements, int64_t columns) {
+void set_matrix_params(Launch& launch, std::string_view op, int64_t elements, int64_t columns) {
   if (is_column_packed(launch.format.mode)) {
-    set_params(launch, QuantizeColumnsParams{elements, narrow("quantize", "the last size of w", columns)}, 5);
+    set_params(launch, QuantizeColumnsParams{elements, narrow(op, "the last size of w", columns)}, 5);
   } else {
     set_params(launch, QuantizeParams{elements}, 5);
   }
@@ -741,7 +746,7 @@ Plan plan(const DequantizeProblem& problem, const Target&) {
          biases ? Argument{Role::biases, i * weights.biases.matrix_stride} : Argument{},
          weights.global_scale.defined() ? Argument{Role::global_scale} : Argument{},
          {Role::y, i * matrix}});
-    set_matrix_params(launch, elements, words.row_stride);
+    set_matrix_params(launch, "dequantize", elements, words.row_stride);
     plan.launches.push_back(std::move(launch));
   }
   return plan;
@@ -751,8 +756,7 @@ Plan plan(const QuantizeProblem& problem, const Target&) {
   if (problem.w.numel() == 0) {
     return {};
   }
-  const bool columns = is_column_packed(problem.format.mode);
-  const int64_t elements_per_thread = columns ? problem.format.group_size : 8;
+  const int64_t elements_per_thread = is_column_packed(problem.format.mode) ? problem.format.group_size : 8;
   Launch launch;
   launch.kernel = kernel_name(problem.format, "quantize", problem.w.scalar_type());
   launch.file = "quantize";
@@ -770,7 +774,7 @@ Plan plan(const QuantizeProblem& problem, const Target&) {
        {Role::w},
        {Role::scales},
        has_biases(problem.format.mode) || has_zeros(problem.format.mode) ? Argument{Role::biases} : Argument{}});
-  set_matrix_params(launch, problem.w.numel(), problem.w.size(-1));
+  set_matrix_params(launch, "quantize", problem.w.numel(), problem.w.size(-1));
   Plan plan;
   plan.launches.push_back(std::move(launch));
   return plan;
