@@ -16,9 +16,10 @@
 // lanes want the same values of x: the loads of a simdgroup are one address, and what is in registers of x serves two
 // columns.
 //
-// Codes are summed first; once for each group, the sums are scaled. What the codes that stand for zero add to a sum is
-// that code times the sum of x, which is the same for all columns: each lane loads one element of a run of x, and the
-// simdgroup adds them up, in place of 32 additions in every lane.
+// One row: codes are summed first; once for each group, the sums are scaled. What the codes that stand for zero add to
+// a sum is that code times the sum of x, which is the same for all columns: each lane loads one element of a run of x,
+// and the simdgroup adds them up, in place of 32 additions in every lane. More rows: weights are scaled before they
+// meet x, which leaves more registers for it.
 //
 // Split-K as in qvm (matvec.h). Parts are whole groups.
 #pragma once
@@ -76,19 +77,29 @@ inline void load_column_values(const device half* source, LaneColumns columns, t
   }
 }
 
-// Adds the products of one run of all rows of x with unpacked codes to sums[m * lane_columns + c].
-template <Mode mode, int bits, int rows, typename T>
+// Adds the products of all rows of x with one run of the lane's columns, (element - zero) * scale or, where sums are
+// scaled, element, to sums[m * lane_columns + c].
+template <Mode mode, int bits, int rows, bool scales_sums, typename T>
 inline void multiply_column_runs(
     const device T* x,
     constant ProductParams& params,
     thread const uint* packed,
+    thread const float* scales,
+    thread const float* zeros,
     thread float* sums) {
 #pragma unroll
   for (int chunk = 0; chunk < run_elements / chunk_elements; ++chunk) {
-    float codes[lane_columns * chunk_elements];
+    float weights[lane_columns * chunk_elements];
 #pragma unroll
     for (int c = 0; c < lane_columns; ++c) {
-      decode_finite_chunk<mode, bits>(packed + c * bits, chunk, codes + c * chunk_elements);
+      thread float* values = weights + c * chunk_elements;
+      decode_finite_chunk<mode, bits>(packed + c * bits, chunk, values);
+      if (!scales_sums) {
+#pragma unroll
+        for (int i = 0; i < chunk_elements; ++i) {
+          values[i] = fma(values[i], scales[c], column_bias(mode, scales[c], zeros[c]));
+        }
+      }
     }
 #pragma unroll
     for (int m = 0; m < rows; ++m) {
@@ -100,7 +111,7 @@ inline void multiply_column_runs(
       for (int i = 0; i < chunk_elements; ++i) {
 #pragma unroll
         for (int c = 0; c < lane_columns; ++c) {
-          sums[m * lane_columns + c] = fma(codes[c * chunk_elements + i], activations[i], sums[m * lane_columns + c]);
+          sums[m * lane_columns + c] = fma(weights[c * chunk_elements + i], activations[i], sums[m * lane_columns + c]);
         }
       }
     }
@@ -117,25 +128,18 @@ inline void accumulate_column_group(
     uint lane,
     thread float* sums) {
   constexpr int runs = group_size / run_elements;
+  constexpr bool scales_sums = rows == 1;
   const long first_value = static_cast<long>(group) * params.n + columns.first;
   float scales[lane_columns];
-  float zeros[lane_columns];
+  float zeros[lane_columns] = {0.0f};
   load_column_values(operands.scales + first_value, columns, scales);
   if (has_zeros(mode)) {
     load_column_values(operands.biases + first_value, columns, zeros);
   }
-  float partial[rows * lane_columns];
-  float x_sums[rows];
-#pragma unroll
-  for (int i = 0; i < rows * lane_columns; ++i) {
-    partial[i] = 0.0f;
-  }
-#pragma unroll
-  for (int m = 0; m < rows; ++m) {
-    x_sums[m] = 0.0f;
-  }
+  float group_sums[lane_columns] = {0.0f};
+  float x_sum = 0.0f;
   for (int run = 0; run < runs; ++run) {
-    const int k = group * group_size + run * run_elements;
+    const device T* x = operands.x + (group * group_size + run * run_elements);
     uint packed[lane_columns * bits];
     load_column_runs<bits>(operands.w, params, group * runs + run, columns, packed);
 #pragma unroll
@@ -144,23 +148,17 @@ inline void accumulate_column_group(
         scales[c] = quiet_nan();  // the whole sum is no number
       }
     }
-    if (has_column_bias(mode)) {
-#pragma unroll
-      for (int m = 0; m < rows; ++m) {
-        x_sums[m] += static_cast<float>(operands.x[min(m, params.rows - 1) * params.x_row_stride + (k + lane)]);
-      }
+    if (scales_sums && has_column_bias(mode)) {
+      x_sum += static_cast<float>(x[lane]);
     }
-    multiply_column_runs<mode, bits, rows>(operands.x + k, params, packed, partial);
+    multiply_column_runs<mode, bits, rows, scales_sums>(
+        x, params, packed, scales, zeros, scales_sums ? group_sums : sums);
   }
-#pragma unroll
-  for (int m = 0; m < rows; ++m) {
-    const float x_sum = has_column_bias(mode) ? simd_sum(x_sums[m]) : 0.0f;
+  if (scales_sums) {
+    x_sum = has_column_bias(mode) ? simd_sum(x_sum) : 0.0f;
 #pragma unroll
     for (int c = 0; c < lane_columns; ++c) {
-      const float zero = column_zero(mode, has_zeros(mode) ? zeros[c] : 0.0f);
-      const float sum =
-          has_column_bias(mode) ? fma(-zero, x_sum, partial[m * lane_columns + c]) : partial[m * lane_columns + c];
-      sums[m * lane_columns + c] = fma(scales[c], sum, sums[m * lane_columns + c]);
+      sums[c] = fma(scales[c], fma(-column_zero(mode, zeros[c]), x_sum, group_sums[c]), sums[c]);
     }
   }
 }

@@ -251,7 +251,7 @@ def reference_scale(mode: str, groups: np.ndarray) -> np.ndarray:
     stored = np.minimum(np.maximum(scale, np.float32(1e-7)), np.float32(65504)).astype(np.float16)
     if mode == "marlin_int4":  # with a zero of 2048 at most, if the scale has to be one float16 larger
         is_too_small = (np.float32(2048) * stored.astype(np.float32) < largest) & (stored < 65504)
-        stored = np.where(is_too_small, np.nextafter(stored, np.float16(np.inf)), stored)
+        stored = np.where(is_too_small, np.nextafter(stored, np.float16(65504)), stored)
     return stored
 
 
