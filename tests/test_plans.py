@@ -127,7 +127,7 @@ def test_every_format_has_the_kernels_of_its_plans(format, dtype):
         assert_exists(plan)
 
 
-@pytest.mark.parametrize("gpu", SOME_GPUS)
+@pytest.mark.parametrize("gpu", GPUS)
 def test_packed_columns_have_the_kernels_of_their_plans(gpu):
     for format, dtype in itertools.product(oracle.MARLIN_FORMATS, DTYPES):
         for N, K in ((384, 256), (64, 16384)):
