@@ -152,6 +152,16 @@ def test_nan_codes_of_e4m3(device: str) -> None:
     assert torch.equal(values.isnan(), weights.dense.isnan())
 
 
+@TWO_MODES
+def test_gradient_of_x(device: str, mode: str) -> None:
+    weights = oracle.random_quantized(format_of(mode), 128, 35)
+    x = oracle.random_x(5, 128).to(device).requires_grad_()
+    y = qm.quantized_matmul(x, *weights.to(device).tensors, False, **weights.format.options)
+    given = oracle.random_x(5, 35, seed=2)
+    y.backward(given.to(device))
+    oracle.assert_product(x.grad, given, weights.dense.mT, torch.float32)
+
+
 # --- Gathered products ------------------------------------------------------------------------------------------------
 
 
