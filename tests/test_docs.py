@@ -22,7 +22,7 @@ from quantization_mlx import quantize_model, save_checkpoint, unpatch_peft, unpa
 from test_foreign import AWQ, GPTQ, foreign_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("load", "quantize", "convert", "moe", "train", "troubleshoot", "command-line", "generate")
+PAGES = ("load", "quantize", "convert", "moe", "train", "troubleshoot", "command-line", "generate", "marlin", "migrate")
 # The server's example is a file; the kernels' pages show what needs certain machines.
 OTHER_PAGES = {"serve", "cpu", "metal"}
 

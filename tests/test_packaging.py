@@ -20,7 +20,7 @@ from kernel_builder import PACKAGE, ROOT
 
 PUBLISHED = "kernels-community/mlx-quantization-metal-kernels"
 CPP = {".cpp", ".h", ".hpp", ".mm", ".metal"}
-PYTHON = sorted(path for path in (ROOT / "torch-ext" / PACKAGE).glob("*.py") if path.name != "_ops.py")
+PYTHON = sorted(path for path in (ROOT / "torch-ext" / PACKAGE).rglob("*.py") if path.name != "_ops.py")
 EXPLICIT_OPS = ["affine_qmv", "affine_qmm_t", "affine_qmm_n", "affine_qmm_t_nax", "affine_qmm_n_nax"]
 EXPLICIT_OPS += ["affine_gather_qmm_rhs_nax"]
 EXPLICIT_OPS += [f"{mode}_{op}" for mode in ("mxfp4", "mxfp8", "nvfp4") for op in ("qmv", "qmm_t", "qmm_n")]

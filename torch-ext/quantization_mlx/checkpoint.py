@@ -194,18 +194,44 @@ def _replace_layers(
     convert: Callable[[Any, Format], _QuantizedModule],
     on_layer: OnLayer | None = None,
 ) -> nn.Module:
-    """Puts convert(layer, format) in the place of every layer that has a format; returns the model.
+    """Puts convert(layer, format) in the place of every layer that has a format; returns the model."""
 
-    All formats are settled before the first layer changes. A float weight is let go once its last layer is replaced.
+    def choose(holders: Mapping[str, nn.Module]) -> Format | None:
+        plain = all(
+            type(layer) in (nn.Linear, SwitchLinear) or row_scale(layer) is not None for layer in holders.values()
+        )
+        return format_of(*next(iter(holders.items()))) if plain else None
+
+    return replace_layers(model, choose, convert, _tied, on_layer)
+
+
+def replace_layers(
+    model: nn.Module,
+    choose: Callable[[Mapping[str, nn.Module]], Any],
+    convert: Callable[[Any, Any], nn.Module],
+    tie: Callable[[Any, Any], nn.Module],
+    on_layer: OnLayer | None = None,
+) -> nn.Module:
+    """Puts other modules in the place of layers of `model`, one weight after the other; returns the model.
+
+    All choices are made before the first layer changes. A float weight is let go once its last layer is replaced.
+
+    Args:
+        model: changed in place; a layer by itself is not changed, what takes its place is returned.
+        choose: called for each weight with the modules that hold it, by their paths; returns what `convert` is to make
+            of them, None to leave them alone.
+        convert: called with the first of them and that choice; returns what takes its place.
+        tie: called with each further one and what took the place of the first; returns what takes its place.
+        on_layer: called with the path, the weight and what takes its layer's place, while both exist.
     """
-    plan = _plan(model, format_of)
-    for paths, format in _progress(plan, "Quantizing"):
+    plan = _plan(model, choose)
+    for paths, choice in _progress(plan, "Quantizing"):
         layers = [model.get_submodule(path) for path in paths]  # that share this weight, or are one and the same
-        replaced: dict[int, _QuantizedModule] = {}
+        replaced: dict[int, nn.Module] = {}
         for path, layer in zip(paths, layers, strict=True):
             if id(layer) not in replaced:
                 twin = next(iter(replaced.values()), None)
-                replaced[id(layer)] = convert(layer, format) if twin is None else _tied(layer, twin)
+                replaced[id(layer)] = convert(layer, choice) if twin is None else tie(layer, twin)
                 if twin is None and on_layer is not None:
                     on_layer(path, layer.weight.detach(), replaced[id(layer)])
             if not path:
@@ -214,22 +240,17 @@ def _replace_layers(
     return model
 
 
-def _plan(model: nn.Module, format_of: Callable[[str, nn.Module], Format | None]) -> list[tuple[list[str], Format]]:
-    """The paths of the layers to replace, those together that share a weight, and their formats.
+def _plan(model: nn.Module, choose: Callable[[Mapping[str, nn.Module]], Any]) -> list[tuple[list[str], Any]]:
+    """The paths of the layers to replace, those together that share a weight, and what was chosen for them.
 
     A function of its own, because a weight that a variable still names is not let go.
     """
-    holders: dict[int, list[str]] = {}  # the paths of all modules with a weight, by the weight's identity
+    holders: dict[int, dict[str, nn.Module]] = {}  # all modules with a weight, by the weight's identity
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            holders.setdefault(id(weight), []).append(path)
-    plan: list[tuple[list[str], Format]] = []
-    for paths in holders.values():
-        layers = [model.get_submodule(path) for path in paths]
-        plain = all(type(layer) in (nn.Linear, SwitchLinear) or row_scale(layer) is not None for layer in layers)
-        if plain and (format := format_of(paths[0], layers[0])) is not None:
-            plan.append((paths, format))
-    return plan
+            holders.setdefault(id(weight), {})[path] = module
+    choices = [(list(layers), choose(layers)) for layers in holders.values()]
+    return [(paths, choice) for paths, choice in choices if choice is not None]
 
 
 def _tied(
@@ -256,13 +277,37 @@ def write_checkpoint(
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """`save_checkpoint`, where a size may be a string such as "5GB", and the model's tensors may be given."""
+    tensors = split_experts(model, distinct_tensors(model, state_dict))
+    records = {"config.json": _mlx_config(model)}
+    write_directory(model, directory, tensors, lambda staged: records, "mlx", max_shard_size, tokenizer)
+
+
+def write_directory(
+    model: PreTrainedModel,
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    records: Callable[[Path], Mapping[str, Mapping[str, Any]]],
+    format: str,
+    max_shard_size: int | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Writes tensors, JSON files and what else belongs to `model`: all beside their final places first, then renamed.
+
+    Args:
+        directory: made if it does not exist; weight files in it that are not overwritten are removed.
+        tensors: by the names that they are stored under.
+        records: returns what the JSON files hold, by their names, config.json among them; is called with the directory
+            in which everything is gathered, for what else it may put there.
+        format: what the weight files say that their format is.
+        max_shard_size: tensors beyond this size are split over several files; in bytes, or a string such as "5GB".
+    """
     directory.mkdir(parents=True, exist_ok=True)
     # Inside the directory, because a rename cannot leave its file system.
     with tempfile.TemporaryDirectory(prefix=".save-", dir=directory) as scratch:
         staged = Path(scratch)
-        tensors = split_experts(model, _distinct_tensors(model, state_dict))
-        weight_files = _write_weights(tensors, staged, max_shard_size)
-        _write_json(staged / "config.json", _config_record(model))
+        weight_files = _write_weights(tensors, staged, max_shard_size, format)
+        for name, record in records(staged).items():
+            _write_json(staged / name, record)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(staged)
         if tokenizer is not None:
@@ -273,7 +318,7 @@ def write_checkpoint(
             file.unlink()
 
 
-def _distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+def distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """The model's tensors under their first names: tied ones are stored once, as MLX does."""
     distinct: dict[torch.Tensor, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -281,7 +326,9 @@ def _distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] |
     return {name: (tensor if state_dict is None else state_dict[name]).detach() for tensor, name in distinct.items()}
 
 
-def _write_weights(tensors: Mapping[str, torch.Tensor], directory: Path, max_shard_size: int | str) -> set[str]:
+def _write_weights(
+    tensors: Mapping[str, torch.Tensor], directory: Path, max_shard_size: int | str, format: str
+) -> set[str]:
     """Writes the weight files and their index, and returns the names of the files."""
     save_file = require("safetensors.torch").save_file
     split = require("huggingface_hub").split_torch_state_dict_into_shards(
@@ -289,7 +336,7 @@ def _write_weights(tensors: Mapping[str, torch.Tensor], directory: Path, max_sha
     )
     for file, names in _progress(list(split.filename_to_tensors.items()), "Writing"):
         on_host = {name: tensors[name].cpu().contiguous() for name in names}
-        save_file(on_host, directory / file, metadata={"format": "mlx"})
+        save_file(on_host, directory / file, metadata={"format": format})
     weight_map = {name: file for file, names in split.filename_to_tensors.items() for name in names}
     total_size = sum(tensor.nbytes for tensor in tensors.values())
     _write_json(
@@ -298,14 +345,20 @@ def _write_weights(tensors: Mapping[str, torch.Tensor], directory: Path, max_sha
     return set(split.filename_to_tensors)
 
 
-def _config_record(model: PreTrainedModel) -> dict[str, Any]:
-    """What config.json says of `model`."""
+def config_record(model: PreTrainedModel) -> dict[str, Any]:
+    """What config.json says of `model` in Transformers' terms, without a record of quantization."""
     config = model.config.to_diff_dict()
     for name in ("_name_or_path", *RECORDS):
         config.pop(name, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
+    return config
+
+
+def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
+    """What config.json says of `model` in an MLX checkpoint."""
+    config = config_record(model)
     # Transformers knows some of these by other names than MLX.
     for name, own_name in model.config.attribute_map.items():
         if own_name in config:

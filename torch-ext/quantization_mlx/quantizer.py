@@ -217,9 +217,7 @@ def _finish_layers(model: nn.Module) -> None:
     Raises:
         ValueError: scales or biases are not finite numbers.
     """
-    for parameter in model.parameters():
-        if not parameter.is_meta and parameter.data_ptr() % parameter.element_size():
-            parameter.data = parameter.data.clone()  # in a mapped file, tensors may lie anywhere
+    align_parameters(model)
     for path, module in model.named_modules():
         if not isinstance(module, _QuantizedModule):
             continue
@@ -230,6 +228,14 @@ def _finish_layers(model: nn.Module) -> None:
             if name != "weight" and not _is_finite(parameter, module.mode):
                 raise ValueError(f"[from_pretrained] {path}.{name} has values that are not finite numbers")
     finish_experts(model)
+
+
+def align_parameters(model: nn.Module) -> None:
+    """Copies the parameters that do not begin at a multiple of their element's size: in a mapped file, they may lie
+    anywhere."""
+    for parameter in model.parameters():
+        if not parameter.is_meta and parameter.data_ptr() % parameter.element_size():
+            parameter.data = parameter.data.clone()
 
 
 def _is_finite(scales: torch.Tensor, mode: str) -> bool:

@@ -117,37 +117,41 @@ def stored_format(
 # Weight files
 
 
-def weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path, op: str = "from_pretrained") -> list[Path]:
     """The files that hold the tensors.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are none; the message begins with the name of `op`.
     """
     files = sorted(directory.glob(WEIGHT_FILES))
     if not files:
-        raise FileNotFoundError(f"[from_pretrained] {directory} has no {WEIGHT_FILES}")
+        raise FileNotFoundError(f"[{op}] {directory} has no {WEIGHT_FILES}")
     return files
 
 
-def is_mlx_directory(directory: Path) -> bool:
-    """Whether MLX wrote the files: config.json has a record of formats, or else the first weight file says so."""
-    config = read_config(directory)
+def is_mlx_directory(directory: Path, op: str = "from_pretrained") -> bool:
+    """Whether MLX wrote the files: config.json has a record of formats, or else the first weight file says so.
+
+    Raises:
+        ValueError: config.json or that file is damaged; the message begins with the name of `op`.
+    """
+    config = read_config(directory, op)
     if config is None:
         return False
     if find_record(config) is not None:
         return True
     first = next(iter(sorted(directory.glob(WEIGHT_FILES))), None)
-    return first is not None and (_open(first).metadata() or {}).get("format") == "mlx"
+    return first is not None and (_open(first, op).metadata() or {}).get("format") == "mlx"
 
 
-def read_config(directory: Path) -> dict[str, Any] | None:
+def read_config(directory: Path, op: str = "from_pretrained") -> dict[str, Any] | None:
     """The content of config.json, None if there is none.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: it is no JSON object; the message begins with the name of `op`.
     """
     file = directory / "config.json"
-    return read_json(file) if file.exists() else None
+    return read_json(file, op) if file.exists() else None
 
 
 def read_json(file: Path, op: str = "from_pretrained") -> dict[str, Any]:
@@ -165,32 +169,33 @@ def read_json(file: Path, op: str = "from_pretrained") -> dict[str, Any]:
     return content
 
 
-def read_headers(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+def read_headers(files: Iterable[Path], op: str = "from_pretrained") -> dict[str, torch.Tensor]:
     """The tensors of the files, by name, without their values: on the meta device.
 
     Raises:
-        ValueError: a file is damaged or no safetensors file, has a dtype that is not known, or repeats a tensor.
+        ValueError: a file is damaged or no safetensors file, has a dtype that is not known, or repeats a tensor; the
+            message begins with the name of `op`.
     """
     stored: dict[str, torch.Tensor] = {}
     for file in files:
-        opened = _open(file)
+        opened = _open(file, op)
         names = list(opened.keys())
         if twice := sorted(stored.keys() & set(names)):
-            raise ValueError(f"[from_pretrained] {file} repeats tensors of another file: {listed(twice)}")
+            raise ValueError(f"[{op}] {file} repeats tensors of another file: {listed(twice)}")
         for name in names:
             header = opened.get_slice(name)
             if (dtype := _DTYPES.get(header.get_dtype())) is None:
-                raise ValueError(f"[from_pretrained] {file}: {name} has the unsupported dtype {header.get_dtype()}")
+                raise ValueError(f"[{op}] {file}: {name} has the unsupported dtype {header.get_dtype()}")
             stored[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
     return stored
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path, op: str = "from_pretrained") -> Any:
     safetensors = require("safetensors")
     try:
         return safetensors.safe_open(file, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"[from_pretrained] {file} is damaged or no safetensors file: {error}") from error
+        raise ValueError(f"[{op}] {file} is damaged or no safetensors file: {error}") from error
 
 
 # Judgement
@@ -201,6 +206,8 @@ def judge(
     stored: Mapping[str, torch.Tensor],
     source: str,
     may_be_missing: Iterable[str] = (),
+    exact: Iterable[str] = (),
+    op: str = "from_pretrained",
 ) -> None:
     """Compares the stored tensors with those that the model wants, which must be exactly these.
 
@@ -209,6 +216,8 @@ def judge(
         stored: on the meta device, by their names in the model.
         source: what an error message names as the checkpoint.
         may_be_missing: names of tensors that come from elsewhere.
+        exact: names of tensors that may not even be of another floating-point dtype.
+        op: what an error message begins with.
 
     Raises:
         ValueError: tensors are missing, unknown, or of another shape or kind of dtype; the message names them.
@@ -217,14 +226,14 @@ def judge(
     for name, placeholder in model.state_dict(keep_vars=True).items():
         wanted.setdefault(placeholder, []).append(name)
     names = {name for aliases in wanted.values() for name in aliases}
-    excused = set(may_be_missing)
+    excused, strict = set(may_be_missing), set(exact)
     missing = [aliases[0] for aliases in wanted.values() if aliases[0] not in stored and aliases[0] not in excused]
     unexpected = [name for name in stored if name not in names]
     wrong = [
         f"{name} is {_described(stored[name])} and should be {_described(placeholder)}"
         for placeholder, aliases in wanted.items()
         for name in aliases
-        if name in stored and not _fits(stored[name], placeholder)
+        if name in stored and not _fits(stored[name], placeholder, name in strict)
     ]
     faults = [
         f"{fault}: {listed(found)}"
@@ -232,7 +241,7 @@ def judge(
         if found
     ]
     if faults:
-        raise ValueError(f"[from_pretrained] {source}: {'; '.join(faults)}")
+        raise ValueError(f"[{op}] {source}: {'; '.join(faults)}")
 
 
 def listed(names: list[str]) -> str:
@@ -241,8 +250,9 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN_NAMES]) + more
 
 
-def _fits(tensor: torch.Tensor, placeholder: torch.Tensor) -> bool:
-    same_kind = tensor.dtype == placeholder.dtype or (tensor.is_floating_point() and placeholder.is_floating_point())
+def _fits(tensor: torch.Tensor, placeholder: torch.Tensor, exact: bool) -> bool:
+    both_float = tensor.is_floating_point() and placeholder.is_floating_point()
+    same_kind = tensor.dtype == placeholder.dtype or (both_float and not exact)
     return same_kind and tensor.shape == placeholder.shape
 
 

@@ -1,4 +1,4 @@
-"""Marlin's interface: weights packed by columns, the products that its documentation names, and layers on them."""
+"""Marlin's interface: weights packed by columns, the products that its documentation names, layers and models."""
 
 from .functions import (
     benchmark_dequant_fp4,
@@ -16,18 +16,32 @@ from .functions import (
 )
 from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
 from .library import MetalKernelLibrary, get_default_library
+from .models import (
+    ReplacementStats,
+    load_and_quantize,
+    load_quantized,
+    quantize_model,
+    replace_linear_layers,
+    save_quantized,
+)
+from .pipelines import MarlinPipeline, TransformersMarlinPipeline
 
 __all__ = [
     "ColumnPackedLinear",
     "MarlinLinear",
+    "MarlinPipeline",
     "MetalKernelLibrary",
     "MetalQuantizedLinear",
+    "ReplacementStats",
+    "TransformersMarlinPipeline",
     "benchmark_dequant_fp4",
     "dispatch_dequant_fp4",
     "dispatch_gemm_fp4",
     "dispatch_gemm_fp8",
     "dispatch_gemm_int2",
     "get_default_library",
+    "load_and_quantize",
+    "load_quantized",
     "marlin_gemm_fp4",
     "marlin_gemm_int4",
     "pack_fp4_weights",
@@ -35,4 +49,7 @@ __all__ = [
     "pack_int2_weights",
     "pack_int4_sym_weights",
     "pack_int4_weights",
+    "quantize_model",
+    "replace_linear_layers",
+    "save_quantized",
 ]
