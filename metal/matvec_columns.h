@@ -1,13 +1,11 @@
 // Products of one to eight rows of x with a matrix of packed columns, plain and gathered: y = x @ w, w [K, N].
 //
-//   simdgroup:   lane            0          1       ...      31
-//                columns      n, n + 1   n + 2, ...     n + 62, n + 63       64 of a threadgroup
+//   simdgroup:  lane            0         1       ...      31
+//               columns     n, n + 1  n + 2, ...    n + 62, n + 63     64 of a threadgroup
 //
-//                word row r     uint2      uint2    ...     uint2            a load of the simdgroup: 256 bytes in a
-//                row
-//                       r + 1   uint2      uint2    ...     uint2            `bits` of them are 32 elements of each
-//                       column
-//                       ...
+//               word row r     uint2     uint2    ...    uint2         one load of the simdgroup: 256 bytes in a row
+//                    r + 1     uint2     uint2    ...    uint2         `bits` of these are 32 elements of each column
+//                    ...
 //
 //   simdgroups 0, 1, ..., 7:  groups 0, 1, ..., 7 of the same columns; then all of them go on by 8 groups, down K
 //
