@@ -222,12 +222,12 @@ class Multiplication {
     if (rows <= max_streamed_rows) {
       return Layout::streamed;
     }
-    if (column_packed_) {
-      return Layout::broadcast;
-    }
     Product product = product_;
     product.rows = rows;
-    return kernels_.broadcasting_pays(product) ? Layout::broadcast : Layout::tiled;
+    if (kernels_.broadcasting_pays(product)) {
+      return Layout::broadcast;
+    }
+    return column_packed_ ? Layout::streamed : Layout::tiled;
   }
 
   // Columns of one task: whole kernel steps, and enough tasks for the threads.

@@ -65,7 +65,7 @@ struct DecoderKernels {
 
 // One way of computing products.
 struct ProductKernels {
-  // Whether the broadcasting product is faster than the tiled one.
+  // Whether the broadcasting product is faster than the tiled one or, of column-packed weights, than the streamed one.
   bool (*broadcasting_pays)(const Product&);
   // Floats that one packed row of x occupies.
   int64_t (*packed_row)(const Product&, Layout);
@@ -91,7 +91,7 @@ struct Kernels {
   DecoderKernels decoder;
 };
 
-// The most rows that the streamed product takes.
+// The most rows that the streamed product takes, but for column-packed weights.
 constexpr int64_t max_streamed_rows = 4;
 
 // How the caller cuts the N columns into tasks: of at most max_tiled_columns for the tiled and the broadcasting

@@ -304,6 +304,37 @@ struct LongPairs<E4M3Element, V> {
 template <typename Element, typename V>
 using Pairs = std::conditional_t<(Element::bits <= 6), ShortPairs<Element, V>, LongPairs<Element, V>>;
 
+// Calls function(j, the element j of each lane's unit, for every vector of units) for every position. E4M3 comes in
+// bfloat16 pairs where there is a table for them: converting it alone takes twice the instructions.
+template <typename Element, int VECTORS, typename Function>
+ALWAYS_INLINE void for_values(const typename Element::Units (&units)[VECTORS], Function&& function) {
+  F values[VECTORS];
+  if constexpr (std::is_same_v<Element, E4M3Element> && Vector::has_bfloat16) {
+    const auto in_pairs = [&]<typename V>(std::type_identity<V>) __attribute__((always_inline)) {
+      unrolled<2>([&](auto j) __attribute__((always_inline)) {
+        I pairs[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) {
+          pairs[v] = LongPairs<E4M3Element, V>::template values<j>(units[v]);
+          values[v] = V::low_of_pairs(pairs[v]);
+        }
+        function(j, values);
+        for (int v = 0; v < VECTORS; ++v) {
+          values[v] = V::high_of_pairs(pairs[v]);
+        }
+        function(std::integral_constant<int, j + 2>(), values);
+      });
+    };
+    in_pairs(std::type_identity<Vector>());
+  } else {
+    unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
+      for (int v = 0; v < VECTORS; ++v) {
+        values[v] = Element::template value<j>(units[v]);
+      }
+      function(j, values);
+    });
+  }
+}
+
 // The most bfloat16 terms whose sum one value of x is.
 constexpr int max_terms = 3;
 
@@ -314,7 +345,9 @@ int bfloat16_terms(const Product& product, Layout layout) {
   }
   switch (product.x_type) {
     case Real::bfloat16: return 1;
-    case Real::float16: return layout == Layout::streamed ? 2 : 0;
+    case Real::float16:
+      // Where x is broadcast, it pays to decode each code to float32 once for several rows.
+      return layout == Layout::streamed && (product.rows == 1 || !is_column_packed(product.format.mode)) ? 2 : 0;
     case Real::float32: return layout == Layout::streamed && product.rows == 1 ? 3 : 0;
   }
   __builtin_unreachable();
@@ -749,11 +782,10 @@ struct Float32Columns {
       const float* x,
       int64_t x_row,
       F (&sums)[ROWS][VECTORS]) {
-    unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
+    for_values<Element>(units, [&](auto j, const F(&values)[VECTORS]) __attribute__((always_inline)) {
       for (int v = 0; v < VECTORS; ++v) {
-        const F value = Element::template value<j>(units[v]);
         for (int m = 0; m < ROWS; ++m) {
-          sums[m][v] = Vector::fma(value, Vector::set(x[m * x_row + j * lanes]), sums[m][v]);
+          sums[m][v] = Vector::fma(values[v], Vector::set(x[m * x_row + j * lanes]), sums[m][v]);
         }
       }
     });
@@ -797,29 +829,44 @@ ALWAYS_INLINE F negated_zeros(const Product& product, int64_t position, int64_t 
   return Vector::set(-column_zero(product.format.mode, 0.0f));
 }
 
-// Adds one group of the columns [n, n + VECTORS * lanes), of which `count` exist, to y.
+// Some rows of x, packed, and where their results go.
+struct ColumnRows {
+  const float* x;
+  float* y;
+};
+
+// Adds one group of the columns [n, n + VECTORS * lanes), of which `count` exist, to y, and asks for the words that are
+// `ahead` bytes further.
 template <typename Element, typename Stream, int ROWS, int VECTORS>
-ALWAYS_INLINE void add_column_group(const Product& product, int64_t group, int64_t n, int64_t count, float* y) {
+ALWAYS_INLINE void add_column_group(
+    const Product& product,
+    const ColumnRows& rows,
+    int64_t group,
+    int64_t n,
+    int64_t count,
+    int64_t ahead) {
+  constexpr int word_bytes = unit_bytes(Element::bits);
   const int64_t units_per_group = product.format.group_size / positions<Element>;
   const int64_t x_row = packed_row(product, Layout::streamed);
+  const int bytes = scale_bytes(product.scale_type);
   F sums[ROWS][VECTORS];
   clear(sums);
   for (int64_t unit = group * units_per_group; unit < (group + 1) * units_per_group; ++unit) {
-    const uint8_t* codes = product.words + (unit * product.N + n) * unit_bytes(Element::bits);
-    prefetch(codes + column_bytes_ahead, VECTORS * block_bytes<Element>);
+    const uint8_t* codes = product.words + (unit * product.N + n) * word_bytes;
+    prefetch(codes + ahead, VECTORS * block_bytes<Element>);
     typename Stream::Units units[VECTORS];
     for (int v = 0; v < VECTORS; ++v) {
-      units[v] = load_block<Stream, block_bytes<Element>>(
-          codes + v * block_bytes<Element>, (count - v * lanes) * unit_bytes(Element::bits));
+      units[v] =
+          load_block<Stream, block_bytes<Element>>(codes + v * block_bytes<Element>, (count - v * lanes) * word_bytes);
     }
     Stream::template add<ROWS, VECTORS>(
-        units, product.x + unit / lanes * Stream::block_floats + unit % lanes, x_row, sums);
+        units, rows.x + unit / lanes * Stream::block_floats + unit % lanes, x_row, sums);
   }
-  const float* group_sums = product.x + packed_values(product, Layout::streamed) + group;
+  const float* group_sums = rows.x + packed_values(product, Layout::streamed) + group;
+  prefetch(product.scales + ((group + 1) * product.N + n) * bytes, VECTORS * lanes * bytes);
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t position = group * product.N + n + v * lanes;
-    const F scale = load_first_scales(
-        product.scale_type, product.scales + position * scale_bytes(product.scale_type), count - v * lanes);
+    const F scale = load_first_scales(product.scale_type, product.scales + position * bytes, count - v * lanes);
     if (has_column_bias(product.format.mode)) {
       const F zeros = negated_zeros(product, position, count - v * lanes);
       for (int m = 0; m < ROWS; ++m) {
@@ -827,24 +874,39 @@ ALWAYS_INLINE void add_column_group(const Product& product, int64_t group, int64
       }
     }
     for (int m = 0; m < ROWS; ++m) {
-      float* total = y + m * product.y_row + v * lanes;
+      float* total = rows.y + m * product.y_row + v * lanes;
       Vector::store(total, Vector::fma(sums[m][v], scale, Vector::load(total)));
     }
   }
 }
 
-template <typename Element, typename Stream, int ROWS>
+// Rows in tiles of at most MOST, which share the words of a group while they are in the first-level cache.
+template <typename Element, typename Stream, int MOST, int VECTORS>
 void streamed_column_groups(const Product& product, int64_t begin, int64_t end, float* y) {
-  // So many sums that each waits for its last addition while the others go on.
-  constexpr int vectors = Vector::registers >= 32 ? (ROWS == 1 ? 8 : 4) : (ROWS == 1 ? 4 : 2);
-  std::memset(y, 0, sizeof(float) * static_cast<size_t>(ROWS * product.y_row));
+  constexpr int64_t columns = VECTORS * lanes;
+  constexpr int word_bytes = unit_bytes(Element::bits);
+  const int64_t x_row = packed_row(product, Layout::streamed);
+  const int64_t group_words = product.format.group_size / positions<Element> * product.N;
+  const auto add = [&](auto vectors, int64_t group, int64_t n, int64_t count, int64_t ahead)
+                       __attribute__((always_inline)) {
+                         for_tiles<MOST>(product.rows, [&](int64_t m, int64_t rows) {
+                           const ColumnRows tile{product.x + m * x_row, y + m * product.y_row + (n - begin)};
+                           with_rows<MOST>(rows, [&](auto height) {
+                             add_column_group<Element, Stream, height, vectors>(product, tile, group, n, count, ahead);
+                           });
+                         });
+                       };
+  std::memset(y, 0, sizeof(float) * static_cast<size_t>(product.rows * product.y_row));
   for (int64_t group = 0; group < product.K / product.format.group_size; ++group) {
     int64_t n = begin;
-    for (; n + vectors * lanes <= end; n += vectors * lanes) {
-      add_column_group<Element, Stream, ROWS, vectors>(product, group, n, vectors * lanes, y + (n - begin));
+    for (; n + columns <= end; n += columns) {
+      // Behind the last columns of these rows follow the first ones of the next group's.
+      const bool wraps = n + column_bytes_ahead / word_bytes >= end;
+      const int64_t ahead = column_bytes_ahead + (wraps ? (group_words - (end - begin)) * word_bytes : 0);
+      add(std::integral_constant<int, VECTORS>(), group, n, columns, ahead);
     }
     for (; n < end; n += lanes) {
-      add_column_group<Element, Stream, ROWS, 1>(product, group, n, end - n, y + (n - begin));
+      add(std::integral_constant<int, 1>(), group, n, end - n, group_words * word_bytes);
     }
   }
 }
@@ -858,21 +920,31 @@ struct ColumnsOf<Element, V, 0> {
   using type = Float32Columns<Element>;
 };
 
+// So many vectors that each waits for its last addition while the others go on.
+template <typename Element, typename Stream>
+void streamed_packed_columns(const Product& product, int64_t begin, int64_t end, float* y) {
+  constexpr int vectors = Vector::registers >= 32 ? 4 : 2;
+  if (product.rows == 1) {
+    streamed_column_groups<Element, Stream, 1, 2 * vectors>(product, begin, end, y);
+  } else {
+    streamed_column_groups<Element, Stream, max_streamed_rows, vectors>(product, begin, end, y);
+  }
+}
+
 struct Streamed {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float*, float* y) {
     with_terms<Vector>(product, Layout::streamed, [&](auto terms) {
-      constexpr int most_rows = terms == 3 ? 1 : max_streamed_rows;
-      with_rows<most_rows>(product.rows, [&](auto rows) {
-        if constexpr (may_be_column_packed<Element>) {
-          if (is_column_packed(product.format.mode)) {
-            using Stream = typename ColumnsOf<Element, Vector, terms>::type;
-            return streamed_column_groups<Element, Stream, rows>(product, begin, end, y);
-          }
+      if constexpr (may_be_column_packed<Element>) {
+        if (is_column_packed(product.format.mode)) {
+          return streamed_packed_columns<Element, typename ColumnsOf<Element, Vector, terms>::type>(
+              product, begin, end, y);
         }
-        using Stream = typename StreamOf<Element, Vector, terms>::type;
-        streamed_rows<Element, Stream, rows>(product, begin, end, y);
-      });
+      }
+      using Stream = typename StreamOf<Element, Vector, terms>::type;
+      constexpr int most_rows = terms == 3 ? 1 : max_streamed_rows;
+      with_rows<most_rows>(
+          product.rows, [&](auto rows) { streamed_rows<Element, Stream, rows>(product, begin, end, y); });
     });
   }
 };
@@ -951,8 +1023,9 @@ struct ScaledBlocks {
 
   // The elements of one unit of each lane, `stride` apart.
   static ALWAYS_INLINE void store(const typename Codes::Units& units, F scale, F bias, float* decoded, int64_t stride) {
-    unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
-      Vector::store(decoded + j * stride, Vector::fma(Element::template value<j>(units), scale, bias));
+    const typename Codes::Units one[] = {units};
+    for_values<Element>(one, [&](auto j, const F(&values)[1]) __attribute__((always_inline)) {
+      Vector::store(decoded + j * stride, Vector::fma(values[0], scale, bias));
     });
   }
 
@@ -1464,7 +1537,12 @@ void broadcast_panels(const Product& product, int64_t begin, int64_t end, float*
 }
 
 // As measured: what it saves over the tiled product grows with the rows, and what transposing costs grows with K.
-bool broadcasting_pays(const Product& product) { return 40 * product.rows > product.K; }
+// Columns that are packed stream instead, in tiles of rows each of which decodes them: not more often than it costs.
+bool broadcasting_pays(const Product& product) {
+  const int64_t tiles = is_e4m3(product.format.mode) ? 1 : 4;
+  return is_column_packed(product.format.mode) ? product.rows > tiles * max_streamed_rows
+                                               : 40 * product.rows > product.K;
+}
 
 struct Broadcast {
   template <typename Element>
