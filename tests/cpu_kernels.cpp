@@ -194,6 +194,7 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8) {
   product.scale_type = test.scale_type;
   product.x_type = test.x_type;
   product.bfloat16 = kernels.bfloat16;
+  product.split = kernels.split;
   product.K = test.K;
   product.N = test.N;
   product.words = words.get();

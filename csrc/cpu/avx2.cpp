@@ -148,7 +148,7 @@ struct Vector {
 namespace quantization_mlx::cpu {
 
 const Kernels* avx2_kernels() {
-  static constexpr Kernels table = make_table("avx2", false);
+  static constexpr Kernels table = make_table("avx2", false, false);
   const bool present =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return present ? &table : nullptr;

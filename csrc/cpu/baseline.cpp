@@ -108,6 +108,6 @@ struct Vector {
 #include "product.h"
 
 const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::baseline_kernels() {
-  static constexpr Kernels table = make_table("baseline", false);
+  static constexpr Kernels table = make_table("baseline", false, false);
   return &table;
 }

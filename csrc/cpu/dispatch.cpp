@@ -176,6 +176,7 @@ class Multiplication {
     product_.scale_type = scale_type_of(weights_);
     product_.x_type = real_of(problem.dtype);
     product_.bfloat16 = kernels().bfloat16;
+    product_.split = kernels().split;
     product_.K = problem.shape.K;
     product_.N = problem.shape.N;
   }

@@ -26,6 +26,7 @@ struct Product {
   ScaleType scale_type;
   Real x_type;
   bool bfloat16;  // may multiply in bfloat16; only where Kernels::bfloat16 allows it
+  bool split;  // and in sums of bfloat16 values, where these are exact; only where Kernels::split says that it is fast
   int64_t K;
   int64_t N;
   const uint8_t* words;  // [N, K] packed, or [K, N] for Layout::plain and in column-packed modes
@@ -82,6 +83,7 @@ struct ProductKernels {
 struct Kernels {
   const char* name;
   bool bfloat16;
+  bool split;
   ProductKernels exact;
   // With activations quantized to int8: streamed and broadcast, for any mode but mxfp8. Null where the machine lacks
   // instructions that they need.

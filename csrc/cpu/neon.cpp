@@ -126,7 +126,7 @@ struct Vector {
 #include "product.h"
 
 const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::neon_kernels() {
-  static constexpr Kernels table = make_table("neon", false);
+  static constexpr Kernels table = make_table("neon", false, false);
   return &table;
 }
 

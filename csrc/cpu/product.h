@@ -343,12 +343,13 @@ int bfloat16_terms(const Product& product, Layout layout) {
   if (!product.bfloat16 || layout == Layout::plain) {
     return 0;
   }
+  const bool split = product.split && layout == Layout::streamed;
+  // Where x is broadcast, it pays to decode each code to float32 once for several rows.
+  const bool one_row = product.rows == 1 || !is_column_packed(product.format.mode);
   switch (product.x_type) {
     case Real::bfloat16: return 1;
-    case Real::float16:
-      // Where x is broadcast, it pays to decode each code to float32 once for several rows.
-      return layout == Layout::streamed && (product.rows == 1 || !is_column_packed(product.format.mode)) ? 2 : 0;
-    case Real::float32: return layout == Layout::streamed && product.rows == 1 ? 3 : 0;
+    case Real::float16: return split && one_row ? 2 : 0;
+    case Real::float32: return split && product.rows == 1 ? 3 : 0;
   }
   __builtin_unreachable();
 }
@@ -829,6 +830,16 @@ ALWAYS_INLINE F negated_zeros(const Product& product, int64_t position, int64_t 
   return Vector::set(-column_zero(product.format.mode, 0.0f));
 }
 
+// Asks for the scales, and zeros, of a group of columns.
+ALWAYS_INLINE void prefetch_scales(const Product& product, int64_t group, int64_t n, int64_t columns) {
+  const int bytes = scale_bytes(product.scale_type);
+  const int64_t offset = (group * product.N + n) * bytes;
+  prefetch(product.scales + offset, columns * bytes);
+  if (product.biases != nullptr) {
+    prefetch(product.biases + offset, columns * bytes);
+  }
+}
+
 // Some rows of x, packed, and where their results go.
 struct ColumnRows {
   const float* x;
@@ -863,7 +874,7 @@ ALWAYS_INLINE void add_column_group(
         units, rows.x + unit / lanes * Stream::block_floats + unit % lanes, x_row, sums);
   }
   const float* group_sums = rows.x + packed_values(product, Layout::streamed) + group;
-  prefetch(product.scales + ((group + 1) * product.N + n) * bytes, VECTORS * lanes * bytes);
+  prefetch_scales(product, group + 1, n, VECTORS * lanes);
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t position = group * product.N + n + v * lanes;
     const F scale = load_first_scales(product.scale_type, product.scales + position * bytes, count - v * lanes);
@@ -1403,8 +1414,8 @@ ALWAYS_INLINE float* panel_of(float* panels, int64_t n) {
 }
 
 // Elements first to first + length of `columns` column-packed columns from `begin` on, as steps of panels: transposed
-// they are already. Behind `end` stand zeros. A group's rows lie far apart, and are asked for while the one before is
-// decoded.
+// they are already. Behind `end` stand zeros. The rows of a group lie far apart, and are asked for while those of
+// the one before are decoded.
 template <typename Element, typename Units>
 void decode_packed_columns(
     const Product& product,
@@ -1420,24 +1431,28 @@ void decode_packed_columns(
   constexpr int elements_per_step = sizeof(float) / sizeof(typename Units::Storage);
   const int group_size = product.format.group_size;
   const int bytes = scale_bytes(product.scale_type);
+  const int64_t ahead = group_size / per_unit * product.N * word_bytes;
+  F scales[max_tiled_columns / lanes];
+  F biases[max_tiled_columns / lanes];
   for (int64_t k = first; k < first + length; k += group_size) {
-    for (int64_t unit = (k + group_size) / per_unit; unit < (k + 2 * group_size) / per_unit; ++unit) {
-      prefetch(product.words + (unit * product.N + begin) * word_bytes, columns * word_bytes);
+    prefetch_scales(product, k / group_size + 1, begin, columns);
+    for (int64_t n = 0; n < columns; n += lanes) {
+      const int64_t count = end > begin + n ? end - begin - n : 0;
+      const int64_t position = k / group_size * product.N + begin + n;
+      scales[n / lanes] = load_first_scales(product.scale_type, product.scales + position * bytes, count);
+      biases[n / lanes] = has_column_bias(product.format.mode)
+          ? Vector::mul(negated_zeros(product, position, count), scales[n / lanes])
+          : Vector::zero();
     }
-    prefetch(product.scales + ((k / group_size + 1) * product.N + begin) * bytes, columns * bytes);
-    for (int64_t n = begin; n < begin + columns; n += lanes) {
-      const int64_t count = end > n ? end - n : 0;
-      const int64_t position = k / group_size * product.N + n;
-      const F scale = load_first_scales(product.scale_type, product.scales + position * bytes, count);
-      const F bias = has_column_bias(product.format.mode) ? Vector::mul(negated_zeros(product, position, count), scale)
-                                                          : Vector::zero();
-      float* panel = panel_of(panels, n - begin);
-      for (int64_t element = k; element < k + group_size; element += per_unit) {
-        const uint8_t* codes = product.words + (element / per_unit * product.N + n) * word_bytes;
-        float* steps = panel + (element - first) / elements_per_step * panel_columns;
+    for (int64_t element = k; element < k + group_size; element += per_unit) {
+      const uint8_t* row = product.words + (element / per_unit * product.N + begin) * word_bytes;
+      prefetch(row + ahead, columns * word_bytes);
+      for (int64_t n = 0; n < columns; n += lanes) {
+        const int64_t count = end > begin + n ? end - begin - n : 0;
+        float* steps = panel_of(panels, n) + (element - first) / elements_per_step * panel_columns;
         Units::store(
-            load_block<Codes, block_bytes<Element>>(codes, count * word_bytes), scale, bias,
-            reinterpret_cast<typename Units::Storage*>(steps), panel_columns * elements_per_step);
+            load_block<Codes, block_bytes<Element>>(row + n * word_bytes, count * word_bytes), scales[n / lanes],
+            biases[n / lanes], reinterpret_cast<typename Units::Storage*>(steps), panel_columns * elements_per_step);
       }
     }
   }
@@ -1645,9 +1660,10 @@ constexpr ProductKernels exact_table{
 constexpr Kernels make_table(
     const char* name,
     bool bfloat16,
+    bool split,
     const ProductKernels* int8 = nullptr,
     const ProductKernels& exact = exact_table) {
-  return {name, bfloat16, exact, int8, narrow, decoder_table};
+  return {name, bfloat16, split, exact, int8, narrow, decoder_table};
 }
 
 }  // namespace
