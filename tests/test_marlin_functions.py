@@ -46,6 +46,19 @@ DIVISORS = {"fp4": 6, "fp8": 448, "int2": 1.5, "int4_sym": 7}
 KIND = pytest.mark.parametrize("kind", BITS)
 GROUP_SIZE = pytest.mark.parametrize("group_size", [32, 64, 128])
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+# What is multiplied: numbers of columns, and shapes of activations.
+COLUMNS = {"cpu": (1, 33, 128), "mps": (33,)}
+SHAPES = {
+    "cpu": ((1, 256), (2, 256), (5, 256), (33, 256), (256,), (2, 3, 256), (0, 256)),
+    "mps": ((256,), (2, 3, 256), (17, 256)),
+}
+
+
+def group_sizes_of(device: str, kind: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """All on the CPU; on "mps", which is slow in software, another one for each dtype of a format."""
+    sizes = (32, 64, 128)
+    chosen = sizes[(list(BITS).index(kind) + DTYPES.index(dtype)) % 3]
+    return sizes if device == "cpu" else (chosen,)
 
 
 # --- The formats ------------------------------------------------------------------------------------------------------
@@ -208,17 +221,17 @@ WEIGHTS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 @KIND
-@GROUP_SIZE
 @DTYPE
-def test_packers_follow_the_formulas(kind: str, group_size: int, dtype: torch.dtype, device: str) -> None:
+def test_packers_follow_the_formulas(kind: str, dtype: torch.dtype, device: str) -> None:
     """Words, scales and zeros bit for bit; each kind of weights in columns of its own."""
     limit, N = torch.finfo(dtype).max, 7
     weights = torch.cat([make(256, N) for make in WEIGHTS.values()], 1).clamp(-limit, limit).to(dtype)
-    packed = packer(kind)(weights.to(device), group_size=group_size)
-    assert isinstance(packed, tuple)
-    for ours, theirs in zip(packed, reference(kind, weights, group_size).tensors, strict=True):
-        for what, one, other in zip(WEIGHTS, ours.cpu().split(N, 1), theirs.split(N, 1), strict=True):
-            oracle.assert_identical(one, other, f"{kind}, {what} weights")
+    for group_size in group_sizes_of(device, kind, dtype):
+        packed = packer(kind)(weights.to(device), group_size=group_size)
+        assert isinstance(packed, tuple)
+        for ours, theirs in zip(packed, reference(kind, weights, group_size).tensors, strict=True):
+            for what, one, other in zip(WEIGHTS, ours.cpu().split(N, 1), theirs.split(N, 1), strict=True):
+                oracle.assert_identical(one, other, f"{kind}, {what} weights, groups of {group_size}")
 
 
 def test_int4_keeps_values_far_from_zero(device: str) -> None:
@@ -232,16 +245,16 @@ def test_int4_keeps_values_far_from_zero(device: str) -> None:
 
 
 @KIND
-def test_layout_of_words(kind: str, device: str) -> None:
+def test_layout_of_words(kind: str) -> None:
     """By hand: one column counts up through its codes, the other has a single element that is not zero."""
     weights = torch.zeros(32, 2)
     weights[:, 0] = torch.linspace(-1, 1, 32)
     weights[9, 1] = 1
-    words, *_ = packer(kind)(weights.to(device), group_size=32)
+    words, *_ = packer(kind)(weights, group_size=32)
     bits = BITS[kind]
     assert words.shape == (bits, 2) and words.dtype == torch.uint32
     word, position = divmod(9, 32 // bits)
-    columns = words.cpu().view(torch.int32).long() & 0xFFFFFFFF
+    columns = words.view(torch.int32).long() & 0xFFFFFFFF
     nonzero = (columns[word, 1].item() >> (bits * position)) & (2**bits - 1)
     zero = columns[word, 1].item() & (2**bits - 1)
     assert (zero, nonzero) == {
@@ -258,14 +271,14 @@ def test_layout_of_words(kind: str, device: str) -> None:
 
 
 @KIND
-@pytest.mark.parametrize("shape", [(128, 1), (256, 100), (384, 64)], ids=str)
-def test_packers_take_any_number_of_columns_and_any_strides(kind: str, shape: tuple[int, int], device: str) -> None:
-    weights = torch.randn(shape, generator=oracle.generator(4))
-    default = packer(kind)(weights.to(device))
-    strided = packer(kind)(weights.T.contiguous().to(device).T, 128)
-    for ours, other, theirs in zip(default, strided, reference(kind, weights, 128).tensors, strict=True):
-        oracle.assert_identical(ours, theirs)
-        oracle.assert_identical(other, theirs)
+def test_packers_take_any_number_of_columns_and_any_strides(kind: str, device: str) -> None:
+    for shape in ((128, 1), (256, 100), (384, 64)) if device == "cpu" else ((256, 5),):
+        weights = torch.randn(shape, generator=oracle.generator(4))
+        default = packer(kind)(weights.to(device))
+        strided = packer(kind)(weights.T.contiguous().to(device).T, 128)
+        for ours, other, theirs in zip(default, strided, reference(kind, weights, 128).tensors, strict=True):
+            oracle.assert_identical(ours, theirs, f"{kind} {shape}")
+            oracle.assert_identical(other, theirs, f"{kind} {shape}, by columns")
 
 
 def test_packers_take_other_float_dtypes() -> None:
@@ -365,24 +378,26 @@ def test_error_of_normal_weights_is_that_of_the_format(kind: str, group_size: in
 
 
 @KIND
-@GROUP_SIZE
-def test_dequantize_gives_the_exact_values_rounded_once(kind: str, group_size: int, device: str) -> None:
-    packed = random_packed(kind, 256, 21, group_size)
-    values = exact(kind, packed, group_size)
-    options = {"group_size": group_size, "bits": BITS[kind], "mode": f"marlin_{kind}"}
-    for dtype in (None, *DTYPES):
+@DTYPE
+def test_dequantize_gives_the_exact_values_rounded_once(kind: str, dtype: torch.dtype, device: str) -> None:
+    for group_size in group_sizes_of(device, kind, dtype):
+        packed = random_packed(kind, 256, 21, group_size)
+        values = exact(kind, packed, group_size)
+        options = {"group_size": group_size, "bits": BITS[kind], "mode": f"marlin_{kind}"}
         ours = qm.dequantize(*packed.to(device), **options, dtype=dtype)
-        oracle.assert_identical(ours, values.to(dtype or torch.float16), f"{kind} {dtype}")
+        oracle.assert_identical(ours, values.to(dtype), f"{kind}, groups of {group_size}")
+        if dtype == torch.float16:
+            oracle.assert_identical(qm.dequantize(*packed.to(device), **options), ours)
 
 
-@GROUP_SIZE
-def test_dispatch_dequant_fp4(group_size: int, device: str) -> None:
-    packed = random_packed("fp4", 256, 21, group_size)
-    words, scales, _ = packed.to(device)
+def test_dispatch_dequant_fp4(device: str) -> None:
     lib = get_default_library()
-    ours = dispatch_dequant_fp4(lib, words, scales, 256, 21, group_size)
-    oracle.assert_identical(ours, exact("fp4", packed, group_size).half())
-    oracle.assert_identical(dispatch_dequant_fp4(lib, words.view(torch.int32), scales, 256, 21, group_size), ours)
+    for group_size in group_sizes_of(device, "fp4", torch.float16):
+        packed = random_packed("fp4", 256, 21, group_size)
+        words, scales, _ = packed.to(device)
+        ours = dispatch_dequant_fp4(lib, words, scales, 256, 21, group_size)
+        oracle.assert_identical(ours, exact("fp4", packed, group_size).half())
+        oracle.assert_identical(dispatch_dequant_fp4(lib, words.view(torch.int32), scales, 256, 21, group_size), ours)
 
 
 def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
@@ -402,15 +417,15 @@ def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
 
 @KIND
 @DTYPE
-@GROUP_SIZE
-@pytest.mark.parametrize("N", [1, 33, 128])
-def test_products(kind: str, dtype: torch.dtype, group_size: int, N: int, device: str) -> None:
-    packed = random_packed(kind, 256, N, group_size)
-    matrix = exact(kind, packed, group_size)
-    for shape in ((1, 256), (2, 256), (5, 256), (33, 256), (256,), (2, 3, 256), (0, 256)):
-        x = oracle.random_x(*shape, dtype=dtype)
-        y = product(kind, x.to(device), packed.to(device), group_size)
-        oracle.assert_product(y, x, matrix, dtype, f"{kind} {shape}")
+def test_products(kind: str, dtype: torch.dtype, device: str) -> None:
+    for group_size in group_sizes_of(device, kind, dtype):
+        for N in COLUMNS[device]:
+            packed = random_packed(kind, 256, N, group_size)
+            matrix = exact(kind, packed, group_size)
+            for shape in SHAPES[device]:
+                x = oracle.random_x(*shape, dtype=dtype)
+                y = product(kind, x.to(device), packed.to(device), group_size)
+                oracle.assert_product(y, x, matrix, dtype, f"{kind}, groups of {group_size}, x {shape}, N {N}")
 
 
 def test_products_with_what_was_packed(device: str) -> None:
