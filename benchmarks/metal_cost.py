@@ -31,6 +31,7 @@ from softmetal import mps
 
 # Buffers of all product kernels, by their index.
 X, WEIGHTS, SCALES, BIASES = range(4)
+THREE_TENSORS = ("affine", "marlin_int4")
 GPU = "applegpu_g14s"  # M2 Pro: no tensor operations
 MACOS = 2602
 
@@ -102,7 +103,7 @@ def _operands(call: Call, generator: torch.Generator) -> list[Tensor]:
     w = torch.randn(*matrices, *shape, generator=generator, dtype=torch.float32).to(call.dtype)
     if call.op == "quantize":
         return [w.to("mps")]
-    packed = [part.to("mps") for part in qm.quantize(w, call.group_size, call.bits, call.mode) if part is not None]
+    packed = [part.to("mps") for part in qm.quantize(w, call.group_size, call.bits, call.mode)]
     if call.op == "dequantize":
         return packed
     x_shape = (call.rows, 1, call.k) if call.experts else (call.rows, call.k)
@@ -116,9 +117,9 @@ def _operands(call: Call, generator: torch.Generator) -> list[Tensor]:
 def _run(operands: Sequence[Tensor], call: Call) -> list[Tensor]:
     format = (call.group_size, call.bits, call.mode)
     if call.op == "quantize":
-        return [part for part in qm.quantize(operands[0], *format) if part is not None]
-    matrices = operands[: 3 if call.mode == "affine" else 2] if call.op == "dequantize" else operands[1:]
-    biases = matrices[2] if call.mode == "affine" else None
+        return list(qm.quantize(operands[0], *format))
+    matrices = operands if call.op == "dequantize" else operands[1:]
+    biases = matrices[2] if call.mode in THREE_TENSORS else None
     if call.op == "dequantize":
         return [qm.dequantize(matrices[0], matrices[1], biases, *format, dtype=call.dtype)]
     product = (operands[0], matrices[0], matrices[1], biases)
@@ -145,7 +146,7 @@ def _cost(call: Call, launch: mps.Launch, operands: Sequence[Tensor], least_read
         parameters = operands[2:-1] if call.experts else operands[2:]
         read = launch.bytes_read
         weights = read[WEIGHTS] / (operands[1].nbytes * used)
-        asked = read[SCALES] + (read.get(BIASES, 0) if call.mode == "affine" else 0)
+        asked = read[SCALES] + (read.get(BIASES, 0) if call.mode in THREE_TENSORS else 0)
         scales = asked / (sum(part.nbytes for part in parameters) * used)
         x = read[X] / operands[0].nbytes
     if is_product and launch.counters["simdgroup_multiplies"]:
@@ -173,9 +174,17 @@ def _rows_of_experts(call: Call, operands: Sequence[Tensor]) -> list[int]:
 
 FORMATS = [("affine", 64, bits) for bits in (2, 3, 4, 5, 6, 8)]
 FORMATS += [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
+# Of packed columns: w is [k, n].
+COLUMN_FORMATS = [("marlin_fp4", 128, 4), ("marlin_fp8", 128, 8), ("marlin_int2", 64, 2), ("marlin_int4", 32, 4)]
+COLUMN_FORMATS += [("marlin_int4_sym", 64, 4)]
 
 CALLS = [
     *(Call(1, mode=mode, group_size=group_size, bits=bits) for mode, group_size, bits in FORMATS),
+    *(
+        Call(1, mode=mode, group_size=group_size, bits=bits, transpose=False)
+        for mode, group_size, bits in COLUMN_FORMATS
+    ),
+    *(Call(rows, mode="marlin_fp4", group_size=128, transpose=False) for rows in (4, 8, 16, 64)),
     Call(1, n=4096, k=4096),
     *(Call(rows) for rows in (2, 3, 4, 6, 8, 12)),
     *(Call(rows, transpose=False) for rows in (1, 4, 8)),

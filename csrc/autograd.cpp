@@ -146,8 +146,8 @@ Tensor weight_gradient(const Tensor& x, const Tensor& gradient, bool transpose) 
 // Elements of column-packed weights that a backward pass holds unpacked at a time.
 constexpr int64_t unpacked_elements = 1 << 22;
 
-// gradient [.., N] @ dequantize(w).T of column-packed weights [.., K, N], some of whose rows are unpacked at a time: all
-// of them where a compiler traces weights of unknown sizes, which nothing can loop over.
+// gradient [.., N] @ dequantize(w).T of column-packed weights [.., K, N], some of whose rows are unpacked at a time:
+// all of them where a compiler traces weights of unknown sizes, which nothing can loop over.
 Tensor column_packed_x_gradient(const Tensor& gradient, const Weights& weights) {
   const auto product = [&](const Tensor& w, const Tensor& scales, const OptionalTensor& zeros) {
     const Tensor rows = ops::dequantize(

@@ -35,7 +35,7 @@ enum class Mode : int {
   marlin_int4 = 7,
   marlin_int4_sym = 8
 };
-inline constexpr int mode_count = 9;
+inline constexpr int mode_count() { return 9; }
 
 struct Format {
   Mode mode;

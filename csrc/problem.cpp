@@ -70,7 +70,7 @@ void check_device(
       other.device(), "; all arguments must be on one device.");
 }
 
-constexpr std::pair<std::string_view, Mode> modes[mode_count] = {
+constexpr std::pair<std::string_view, Mode> modes[mode_count()] = {
     {"affine", Mode::affine},
     {"mxfp4", Mode::mxfp4},
     {"mxfp8", Mode::mxfp8},

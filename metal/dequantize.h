@@ -12,6 +12,10 @@
 // whole 128-byte lines. Half a run, 16 elements, lies in one group in every format; with 3 and 5 bits it begins at a
 // multiple of two bytes only.
 //
+// Where columns are packed, a run is 32 elements of one column: `bits` words that lie a row of words apart, in the same
+// order. Adjacent lanes take adjacent columns, so their loads of one word each are side by side; once in registers, it
+// is a run like any other.
+//
 // Codes are unpacked two at a time in the mantissas of half numbers, with no conversion from integers and few shifts,
 // both of which cost several times a mask. Odd widths are first spread so that the two codes of a pair stand at one
 // place in the halves of a word, and floats of 8 bits are pairs of halves but for their exponent's bias. Measured
@@ -208,12 +212,12 @@ inline uint spread_codes(thread const uint* words, int first) {
 // The elements of one chunk of a run, without scale and bias; E4M3's NaN as 480.
 template <Mode mode, int bits>
 inline void decode_finite_chunk(thread const uint* words, int chunk, thread float* values) {
-  if (mode == Mode::mxfp4 || mode == Mode::nvfp4) {
+  if (is_e2m1(mode)) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       set_pair(e2m1_pair(words[chunk] >> (4 * i)), i, i + 4, values);
     }
-  } else if (mode == Mode::mxfp8) {
+  } else if (is_e4m3(mode)) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint word = words[2 * chunk + i];
@@ -261,7 +265,7 @@ inline void decode_finite_chunk(thread const uint* words, int chunk, thread floa
 template <Mode mode, int bits>
 inline void decode_chunk(thread const uint* words, int chunk, thread float* values) {
   decode_finite_chunk<mode, bits>(words, chunk, values);
-  if (mode == Mode::mxfp8 && has_e4m3_nan<2>(words + 2 * chunk)) {
+  if (is_e4m3(mode) && has_e4m3_nan<2>(words + 2 * chunk)) {
 #pragma unroll
     for (int i = 0; i < chunk_elements; ++i) {
       values[i] = e4m3_to_float((words[2 * chunk + i / 4] >> (8 * (i % 4))) & 0xFFu);
@@ -271,15 +275,23 @@ inline void decode_chunk(thread const uint* words, int chunk, thread float* valu
 
 // --- Scales -------------------------------------------------------------------------------------------------------
 
-template <Mode mode, typename T>
+template <Mode mode, typename T, bool columns = is_column_packed(mode)>
 struct ScaleOf {
   typedef uchar type;
 };
 
 template <typename T>
-struct ScaleOf<Mode::affine, T> {
+struct ScaleOf<Mode::affine, T, false> {
   typedef T type;
 };
+
+template <Mode mode, typename T>
+struct ScaleOf<mode, T, true> {
+  typedef half type;
+};
+
+// Whether the kernels' argument `biases` is read: biases, or the zeros of packed columns.
+inline constexpr bool reads_biases(Mode mode) { return has_biases(mode) || has_zeros(mode); }
 
 template <Mode mode>
 inline float decode_scale(uchar scale) {
@@ -307,6 +319,12 @@ inline float decode_scale(bfloat scale) {
 template <Mode mode, typename Scale>
 inline float decode_bias(const device Scale* biases, long group) {
   return has_biases(mode) ? static_cast<float>(biases[group]) : 0.0f;
+}
+
+// The code that stands for zero in a group of a packed column.
+template <Mode mode, typename Scale>
+inline float decode_zero(const device Scale* zeros, long group) {
+  return column_zero(mode, has_zeros(mode) ? static_cast<float>(zeros[group]) : 0.0f);
 }
 
 }  // namespace quantization_mlx

@@ -1,4 +1,5 @@
-// The kernels of matmul.h: qmm_t (w transposed) and qmm_n (not), their split-K and gathered forms.
+// The kernels of matmul.h: qmm_t (w transposed) and qmm_n (not, or of packed columns), their split-K and gathered
+// forms.
 #include "instantiate.h"
 #include "matmul.h"
 
@@ -28,7 +29,12 @@ namespace quantization_mlx {
   TILES(mode, "_t", name, type, group_size, bits, true) \
   TILES(mode, "_n", name, type, group_size, bits, false)
 
-#define ALL(name, type) FOR_EACH_FORMAT(MATMUL, name, type)
+// Where columns are packed, blocks of w are laid out as transposed ones: see tile.h.
+#define MATMUL_COLUMNS(mode, name, type, group_size, bits) TILES(mode, "_n", name, type, group_size, bits, true)
+
+#define ALL(name, type)               \
+  FOR_EACH_FORMAT(MATMUL, name, type) \
+  FOR_EACH_COLUMN_FORMAT(MATMUL_COLUMNS, name, type)
 FOR_EACH_TYPE(ALL)
 
 }  // namespace quantization_mlx

@@ -25,7 +25,15 @@ namespace quantization_mlx {
   GATHER_NAX(mode, "gather_qmm_rhs_t_nax", name, type, group_size, bits, true) \
   GATHER_NAX(mode, "gather_qmm_rhs_n_nax", name, type, group_size, bits, false)
 
-#define ALL(name, type) FOR_EACH_FORMAT(NAX, name, type)
+// Where columns are packed, blocks of w are laid out as transposed ones: see tile.h.
+#define NAX_COLUMNS(mode, name, type, group_size, bits)              \
+  QMM_NAX(mode, "qmm_n_nax", name, type, group_size, bits, 32, true) \
+  QMM_NAX(mode, "qmm_n_nax", name, type, group_size, bits, 64, true) \
+  GATHER_NAX(mode, "gather_qmm_rhs_n_nax", name, type, group_size, bits, true)
+
+#define ALL(name, type)            \
+  FOR_EACH_FORMAT(NAX, name, type) \
+  FOR_EACH_COLUMN_FORMAT(NAX_COLUMNS, name, type)
 FLOAT16_TYPE(ALL)
 BFLOAT16_TYPE(ALL)
 

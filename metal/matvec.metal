@@ -1,6 +1,8 @@
-// The kernels of matvec.h: qmv and qvm, their split-K and gathered forms, and sum_parts.
+// The kernels of matvec.h: qmv and qvm, their split-K and gathered forms, and sum_parts; and those of matvec_columns.h,
+// which are the qvm of packed columns.
 #include "instantiate.h"
 #include "matvec.h"
+#include "matvec_columns.h"
 
 namespace quantization_mlx {
 
@@ -33,21 +35,32 @@ namespace quantization_mlx {
   QVM_ROWS(mode, "", name, type, group_size, bits, 1)        \
   QVM_ROWS(mode, "_rows_4", name, type, group_size, bits, 4) \
   QVM_ROWS(mode, "_rows_8", name, type, group_size, bits, 8)
-#define QVM_ROWS(mode, suffix, name, type, group_size, bits, rows)                                                  \
-  INSTANTIATE(                                                                                                      \
-      KERNEL_NAME(mode, "qvm", name, group_size, bits) suffix, qvm<type, Mode::mode, group_size, bits, rows, type>) \
-  INSTANTIATE(                                                                                                      \
-      KERNEL_NAME(mode, "qvm_splitk", name, group_size, bits) suffix,                                               \
-      qvm<type, Mode::mode, group_size, bits, rows, float>)                                                         \
-  INSTANTIATE(                                                                                                      \
-      KERNEL_NAME(mode, "gather_qvm", name, group_size, bits) suffix,                                               \
-      gather_qvm<type, Mode::mode, group_size, bits, rows>)
+#define QVM_ROWS(mode, suffix, name, type, group_size, bits, rows) \
+  QVM_KERNELS(mode, suffix, qvm, gather_qvm, name, type, group_size, bits, rows)
+#define QVM_KERNELS(mode, suffix, plain, gathered, name, type, group_size, bits, rows)                                \
+  INSTANTIATE(                                                                                                        \
+      KERNEL_NAME(mode, "qvm", name, group_size, bits) suffix, plain<type, Mode::mode, group_size, bits, rows, type>) \
+  INSTANTIATE(                                                                                                        \
+      KERNEL_NAME(mode, "qvm_splitk", name, group_size, bits) suffix,                                                 \
+      plain<type, Mode::mode, group_size, bits, rows, float>)                                                         \
+  INSTANTIATE(                                                                                                        \
+      KERNEL_NAME(mode, "gather_qvm", name, group_size, bits) suffix,                                                 \
+      gathered<type, Mode::mode, group_size, bits, rows>)
+
+// marlin_fp4_qvm_float16_gs_128_b_4 and so on.
+#define QVM_COLUMNS(mode, name, type, group_size, bits)              \
+  QVM_COLUMNS_ROWS(mode, "", name, type, group_size, bits, 1)        \
+  QVM_COLUMNS_ROWS(mode, "_rows_4", name, type, group_size, bits, 4) \
+  QVM_COLUMNS_ROWS(mode, "_rows_8", name, type, group_size, bits, 8)
+#define QVM_COLUMNS_ROWS(mode, suffix, name, type, group_size, bits, rows) \
+  QVM_KERNELS(mode, suffix, column_qvm, gather_column_qvm, name, type, group_size, bits, rows)
 
 // sum_parts_float16
-#define ALL(name, type)                   \
-  FOR_EACH_FORMAT(QMV, name, type)        \
-  FOR_EACH_FORMAT(GATHER_QMV, name, type) \
-  FOR_EACH_FORMAT(QVM, name, type)        \
+#define ALL(name, type)                           \
+  FOR_EACH_FORMAT(QMV, name, type)                \
+  FOR_EACH_FORMAT(GATHER_QMV, name, type)         \
+  FOR_EACH_FORMAT(QVM, name, type)                \
+  FOR_EACH_COLUMN_FORMAT(QVM_COLUMNS, name, type) \
   INSTANTIATE("sum_parts_" #name, sum_parts<type>)
 FOR_EACH_TYPE(ALL)
 

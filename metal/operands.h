@@ -48,7 +48,7 @@ inline Operands<T, Scale> batch_operands(
   result.x = x + batch_offset(params.x, position, params.inner_size);
   result.w = w + batch_offset(params.w, position, params.inner_size);
   result.scales = scales + batch_offset(params.scales, position, params.inner_size);
-  result.biases = has_biases(mode) ? biases + batch_offset(params.biases, position, params.inner_size) : biases;
+  result.biases = reads_biases(mode) ? biases + batch_offset(params.biases, position, params.inner_size) : biases;
   result.factor = factor_at(global_scale, batch_offset(params.global_scale, position, params.inner_size));
   return result;
 }
@@ -73,7 +73,7 @@ inline Operands<T, Scale> operands_of_matrix(
   result.x = x;
   result.w = w + rhs * params.w.outer;
   result.scales = scales + rhs * params.scales.outer;
-  result.biases = has_biases(mode) ? biases + rhs * params.biases.outer : biases;
+  result.biases = reads_biases(mode) ? biases + rhs * params.biases.outer : biases;
   result.factor = factor_at(global_scale, rhs * params.global_scale.outer);
   return result;
 }

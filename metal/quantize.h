@@ -10,6 +10,14 @@
 //   dequantize: a lane owns a run of 32 elements (see dequantize.h): `bits` words in, 64 bytes of half out.
 //
 // Rows are contiguous and hold whole groups, so both see a matrix as one long row.
+//
+// Packed columns: matrices are contiguous and hold whole groups of rows, so both see them as one tall matrix.
+//
+//   quantize:   lane            0         1         2  ...        a lane owns a group of one column, and goes down it
+//               column          n       n + 1     n + 2           twice, for the extremes and for the codes: loads and
+//               rows           k ... k + group_size - 1           stores of adjacent lanes are adjacent
+//
+//   dequantize: the same, with a run of 32 elements to a lane.
 #pragma once
 
 #include <metal_stdlib>
@@ -189,6 +197,85 @@ template <typename T, Mode mode, int group_size, int bits>
       for (int i = 0; i < chunk_elements; ++i) {
         y[first + chunk * chunk_elements + i] = static_cast<T>(elements[i] * scale + bias);
       }
+    }
+  }
+}
+
+// --- Packed columns ------------------------------------------------------------------------------------------------
+
+template <typename T, Mode mode, int group_size, int bits>
+[[kernel]] void quantize_columns(
+    const device T* w [[buffer(0)]],
+    const device float* global_scale [[buffer(1)]],
+    device uint* words [[buffer(2)]],
+    device half* scales [[buffer(3)]],
+    device half* zeros [[buffer(4)]],
+    constant QuantizeColumnsParams& params [[buffer(5)]],
+    uint3 position [[thread_position_in_grid]]) {
+  constexpr int word_elements = 32 / bits;
+  if (static_cast<long>(position.x) >= params.elements / group_size) {
+    return;
+  }
+  const uint row = position.x / static_cast<uint>(params.n);  // of scales
+  const uint column = position.x % static_cast<uint>(params.n);
+  const device T* source = w + static_cast<long>(row) * group_size * params.n + column;
+  float smallest = static_cast<float>(source[0]);
+  float largest = smallest;
+  for (int i = 1; i < group_size; ++i) {
+    const float value = static_cast<float>(source[i * static_cast<long>(params.n)]);
+    smallest = min(smallest, value);
+    largest = max(largest, value);
+  }
+  const uint scale_bits = column_scale_bits(mode, smallest, largest);
+  const float scale = float16_to_float(scale_bits);
+  const float zero = column_stored_zero(mode, smallest, scale);
+  scales[position.x] = as_type<half>(static_cast<ushort>(scale_bits));
+  if (has_zeros(mode)) {
+    zeros[position.x] = static_cast<half>(zero);
+  }
+  device uint* target = words + static_cast<long>(row) * (group_size / word_elements) * params.n + column;
+  for (int word = 0; word < group_size / word_elements; ++word) {
+    uint packed = 0u;
+#pragma unroll
+    for (int i = 0; i < word_elements; ++i) {
+      const float value = static_cast<float>(source[(word * word_elements + i) * static_cast<long>(params.n)]);
+      packed |= column_code(mode, value, scale, zero) << (i * bits);
+    }
+    target[word * static_cast<long>(params.n)] = packed;
+  }
+}
+
+template <typename T, Mode mode, int group_size, int bits>
+[[kernel]] void dequantize_columns(
+    const device uint* words [[buffer(0)]],
+    const device half* scales [[buffer(1)]],
+    const device half* zeros [[buffer(2)]],
+    const device float* global_scale [[buffer(3)]],
+    device T* y [[buffer(4)]],
+    constant QuantizeColumnsParams& params [[buffer(5)]],
+    uint3 position [[thread_position_in_grid]]) {
+  if (static_cast<long>(position.x) >= params.elements / run_elements) {
+    return;
+  }
+  const uint run = position.x / static_cast<uint>(params.n);  // of the column
+  const uint column = position.x % static_cast<uint>(params.n);
+  const device uint* source = words + static_cast<long>(run) * bits * params.n + column;
+  uint packed[bits];
+#pragma unroll
+  for (int i = 0; i < bits; ++i) {
+    packed[i] = source[i * static_cast<long>(params.n)];
+  }
+  const long group = static_cast<long>(run / (group_size / run_elements)) * params.n + column;
+  const float scale = decode_scale<mode>(scales[group]);
+  const float zero = decode_zero<mode>(zeros, group);
+  device T* target = y + static_cast<long>(run) * run_elements * params.n + column;
+#pragma unroll
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    float elements[chunk_elements];
+    decode_chunk<mode, bits>(packed, chunk, elements);
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      target[(chunk * chunk_elements + i) * static_cast<long>(params.n)] = static_cast<T>((elements[i] - zero) * scale);
     }
   }
 }

@@ -11,6 +11,17 @@
 // moves: fetch_block loads them, packed, into registers, where they may wait until other threads have done with
 // threadgroup memory; store_block unpacks them, to where they lie in the block. What is beyond the matrix becomes
 // zeros. The block keeps w's own order of rows, so neither move asks what the product is.
+//
+//   w [K, N] of packed columns: depth x 64          the block: 64 rows x depth, as of w [N, K]
+//   +----------+----------+-----+-----------+       +------------+-------------+
+//   | thread 0 | thread 1 | ... | thread 63 |       | thread 0   | thread 64   |  column 0
+//   +----------+----------+-----+-----------+       +------------+-------------+
+//   | thread 64| ...                        |       | thread 1   | ...
+//   +----------+----------------------------+       +------------+
+//
+// There a thread's weights follow one another down a column: its words lie a row apart, and those of adjacent threads
+// side by side. Unpacked, they are a piece of a row of the transposed block, in vector stores of which eight threads
+// meet all memory banks once; so the product is the one with w transposed.
 #pragma once
 
 #include <metal_stdlib>
@@ -95,6 +106,26 @@ inline void fetch_weights(
   }
 }
 
+// As fetch_weights, for `elements` of column `column` from row k on, which all exist or do not.
+template <Mode mode, int group_size, int bits, int elements, typename T, typename Scale>
+inline void fetch_column_weights(
+    thread const Operands<T, Scale>& operands,
+    int columns,
+    int k,
+    int column,
+    bool exist,
+    thread PackedWeights<mode, group_size, bits, elements>& packed) {
+  constexpr int words = (elements * bits + 31) / 32;
+  const device uint* source = operands.w + static_cast<long>(k / 16 * bits / 2) * columns + column;
+#pragma unroll
+  for (int i = 0; i < words; ++i) {
+    packed.words[i] = exist ? source[i * static_cast<long>(columns)] : 0u;
+  }
+  const long group = static_cast<long>(k / group_size) * columns + column;
+  packed.scales[0] = exist ? decode_scale<mode>(operands.scales[group]) : 0.0f;
+  packed.biases[0] = exist ? column_bias(mode, packed.scales[0], decode_zero<mode>(operands.biases, group)) : 0.0f;
+}
+
 // This thread's weights of the block of w whose first element is in row k and column `column` of the product's right
 // operand: 64 = `columns` columns, `depth` rows.
 template <
@@ -114,6 +145,13 @@ inline void fetch_block(
     int column,
     int thread_index,
     thread PackedWeights<mode, group_size, bits, elements>& packed) {
+  if (is_column_packed(mode)) {
+    const int block_column = column + thread_index % columns;
+    const int first = k + thread_index / columns * elements;
+    const bool exist = (aligned_outputs || block_column < params.n) && (aligned_k || first < params.k);
+    fetch_column_weights(operands, params.n, first, block_column, exist, packed);
+    return;
+  }
   constexpr int threads_per_row = block_row_elements(transpose, columns, depth) / elements;
   const int row = (transpose ? column : k) + thread_index / threads_per_row;
   const int first = (transpose ? k : column) + thread_index % threads_per_row * elements;
@@ -135,8 +173,9 @@ inline void store_block(
   constexpr int row_elements = block_row_elements(transpose, columns, depth);
   constexpr int threads_per_row = row_elements / elements;
   constexpr int group_chunks = group_size / chunk_elements;
-  threadgroup T* target =
-      block + thread_index / threads_per_row * padded<T>(row_elements) + thread_index % threads_per_row * elements;
+  const int row = is_column_packed(mode) ? thread_index % columns : thread_index / threads_per_row;
+  const int piece = is_column_packed(mode) ? thread_index / columns : thread_index % threads_per_row;
+  threadgroup T* target = block + row * padded<T>(row_elements) + piece * elements;
 #pragma unroll
   for (int chunk = 0; chunk < elements / chunk_elements; ++chunk) {
     const float scale = packed.scales[chunk / group_chunks];

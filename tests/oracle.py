@@ -36,6 +36,15 @@ class Format:
         return self.mode == "affine"
 
     @property
+    def is_column_packed(self) -> bool:
+        """Whether words run along N: w [K, N] is packed and grouped down its columns, as Marlin's formats are."""
+        return self.mode.startswith("marlin")
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.mode == "marlin_int4"
+
+    @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments that name this format, for our ops and for mlx's alike."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
@@ -46,6 +55,10 @@ AFFINE_FORMATS = tuple(
 )
 FLOAT_FORMATS = (Format("mxfp4", 32, 4), Format("mxfp8", 32, 8), Format("nvfp4", 16, 4))
 FORMATS = AFFINE_FORMATS + FLOAT_FORMATS
+MARLIN_BITS = {"marlin_fp4": 4, "marlin_fp8": 8, "marlin_int2": 2, "marlin_int4": 4, "marlin_int4_sym": 4}
+MARLIN_FORMATS = tuple(
+    Format(mode, group_size, bits) for mode, bits in MARLIN_BITS.items() for group_size in (32, 64, 128)
+)
 # One of each kind of packing and scale, for tests whose subject is not the number format.
 SOME_FORMATS = (Format("affine", 64, 4), Format("affine", 32, 3), Format("affine", 128, 8), *FLOAT_FORMATS)
 
@@ -86,12 +99,14 @@ def _e4m3_value(code: int) -> float:
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 E4M3 = np.array([_e4m3_value(code) for code in range(256)])
+# What is taken from a code of Marlin's integers, where it is the same everywhere.
+MARLIN_OFFSETS = {"marlin_int2": 1.5, "marlin_int4_sym": 8.0}
 # mlx decodes byte 255 as infinity (OCP as NaN).
 E8M0 = np.array([2.0 ** (byte - 127) for byte in range(255)] + [math.inf])
 
 
 def decode_elements(codes: np.ndarray, mode: str) -> np.ndarray:
-    table = {"affine": None, "mxfp4": E2M1, "nvfp4": E2M1, "mxfp8": E4M3}[mode]
+    table = {"mxfp4": E2M1, "nvfp4": E2M1, "mxfp8": E4M3, "marlin_fp4": E2M1, "marlin_fp8": E4M3}.get(mode)
     return codes.astype(np.float64) if table is None else table[codes]
 
 
@@ -105,6 +120,8 @@ def dequantize(
     w: Tensor, scales: Tensor, biases: Tensor | None, format: Format, global_scale: Tensor | None = None
 ) -> Tensor:
     """The exact values of a quantized matrix, float64 [..., K]; global_scale has one element or one per matrix."""
+    if format.is_column_packed:
+        return dequantize_columns(w, scales, biases, format)
     values = decode_elements(unpack(w, format.bits), format.mode)
     values = values * np.repeat(decode_scales(scales, format.mode), format.group_size, -1)
     if biases is not None:
@@ -114,6 +131,17 @@ def dequantize(
         factor = global_scale.detach().cpu().double() / 2688
         result = result * (factor[..., None, None] if factor.numel() > 1 else factor.reshape(()))
     return result
+
+
+def dequantize_columns(w: Tensor, scales: Tensor, zeros: Tensor | None, format: Format) -> Tensor:
+    """The exact values of a matrix of packed columns, float64 [..., K, N]."""
+    values = np.swapaxes(decode_elements(unpack(w.mT, format.bits), format.mode), -2, -1)
+    offset = MARLIN_OFFSETS.get(format.mode, 0.0)
+    if zeros is not None:
+        offset = np.repeat(zeros.detach().cpu().double().numpy(), format.group_size, -2)
+    return torch.from_numpy(
+        (values - offset) * np.repeat(scales.detach().cpu().double().numpy(), format.group_size, -2)
+    )
 
 
 # --- Quantized test matrices ------------------------------------------------------------------------------------------
@@ -138,7 +166,7 @@ class Quantized:
         return dequantize(self.w, self.scales, self.biases, self.format, self.global_scale)
 
     def matrix(self, transpose: bool) -> Tensor:
-        """The float64 right operand [..., K, N] of the product."""
+        """The float64 right operand [..., K, N] of the product; where columns are packed, w is that."""
         return self.dense.mT if transpose else self.dense
 
     def to(self, device: str) -> Quantized:
@@ -155,6 +183,8 @@ def generator(seed: int) -> torch.Generator:
 
 def random_quantized(format: Format, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Quantized:
     """Random codes, scales and biases for a matrix of this shape, drawn without any quantizer; values from -4 to 4."""
+    if format.is_column_packed:
+        return random_columns(format, *shape, seed=seed)
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 1 << format.bits, shape)
     groups = (*shape[:-1], shape[-1] // format.group_size)
@@ -169,6 +199,20 @@ def random_quantized(format: Format, *shape: int, dtype: torch.dtype = torch.flo
     scales = step * rng.uniform(0.5, 1.5, groups) * rng.choice([-1.0, 1.0], groups)
     biases = -scales * ((1 << format.bits) - 1) / 2 + rng.uniform(-0.2, 0.2, groups)
     return Quantized(format, words, torch.from_numpy(scales).to(dtype), torch.from_numpy(biases).to(dtype))
+
+
+def random_columns(format: Format, *shape: int, seed: int = 0) -> Quantized:
+    """As random_quantized, for a matrix [..., K, N] of packed columns."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 1 << format.bits, shape)
+    if format.mode == "marlin_fp8":
+        codes = np.where((codes & 0x7F) == 0x7F, codes ^ 1, codes)  # no NaN
+    groups = (*shape[:-2], shape[-2] // format.group_size, shape[-1])
+    largest = {"marlin_fp4": 6.0, "marlin_fp8": 448.0, "marlin_int2": 1.5}.get(format.mode, 8.0)
+    scales = 2.0 / largest * rng.uniform(0.5, 1.5, groups) * rng.choice([-1.0, 1.0], groups)
+    zeros = torch.from_numpy(rng.integers(-2, 18, groups)).half() if format.has_zeros else None
+    words = pack(np.swapaxes(codes, -2, -1), format.bits).mT.contiguous()
+    return Quantized(format, words, torch.from_numpy(scales).half(), zeros)
 
 
 def random_x(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

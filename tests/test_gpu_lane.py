@@ -43,7 +43,7 @@ def computed(call: Call, given: dict[str, np.ndarray]) -> torch.Tensor:
     """The result of a product or of dequantize, by the CPU's kernels."""
     w = torch.from_numpy(given["w"][call.offset :].reshape(call.words_shape))
     scales = check.tensor(given["scales"], call.scale_dtype)
-    biases = check.tensor(given["biases"], call.dtype) if "biases" in given else None
+    biases = check.tensor(given["biases"], call.scale_dtype) if "biases" in given else None
     format = {"group_size": call.group_size, "bits": call.bits, "mode": call.mode}
     if call.global_scale:
         format["global_scale"] = torch.from_numpy(given["global_scale"])
@@ -65,6 +65,8 @@ CALLS = [
     Call(rows=20, n=64, k=37, transpose=False, dtype="bfloat16", batch=3, batched_w=True),
     shapes.call_of(shapes.NVFP4, op="gather_qmm", n=37, k=80, experts=4, pairs=9, invalid=True, global_scale=True),
     shapes.call_of(("mxfp8", 32, 8), op="dequantize", n=5, k=96, dtype="float32"),
+    shapes.call_of(("marlin_int4", 64, 4), rows=3, n=37, k=192, transpose=False, dtype="bfloat16", offset=1),
+    shapes.call_of(("marlin_int4", 64, 4), op="dequantize", n=5, k=192, transpose=False),
 ]
 
 
@@ -98,7 +100,9 @@ def test_encode():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", (shapes.FOUR_BIT, ("affine", 128, 3), ("mxfp8", 32, 8), shapes.NVFP4))
+@pytest.mark.parametrize(
+    "format", (shapes.FOUR_BIT, ("affine", 128, 3), ("mxfp8", 32, 8), shapes.NVFP4, ("marlin_int4", 32, 4))
+)
 def test_calls_meet_and_miss_every_fast_path(format, dtype):
     """The same kernels, with all function constants and with none."""
     seen = {}
@@ -111,13 +115,17 @@ def test_calls_meet_and_miss_every_fast_path(format, dtype):
         assert all(bool(fast <= set(launch.constants)) == (layout is suites.ALIGNED) for launch in products)
     assert seen[0] == seen[1]
     ops = {tables.KERNEL.fullmatch(kernel)["op"] for kernel in seen[0] if "sum_parts" not in kernel}
-    assert {"qmv", "qvm", "qvm_splitk", "gather_qmv", "gather_qvm", "qmm_t", "qmm_n_splitk", "gather_qmm_rhs_t"} <= ops
+    expected = {"qvm", "qvm_splitk", "gather_qvm", "qmm_n", "qmm_n_splitk", "gather_qmm_rhs_n"}
+    if format not in shapes.COLUMN_FORMATS:
+        expected |= {"qmv", "gather_qmv", "qmm_t", "gather_qmm_rhs_t"}
+    assert expected <= ops
 
 
 @pytest.mark.parametrize("name", mutants.MUTANTS)
 def test_mutants_edit_their_shader(name):
     mutant = mutants.MUTANTS[name]
-    headers = ("operands.h", "tile.h", "dequantize.h", f"{mutant.file}.h")
+    headers = ["operands.h", "tile.h", "dequantize.h", f"{mutant.file}.h"]
+    headers += ["matvec_columns.h"] if mutant.file == "matvec" else []
     text = "".join((mutants.METAL / header).read_text() for header in headers)
     assert mutant(text) != text
     kernels = {launch.file for call in mutant.calls for launch in plan_of(call).launches}

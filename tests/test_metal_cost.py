@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import metal_cost
-from metal_cost import FORMATS, Call, Cost
+from metal_cost import COLUMN_FORMATS, FORMATS, Call, Cost
 
 TILE_K = 32  # csrc/metal/launch.h
 
@@ -33,6 +33,17 @@ def test_one_row_reads_the_weights_once(mode, group_size, bits, transpose):
     assert cost.weights <= 1.02
     # A lane decodes up to 32 values at a time, so two may ask for one group's scale.
     assert cost.scales <= 2.02
+
+
+@pytest.mark.parametrize(("mode", "group_size", "bits"), COLUMN_FORMATS)
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_packed_columns_are_read_once(mode, group_size, bits, rows):
+    cost = product(Call(rows, 256, 1024, mode, group_size, bits, transpose=False))
+    assert "_qvm_" in cost.kernel
+    assert cost.weights == 1
+    assert cost.scales == 1
+    assert cost.barriers == 1
+    assert cost.memory <= 60 * 1024 // 3
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 6, 7, 8])
@@ -64,6 +75,17 @@ def test_aligned_tiles_compute_nothing_in_vain(rows, transpose):
     assert cost.memory <= 60 * 1024 // 4
 
 
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+def test_tiles_of_packed_columns_compute_nothing_in_vain(rows):
+    """As they do of packed rows."""
+    columns = product(Call(rows, 256, 1024, "marlin_int4", 64, transpose=False))
+    packed_rows = product(Call(rows, 256, 1024, transpose=True))
+    assert columns.kernel.split("_rows_")[1] == packed_rows.kernel.split("_rows_")[1]
+    assert columns.multiplies == packed_rows.multiplies == 1
+    assert columns.weights == packed_rows.weights
+    assert (columns.barriers, columns.memory) == (packed_rows.barriers, packed_rows.memory)
+
+
 @pytest.mark.parametrize(("n", "k", "transpose"), [(200, 1056, True), (224, 1000, False)], ids=["t", "n"])
 def test_edges_cost_no_more_than_padding_to_the_tile(n, k, transpose):
     cost = product(Call(33, n, k, group_size=32, transpose=transpose))
@@ -93,6 +115,10 @@ def test_conversions_read_and_write_once(op):
     assert cost.write == 1
     # Lanes share the words of a group, of which each asks for its own.
     assert cost.read <= (1.02 if op == "quantize" else 2)
+    (cost,) = metal_cost.costs(Call(1, 64, 512, "marlin_fp4", 128, transpose=False, op=op))
+    assert cost.write == 1
+    # A lane goes down its column twice, and four runs share a group.
+    assert cost.read <= (2 if op == "quantize" else 1.1)
 
 
 def test_tensor_operations_read_the_weights_once_for_each_tile():

@@ -448,6 +448,23 @@ def test_wrong_family_is_not_used(broken, excluded, family):
     assert done.stderr.count("fails its self-check") == len(excluded)
 
 
+def test_wrong_kernels_of_packed_columns_are_not_used():
+    """Their self-check has weights of its own."""
+    done = in_new_process(
+        """
+        packed = q.quantize(oracle.random_x(256, 72).to(torch.float16), mode="marlin_int4")
+        x = oracle.random_x(20, 256).to(torch.float16)
+        with mps.corrupted("marlin_int4_qmm_n"):
+            ours = q.quantized_matmul(x.to("mps"), *on_mps(packed), transpose=False, mode="marlin_int4")
+        assert_close(ours, q.quantized_matmul(x, *packed, transpose=False, mode="marlin_int4"))
+        print(json.dumps([launch.kernel for launch in mps.launched()][-1]))
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == "marlin_int4_qvm_float16_gs_128_b_4_rows_8"
+    assert [done.stderr.count(f'"{name}" fails its self-check') for name in ("tensor", "tile", "matvec")] == [1, 1, 0]
+
+
 def test_split_product_where_matvecs_are_wrong():
     """Its parts are summed by a kernel of the matvecs' file, which is not what their check is about."""
     done = in_new_process(

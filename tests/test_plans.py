@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import struct
 import subprocess
@@ -41,6 +42,11 @@ def kernels_in(stem: str) -> frozenset[str]:
 
 def weights(format: Format, *shape: int, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, ...]:
     """Packed weights of a matrix of this shape on device "meta": plans ask for shapes and types alone."""
+    if format.is_column_packed:
+        *batch, k, n = shape
+        words = torch.empty(*batch, k * format.bits // 32, n, dtype=torch.uint32, device="meta")
+        scales = torch.empty(*batch, k // format.group_size, n, dtype=torch.float16, device="meta")
+        return words, scales, scales if format.has_zeros else None
     groups = (*shape[:-1], shape[-1] // format.group_size)
     words = torch.empty(*shape[:-1], shape[-1] * format.bits // 32, dtype=torch.uint32, device="meta")
     if not format.is_affine:
@@ -118,6 +124,21 @@ def test_every_format_has_the_kernels_of_its_plans(format, dtype):
         [plan] = qm.explain(
             qm.dequantize, *weights(format, 4, 256, dtype=dtype), **format.options, dtype=dtype, gpu=gpu
         )
+        assert_exists(plan)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_packed_columns_have_the_kernels_of_their_plans(gpu):
+    for format, dtype in itertools.product(oracle.MARLIN_FORMATS, DTYPES):
+        for N, K in ((384, 256), (64, 16384)):
+            for rows in (1, 3, 7, 9, 33, 65):
+                assert_exists(matmul_plan(gpu, rows, N, K, format, dtype, transpose=False))
+        for pairs, rows, sorted_indices in ((3, 1, False), (64, 1, True), (3, 5, False), (3, 20, False)):
+            assert_exists(gather_plan(gpu, pairs, rows, 4, sorted_indices, format, dtype=dtype, transpose=False))
+        [plan] = qm.explain(qm.quantize, torch.empty(256, 5, dtype=dtype, device="meta"), **format.options, gpu=gpu)
+        assert_exists(plan)
+        matrix = weights(format, 256, 5)
+        [plan] = qm.explain(qm.dequantize, *matrix, **format.options, dtype=dtype, gpu=gpu)
         assert_exists(plan)
 
 
@@ -203,6 +224,46 @@ def test_long_k_and_short_n_is_split(rows, transpose):
         (False, True),
     ]
     assert len(matmul_plan("applegpu_g14s", rows, 16384, 512).launches) == 1
+
+
+MARLIN = Format("marlin_fp4", 128, 4)
+
+
+def test_packed_columns_run_as_any_other_untransposed_weights():
+    for gpu in ("applegpu_g14s", "applegpu_g17s"):
+        for rows, op in ((1, "qvm"), (4, "qvm"), (8, "qvm"), (9, "qmm_n"), (64, "qmm_n")):
+            if op == "qmm_n" and gpu == "applegpu_g17s":
+                op = "qmm_n_nax"
+            plan = matmul_plan(gpu, rows, 8192, 1024, MARLIN, transpose=False)
+            assert [launch.kernel.split("_float16")[0] for launch in plan.launches] == [f"marlin_fp4_{op}"], (gpu, rows)
+    assert families(matmul_plan("applegpu_g17s", 64, 4096, 4096, MARLIN, transpose=False)) == ["tensor"]
+    assert "nax" in gather_plan("applegpu_g17s", 256, 1, 8, True, MARLIN, transpose=False).launches[0].kernel
+    # What a threadgroup computes: 64 columns. K is cut where there are few of them, at whole groups.
+    [whole] = matmul_plan("applegpu_g14s", 1, 8192, 1024, MARLIN, transpose=False).launches
+    assert (whole.threadgroups, whole.threads) == ((128, 1, 1), 256)
+    split, _ = matmul_plan("applegpu_g14s", 1, 64, 16384, MARLIN, transpose=False).launches
+    inner_size, rows, k, n, parts, part_k = struct.unpack_from("<6i", split.params, 14 * 8)
+    assert (inner_size, rows, k, n) == (1, 1, 16384, 64)
+    assert split.threadgroups == (1, parts, 1) and parts > 1
+    assert part_k % 128 == 0 and (parts - 1) * part_k < 16384 <= parts * part_k
+
+
+def test_alignment_of_packed_columns():
+    """Words are read by twos, and so are scales."""
+
+    def is_aligned(words, scales):
+        x = torch.empty(1, 128, dtype=torch.float16, device="meta")
+        [plan] = qm.explain(
+            qm.quantized_matmul, x, words, scales, transpose=False, **MARLIN.options, gpu="applegpu_g14s"
+        )
+        return "aligned_weights" in plan.launches[0].constants
+
+    def after(offset, n, rows, dtype):
+        return torch.empty(offset + rows * n, dtype=dtype, device="meta")[offset:].view(rows, n)
+
+    for words, scales, n, expected in ((0, 0, 64, True), (1, 0, 64, False), (0, 1, 64, False), (0, 0, 33, False)):
+        given = after(words, n, 16, torch.uint32), after(scales, n, 1, torch.float16)
+        assert is_aligned(*given) == expected, (words, scales, n)
 
 
 def test_sorted_experts_share_a_tile():

@@ -22,10 +22,11 @@ from oracle import DTYPES, FORMATS, SOME_FORMATS, Format, Quantized
 ROOT = Path(__file__).resolve().parent.parent
 # Masks of metal/instantiate.h
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 4}
-MODES = {"affine": 1, "mxfp4": 2, "mxfp8": 4, "nvfp4": 8}
+MODES = {mode: 1 << bit for bit, mode in enumerate(("affine", "mxfp4", "mxfp8", "nvfp4", *oracle.MARLIN_BITS))}
 # csrc/metal/launch.h
 ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)
-PRODUCT_PARAMS, GATHER_TAIL, SUM_PARTS_PARAMS, QUANTIZE_PARAMS = "<14q6i", "<2i", "<2i", "<q"
+PRODUCT_PARAMS, GATHER_TAIL, SUM_PARTS_PARAMS = "<14q6i", "<2i", "<2i"
+QUANTIZE_PARAMS, QUANTIZE_COLUMNS_PARAMS = "<q", "<qi4x"
 
 FOUR_BIT = Format("affine", 64, 4)
 NVFP4 = Format("nvfp4", 16, 4)
@@ -39,9 +40,15 @@ INSTANCES = {
     **dict.fromkeys(("qmm_t", "qmm_n", "qmm_t_splitk", "qmm_n_splitk"), (16, 32, 64)),
     **dict.fromkeys(("gather_qmm_t", "gather_qmm_n", "gather_qmm_rhs_t", "gather_qmm_rhs_n"), (32,)),
 }
-THREADS = 128  # of a threadgroup
 SPLIT = [op for op in INSTANCES if op.endswith("_splitk")]
 GATHERED = [op for op in INSTANCES if op.startswith("gather_")]
+# Packed columns have the untransposed product alone.
+COLUMN_OPS = [op for op in INSTANCES if "qvm" in op or op.endswith(("_n", "_n_splitk"))]
+# Each of Marlin's modes, and each group size.
+COLUMN_FORMATS = tuple(
+    Format(mode, group_size, bits)
+    for (mode, bits), group_size in zip(oracle.MARLIN_BITS.items(), (32, 64, 128, 64, 32), strict=True)
+)
 
 
 # --- Compiling and launching -----------------------------------------------------------------------------------------
@@ -91,10 +98,11 @@ class Kernel:
 
     op: str
     instance: int
+    column_packed: bool = False
 
     @classmethod
-    def of(cls, op: str, rows: int) -> Kernel:
-        return cls(op, next((count for count in INSTANCES[op] if count >= rows), INSTANCES[op][-1]))
+    def of(cls, op: str, rows: int, column_packed: bool = False) -> Kernel:
+        return cls(op, next((count for count in INSTANCES[op] if count >= rows), INSTANCES[op][-1]), column_packed)
 
     @property
     def is_tiled(self) -> bool:
@@ -111,13 +119,19 @@ class Kernel:
     @property
     def columns(self) -> int:
         """Of y, to a threadgroup."""
-        if self.is_tiled:
+        if self.is_tiled or self.column_packed:
             return 64
         return 8 if self.transpose else 256
 
-    def depth(self, dtype: torch.dtype) -> int:
+    @property
+    def threads(self) -> int:
+        return 256 if self.column_packed and not self.is_tiled else 128
+
+    def depth(self, dtype: torch.dtype, format: Format = FOUR_BIT) -> int:
         """Of K, to a step."""
-        return 64 if self.is_tiled and self.instance < 64 and dtype.itemsize == 2 else 32
+        if self.is_tiled:
+            return 64 if self.instance < 64 and dtype.itemsize == 2 else 32
+        return format.group_size if self.column_packed else 32
 
     def threadgroups(self, rows: int, n: int, parts: int = 1, batch: int = 1) -> tuple[int, int, int]:
         return ceil(n, self.columns), (ceil(rows, self.instance) if self.is_tiled else 1) * parts, batch
@@ -126,7 +140,7 @@ class Kernel:
         return kernel_name(format, self.op, dtype, self.instance)
 
     def constants(self, x: Tensor, weights: Quantized, n: int) -> set[int]:
-        load_bytes = {2: 8, 4: 16, 6: 8, 8: 16}.get(weights.format.bits, 4)
+        load_bytes = 8 if self.column_packed else {2: 8, 4: 16, 6: 8, 8: 16}.get(weights.format.bits, 4)
         aligned = {
             ALIGNED_OUTPUTS: n % self.columns == 0,
             ALIGNED_WEIGHTS: weights.w.shape[-1] * 4 % load_bytes == 0,
@@ -137,6 +151,8 @@ class Kernel:
 
 
 def columns_of(weights: Quantized, transpose: bool) -> int:
+    if weights.format.is_column_packed:
+        return weights.w.shape[-1]
     return weights.w.shape[-2] if transpose else weights.w.shape[-1] * 32 // weights.format.bits
 
 
@@ -150,7 +166,7 @@ def product(kernel: Kernel, x: Tensor, weights: Quantized, parts: int = 1, align
     n = columns_of(weights, kernel.transpose)
     constants = kernel.constants(x, weights, n) if aligned else set()
     constants |= {HAS_GLOBAL_SCALE} if weights.global_scale is not None else set()
-    depth = kernel.depth(dtype)
+    depth = kernel.depth(dtype, weights.format)
     part_k = depth * ceil(k, depth * parts)
     y = unwritten(outer, inner, parts, rows, n, dtype=torch.float32 if kernel.op in SPLIT else dtype)
     strides = [
@@ -162,7 +178,7 @@ def product(kernel: Kernel, x: Tensor, weights: Quantized, parts: int = 1, align
     buffers = [x, *weights.tensors, weights.global_scale, y, params]
     threadgroups = kernel.threadgroups(rows, n, parts, outer * inner)
     name = kernel.name(weights.format, dtype)
-    report = launch(kernel.stem, name, constants, buffers, threadgroups, THREADS)
+    report = launch(kernel.stem, name, constants, buffers, threadgroups, kernel.threads)
     if kernel.op in SPLIT:
         partial, y = y, unwritten(outer, inner, rows, n, dtype=dtype)
         params = struct.pack(SUM_PARTS_PARAMS, parts, rows * n)
@@ -183,14 +199,14 @@ def gather(kernel: Kernel, x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tens
         for stride in (0 if tensor is None or tensor.numel() == 1 else tensor.stride(0), 0)
     ]
     counted, batch = (len(rhs), 1) if "rhs" in kernel.op else (rows, len(rhs))
-    depth = kernel.depth(dtype)
+    depth = kernel.depth(dtype, weights.format)
     params = struct.pack(PRODUCT_PARAMS, *strides, x.stride(-2), 0, batch, counted, k, n, 1, depth * ceil(k, depth))
     params += struct.pack(GATHER_TAIL, len(x), len(weights.w))
     constants = kernel.constants(x, weights, n) if aligned else set()
     constants |= {HAS_GLOBAL_SCALE} if weights.global_scale is not None else set()
     buffers = [x, *weights.tensors, weights.global_scale, y, params, lhs, rhs]
     threadgroups = kernel.threadgroups(counted, n, 1, batch)
-    launch(kernel.stem, kernel.name(weights.format, dtype), constants, buffers, threadgroups, THREADS)
+    launch(kernel.stem, kernel.name(weights.format, dtype), constants, buffers, threadgroups, kernel.threads)
     return y
 
 
@@ -226,14 +242,17 @@ def check(
 ):
     """One product of random numbers against float64; the report, if nothing is gathered.
 
-    The stored matrices are free x grouped: K is grouped where they are transposed, and else N. The gathered ops get
-    five pairs, or in the sorted form `rows` pairs, of which some are out of range.
+    The stored matrices are free x grouped: K is grouped where they are transposed, and else N. Of packed columns, K is
+    grouped, and they are grouped x free. The gathered ops get five pairs, or in the sorted form `rows` pairs, of which
+    some are out of range.
     """
-    kernel = Kernel.of(op, rows) if instance is None else Kernel(op, instance)
+    columns = format.is_column_packed
+    kernel = Kernel.of(op, rows, columns) if instance is None else Kernel(op, instance, columns)
     what = f"{op} {format} {oracle.name_of(dtype)} {rows} rows, {free} x {grouped}"
-    k = grouped if kernel.transpose else free
+    k = grouped if kernel.transpose or columns else free
+    shape = (grouped, free) if columns else (free, grouped)
     if op in GATHERED:
-        weights = oracle.random_quantized(format, 4, free, grouped, dtype=dtype, seed=seed)
+        weights = oracle.random_quantized(format, 4, *shape, dtype=dtype, seed=seed)
         by_row = "rhs" in op
         x = oracle.random_x(7, 1 if by_row else rows, k, dtype=dtype)
         if by_row:
@@ -243,7 +262,7 @@ def check(
             lhs, rhs = torch.tensor([6, 0, 7, 1, 5]), torch.tensor([3, 0, 1, -1, 2])
         assert_gathered(gather(kernel, x, weights, lhs, rhs, aligned), x, weights, lhs, rhs, kernel.transpose, what)
         return None
-    weights = oracle.random_quantized(format, free, grouped, dtype=dtype, seed=seed)
+    weights = oracle.random_quantized(format, *shape, dtype=dtype, seed=seed)
     x = oracle.random_x(1, 1, rows, k, dtype=dtype)
     parts = parts or (2 if op in SPLIT else 1)
     y, report = product(kernel, x, expanded(weights), parts, aligned)
@@ -272,13 +291,21 @@ def test_names():
                 stem = Kernel(op, 0).stem
                 expected[stem] |= {kernel_name(format, op, dtype, rows) for rows in instances}
             expected["quantize"] |= {kernel_name(format, op, dtype) for op in ("quantize", "dequantize")}
+        for format in oracle.MARLIN_FORMATS:
+            for op in COLUMN_OPS:
+                expected[Kernel(op, 0).stem] |= {kernel_name(format, op, dtype, rows) for rows in INSTANCES[op]}
+            expected["quantize"] |= {kernel_name(format, op, dtype) for op in ("quantize", "dequantize")}
     for stem, names in expected.items():
         found = library(stem).kernels
         assert len(found) == len(set(found))
         assert set(found) == names
 
 
-@pytest.mark.parametrize("format", SOME_FORMATS, ids=oracle.name_of)
+def mode_of(kernel: str) -> str:
+    return max((mode for mode in MODES if kernel.startswith(f"{mode}_")), key=len, default="")
+
+
+@pytest.mark.parametrize("format", (*SOME_FORMATS, *COLUMN_FORMATS), ids=oracle.name_of)
 def test_library_of_one_format(format):
     """What is compiled at first use: the kernels of one type and format."""
     defines = {
@@ -291,7 +318,7 @@ def test_library_of_one_format(format):
     for stem in ("matvec", "matmul", "quantize"):
         found = softmetal.compile(ROOT / f"metal/{stem}.metal", defines=one).kernels
         kind = f"_bfloat16_gs_{format.group_size}_b_{format.bits}"
-        expected = [name for name in library(stem).kernels if name.startswith(format.mode) and kind in name]
+        expected = [name for name in library(stem).kernels if mode_of(name) == format.mode and kind in name]
         assert sorted(found) == sorted([*expected, *(["sum_parts_bfloat16"] if stem == "matvec" else [])])
 
 
@@ -299,7 +326,7 @@ def test_library_of_one_format(format):
 @pytest.mark.parametrize("standard", ("metal3.1", "metal4.0"))
 def test_language_versions(stem, standard):
     """C++14 and C++17, for each kind of packing."""
-    for format in SOME_FORMATS:
+    for format in (*SOME_FORMATS, *COLUMN_FORMATS[:3]):
         defines = {"MODES": MODES[format.mode], "GROUP_SIZES": format.group_size // 16, "BITS": 1 << format.bits}
         one = {f"QUANTIZATION_MLX_{name}": value for name, value in defines.items()}
         softmetal.compile(ROOT / f"metal/{stem}.metal", defines=one, standard=standard).check()
@@ -312,6 +339,7 @@ def test_launch_structs(tmp_path):
         "GatherParams": struct.calcsize(PRODUCT_PARAMS) + struct.calcsize(GATHER_TAIL),
         "SumPartsParams": struct.calcsize(SUM_PARTS_PARAMS),
         "QuantizeParams": struct.calcsize(QUANTIZE_PARAMS),
+        "QuantizeColumnsParams": struct.calcsize(QUANTIZE_COLUMNS_PARAMS),
     }
     checks = "".join(f"static_assert(sizeof(quantization_mlx::{name}) == {size});" for name, size in sizes.items())
     source = tmp_path / "sizes.cpp"
@@ -333,6 +361,22 @@ def test_every_kernel(op, dtype):
         for kernel in kernels:
             rows = some_rows(op) if "qmm" in op else max(1, kernel.instance - 1)
             check(op, format, dtype, rows, 37, grouped, instance=kernel.instance)
+
+
+@pytest.mark.parametrize("op", COLUMN_OPS)
+def test_packed_columns(op):
+    """Every mode in every instance and type: no dimension a multiple of a block's, one column, and whole blocks."""
+    kernels = [Kernel(op, instance, True) for instance in INSTANCES[op]]
+    cases = [(format, DTYPES[i % 3], kernel) for i, format in enumerate(COLUMN_FORMATS) for kernel in kernels]
+    cases += [(COLUMN_FORMATS[3], dtype, kernel) for dtype in DTYPES for kernel in kernels]
+    library(kernels[0].stem).prepare([kernel.name(format, dtype) for format, dtype, kernel in cases])
+    for format, dtype, kernel in cases:
+        rows = some_rows(op) if "qmm" in op else max(1, kernel.instance - 1)
+        check(op, format, dtype, rows, 37, 3 * format.group_size, instance=kernel.instance)
+    for format in COLUMN_FORMATS:
+        check(op, format, torch.float16, 1, 1, format.group_size, instance=kernels[-1].instance)
+        check(op, format, torch.float16, some_rows(op), 128, 256)
+        check(op, format, torch.float16, some_rows(op), 128, 256, aligned=False)
 
 
 @pytest.mark.parametrize("op", INSTANCES)
@@ -458,28 +502,35 @@ def test_rows_are_independent(op):
 # --- Barriers --------------------------------------------------------------------------------------------------------
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+# By header: a file that includes it, a format, and ops and rows that reach every barrier.
+BARRIER_USERS = {
+    "matmul": ("matmul", FOUR_BIT, ("qmm_t", "gather_qmm_rhs_n"), (20,)),
+    "matvec": ("matvec", FOUR_BIT, ("qmv", "qvm", "gather_qvm"), (1, 4)),
+    "matvec_columns": ("matvec", COLUMN_FORMATS[0], ("qvm", "gather_qvm"), (1, 4)),
+}
 BARRIERS = [
-    (stem, number)
-    for stem in ("matmul", "matvec")
-    for number in range((ROOT / f"metal/{stem}.h").read_text().count(BARRIER))
+    (header, number)
+    for header in BARRIER_USERS
+    for number in range((ROOT / f"metal/{header}.h").read_text().count(BARRIER))
 ]
 
 
-@pytest.mark.parametrize(("stem", "number"), BARRIERS)
-def test_every_barrier_is_needed(stem, number, monkeypatch):
+@pytest.mark.parametrize(("header", "number"), BARRIERS)
+def test_every_barrier_is_needed(header, number, monkeypatch):
     """Without any one of them, the device reports a race."""
-    parts = (ROOT / f"metal/{stem}.h").read_text().split(BARRIER)
-    header = BARRIER.join(parts[: number + 1]) + BARRIER.join(parts[number + 1 :])
-    source = (ROOT / f"metal/{stem}.metal").read_text().replace(f'#include "{stem}.h"', header)
-    one = {"TYPES": 2, "MODES": 1, "GROUP_SIZES": 4, "BITS": 16}
+    stem, format, ops, row_counts = BARRIER_USERS[header]
+    parts = (ROOT / f"metal/{header}.h").read_text().split(BARRIER)
+    without = BARRIER.join(parts[: number + 1]) + BARRIER.join(parts[number + 1 :])
+    source = (ROOT / f"metal/{stem}.metal").read_text().replace(f'#include "{header}.h"', without)
+    one = {"TYPES": 2, "MODES": MODES[format.mode], "GROUP_SIZES": format.group_size // 16, "BITS": 1 << format.bits}
     defines = {f"QUANTIZATION_MLX_{name}": value for name, value in one.items()}
     broken = softmetal.compile(source, include_dirs=[ROOT / "metal"], defines=defines)
     monkeypatch.setattr(sys.modules[__name__], "library", lambda stem: broken)
     errors = ""
-    for op in ("qmm_t", "gather_qmm_rhs_n") if stem == "matmul" else ("qmv", "qvm", "gather_qvm"):
-        for rows in (20,) if stem == "matmul" else (1, 4):
+    for op in ops:
+        for rows in row_counts:
             try:
-                check(op, FOUR_BIT, torch.float16, rows, 70, 128)
+                check(op, format, torch.float16, rows, 70, 128)
             except AssertionError as error:
                 errors += str(error)
     assert "threadgroup-race" in errors
@@ -488,14 +539,22 @@ def test_every_barrier_is_needed(stem, number, monkeypatch):
 # --- Cost ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", (FOUR_BIT, Format("affine", 64, 3), Format("mxfp8", 32, 8)), ids=oracle.name_of)
-@pytest.mark.parametrize("op", ("qmv", "qvm"))
+READ_ONCE = (FOUR_BIT, Format("affine", 64, 3), Format("mxfp8", 32, 8))
+
+
+@pytest.mark.parametrize(
+    ("op", "format"),
+    [*((op, format) for op in ("qmv", "qvm") for format in READ_ONCE), *(("qvm", format) for format in COLUMN_FORMATS)],
+    ids=oracle.name_of,
+)
 def test_weights_are_read_once(op, format):
     """For all rows of a matvec; a tile reads them once for each tile of rows."""
     minimum = 128 * 1024 * format.bits // 8
     for rows in (1, 2, 3, 5, 8):
         report = check(op, format, torch.float16, rows, 128, 1024)
         assert minimum <= report.counters["buffer_bytes_read"][1] <= 1.02 * minimum
+        if format.is_column_packed:
+            assert report.counters["buffer_bytes_read"][2] == 128 * 1024 // format.group_size * 2
 
 
 @pytest.mark.parametrize("op", ("qmm_t", "qmm_n"))

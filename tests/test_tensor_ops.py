@@ -453,6 +453,7 @@ COLUMNS = DEPTH = 64
 GATHER_ROWS = 32
 FOUR_BIT = Format("affine", 64, 4)
 NVFP4 = Format("nvfp4", 16, 4)
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4", *oracle.MARLIN_BITS)
 # One format for each width and each kind of scale.
 EACH_WIDTH = (
     *(
@@ -481,7 +482,7 @@ def library(format: Format, dtype: torch.dtype, constants: frozenset[int], layou
     defines = {
         "SOFTMETAL_TENSOR_LAYOUT": layout,
         "QUANTIZATION_MLX_TYPES": {torch.float16: 2, torch.bfloat16: 4}[dtype],
-        "QUANTIZATION_MLX_MODES": 1 << ("affine", "mxfp4", "mxfp8", "nvfp4").index(format.mode),
+        "QUANTIZATION_MLX_MODES": 1 << MODES.index(format.mode),
         "QUANTIZATION_MLX_GROUP_SIZES": format.group_size // 16,
         "QUANTIZATION_MLX_BITS": 1 << format.bits,
     }
@@ -518,10 +519,16 @@ def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, 77, dtype=dtype)
 
 
+def columns_of(weights: Quantized, transpose: bool) -> int:
+    if weights.format.is_column_packed:
+        return weights.w.shape[-1]
+    return weights.w.shape[-2] if transpose else weights.w.shape[-1] * 32 // weights.format.bits
+
+
 def qmm(x: Tensor, weights: Quantized, transpose: bool, rows: int = 32, aligned: bool = True, layout: int = 0):
     """y [B0, B1, M, N] of x [B0, B1, M, K] and matrices with the same batch dimensions, any strides; and the report."""
     outer, inner, m, k = x.shape
-    n = weights.w.shape[-2] if transpose else weights.w.shape[-1] * 32 // weights.format.bits
+    n = columns_of(weights, transpose)
     strides = [n for t in (x, *weights.tensors) for n in ((0, 0) if t is None else t.stride()[:2])]
     y = unwritten(outer, inner, m, n, dtype=x.dtype)
     params = struct.pack(
@@ -557,6 +564,17 @@ def test_qmm_every_format(format, dtype):
     grouped = {16: 80, 32: 96, 64: 192, 128: 128}[format.group_size]
     check_qmm(format, dtype, 37, 70, grouped, transpose=True)
     check_qmm(format, dtype, 37, grouped, 70, transpose=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=oracle.name_of)
+@pytest.mark.parametrize("mode", oracle.MARLIN_BITS)
+def test_packed_columns(mode, dtype):
+    """Tiles whole and ragged; pairs of sorted experts."""
+    for group_size, n in ((64, 37), (32, 128)):
+        format = Format(mode, group_size, oracle.MARLIN_BITS[mode])
+        check_qmm(format, dtype, 37, n, 3 * group_size, transpose=False)
+        check_qmm(format, dtype, 64, n, 128, transpose=False, rows=64)
+        check_gather(format, dtype, np.arange(45), sorted_pairs(45), False, (3 * group_size, n), 45)
 
 
 @pytest.mark.parametrize("transpose", (True, False), ids=("t", "n"))
@@ -617,7 +635,7 @@ def test_qmm_reads_weights_once_for_each_tile_of_rows():
 def gather(x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tensor, transpose: bool, layout: int = 0) -> Tensor:
     """y [P, N] for indices [P] into the rows of x [A, K] and into the matrices [E, ..]."""
     pairs, k = len(rhs), x.shape[-1]
-    n = weights.w.shape[-2] if transpose else weights.w.shape[-1] * 32 // weights.format.bits
+    n = columns_of(weights, transpose)
     matrices = (x, *weights.tensors)
     strides = [number for t in matrices for number in ((0, 0) if t is None else (t.stride(0), 0))]
     scale_each = int(weights.global_scale is not None and weights.global_scale.numel() > 1)
@@ -705,6 +723,9 @@ def test_kernels():
             for side in "tn":
                 expected |= {kernel_name(format, f"qmm_{side}_nax", dtype, rows) for rows in (32, 64)}
                 expected |= {kernel_name(format, f"gather_qmm_rhs_{side}_nax", dtype, GATHER_ROWS)}
+        for format in oracle.MARLIN_FORMATS:
+            expected |= {kernel_name(format, "qmm_n_nax", dtype, rows) for rows in (32, 64)}
+            expected |= {kernel_name(format, "gather_qmm_rhs_n_nax", dtype, GATHER_ROWS)}
     path = ROOT / "metal/matmul_tensor.metal"
     assert set(softmetal.compile(path, standard="metal4.0").kernels) == expected
     assert softmetal.compile(path, standard="metal3.1").kernels == []

@@ -282,7 +282,7 @@ struct LayerLists {
         weight.has_value() && scales.has_value(), "[", steps_op, "] product ", which, " has no weight or no scales.");
     const int64_t* numbers = formats.data() + which * product_numbers;
     TORCH_CHECK_VALUE(
-        numbers[2] >= 0 && numbers[2] < mode_count, "[", steps_op, "] mode ", numbers[2], " of product ", which,
+        numbers[2] >= 0 && numbers[2] < mode_count(), "[", steps_op, "] mode ", numbers[2], " of product ", which,
         " is unknown.");
     const Tensor y = quantized_matmul(
         MatmulProblem::check(

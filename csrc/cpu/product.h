@@ -835,7 +835,8 @@ ALWAYS_INLINE void add_column_group(const Product& product, int64_t group, int64
 
 template <typename Element, typename Stream, int ROWS>
 void streamed_column_groups(const Product& product, int64_t begin, int64_t end, float* y) {
-  constexpr int vectors = (Vector::registers >= 32 ? 4 : 2) / (ROWS <= 2 ? 1 : 2);
+  // So many sums that each waits for its last addition while the others go on.
+  constexpr int vectors = Vector::registers >= 32 ? (ROWS == 1 ? 8 : 4) : (ROWS == 1 ? 4 : 2);
   std::memset(y, 0, sizeof(float) * static_cast<size_t>(ROWS * product.y_row));
   for (int64_t group = 0; group < product.K / product.format.group_size; ++group) {
     int64_t n = begin;

@@ -30,6 +30,11 @@ inline constexpr int qmv_columns() { return qmv_lanes_across() * qmv_outputs(); 
 inline constexpr int qvm_simdgroups() { return 4; }
 inline constexpr int qvm_columns() { return 256; }
 
+// The same where columns are packed, of which a lane has so many side by side.
+inline constexpr int column_qvm_simdgroups() { return 8; }
+inline constexpr int column_qvm_lane_columns() { return 2; }
+inline constexpr int column_qvm_columns() { return 32 * column_qvm_lane_columns(); }
+
 // The tiled products: tiles of 16, 32 or 64 rows, always so many columns, and so much of K at a time. Tiles of few rows
 // wait for memory rather than for the matrix units: they take more of w at once.
 inline constexpr int tile_columns() { return 64; }
@@ -65,7 +70,8 @@ struct ProductParams {
   int k;
   int n;
   int parts;  // of K, each to a threadgroup of its own; 1 without split-K
-  int part_k;  // elements of K for each part: a multiple of 32, and of a tile's depth in a tiled product
+  int part_k;  // elements of K for each part: a multiple of 32, of a tile's depth in a tiled product, and of a group in
+               // a matvec of packed columns
 };
 
 // As ProductParams, for pairs of indices: z is the position in both lists. The outer strides lead from one matrix to
@@ -86,6 +92,12 @@ struct SumPartsParams {
 // A matrix of whole groups, contiguous, seen as one row.
 struct QuantizeParams {
   int64_t elements;
+};
+
+// The same where columns are packed, as one matrix of n columns.
+struct QuantizeColumnsParams {
+  int64_t elements;
+  int n;
 };
 
 }  // namespace quantization_mlx

@@ -47,13 +47,15 @@ constexpr Variant variants[] = {{'p', 6}, {'g', 10}, {'s', 20}, {'c', 32}, {'d',
 
 // A core hides the latency of memory with about this many threadgroups of each kind; below it, split-K makes more.
 constexpr int qvm_threadgroups_per_core = 8;  // of 128 threads
+constexpr int column_qvm_threadgroups_per_core = 4;  // of 256 threads
 constexpr int tile_threadgroups_per_core = 4;  // of 128 threads, with 6 to 18 KiB of threadgroup memory
 // A shorter part of K than this costs more in partial sums, written and read again, than it gains.
 constexpr int qvm_part_k = 128;
+constexpr int column_qvm_part_k = 1024;  // a group of 128 for each simdgroup
 constexpr int tile_part_k = 512;
 // Parts are whole steps of a kernel along K.
 constexpr int qmv_step_k = 32;
-constexpr int qvm_step_k = 32;
+constexpr int qvm_step_k = 32;  // where columns are packed: a group
 
 // The sorted-expert form pays from so many pairs on, and so many for each expert: with fewer, most rows of a tile are
 // idle, and a matvec for each pair reads no more.
@@ -108,8 +110,14 @@ bool is_aligned(const Tensor& tensor, int64_t offset, int64_t bytes) {
   return (tensor.storage_offset() + offset) * static_cast<int64_t>(tensor.element_size()) % bytes == 0;
 }
 
-// Bytes that a lane loads of a run of 32 codes at once (dequantize.h).
-int load_bytes(int bits) { return bits % 4 == 0 ? 16 : (bits % 2 == 0 ? 8 : 4); }
+// Bytes that a lane loads of a run of 32 codes at once (dequantize.h); of packed columns, of a row of words
+// (matvec_columns.h).
+int load_bytes(Format format) {
+  if (is_column_packed(format.mode)) {
+    return 4 * column_qvm_lane_columns();
+  }
+  return format.bits % 4 == 0 ? 16 : (format.bits % 2 == 0 ? 8 : 4);
+}
 
 // --- Batches -------------------------------------------------------------------------------------------------------
 
@@ -308,11 +316,25 @@ class ProductPlanner {
                           qmv_columns(),  qmv_step_k, 32u * qmv_simdgroups()};
       product(block, kernel, 1, 1);
     } else {
-      const int rows = smallest_at_least(qvm_rows, block.rows);
-      const Kernel kernel{Family::matvec, "matvec",   gathered ? "gather_qvm" : "qvm", rows > 1 ? rows : 0,
-                          qvm_columns(),  qvm_step_k, 32u * qvm_simdgroups()};
-      product(block, kernel, 1, gathered ? 1 : parts_of(block, kernel, 1, qvm_threadgroups_per_core, qvm_part_k));
+      const Kernel kernel = qvm_kernel(gathered ? "gather_qvm" : "qvm", smallest_at_least(qvm_rows, block.rows));
+      product(block, kernel, 1, gathered ? 1 : qvm_parts(block, kernel));
     }
+  }
+
+  Kernel qvm_kernel(const char* op, int rows) const {
+    Kernel kernel{Family::matvec, "matvec", op, rows > 1 ? rows : 0, qvm_columns(), qvm_step_k, 32u * qvm_simdgroups()};
+    if (is_column_packed(format_.mode)) {
+      kernel.columns = column_qvm_columns();
+      kernel.depth = format_.group_size;
+      kernel.threads = 32u * column_qvm_simdgroups();
+    }
+    return kernel;
+  }
+
+  int64_t qvm_parts(const Block& block, const Kernel& kernel) const {
+    return is_column_packed(format_.mode)
+        ? parts_of(block, kernel, 1, column_qvm_threadgroups_per_core, column_qvm_part_k)
+        : parts_of(block, kernel, 1, qvm_threadgroups_per_core, qvm_part_k);
   }
 
   // The larger tile reads and unpacks each weight for more rows; the smaller one computes fewer rows that nobody wants.
@@ -424,17 +446,28 @@ class ProductPlanner {
     }
   }
 
+  // Of scales or zeros, whose rows are as long as those of words.
+  static bool are_aligned_columns(const Block& block, const Matrices& values) {
+    constexpr int columns = column_qvm_lane_columns();
+    return !values.tensor.defined() ||
+        (is_aligned(values.tensor, block.batch.w * values.matrix_stride, 2 * columns) &&
+         (values.count == 1 || values.matrix_stride % columns == 0));
+  }
+
   uint32_t constants_of(const Block& block, const Kernel& kernel, int64_t x_offset) const {
     const auto& weights = problem_.weights;
     const Matrices& x = problem_.x;
-    const int64_t word_bytes = load_bytes(format_.bits);
+    const int64_t word_bytes = load_bytes(format_);
     const auto whole_words = [&](int64_t words) { return words * 4 % word_bytes == 0; };
     const auto whole_x = [&](int64_t elements) {
       return elements * static_cast<int64_t>(x.tensor.element_size()) % 16 == 0;
     };
     const bool aligned_weights =
         is_aligned(weights.words.tensor, block.batch.w * weights.words.matrix_stride, word_bytes) &&
-        whole_words(weights.words.row_stride) && (weights.words.count == 1 || whole_words(weights.words.matrix_stride));
+        whole_words(weights.words.row_stride) &&
+        (weights.words.count == 1 || whole_words(weights.words.matrix_stride)) &&
+        (!is_column_packed(format_.mode) ||
+         (are_aligned_columns(block, weights.scales) && are_aligned_columns(block, weights.biases)));
     const bool aligned_x = is_aligned(x.tensor, x_offset, 16) && (x.count == 1 || whole_x(x.matrix_stride)) &&
         (shape_.M == 1 || whole_x(x.row_stride));
     return constant(QUANTIZATION_MLX_ALIGNED_OUTPUTS, shape_.N % kernel.columns == 0) |
@@ -507,6 +540,15 @@ uint32_t threadgroups_for(std::string_view op, int64_t threads) {
   // A kernel knows its place as the number of a thread, in 32 bits.
   narrow(op, "the number of runs of elements", threads);
   return static_cast<uint32_t>(ceil_div(threads, matrix_threads));
+}
+
+// columns: of a matrix whose columns are packed.
+void set_matrix_params(Launch& launch, std::string_view op, int64_t elements, int64_t columns) {
+  if (is_column_packed(launch.format.mode)) {
+    set_params(launch, QuantizeColumnsParams{elements, narrow(op, "the last size of w", columns)}, 5);
+  } else {
+    set_params(launch, QuantizeParams{elements}, 5);
+  }
 }
 
 bool is_dense(const Matrices& matrices) {
@@ -692,7 +734,7 @@ Plan plan(const DequantizeProblem& problem, const Target&) {
     launch.format = weights.format;
     launch.dtype = problem.dtype;
     launch.constants =
-        constant(QUANTIZATION_MLX_ALIGNED_WEIGHTS, is_aligned(words.tensor, first, load_bytes(weights.format.bits))) |
+        constant(QUANTIZATION_MLX_ALIGNED_WEIGHTS, is_aligned(words.tensor, first, load_bytes(weights.format))) |
         constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE, weights.global_scale.defined());
     launch.threads = matrix_threads;
     launch.threadgroups = {threadgroups_for("dequantize", ceil_div(elements, 32)), 1, 1};
@@ -704,7 +746,7 @@ Plan plan(const DequantizeProblem& problem, const Target&) {
          biases ? Argument{Role::biases, i * weights.biases.matrix_stride} : Argument{},
          weights.global_scale.defined() ? Argument{Role::global_scale} : Argument{},
          {Role::y, i * matrix}});
-    set_params(launch, QuantizeParams{elements}, 5);
+    set_matrix_params(launch, "dequantize", elements, words.row_stride);
     plan.launches.push_back(std::move(launch));
   }
   return plan;
@@ -714,7 +756,7 @@ Plan plan(const QuantizeProblem& problem, const Target&) {
   if (problem.w.numel() == 0) {
     return {};
   }
-  constexpr int64_t elements_per_thread = 8;
+  const int64_t elements_per_thread = is_column_packed(problem.format.mode) ? problem.format.group_size : 8;
   Launch launch;
   launch.kernel = kernel_name(problem.format, "quantize", problem.w.scalar_type());
   launch.file = "quantize";
@@ -731,8 +773,8 @@ Plan plan(const QuantizeProblem& problem, const Target&) {
        problem.global_scale.defined() ? Argument{Role::global_scale} : Argument{},
        {Role::w},
        {Role::scales},
-       has_biases(problem.format.mode) ? Argument{Role::biases} : Argument{}});
-  set_params(launch, QuantizeParams{problem.w.numel()}, 5);
+       has_biases(problem.format.mode) || has_zeros(problem.format.mode) ? Argument{Role::biases} : Argument{}});
+  set_matrix_params(launch, "quantize", problem.w.numel(), problem.w.size(-1));
   Plan plan;
   plan.launches.push_back(std::move(launch));
   return plan;

@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -35,7 +36,7 @@ std::vector<int64_t> check_rows(Family family) {
 }
 constexpr int64_t check_k = 256;
 constexpr int64_t check_n = 72;
-constexpr int64_t check_n_packed = 128;  // in the other form N is what is packed, in whole groups
+constexpr int64_t check_n_packed = 128;  // where N is what is packed, in whole groups
 
 // --- A product that is the same every time --------------------------------------------------------------------------
 
@@ -85,28 +86,41 @@ struct Example {
 
 Example example(Format format, at::ScalarType dtype, bool transpose, int64_t x_rows) {
   Generator random;
-  const int64_t length = transpose ? check_k : check_n_packed;
-  const int64_t rows = transpose ? check_n : check_k;
-  const int64_t groups = length / format.group_size;
+  // The packed dimension, and the other one.
+  const bool columns = is_column_packed(format.mode);
+  const int64_t length = transpose || columns ? check_k : check_n_packed;
+  const int64_t others = transpose || columns ? check_n : check_k;
+  const auto sizes = [&](int64_t packed) {
+    return columns ? std::array<int64_t, 2>{packed, others} : std::array<int64_t, 2>{others, packed};
+  };
+  const auto groups = sizes(length / format.group_size);
   Example result;
   result.format = format;
   result.transpose = transpose;
   result.x = filled<float>({x_rows, check_k}, at::kFloat, [&] { return random.uniform(-1.0f, 1.0f); }).to(dtype);
   // Every code but, of E4M3, those from 2 up, among which is NaN.
-  const uint32_t mask = format.mode == Mode::mxfp8 ? 0xBFBFBFBFu : 0xFFFFFFFFu;
-  result.w = filled<uint32_t>({rows, length * format.bits / 32}, at::kUInt32, [&] { return random.bits() & mask; });
+  const uint32_t mask = is_e4m3(format.mode) ? 0xBFBFBFBFu : 0xFFFFFFFFu;
+  result.w = filled<uint32_t>(sizes(length * format.bits / 32), at::kUInt32, [&] { return random.bits() & mask; });
   if (has_biases(format.mode)) {
     const float steps = static_cast<float>(1 << format.bits);
     const auto parameter = [&](float low, float high) {
-      return filled<float>({rows, groups}, at::kFloat, [&] { return random.uniform(low, high) / steps; }).to(dtype);
+      return filled<float>(groups, at::kFloat, [&] { return random.uniform(low, high) / steps; }).to(dtype);
     };
     result.scales = parameter(0.5f, 2.0f);
     result.biases = parameter(-steps, 0.0f);
+  } else if (columns) {
+    const auto values = [&](float low, float high) {
+      return filled<float>(groups, at::kFloat, [&] { return random.uniform(low, high); }).to(at::kHalf);
+    };
+    result.scales = values(0.1f, 0.5f);
+    if (has_zeros(format.mode)) {
+      result.biases = values(0.0f, 15.0f);
+    }
   } else {
     // Powers of two from 2^-7 to 1, as E8M0; of E4M3, values from 0.5 to 1.875.
     const uint32_t first = format.mode == Mode::nvfp4 ? 0x30u : 120u;
     const uint32_t count = format.mode == Mode::nvfp4 ? 16u : 8u;
-    result.scales = filled<uint8_t>({rows, groups}, at::kByte, [&] { return first + random.bits() % count; });
+    result.scales = filled<uint8_t>(groups, at::kByte, [&] { return first + random.bits() % count; });
   }
   return result;
 }
@@ -208,7 +222,8 @@ std::optional<std::string> dequantize_failure(
     const Tensor& biases) {
   const Format format = subject.format;
   const std::optional<Tensor> none;
-  const std::optional<Tensor> given = has_biases(format.mode) ? std::optional(biases) : none;
+  const bool third = has_biases(format.mode) || has_zeros(format.mode);
+  const std::optional<Tensor> given = third ? std::optional(biases) : none;
   const DequantizeProblem problem = with_kernel_dtype(
       DequantizeProblem::check(
           {"self-check", words, scales, given, format.group_size, format.bits, name_of(format.mode), none},
@@ -234,7 +249,8 @@ std::optional<std::string> dequantize_failure(
 // What is wrong with quantizing and dequantizing, or nothing.
 std::optional<std::string> conversion_failure(const Subject& subject) {
   const Format format = subject.format;
-  const Tensor matrix = example({Mode::affine, 4, 64}, subject.dtype, /*transpose=*/true, /*x_rows=*/33).x;
+  const Tensor x = example({Mode::affine, 4, 64}, subject.dtype, /*transpose=*/true, /*x_rows=*/33).x;
+  const Tensor matrix = is_column_packed(format.mode) ? x.t().contiguous() : x;  // whole groups, but no more
   const auto expected = cpu_op<decltype(ops::quantize)>("quantize")
                             .call(matrix, format.group_size, format.bits, name_of(format.mode), std::nullopt);
   const QuantizeProblem problem = QuantizeProblem::check(

@@ -34,6 +34,8 @@ from operands import random_operands
 from plans import plan_of
 from suites import Item
 
+import quantization_mlx as qm
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpu_lane" / "cache"
 FILES = ("matvec", "matmul", "quantize")  # of metal/, without tensor operations
@@ -149,11 +151,12 @@ def _launch(source: Source, entry: Entry, kernel: str, threadgroups, arguments: 
 
 
 def expected(call: Call) -> dict[str, np.ndarray]:
-    """What quantize should give, by role: mlx's."""
+    """What quantize should give, by role: mlx's; of packed columns, which mlx has not, the CPU's."""
     operands = random_operands(call)
     w = tensor(operands["x"][call.offset :].reshape(call.w_shape), call.dtype)
     scale = tensor(operands["global_scale"], "float32")[0] if call.global_scale else None
-    parts = oracle.mlx_quantize(w, oracle.Format(call.mode, call.group_size, call.bits), scale)
+    format = oracle.Format(call.mode, call.group_size, call.bits)
+    parts = qm.quantize(w, **format.options) if call.is_column_packed else oracle.mlx_quantize(w, format, scale)
     results = {}
     for part, (role, (_, dtype)) in zip(parts, call.results.items(), strict=True):
         array = part.view(oracle.torch.int16) if dtype == "bfloat16" else part

@@ -11,7 +11,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "uint32": 4
 
 @dataclass(frozen=True)
 class Call:
-    """A product of x [batch, rows, k] with w [n, k], or [k, n] without transpose; or a conversion of w [n, k].
+    """A product of x [batch, rows, k] with w [n, k], or [k, n] without transpose; or a conversion of such a w.
 
     op: quantized_matmul, gather_qmm, quantize or dequantize. batch: matrices of x, each with its own w where
     batched_w. experts: gather_qmm's matrices of w, for `pairs` pairs of indices, of which some are out of range where
@@ -43,6 +43,15 @@ class Call:
         return self.op in ("quantized_matmul", "gather_qmm")
 
     @property
+    def is_column_packed(self) -> bool:
+        """Then w is [k, n], and zeros take the place of biases."""
+        return self.mode.startswith("marlin")
+
+    @property
+    def has_biases(self) -> bool:
+        return self.mode in ("affine", "marlin_int4")
+
+    @property
     def w_shape(self) -> tuple[int, ...]:
         """Of the dense matrices."""
         matrix = (self.n, self.k) if self.transpose else (self.k, self.n)
@@ -50,15 +59,22 @@ class Call:
 
     @property
     def words_shape(self) -> tuple[int, ...]:
-        return (*self.w_shape[:-1], self.w_shape[-1] * self.bits // 32)
+        return self._packed(32, self.bits)
 
     @property
     def groups_shape(self) -> tuple[int, ...]:
-        return (*self.w_shape[:-1], self.w_shape[-1] // self.group_size)
+        return self._packed(self.group_size, 1)
+
+    def _packed(self, elements: int, words: int) -> tuple[int, ...]:
+        """The shape of what holds `elements` of the packed dimension in so many words."""
+        *leading, rows, columns = self.w_shape
+        if self.is_column_packed:
+            return (*leading, rows * words // elements, columns)
+        return (*leading, rows, columns * words // elements)
 
     @property
     def scale_dtype(self) -> str:
-        return self.dtype if self.mode == "affine" else "uint8"
+        return self.dtype if self.mode == "affine" else "float16" if self.is_column_packed else "uint8"
 
     @property
     def x_shape(self) -> tuple[int, ...]:
@@ -76,13 +92,13 @@ class Call:
         if self.op != "quantize":
             return {"y": (self.y_shape, self.dtype)}
         results = {"w": (self.words_shape, "uint32"), "scales": (self.groups_shape, self.scale_dtype)}
-        return {**results, "biases": (self.groups_shape, self.dtype)} if self.mode == "affine" else results
+        return {**results, "biases": results["scales"]} if self.has_biases else results
 
     @property
     def matrix_bytes(self) -> int:
         """Of one matrix of w: packed words, scales and biases."""
         elements = math.prod(self.w_shape[-2:])
-        scale_bytes = 2 * ITEM_BYTES[self.dtype] if self.mode == "affine" else 1
+        scale_bytes = ITEM_BYTES[self.scale_dtype] * (2 if self.has_biases else 1)
         return elements * self.bits // 8 + elements // self.group_size * scale_bytes
 
     @property

@@ -34,7 +34,7 @@ def compare(call: Call, operands: dict[str, np.ndarray], results: dict[str, np.n
     if call.op == "quantize":
         for role, array in expected.items():
             differs = results[role].view(np.uint8) != array.view(np.uint8)
-            assert not differs.any(), f"{role}: {differs.sum()} of {differs.size} bytes differ from mlx's"
+            assert not differs.any(), f"{role}: {differs.sum()} of {differs.size} bytes differ from what is expected"
         return 0.0
     if call.op == "dequantize":
         return _compare_dequantized(call, operands, tensor(results["y"], call.dtype))
@@ -64,10 +64,12 @@ def dense(call: Call, operands: dict[str, np.ndarray], columns: slice | None = N
     for role, array in parts.items():
         if call.transpose:
             parts[role] = array[..., columns, :]
+        elif call.is_column_packed:
+            parts[role] = array[..., columns]
         else:
             parts[role] = array[..., int(columns.start / elements[role]) : int(columns.stop / elements[role])]
     words, scales = torch.from_numpy(np.ascontiguousarray(parts["w"])), tensor(parts["scales"], call.scale_dtype)
-    biases = tensor(parts["biases"], call.dtype) if "biases" in parts else None
+    biases = tensor(parts["biases"], call.scale_dtype) if "biases" in parts else None
     factor = torch.from_numpy(operands["global_scale"]) if call.global_scale else None
     return oracle.dequantize(words, scales, biases, _format(call), factor)
 
@@ -76,7 +78,7 @@ def _compare_dequantized(call: Call, operands: dict[str, np.ndarray], y: Tensor)
     """One rounding to the type of y, and float32's roundings of the product and the sum."""
     reference = dense(call, operands)
     size = reference.abs()
-    if "biases" in operands:
+    if call.mode == "affine":
         size = size + 2 * tensor(operands["biases"], call.dtype).double().abs().repeat_interleave(call.group_size, -1)
     info = torch.finfo(y.dtype)
     smallest = info.smallest_normal * info.eps

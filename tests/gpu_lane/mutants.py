@@ -11,6 +11,9 @@ from calls import Call
 METAL = Path(__file__).resolve().parents[2] / "metal"
 BARRIER = re.escape("threadgroup_barrier(mem_flags::mem_threadgroup);")
 
+# By what follows it: its header is a part of matvec.metal.
+COLUMN_BARRIER = BARRIER + r"(?=\s*for \(int i = simdgroup \* 32 \+ lane; i < rows \* block_columns;)"
+
 ROW_OF_W = r"row_(words|halves|bytes) = ([^;]+);"
 
 
@@ -40,6 +43,7 @@ QVM = tuple(Call(rows=rows, n=192, k=37, transpose=False) for rows in (1, 4))
 TILE = Call(rows=29, n=70, k=192)
 TILES = (TILE, Call(rows=29, n=192, k=70, transpose=False))
 SORTED = Call(op="gather_qmm", n=70, k=192, experts=4, pairs=40, sorted=True)
+COLUMNS = tuple(Call(mode="marlin_fp4", group_size=128, rows=rows, n=37, k=1152, transpose=False) for rows in (1, 4))
 SPLIT = Call(n=64, k=512, transpose=False)
 
 
@@ -53,6 +57,7 @@ def _barriers(file: str, *calls: Call) -> dict[str, Mutant]:
 
 MUTANTS = {
     **_barriers("matvec", *QMV, *QVM),
+    "matvec: without the barrier of packed columns": Mutant("racecheck", "matvec", COLUMN_BARRIER, "", COLUMNS),
     **_barriers("matmul", *TILES, SORTED),
     "matmul: rows of x overlap in threadgroup memory": Mutant(
         "racecheck", "matmul", r"row \* padded<T>\(depth\)", "row * (padded<T>(depth) - 16)", (TILE,)

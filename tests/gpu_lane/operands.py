@@ -48,10 +48,15 @@ def random_operands(call: Call, seed: int = 0) -> dict[str, np.ndarray]:
 
 def _weights(call: Call, rng: np.random.Generator) -> dict[str, np.ndarray]:
     words = rng.integers(0, 2**32, call.words_shape, np.uint32)
-    if call.mode == "mxfp8":
+    if call.mode in ("mxfp8", "marlin_fp8"):
         words &= 0xFEFEFEFE  # no NaN
     weights = {"w": _after(call.offset, words)}
     groups = call.groups_shape
+    if call.is_column_packed:
+        largest = {"marlin_fp4": 6.0, "marlin_fp8": 448.0, "marlin_int2": 1.5}.get(call.mode, 8.0)
+        scales = (2.0 / largest * rng.uniform(0.5, 1.5, groups)).astype(np.float16)
+        zeros = {"biases": rng.integers(-2, 18, groups).astype(np.float16)} if call.has_biases else {}
+        return {**weights, "scales": scales, **zeros}
     if call.mode != "affine":
         return {**weights, "scales": rng.integers(*SCALE_BYTES[call.mode], groups, np.uint8)}
     step = 2.0 / (1 << call.bits)

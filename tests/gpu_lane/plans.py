@@ -27,7 +27,7 @@ def _operands(call: Call) -> dict[str, Any]:
     return {
         "w": _empty(call.words_shape, "uint32", call.offset),
         "scales": scales,
-        "biases": torch.empty_like(scales) if call.mode == "affine" else None,
+        "biases": torch.empty_like(scales) if call.has_biases else None,
         "x": _empty(padded, call.dtype, call.offset)[..., : call.k],
         "indices": _empty((call.pairs,), "int64"),
         "dense": _empty(call.w_shape, call.dtype, call.offset),

@@ -6,6 +6,10 @@ from calls import Call
 
 AFFINE = tuple(("affine", group_size, bits) for bits in (2, 3, 4, 5, 6, 8) for group_size in (32, 64, 128))
 FORMATS = (*AFFINE, ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4))
+# Of packed columns.
+COLUMN_WIDTHS = {"marlin_fp4": 4, "marlin_fp8": 8, "marlin_int2": 2, "marlin_int4": 4, "marlin_int4_sym": 4}
+COLUMN_FORMATS = tuple((mode, group_size, bits) for mode, bits in COLUMN_WIDTHS.items() for group_size in (32, 64, 128))
+COLUMN_FP4 = ("marlin_fp4", 128, 4)
 SOME_FORMATS = (("affine", 32, 3), *FORMATS[-3:])
 FOUR_BIT, NVFP4 = ("affine", 64, 4), ("nvfp4", 16, 4)
 DTYPES = ("float32", "float16", "bfloat16")

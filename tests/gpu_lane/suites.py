@@ -17,6 +17,8 @@ from calls import Call
 from mutants import MUTANTS
 from plans import plan_of
 from shapes import (
+    COLUMN_FORMATS,
+    COLUMN_FP4,
     DTYPES,
     EXPERT,
     FORMATS,
@@ -91,8 +93,10 @@ def products(format: tuple[str, int, int], dtype: str, shapes: Shapes) -> Iterat
     layout = {"dtype": dtype, "offset": shapes.offset, "x_padding": shapes.x_padding}
     group_size = format[1]
     grouped = [count * group_size for count in shapes.groups[group_size]]
-    sizes = [{"n": shapes.free_n, "k": k} for k in grouped]
-    sizes += [{"n": grouped[0], "k": k, "transpose": False} for k in shapes.free_k]
+    columns = format in COLUMN_FORMATS
+    sizes = [{"n": shapes.free_n, "k": k, "transpose": not columns} for k in grouped]
+    if not columns:
+        sizes += [{"n": grouped[0], "k": k, "transpose": False} for k in shapes.free_k]
     for size, rows in itertools.product(sizes, shapes.rows):
         yield call_of(format, rows=rows, **size, **layout)
     gathered = {**layout, "op": "gather_qmm", "experts": 4, "invalid": shapes.invalid}
@@ -105,7 +109,8 @@ def products(format: tuple[str, int, int], dtype: str, shapes: Shapes) -> Iterat
 def conversions(format: tuple[str, int, int], dtype: str, shapes: Shapes) -> Iterator[Call]:
     n, k = (23, 384) if shapes.offset else (16, 256)
     for op in ("quantize", "dequantize"):
-        yield call_of(format, op=op, dtype=dtype, n=n, k=k, offset=shapes.offset)
+        transpose = format not in COLUMN_FORMATS
+        yield call_of(format, op=op, dtype=dtype, n=n, k=k, offset=shapes.offset, transpose=transpose)
 
 
 def reaching(calls: Iterable[Call]) -> Iterator[Call]:
@@ -145,11 +150,12 @@ def special() -> Iterator[Call]:
 
 
 def check() -> Iterator[Item]:
-    for format, dtype in itertools.product(FORMATS, DTYPES):
+    for format, dtype in itertools.product((*FORMATS, *COLUMN_FORMATS), DTYPES):
         yield from (Item("check", call, "plain") for call in kernels_of(format, dtype))
     yield from (Item("check", call, "plain") for call in special())
     # The others are in `time`, on large shapes.
-    yield from (Item("check", call) for call in kernels_of(FOUR_BIT, "float16"))
+    for format in (FOUR_BIT, COLUMN_FP4):
+        yield from (Item("check", call) for call in kernels_of(format, "float16"))
     for format, dtype in itertools.product(FORMATS, DTYPES):
         n, k = RAGGED.free_n, format[1] * RAGGED.groups[format[1]][0]
         yield from (Item("check", call_of(format, dtype=dtype, rows=rows, n=n, k=k)) for rows in (1, 29))
@@ -159,9 +165,9 @@ def check() -> Iterator[Item]:
 
 
 def sanitized() -> Iterator[Call]:
-    for shapes in (RAGGED, ALIGNED):
-        yield from reaching(products(FOUR_BIT, "float16", shapes))
-        yield from conversions(FOUR_BIT, "float16", shapes)
+    for shapes, format in itertools.product((RAGGED, ALIGNED), (FOUR_BIT, COLUMN_FP4)):
+        yield from reaching(products(format, "float16", shapes))
+        yield from conversions(format, "float16", shapes)
     for format, dtype in zip(SOME_FORMATS, ("bfloat16", "float32", "float16", "float32"), strict=True):
         for transpose, rows in itertools.product((True, False), (1, 3, 20)):
             free, grouped = RAGGED.free_n, format[1] * RAGGED.groups[format[1]][0]
@@ -200,6 +206,10 @@ def time() -> Iterator[Item]:
         yield Item("time", call_of(format, dtype=dtype, **LARGE))
     for rows, build in itertools.product(PLAIN_ROWS, ("generic", "known")):
         yield Item("time", Call(rows=rows, transpose=False, **LARGE), build)
+    for format in COLUMN_FORMATS:
+        yield Item("time", call_of(format, transpose=False, **LARGE))
+    for rows in PLAIN_ROWS:
+        yield Item("time", call_of(COLUMN_FP4, rows=rows, transpose=False, **LARGE))
     for experts, pairs, sorted in itertools.product((8, 64), (8, 512), (False, True)):
         call = Call(**EXPERT, experts=experts, pairs=pairs, sorted=sorted)
         yield from (Item("time", replace(call, transpose=transpose)) for transpose in (True, False))

@@ -8,9 +8,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from calls import Call
-from shapes import EXPERT, FORMATS, LARGE, PLAIN_ROWS, ROWS, SHAPES, SWEEP, TILE_ROWS, call_of
+from shapes import (
+    COLUMN_FORMATS,
+    COLUMN_FP4,
+    EXPERT,
+    FORMATS,
+    LARGE,
+    PLAIN_ROWS,
+    ROWS,
+    SHAPES,
+    SWEEP,
+    TILE_ROWS,
+    call_of,
+)
 
-KERNEL = re.compile(r"(?:affine|mxfp4|mxfp8|nvfp4)_(?P<op>\w+?)_(?:float32|float16|bfloat16)_gs_\d+_b_\d+(?P<rows>\w*)")
+MODES = r"(?:affine|mxfp4|mxfp8|nvfp4|marlin_(?:fp4|fp8|int2|int4_sym|int4))"
+KERNEL = re.compile(MODES + r"_(?P<op>\w+?)_(?:float32|float16|bfloat16)_gs_\d+_b_\d+(?P<rows>\w*)")
 NOTHING = ""
 
 
@@ -79,7 +92,8 @@ class Times:
 
     def tables(self) -> list[str]:
         shapes = [self._shape(n, k) for n, k in SHAPES]
-        return [*shapes, self._tiles(), self._steps(), self._formats(), self._not_transposed(), self._gathered()]
+        kinds = (self._formats(), self._not_transposed(), self._packed_columns(), self._gathered())
+        return [*shapes, self._tiles(), self._steps(), *kinds]
 
     def _seconds(self, call: Call, build: str = "generic") -> float | None:
         found = self._times.get((call, build))
@@ -183,6 +197,15 @@ class Times:
         ]
         header = ("rows", "kernel", "generic, us", "of copy", "known, us", "of copy")
         return table("w not transposed, 8192 x 8192, float16, affine, 4 bits, group_size 64", header, rows)
+
+    def _packed_columns(self) -> str:
+        calls = [call_of(format, transpose=False, **LARGE) for format in COLUMN_FORMATS]
+        calls += [call_of(COLUMN_FP4, rows=rows, transpose=False, **LARGE) for rows in PLAIN_ROWS[1:]]
+        rows = [
+            (c.format, c.rows, self._kernel(c), self._micros(c, "generic"), self._of_copy(c, "generic")) for c in calls
+        ]
+        header = ("format", "rows", "kernel", "generic, us", "of copy")
+        return table("Packed columns, w 8192 x 8192, float16", header, rows)
 
     def _gathered(self) -> str:
         rows = []
