@@ -274,9 +274,14 @@ def test_change_of_dtype_changes_the_bias_alone(kind: Kind) -> None:
     before = quantized(kind)
     layer = nn.Sequential(copy.deepcopy(before))
     x = oracle.random_x(3, IN, dtype=torch.float16)
-    moves = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64, "float": torch.float32}
-    for move, dtype in moves.items():
-        moved = getattr(layer, move)()[0]
+    for move, dtype in (
+        (nn.Module.half, torch.float16),
+        (nn.Module.bfloat16, torch.bfloat16),
+        (nn.Module.double, torch.float64),
+        (lambda module: module.to(torch.float16), torch.float16),
+        (lambda module: module.type(torch.float32), torch.float32),  # which converts integers too
+    ):
+        moved = move(layer)[0]
         for ours, theirs in zip(packed(moved), packed(before), strict=True):
             assert (ours is None) == (theirs is None)
             if ours is not None:

@@ -212,7 +212,7 @@ def test_values_out_of_range_are_named(
         lambda: pipeline.batch_generate(PROMPTS, **options),
         lambda: pipeline.chat(MESSAGES, **options),
     ):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match=re.escape(f"[TransformersMarlinPipeline] {message}")):
             call()
 
 
