@@ -1,8 +1,4 @@
-"""Marlin's packers against numpy, its products against float64 on exactly decoded weights, and the documented examples.
-
-The reference quantizers are written from the formulas in the formats' description, in float32; they share no code with
-the package.
-"""
+"""Marlin's packers and products against numpy and float64, and the examples of its documentation."""
 
 from __future__ import annotations
 
@@ -39,6 +35,7 @@ from quantization_mlx.marlin import (
     pack_int4_weights,
 )
 from quantization_mlx.marlin.arrays import is_mlx_array, to_mlx, to_torch
+from test_marlin_ops import reference_quantize
 
 # The bits of an element, and what the largest magnitude of a group is divided by for the scale.
 BITS = {"fp4": 4, "fp8": 8, "int2": 2, "int4": 4, "int4_sym": 4}
@@ -77,22 +74,6 @@ class Packed(NamedTuple):
         return tuple(tensor for tensor in self if tensor is not None)
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> Tensor:
-    """uint32 words [K * bits / 32, N] of codes [K, N]: word (r, n) has rows from r * 32 / bits on of column n."""
-    K, N = codes.shape
-    split = codes.astype(np.uint32).reshape(K * bits // 32, 32 // bits, N)
-    shifts = bits * np.arange(32 // bits, dtype=np.uint32)[None, :, None]
-    return torch.from_numpy(np.bitwise_or.reduce(split << shifts, axis=1))
-
-
-def unpack_codes(words: Tensor, bits: int) -> np.ndarray:
-    """int64 codes [K, N] of words [K * bits / 32, N]."""
-    raw = words.detach().cpu().contiguous().view(torch.int32).numpy().view(np.uint32)
-    shifts = bits * np.arange(32 // bits, dtype=np.uint32)[None, :, None]
-    codes = (raw[:, None] >> shifts) & np.uint32(2**bits - 1)
-    return codes.reshape(-1, raw.shape[1]).astype(np.int64)
-
-
 def element_values(kind: str, codes: np.ndarray) -> np.ndarray:
     """float64, what codes stand for before the scale (and the zero point of int4)."""
     if kind == "fp4":
@@ -102,72 +83,23 @@ def element_values(kind: str, codes: np.ndarray) -> np.ndarray:
     return codes - {"int2": 1.5, "int4": 0.0, "int4_sym": 8.0}[kind]
 
 
+def format_of(kind: str, group_size: int) -> oracle.Format:
+    return oracle.Format(f"marlin_{kind}", group_size, BITS[kind])
+
+
 def exact(kind: str, packed: Packed, group_size: int) -> Tensor:
     """float64 [K, N]."""
-
-    def spread(table: Tensor) -> np.ndarray:
-        return np.repeat(table.detach().cpu().double().numpy(), group_size, 0)
-
-    values = element_values(kind, unpack_codes(packed.words, BITS[kind]))
-    if packed.zeros is not None:
-        values = values - spread(packed.zeros)
-    return torch.from_numpy(values * spread(packed.scales))
-
-
-def reference_scales(kind: str, groups: np.ndarray) -> np.ndarray:
-    """float16 [K / group_size, N] of float32 groups [K / group_size, group_size, N]."""
-    largest = np.abs(groups).max(1)
-    if kind == "int4":
-        with np.errstate(over="ignore"):
-            scales = np.maximum((groups.max(1) - groups.min(1)) / np.float32(15), largest / np.float32(2047))
-    else:
-        scales = largest / np.float32(DIVISORS[kind])
-    rounded = np.clip(scales, np.float32(1e-7), np.float32(65504)).astype(np.float16)
-    if kind == "int4":  # rounded down, small scales would let a zero point pass 2048
-        next_up = np.nextafter(rounded, np.float16(65504))
-        rounded = np.where(2048 * rounded.astype(np.float32) < largest, next_up, rounded)
-    return rounded
-
-
-def reference_codes(kind: str, quotients: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
-    """Codes of float32 quotients of weights and scales, before packing."""
-    if kind == "fp4":  # argmin takes the first, so ties go to the lower code, and +0 comes before -0
-        return np.abs(np.clip(quotients, -6, 6).astype(np.float64)[..., None] - oracle.E2M1).argmin(-1)
-    if kind == "fp8":
-        clamped = torch.from_numpy(np.clip(quotients, -448, 448))
-        return clamped.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    if kind == "int2":
-        return np.clip(np.rint(quotients + np.float32(1.5)), 0, 3)
-    if kind == "int4":
-        return np.clip(np.rint(quotients + zeros), 0, 15)
-    return np.clip(np.rint(quotients), -8, 7) + 8
+    return oracle.dequantize(*packed, format_of(kind, group_size))
 
 
 def reference(kind: str, weights: Tensor, group_size: int) -> Packed:
-    values = weights.detach().cpu().float().numpy()
-    groups = values.reshape(-1, group_size, values.shape[1])
-    scales = reference_scales(kind, groups)
-    divisors = scales.astype(np.float32)
-    zeros = None
-    if kind == "int4":
-        zeros = np.clip(np.rint(-groups.min(1) / divisors), -2048, 2048).astype(np.float16) + np.float16(0)  # never -0
-    quotients = groups / divisors[:, None]
-    codes = reference_codes(kind, quotients, None if zeros is None else zeros.astype(np.float32)[:, None])
-    words = pack_codes(codes.reshape(values.shape), BITS[kind])
-    return Packed(words, torch.from_numpy(scales), None if zeros is None else torch.from_numpy(zeros))
+    return Packed(*reference_quantize(weights.detach().cpu(), format_of(kind, group_size)))
 
 
-def random_packed(kind: str, K: int, N: int, group_size: int, seed: int = 0) -> Packed:
+def random_packed(kind: str, K: int, N: int, group_size: int) -> Packed:
     """Random codes, scales and zero points, drawn without any quantizer."""
-    rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 1 << BITS[kind], (K, N))
-    if kind == "fp8":
-        codes = np.where((codes & 0x7F) == 0x7F, codes ^ 1, codes)  # no NaN
-    groups = (K // group_size, N)
-    top = {"fp4": 6, "fp8": 448, "int2": 1.5, "int4": 8, "int4_sym": 8}[kind]
-    scales = rng.uniform(0.5, 1.5, groups) * rng.choice([-1.0, 1.0], groups) / top
-    zeros = torch.from_numpy(rng.integers(-3, 19, groups)).half() if kind == "int4" else None
-    return Packed(pack_codes(codes, BITS[kind]), torch.from_numpy(scales).half(), zeros)
+    made = oracle.random_quantized(format_of(kind, group_size), K, N)
+    return Packed(made.w, made.scales, made.biases)
 
 
 def packer(kind: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -264,7 +196,7 @@ def test_layout_of_words(kind: str) -> None:
         "int4": (0, 15),
         "int4_sym": (8, 15),
     }[kind]
-    codes = unpack_codes(words, bits)[:, 0]
+    codes = oracle.unpack(words.mT, bits)[0]
     values = element_values(kind, codes)
     assert values[0] < 0 or kind == "int4"
     assert (np.diff(values) >= 0).all() and values[-1] > values[0]

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,23 +113,9 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def decoded(layer: ColumnPackedLinear) -> Tensor:
-    """The matrix [in_features, out_features] of a layer, from the description of the formats, in float64."""
-    words = layer.weight_packed.view(torch.int32).numpy().view(np.uint32)
-    shifts = np.arange(0, 32, layer.bits, dtype=np.uint32)
-    codes = (words[:, None, :] >> shifts[:, None]) & np.uint32(2**layer.bits - 1)
-    codes = codes.reshape(layer.in_features, layer.out_features).astype(np.int64)
-
-    def spread(table: Tensor) -> np.ndarray:
-        return np.repeat(table.double().numpy(), layer.group_size, 0)
-
-    elements = {
-        "marlin_fp4": lambda: oracle.E2M1[codes],
-        "marlin_fp8": lambda: oracle.E4M3[codes],
-        "marlin_int2": lambda: codes - 1.5,
-        "marlin_int4": lambda: codes - spread(layer.zeros),
-        "marlin_int4_sym": lambda: codes - 8.0,
-    }[layer.mode]()
-    return torch.from_numpy(elements * spread(layer.scales))
+    """The matrix [in_features, out_features] of a layer, in float64."""
+    format = oracle.Format(layer.mode, layer.group_size, layer.bits)
+    return oracle.dequantize(layer.weight_packed, layer.scales, layer.zeros, format)
 
 
 def dequantized(model: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedModel:
