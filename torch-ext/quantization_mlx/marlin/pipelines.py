@@ -119,9 +119,10 @@ class TransformersMarlinPipeline:
             iterator over pieces of it, which raises what generation raises.
 
         Raises:
-            ValueError: a list with stream, a prompt without tokens, or a value out of its range.
+            ValueError: a list with stream, a prompt without tokens, a value out of its range, or an option that asks
+                for several texts or for more than text.
         """
-        sampling = {**self._sampling(max_tokens, temperature, top_p, top_k), **options}
+        sampling = self._sampling(max_tokens, temperature, top_p, top_k, options)
         if not isinstance(prompt, str):
             if stream:
                 raise ValueError(f"[{type(self).__name__}] stream takes one prompt, not a list of {len(prompt)}")
@@ -151,7 +152,7 @@ class TransformersMarlinPipeline:
         Raises:
             ValueError: the tokenizer has no chat template, or a value is out of its range.
         """
-        sampling = {**self._sampling(max_tokens, temperature, top_p, top_k), **options}
+        sampling = self._sampling(max_tokens, temperature, top_p, top_k, options)
         encoded = self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
@@ -172,7 +173,7 @@ class TransformersMarlinPipeline:
         Raises:
             ValueError: a prompt has no tokens, or a value is out of its range.
         """
-        return self._batch(list(prompts), {**self._sampling(max_tokens, temperature, top_p, top_k), **options})
+        return self._batch(list(prompts), self._sampling(max_tokens, temperature, top_p, top_k, options))
 
     def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """`model.generate` with input_ids [batch, tokens], which are moved to the device."""
@@ -180,12 +181,20 @@ class TransformersMarlinPipeline:
 
     # Tokens
 
-    def _sampling(self, max_tokens: int, temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
-        """The arguments of `model.generate`.
+    def _sampling(
+        self, max_tokens: int, temperature: float, top_p: float, top_k: int, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of `model.generate`, options among them.
 
         Raises:
-            ValueError: a value is out of its range.
+            ValueError: a value is out of its range, or an option asks for other results than one text for a prompt.
         """
+        for name, wanted in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
+            if options.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"[{type(self).__name__}] {name} is {options[name]}; a pipeline returns one text for each prompt, "
+                    "and its method generate what the model returns"
+                )
         for name, value, fits, wanted in (
             ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
             ("temperature", temperature, 0 <= temperature < math.inf, "a finite number of at least 0"),
@@ -195,9 +204,9 @@ class TransformersMarlinPipeline:
             if not fits:
                 raise ValueError(f"[{type(self).__name__}] {name} is {value}; it must be {wanted}")
         if temperature == 0:
-            return {"max_new_tokens": max_tokens, "do_sample": False}
+            return {"max_new_tokens": max_tokens, "do_sample": False, **options}
         filters = {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
-        return {"max_new_tokens": max_tokens, "do_sample": True, **filters}
+        return {"max_new_tokens": max_tokens, "do_sample": True, **filters, **options}
 
     @property
     def _pad_token_id(self) -> int:
