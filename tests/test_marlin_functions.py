@@ -1,8 +1,4 @@
-"""Marlin's packers against numpy, its products against float64 on exactly decoded weights, and the documented examples.
-
-The reference quantizers are written from the formulas in the formats' description, in float32; they share no code with
-the package.
-"""
+"""Marlin's packers and products against numpy and float64, and the examples of its documentation."""
 
 from __future__ import annotations
 
@@ -39,6 +35,7 @@ from quantization_mlx.marlin import (
     pack_int4_weights,
 )
 from quantization_mlx.marlin.arrays import is_mlx_array, to_mlx, to_torch
+from test_marlin_ops import reference_quantize
 
 # The bits of an element, and what the largest magnitude of a group is divided by for the scale.
 BITS = {"fp4": 4, "fp8": 8, "int2": 2, "int4": 4, "int4_sym": 4}
@@ -46,6 +43,19 @@ DIVISORS = {"fp4": 6, "fp8": 448, "int2": 1.5, "int4_sym": 7}
 KIND = pytest.mark.parametrize("kind", BITS)
 GROUP_SIZE = pytest.mark.parametrize("group_size", [32, 64, 128])
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+# What is multiplied: numbers of columns, and shapes of activations.
+COLUMNS = {"cpu": (1, 33, 128), "mps": (33,)}
+SHAPES = {
+    "cpu": ((1, 256), (2, 256), (5, 256), (33, 256), (256,), (2, 3, 256), (0, 256)),
+    "mps": ((256,), (2, 3, 256), (17, 256)),
+}
+
+
+def group_sizes_of(device: str, kind: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """All on the CPU; on "mps", which is slow in software, another one for each dtype of a format."""
+    sizes = (32, 64, 128)
+    chosen = sizes[(list(BITS).index(kind) + DTYPES.index(dtype)) % 3]
+    return sizes if device == "cpu" else (chosen,)
 
 
 # --- The formats ------------------------------------------------------------------------------------------------------
@@ -64,22 +74,6 @@ class Packed(NamedTuple):
         return tuple(tensor for tensor in self if tensor is not None)
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> Tensor:
-    """uint32 words [K * bits / 32, N] of codes [K, N]: word (r, n) has rows from r * 32 / bits on of column n."""
-    K, N = codes.shape
-    split = codes.astype(np.uint32).reshape(K * bits // 32, 32 // bits, N)
-    shifts = bits * np.arange(32 // bits, dtype=np.uint32)[None, :, None]
-    return torch.from_numpy(np.bitwise_or.reduce(split << shifts, axis=1))
-
-
-def unpack_codes(words: Tensor, bits: int) -> np.ndarray:
-    """int64 codes [K, N] of words [K * bits / 32, N]."""
-    raw = words.detach().cpu().contiguous().view(torch.int32).numpy().view(np.uint32)
-    shifts = bits * np.arange(32 // bits, dtype=np.uint32)[None, :, None]
-    codes = (raw[:, None] >> shifts) & np.uint32(2**bits - 1)
-    return codes.reshape(-1, raw.shape[1]).astype(np.int64)
-
-
 def element_values(kind: str, codes: np.ndarray) -> np.ndarray:
     """float64, what codes stand for before the scale (and the zero point of int4)."""
     if kind == "fp4":
@@ -89,72 +83,23 @@ def element_values(kind: str, codes: np.ndarray) -> np.ndarray:
     return codes - {"int2": 1.5, "int4": 0.0, "int4_sym": 8.0}[kind]
 
 
+def format_of(kind: str, group_size: int) -> oracle.Format:
+    return oracle.Format(f"marlin_{kind}", group_size, BITS[kind])
+
+
 def exact(kind: str, packed: Packed, group_size: int) -> Tensor:
     """float64 [K, N]."""
-
-    def spread(table: Tensor) -> np.ndarray:
-        return np.repeat(table.detach().cpu().double().numpy(), group_size, 0)
-
-    values = element_values(kind, unpack_codes(packed.words, BITS[kind]))
-    if packed.zeros is not None:
-        values = values - spread(packed.zeros)
-    return torch.from_numpy(values * spread(packed.scales))
-
-
-def reference_scales(kind: str, groups: np.ndarray) -> np.ndarray:
-    """float16 [K / group_size, N] of float32 groups [K / group_size, group_size, N]."""
-    largest = np.abs(groups).max(1)
-    if kind == "int4":
-        with np.errstate(over="ignore"):
-            scales = np.maximum((groups.max(1) - groups.min(1)) / np.float32(15), largest / np.float32(2047))
-    else:
-        scales = largest / np.float32(DIVISORS[kind])
-    rounded = np.clip(scales, np.float32(1e-7), np.float32(65504)).astype(np.float16)
-    if kind == "int4":  # rounded down, small scales would let a zero point pass 2048
-        next_up = np.nextafter(rounded, np.float16(65504))
-        rounded = np.where(2048 * rounded.astype(np.float32) < largest, next_up, rounded)
-    return rounded
-
-
-def reference_codes(kind: str, quotients: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
-    """Codes of float32 quotients of weights and scales, before packing."""
-    if kind == "fp4":  # argmin takes the first, so ties go to the lower code, and +0 comes before -0
-        return np.abs(np.clip(quotients, -6, 6).astype(np.float64)[..., None] - oracle.E2M1).argmin(-1)
-    if kind == "fp8":
-        clamped = torch.from_numpy(np.clip(quotients, -448, 448))
-        return clamped.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    if kind == "int2":
-        return np.clip(np.rint(quotients + np.float32(1.5)), 0, 3)
-    if kind == "int4":
-        return np.clip(np.rint(quotients + zeros), 0, 15)
-    return np.clip(np.rint(quotients), -8, 7) + 8
+    return oracle.dequantize(*packed, format_of(kind, group_size))
 
 
 def reference(kind: str, weights: Tensor, group_size: int) -> Packed:
-    values = weights.detach().cpu().float().numpy()
-    groups = values.reshape(-1, group_size, values.shape[1])
-    scales = reference_scales(kind, groups)
-    divisors = scales.astype(np.float32)
-    zeros = None
-    if kind == "int4":
-        zeros = np.clip(np.rint(-groups.min(1) / divisors), -2048, 2048).astype(np.float16) + np.float16(0)  # never -0
-    quotients = groups / divisors[:, None]
-    codes = reference_codes(kind, quotients, None if zeros is None else zeros.astype(np.float32)[:, None])
-    words = pack_codes(codes.reshape(values.shape), BITS[kind])
-    return Packed(words, torch.from_numpy(scales), None if zeros is None else torch.from_numpy(zeros))
+    return Packed(*reference_quantize(weights.detach().cpu(), format_of(kind, group_size)))
 
 
-def random_packed(kind: str, K: int, N: int, group_size: int, seed: int = 0) -> Packed:
+def random_packed(kind: str, K: int, N: int, group_size: int) -> Packed:
     """Random codes, scales and zero points, drawn without any quantizer."""
-    rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 1 << BITS[kind], (K, N))
-    if kind == "fp8":
-        codes = np.where((codes & 0x7F) == 0x7F, codes ^ 1, codes)  # no NaN
-    groups = (K // group_size, N)
-    top = {"fp4": 6, "fp8": 448, "int2": 1.5, "int4": 8, "int4_sym": 8}[kind]
-    scales = rng.uniform(0.5, 1.5, groups) * rng.choice([-1.0, 1.0], groups) / top
-    zeros = torch.from_numpy(rng.integers(-3, 19, groups)).half() if kind == "int4" else None
-    return Packed(pack_codes(codes, BITS[kind]), torch.from_numpy(scales).half(), zeros)
+    made = oracle.random_quantized(format_of(kind, group_size), K, N)
+    return Packed(made.w, made.scales, made.biases)
 
 
 def packer(kind: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -208,17 +153,17 @@ WEIGHTS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 @KIND
-@GROUP_SIZE
 @DTYPE
-def test_packers_follow_the_formulas(kind: str, group_size: int, dtype: torch.dtype, device: str) -> None:
+def test_packers_follow_the_formulas(kind: str, dtype: torch.dtype, device: str) -> None:
     """Words, scales and zeros bit for bit; each kind of weights in columns of its own."""
     limit, N = torch.finfo(dtype).max, 7
     weights = torch.cat([make(256, N) for make in WEIGHTS.values()], 1).clamp(-limit, limit).to(dtype)
-    packed = packer(kind)(weights.to(device), group_size=group_size)
-    assert isinstance(packed, tuple)
-    for ours, theirs in zip(packed, reference(kind, weights, group_size).tensors, strict=True):
-        for what, one, other in zip(WEIGHTS, ours.cpu().split(N, 1), theirs.split(N, 1), strict=True):
-            oracle.assert_identical(one, other, f"{kind}, {what} weights")
+    for group_size in group_sizes_of(device, kind, dtype):
+        packed = packer(kind)(weights.to(device), group_size=group_size)
+        assert isinstance(packed, tuple)
+        for ours, theirs in zip(packed, reference(kind, weights, group_size).tensors, strict=True):
+            for what, one, other in zip(WEIGHTS, ours.cpu().split(N, 1), theirs.split(N, 1), strict=True):
+                oracle.assert_identical(one, other, f"{kind}, {what} weights, groups of {group_size}")
 
 
 def test_int4_keeps_values_far_from_zero(device: str) -> None:
@@ -232,16 +177,16 @@ def test_int4_keeps_values_far_from_zero(device: str) -> None:
 
 
 @KIND
-def test_layout_of_words(kind: str, device: str) -> None:
+def test_layout_of_words(kind: str) -> None:
     """By hand: one column counts up through its codes, the other has a single element that is not zero."""
     weights = torch.zeros(32, 2)
     weights[:, 0] = torch.linspace(-1, 1, 32)
     weights[9, 1] = 1
-    words, *_ = packer(kind)(weights.to(device), group_size=32)
+    words, *_ = packer(kind)(weights, group_size=32)
     bits = BITS[kind]
     assert words.shape == (bits, 2) and words.dtype == torch.uint32
     word, position = divmod(9, 32 // bits)
-    columns = words.cpu().view(torch.int32).long() & 0xFFFFFFFF
+    columns = words.view(torch.int32).long() & 0xFFFFFFFF
     nonzero = (columns[word, 1].item() >> (bits * position)) & (2**bits - 1)
     zero = columns[word, 1].item() & (2**bits - 1)
     assert (zero, nonzero) == {
@@ -251,21 +196,21 @@ def test_layout_of_words(kind: str, device: str) -> None:
         "int4": (0, 15),
         "int4_sym": (8, 15),
     }[kind]
-    codes = unpack_codes(words, bits)[:, 0]
+    codes = oracle.unpack(words.mT, bits)[0]
     values = element_values(kind, codes)
     assert values[0] < 0 or kind == "int4"
     assert (np.diff(values) >= 0).all() and values[-1] > values[0]
 
 
 @KIND
-@pytest.mark.parametrize("shape", [(128, 1), (256, 100), (384, 64)], ids=str)
-def test_packers_take_any_number_of_columns_and_any_strides(kind: str, shape: tuple[int, int], device: str) -> None:
-    weights = torch.randn(shape, generator=oracle.generator(4))
-    default = packer(kind)(weights.to(device))
-    strided = packer(kind)(weights.T.contiguous().to(device).T, 128)
-    for ours, other, theirs in zip(default, strided, reference(kind, weights, 128).tensors, strict=True):
-        oracle.assert_identical(ours, theirs)
-        oracle.assert_identical(other, theirs)
+def test_packers_take_any_number_of_columns_and_any_strides(kind: str, device: str) -> None:
+    for shape in ((128, 1), (256, 100), (384, 64)) if device == "cpu" else ((256, 5),):
+        weights = torch.randn(shape, generator=oracle.generator(4))
+        default = packer(kind)(weights.to(device))
+        strided = packer(kind)(weights.T.contiguous().to(device).T, 128)
+        for ours, other, theirs in zip(default, strided, reference(kind, weights, 128).tensors, strict=True):
+            oracle.assert_identical(ours, theirs, f"{kind} {shape}")
+            oracle.assert_identical(other, theirs, f"{kind} {shape}, by columns")
 
 
 def test_packers_take_other_float_dtypes() -> None:
@@ -365,24 +310,26 @@ def test_error_of_normal_weights_is_that_of_the_format(kind: str, group_size: in
 
 
 @KIND
-@GROUP_SIZE
-def test_dequantize_gives_the_exact_values_rounded_once(kind: str, group_size: int, device: str) -> None:
-    packed = random_packed(kind, 256, 21, group_size)
-    values = exact(kind, packed, group_size)
-    options = {"group_size": group_size, "bits": BITS[kind], "mode": f"marlin_{kind}"}
-    for dtype in (None, *DTYPES):
+@DTYPE
+def test_dequantize_gives_the_exact_values_rounded_once(kind: str, dtype: torch.dtype, device: str) -> None:
+    for group_size in group_sizes_of(device, kind, dtype):
+        packed = random_packed(kind, 256, 21, group_size)
+        values = exact(kind, packed, group_size)
+        options = {"group_size": group_size, "bits": BITS[kind], "mode": f"marlin_{kind}"}
         ours = qm.dequantize(*packed.to(device), **options, dtype=dtype)
-        oracle.assert_identical(ours, values.to(dtype or torch.float16), f"{kind} {dtype}")
+        oracle.assert_identical(ours, values.to(dtype), f"{kind}, groups of {group_size}")
+        if dtype == torch.float16:
+            oracle.assert_identical(qm.dequantize(*packed.to(device), **options), ours)
 
 
-@GROUP_SIZE
-def test_dispatch_dequant_fp4(group_size: int, device: str) -> None:
-    packed = random_packed("fp4", 256, 21, group_size)
-    words, scales, _ = packed.to(device)
+def test_dispatch_dequant_fp4(device: str) -> None:
     lib = get_default_library()
-    ours = dispatch_dequant_fp4(lib, words, scales, 256, 21, group_size)
-    oracle.assert_identical(ours, exact("fp4", packed, group_size).half())
-    oracle.assert_identical(dispatch_dequant_fp4(lib, words.view(torch.int32), scales, 256, 21, group_size), ours)
+    for group_size in group_sizes_of(device, "fp4", torch.float16):
+        packed = random_packed("fp4", 256, 21, group_size)
+        words, scales, _ = packed.to(device)
+        ours = dispatch_dequant_fp4(lib, words, scales, 256, 21, group_size)
+        oracle.assert_identical(ours, exact("fp4", packed, group_size).half())
+        oracle.assert_identical(dispatch_dequant_fp4(lib, words.view(torch.int32), scales, 256, 21, group_size), ours)
 
 
 def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
@@ -402,15 +349,15 @@ def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
 
 @KIND
 @DTYPE
-@GROUP_SIZE
-@pytest.mark.parametrize("N", [1, 33, 128])
-def test_products(kind: str, dtype: torch.dtype, group_size: int, N: int, device: str) -> None:
-    packed = random_packed(kind, 256, N, group_size)
-    matrix = exact(kind, packed, group_size)
-    for shape in ((1, 256), (2, 256), (5, 256), (33, 256), (256,), (2, 3, 256), (0, 256)):
-        x = oracle.random_x(*shape, dtype=dtype)
-        y = product(kind, x.to(device), packed.to(device), group_size)
-        oracle.assert_product(y, x, matrix, dtype, f"{kind} {shape}")
+def test_products(kind: str, dtype: torch.dtype, device: str) -> None:
+    for group_size in group_sizes_of(device, kind, dtype):
+        for N in COLUMNS[device]:
+            packed = random_packed(kind, 256, N, group_size)
+            matrix = exact(kind, packed, group_size)
+            for shape in SHAPES[device]:
+                x = oracle.random_x(*shape, dtype=dtype)
+                y = product(kind, x.to(device), packed.to(device), group_size)
+                oracle.assert_product(y, x, matrix, dtype, f"{kind}, groups of {group_size}, x {shape}, N {N}")
 
 
 def test_products_with_what_was_packed(device: str) -> None:

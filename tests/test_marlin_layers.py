@@ -81,38 +81,41 @@ def exact_weight(kind: Kind, layer: ColumnPackedLinear) -> Tensor:
 
 @KIND
 @DTYPE
-@pytest.mark.parametrize("shape", [(IN,), (1, IN), (7, IN), (2, 3, IN), (0, IN), (2, 0, IN)], ids=str)
-def test_multiplies_by_the_packed_weight(kind: Kind, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
+def test_multiplies_by_the_packed_weight(kind: Kind, dtype: torch.dtype, device: str) -> None:
     layer = quantized(kind, device, bias=False)
-    x = oracle.random_x(*shape, dtype=dtype)
-    oracle.assert_product(layer(x.to(device)), x, exact_weight(kind, layer), dtype, str(kind))
+    matrix = exact_weight(kind, layer)
+    shapes = ((IN,), (1, IN), (7, IN), (2, 3, IN), (0, IN), (2, 0, IN))
+    for shape in shapes if device == "cpu" else shapes[3:5]:
+        x = oracle.random_x(*shape, dtype=dtype)
+        oracle.assert_product(layer(x.to(device)), x, matrix, dtype, f"{kind} {shape}")
 
 
 @KIND
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_holds_what_the_formulas_give(kind: Kind, group_size: int, device: str) -> None:
+def test_holds_what_the_formulas_give(kind: Kind, device: str) -> None:
     linear = dense(device)
-    layer = kind.quantized(linear, **kind.options, group_size=group_size)
-    expected = reference(kind.format, linear.weight.T, group_size)
-    for ours, theirs in zip((t for t in packed(layer) if t is not None), expected.tensors, strict=True):
-        oracle.assert_identical(ours, theirs, str(kind))
-    assert layer.bias is linear.bias
     x = oracle.random_x(3, IN)
-    y = layer(x.to(device)) - linear.bias
-    oracle.assert_within(y, x.double() @ exact_weight(kind, layer), 1e-4)
+    for group_size in (32, 64, 128) if device == "cpu" else (64,):
+        layer = kind.quantized(linear, **kind.options, group_size=group_size)
+        expected = reference(kind.format, linear.weight.T, group_size)
+        for ours, theirs in zip((t for t in packed(layer) if t is not None), expected.tensors, strict=True):
+            oracle.assert_identical(ours, theirs, f"{kind}, groups of {group_size}")
+        assert layer.bias is linear.bias
+        y = layer(x.to(device)) - linear.bias
+        oracle.assert_within(y, x.double() @ exact_weight(kind, layer), 1e-4)
 
 
-@KIND
 @DTYPE
-@pytest.mark.parametrize("bias_dtype", DTYPES, ids=name_of)
-def test_adds_its_bias_in_the_dtype_of_x(kind: Kind, dtype: torch.dtype, bias_dtype: torch.dtype, device: str) -> None:
-    layer = quantized(kind, device)
-    layer.bias.data = layer.bias.data.to(bias_dtype)
-    without = copy.deepcopy(layer)
-    without.bias = None
+def test_adds_its_bias_in_the_dtype_of_x(dtype: torch.dtype, device: str) -> None:
+    """Whatever its own dtype is, for layers with zeros and without."""
     x = oracle.random_x(2, 3, IN, dtype=dtype).to(device)
-    oracle.assert_identical(layer(x), without(x) + layer.bias.to(dtype))
-    assert layer.bias.abs().max() > 0
+    for kind in (FP4, INT4):
+        for bias_dtype in DTYPES:
+            layer = quantized(kind, device)
+            layer.bias.data = layer.bias.data.to(bias_dtype)
+            without = copy.deepcopy(layer)
+            without.bias = None
+            oracle.assert_identical(layer(x), without(x) + layer.bias.to(dtype))
+            assert layer.bias.abs().max() > 0
 
 
 def uniform_error(kind: Kind) -> float:
@@ -126,11 +129,11 @@ def uniform_error(kind: Kind) -> float:
 
 
 @KIND
-def test_is_as_near_the_linear_layer_as_its_format(kind: Kind, device: str) -> None:
+def test_is_as_near_the_linear_layer_as_its_format(kind: Kind) -> None:
     """nn.Linear begins with uniform weights, and random activations keep the relative error of the weights."""
-    linear, x = dense(device, bias=False), oracle.random_x(64, IN).to(device)
+    linear, x = dense(bias=False), oracle.random_x(64, IN)
     expected = linear(x).detach()
-    error = (quantized(kind, device, bias=False)(x) - expected).norm() / expected.norm()
+    error = (quantized(kind, bias=False)(x) - expected).norm() / expected.norm()
     assert error.item() == pytest.approx(uniform_error(kind), rel=0.05)
 
 
@@ -237,24 +240,24 @@ def test_never_keeps_an_unpacked_weight(kind: Kind, dtype: torch.dtype, device: 
 
 
 @KIND
-def test_state_dict_round_trips(kind: Kind, device: str) -> None:
-    layer = quantized(kind, device)
-    other = kind.empty(device=device, bias=True)
+def test_state_dict_round_trips(kind: Kind) -> None:
+    layer = quantized(kind)
+    other = kind.empty(bias=True)
     other.load_state_dict(copy.deepcopy(layer.state_dict()))
     for name, tensor in other.state_dict().items():
         oracle.assert_identical(tensor, layer.state_dict()[name], name)
-    x = oracle.random_x(3, IN).to(device)
+    x = oracle.random_x(3, IN)
     oracle.assert_identical(other(x), layer(x))
     with pytest.raises(RuntimeError, match="size mismatch for weight_packed"):
-        kind.empty(IN, OUT + 1, device=device, bias=True).load_state_dict(layer.state_dict())
+        kind.empty(IN, OUT + 1, bias=True).load_state_dict(layer.state_dict())
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"bias\""):
-        kind.empty(device=device, bias=False).load_state_dict(layer.state_dict())
+        kind.empty(bias=False).load_state_dict(layer.state_dict())
 
 
 @KIND
-def test_copies_and_pickles(kind: Kind, device: str) -> None:
-    layer = quantized(kind, device)
-    x = oracle.random_x(3, IN).to(device)
+def test_copies_and_pickles(kind: Kind) -> None:
+    layer = quantized(kind)
+    x = oracle.random_x(3, IN)
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
@@ -267,22 +270,25 @@ def test_copies_and_pickles(kind: Kind, device: str) -> None:
 
 
 @KIND
-@pytest.mark.parametrize("move", ["half", "bfloat16", "float", "double"])
-def test_change_of_dtype_changes_the_bias_alone(kind: Kind, move: str, device: str) -> None:
-    if device == "mps" and move == "double":
-        move = "half"  # a GPU has no float64
-    before = quantized(kind, device)
+def test_change_of_dtype_changes_the_bias_alone(kind: Kind) -> None:
+    before = quantized(kind)
     layer = nn.Sequential(copy.deepcopy(before))
-    layer = getattr(layer, move)()[0]
-    for ours, theirs in zip(packed(layer), packed(before), strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            assert isinstance(ours, nn.Parameter) and not ours.requires_grad
-            oracle.assert_identical(ours, theirs)
-    dtype = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64}[move]
-    assert layer.bias.dtype == dtype and layer.bias.requires_grad
-    x = oracle.random_x(3, IN, dtype=torch.float16).to(device)
-    assert layer(x).dtype == torch.float16
+    x = oracle.random_x(3, IN, dtype=torch.float16)
+    for move, dtype in (
+        (nn.Module.half, torch.float16),
+        (nn.Module.bfloat16, torch.bfloat16),
+        (nn.Module.double, torch.float64),
+        (lambda module: module.to(torch.float16), torch.float16),
+        (lambda module: module.type(torch.float32), torch.float32),  # which converts integers too
+    ):
+        moved = move(layer)[0]
+        for ours, theirs in zip(packed(moved), packed(before), strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert isinstance(ours, nn.Parameter) and not ours.requires_grad
+                oracle.assert_identical(ours, theirs)
+        assert moved.bias.dtype == dtype and moved.bias.requires_grad
+        assert moved(x).dtype == torch.float16
 
 
 @KIND
@@ -318,9 +324,9 @@ def test_quantizes_a_layer_on_the_meta_device(kind: Kind) -> None:
 
 
 @KIND
-@DTYPE
 @pytest.mark.parametrize("bias", [True, False])
-def test_takes_over_what_the_linear_layer_is(kind: Kind, dtype: torch.dtype, bias: bool, device: str) -> None:
+def test_takes_over_what_the_linear_layer_is(kind: Kind, bias: bool, device: str) -> None:
+    dtype = torch.bfloat16
     linear = dense(device, dtype, bias)
     for training in (True, False):
         layer = kind.quantized(linear.train(training), **kind.options)

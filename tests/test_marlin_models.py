@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,23 +113,9 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def decoded(layer: ColumnPackedLinear) -> Tensor:
-    """The matrix [in_features, out_features] of a layer, from the description of the formats, in float64."""
-    words = layer.weight_packed.view(torch.int32).numpy().view(np.uint32)
-    shifts = np.arange(0, 32, layer.bits, dtype=np.uint32)
-    codes = (words[:, None, :] >> shifts[:, None]) & np.uint32(2**layer.bits - 1)
-    codes = codes.reshape(layer.in_features, layer.out_features).astype(np.int64)
-
-    def spread(table: Tensor) -> np.ndarray:
-        return np.repeat(table.double().numpy(), layer.group_size, 0)
-
-    elements = {
-        "marlin_fp4": lambda: oracle.E2M1[codes],
-        "marlin_fp8": lambda: oracle.E4M3[codes],
-        "marlin_int2": lambda: codes - 1.5,
-        "marlin_int4": lambda: codes - spread(layer.zeros),
-        "marlin_int4_sym": lambda: codes - 8.0,
-    }[layer.mode]()
-    return torch.from_numpy(elements * spread(layer.scales))
+    """The matrix [in_features, out_features] of a layer, in float64."""
+    format = oracle.Format(layer.mode, layer.group_size, layer.bits)
+    return oracle.dequantize(layer.weight_packed, layer.scales, layer.zeros, format)
 
 
 def dequantized(model: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedModel:
@@ -574,6 +559,47 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"MarlinLinear or MetalQuantizedLinear: lm_head"):
         save_quantized(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_mlx_checkpoints_have_no_layers_of_marlin(tmp_path: Path) -> None:
+    model = quantized()
+    for write in (save_checkpoint, lambda model, path: quantize_to_mlx(model) and save_checkpoint(model, path)):
+        with pytest.raises(
+            ValueError, match=r"\[save_checkpoint\] .*save_quantized writes: model\.layers\.0\.self_attn"
+        ):
+            write(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "make, readers",
+    [
+        (lambda: nn.TransformerEncoderLayer(128, 4, 256, batch_first=True), {"linear1", "linear2"}),
+        (
+            lambda: transformers.T5EncoderModel(
+                transformers.T5Config(vocab_size=VOCABULARY, d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4)
+            ),
+            {"wo"},
+        ),
+    ],
+    ids=["torch", "t5"],
+)
+def test_layers_whose_weight_others_read_can_be_skipped(make: Callable[[], nn.Module], readers: set[str]) -> None:
+    torch.manual_seed(0)
+    dense = make().eval()
+    x = torch.randn(2, 5, 128) if isinstance(dense, nn.TransformerEncoderLayer) else TOKENS
+    with torch.no_grad():
+        with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+            made = copy.deepcopy(dense)
+            replace_linear_layers(made)
+            made(x)
+        made = copy.deepcopy(dense)
+        stats = replace_linear_layers(made, 8, skip_layers=readers)
+        assert {path.split(".")[-1] for path, why in stats.skipped.items() if why == "in skip_layers"} == readers
+        ours, expected = made(x), dense(x)
+    if not isinstance(expected, Tensor):
+        ours, expected = ours.last_hidden_state, expected.last_hidden_state
+    assert (ours - expected).norm() < 0.1 * expected.norm()
 
 
 # --- Damaged directories and other ones -------------------------------------------------------------------------------

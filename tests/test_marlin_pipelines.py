@@ -201,9 +201,11 @@ def test_generate_is_that_of_the_model(pipeline: TransformersMarlinPipeline) -> 
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": -1}, "top_k is -1; it must be at least 0"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2; a pipeline returns one text for each prompt"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate is True; a pipeline returns one text"),
     ],
 )
-def test_values_out_of_range_are_named(
+def test_options_that_do_not_fit_are_named(
     options: dict[str, Any], message: str, pipeline: TransformersMarlinPipeline
 ) -> None:
     for call in (
@@ -212,7 +214,7 @@ def test_values_out_of_range_are_named(
         lambda: pipeline.batch_generate(PROMPTS, **options),
         lambda: pipeline.chat(MESSAGES, **options),
     ):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match=re.escape(f"[TransformersMarlinPipeline] {message}")):
             call()
 
 
@@ -359,6 +361,11 @@ def test_what_is_refused_before_loading(saved: Path, monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(ValueError, match=message):
             load("nowhere", **options)
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(ValueError, match=r"quant_type is 'fp8'; supported are fp4, int4"),
+    ):
+        MarlinPipeline.from_pretrained("nowhere", "fp8")
     with pytest.raises(ValueError, match=r"\[TransformersMarlinPipeline\] device is 'mps'"):
         TransformersMarlinPipeline(tiny_model(), None)
     assert load(saved, device=None).device.type == "cpu"

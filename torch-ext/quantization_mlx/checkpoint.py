@@ -21,7 +21,17 @@ from torch import nn
 from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
 from .recipes import mixed_recipe
-from .stored import RECORDS, WEIGHT_FILES, Format, other_method, read_config, read_headers, require, weight_files
+from .stored import (
+    RECORDS,
+    WEIGHT_FILES,
+    Format,
+    listed,
+    other_method,
+    read_config,
+    read_headers,
+    require,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +109,7 @@ def save_checkpoint(
 
     Raises:
         ImportError: safetensors is not installed.
+        ValueError: model has layers of `quantization_mlx.marlin`, which an MLX checkpoint cannot describe.
     """
     write_checkpoint(model, Path(directory), tokenizer, max_shard_bytes)
 
@@ -277,6 +288,12 @@ def write_checkpoint(
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """`save_checkpoint`, where a size may be a string such as "5GB", and the model's tensors may be given."""
+    from .marlin.layers import ColumnPackedLinear  # its package imports this module
+
+    if marlin := [path for path, module in model.named_modules() if isinstance(module, ColumnPackedLinear)]:
+        raise ValueError(
+            f"[save_checkpoint] layers are of Marlin's formats, which marlin.save_quantized writes: {listed(marlin)}"
+        )
     tensors = split_experts(model, distinct_tensors(model, state_dict))
     records = {"config.json": _mlx_config(model)}
     write_directory(model, directory, tensors, lambda staged: records, "mlx", max_shard_size, tokenizer)

@@ -31,10 +31,15 @@ _quantized_matmul = ops.quantized_matmul.default
 # Checking, with the names of the documented arguments
 
 
-def check_groups(function: str, what: str, K: int, group_size: int) -> None:
-    """Raises ValueError unless `what`, of size K, divides into groups of a size that is supported."""
+def check_group_size(function: str, group_size: int) -> None:
+    """Raises ValueError unless groups of this size are supported."""
     if group_size not in GROUP_SIZES:
         raise ValueError(f"[{function}] group_size is {group_size}; supported are {', '.join(map(str, GROUP_SIZES))}")
+
+
+def check_groups(function: str, what: str, K: int, group_size: int) -> None:
+    """Raises ValueError unless `what`, of size K, divides into groups of a size that is supported."""
+    check_group_size(function, group_size)
     if K % group_size:
         raise ValueError(f"[{function}] {what} is {K}, which does not divide into groups of {group_size}")
 
@@ -284,7 +289,7 @@ def benchmark_dequant_fp4(
     """
     function = "benchmark_dequant_fp4"
     _check_library(function, lib)
-    check_groups(function, "group_size", group_size, group_size)
+    check_group_size(function, group_size)
     for name, count, least in (
         ("num_packed", num_packed, 1),
         ("warmup_iters", warmup_iters, 0),

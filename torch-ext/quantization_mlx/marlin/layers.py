@@ -19,6 +19,18 @@ MODE_OF_BITS = {4: "marlin_fp4", 8: "marlin_fp8", 2: "marlin_int2"}
 _PACKED = ("weight_packed", "scales", "zeros")
 
 
+def check_quant_type(function: str, quant_type: str) -> None:
+    """Raises ValueError unless `MarlinLinear` has this format."""
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"[{function}] quant_type is {quant_type!r}; supported are {', '.join(QUANT_TYPES)}")
+
+
+def check_bits(function: str, bits: int) -> None:
+    """Raises ValueError unless `MetalQuantizedLinear` has a format of so many bits."""
+    if bits not in MODE_OF_BITS:
+        raise ValueError(f"[{function}] bits is {bits}; supported are {sorted(MODE_OF_BITS)}")
+
+
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
@@ -101,13 +113,14 @@ class ColumnPackedLinear(nn.Module):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ColumnPackedLinear:
-        """Moves everything, but lets a change of dtype leave scales and zeros alone: the format has them as float16."""
-        tables = self._parameters.get("scales"), self._parameters.get("zeros")
+        """Moves everything, but lets a change of dtype leave the packed weight alone: the format has its dtypes."""
+        packed = [self._parameters.get(name) for name in _PACKED]
 
         def apply(tensor: torch.Tensor) -> torch.Tensor:
-            if any(tensor is table for table in tables):
-                return fn(tensor.view(torch.int16)).view(torch.float16)
-            return fn(tensor)
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is parameter for parameter in packed):
+                return tensor.to(moved.device)
+            return moved
 
         return super()._apply(apply, recurse)
 
@@ -142,10 +155,7 @@ class MarlinLinear(ColumnPackedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if quant_type not in QUANT_TYPES:
-            raise ValueError(
-                f"[{type(self).__name__}] quant_type is {quant_type!r}; supported are {', '.join(QUANT_TYPES)}"
-            )
+        check_quant_type(type(self).__name__, quant_type)
         super().__init__(in_features, out_features, QUANT_TYPES[quant_type], group_size, bias, device, dtype)
         self.quant_type = quant_type
 
@@ -179,8 +189,7 @@ class MetalQuantizedLinear(ColumnPackedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if bits not in MODE_OF_BITS:
-            raise ValueError(f"[{type(self).__name__}] bits is {bits}; supported are {sorted(MODE_OF_BITS)}")
+        check_bits(type(self).__name__, bits)
         super().__init__(in_features, out_features, MODE_OF_BITS[bits], group_size, bias, device, dtype)
 
     @classmethod

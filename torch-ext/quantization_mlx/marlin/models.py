@@ -37,8 +37,8 @@ from ..stored import (
     require,
     weight_files,
 )
-from .functions import check_groups
-from .layers import MODE_OF_BITS, QUANT_TYPES, ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
+from .functions import check_group_size
+from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear, check_bits, check_quant_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,8 +100,7 @@ def quantize_model(
         ValueError: quant_type or group_size is not supported, or a weight has infinities or NaN; nothing has changed.
     """
     op = "quantize_model"
-    if quant_type not in QUANT_TYPES:
-        raise ValueError(f"[{op}] quant_type is {quant_type!r}; supported are {', '.join(QUANT_TYPES)}")
+    check_quant_type(op, quant_type)
     convert = functools.partial(MarlinLinear.from_linear, quant_type=quant_type, group_size=group_size)
     model, stats = _replace(op, model, convert, group_size, skip_layers, None)
     unasked = [f"{path}: {reason}" for path, reason in stats.skipped.items() if reason != _IN_SKIP_LAYERS]
@@ -138,17 +137,11 @@ def replace_linear_layers(
         ValueError: bits or group_size is not supported, or a weight has infinities or NaN; nothing has changed.
     """
     op = "replace_linear_layers"
-    _check_bits(op, bits, group_size)
+    check_bits(op, bits)
     if isinstance(model, nn.Linear):
         raise TypeError(f"[{op}] a layer by itself is not replaced in place; use MetalQuantizedLinear.from_float")
     convert = functools.partial(MetalQuantizedLinear.from_float, bits=bits, group_size=group_size)
     return _replace(op, model, convert, group_size, skip_layers, layer_filter)[1]
-
-
-def _check_bits(op: str, bits: int, group_size: int) -> None:
-    if bits not in MODE_OF_BITS:
-        raise ValueError(f"[{op}] bits is {bits}; supported are {sorted(MODE_OF_BITS)}")
-    check_groups(op, "in_features", 0, group_size)
 
 
 def _replace(
@@ -164,7 +157,7 @@ def _replace(
         raise TypeError(f"[{op}] model is of type {type(model).__name__}; it must be a torch.nn.Module")
     if isinstance(skip_layers, str):
         raise TypeError(f"[{op}] skip_layers is the string {skip_layers!r}; it must be a set of names")
-    check_groups(op, "in_features", 0, group_size)
+    check_group_size(op, group_size)
     names = list(skip_layers or ())
     replaced: list[str] = []
     skipped: dict[str, str] = {}
@@ -247,7 +240,8 @@ def load_and_quantize(
         ValueError: bits, group_size or the device is not supported, or the model is already quantized.
     """
     op = "load_and_quantize"
-    _check_bits(op, bits, group_size)
+    check_bits(op, bits)
+    check_group_size(op, group_size)
     device = usable_device(device, op)
     model = load_dense(model_id_or_path, op, dtype="auto", trust_remote_code=trust_remote_code)
     stats = replace_linear_layers(model, bits, group_size)

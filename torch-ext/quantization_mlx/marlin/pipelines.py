@@ -14,9 +14,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..stored import require
+from .functions import check_group_size
+from .layers import check_bits, check_quant_type
 from .models import (
     LayerFilter,
-    _check_bits,
     is_saved,
     load_dense,
     load_quantized,
@@ -81,7 +82,8 @@ class TransformersMarlinPipeline:
             ValueError: an option or the device is not supported, or the model is of another quantized kind.
         """
         op = f"{cls.__name__}.from_pretrained"
-        _check_bits(op, bits, group_size)
+        check_bits(op, bits)
+        check_group_size(op, group_size)
         device = usable_device(device, op)
         tokenizer = _load_tokenizer(model_id, trust_remote_code, op)
         model = _load_saved(model_id, device, trust_remote_code, model_options, op)
@@ -117,9 +119,10 @@ class TransformersMarlinPipeline:
             iterator over pieces of it, which raises what generation raises.
 
         Raises:
-            ValueError: a list with stream, a prompt without tokens, or a value out of its range.
+            ValueError: a list with stream, a prompt without tokens, a value out of its range, or an option that asks
+                for several texts or for more than text.
         """
-        sampling = {**_sampling_options(max_tokens, temperature, top_p, top_k), **options}
+        sampling = self._sampling(max_tokens, temperature, top_p, top_k, options)
         if not isinstance(prompt, str):
             if stream:
                 raise ValueError(f"[{type(self).__name__}] stream takes one prompt, not a list of {len(prompt)}")
@@ -149,7 +152,7 @@ class TransformersMarlinPipeline:
         Raises:
             ValueError: the tokenizer has no chat template, or a value is out of its range.
         """
-        sampling = {**_sampling_options(max_tokens, temperature, top_p, top_k), **options}
+        sampling = self._sampling(max_tokens, temperature, top_p, top_k, options)
         encoded = self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
@@ -170,13 +173,40 @@ class TransformersMarlinPipeline:
         Raises:
             ValueError: a prompt has no tokens, or a value is out of its range.
         """
-        return self._batch(list(prompts), {**_sampling_options(max_tokens, temperature, top_p, top_k), **options})
+        return self._batch(list(prompts), self._sampling(max_tokens, temperature, top_p, top_k, options))
 
     def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """`model.generate` with input_ids [batch, tokens], which are moved to the device."""
         return self.model.generate(input_ids.to(self.device), **kwargs)
 
     # Tokens
+
+    def _sampling(
+        self, max_tokens: int, temperature: float, top_p: float, top_k: int, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of `model.generate`, options among them.
+
+        Raises:
+            ValueError: a value is out of its range, or an option asks for other results than one text for a prompt.
+        """
+        for name, wanted in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
+            if options.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"[{type(self).__name__}] {name} is {options[name]}; a pipeline returns one text for each prompt, "
+                    "and its method generate what the model returns"
+                )
+        for name, value, fits, wanted in (
+            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "a finite number of at least 0"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+            ("top_k", top_k, top_k >= 0, "at least 0"),
+        ):
+            if not fits:
+                raise ValueError(f"[{type(self).__name__}] {name} is {value}; it must be {wanted}")
+        if temperature == 0:
+            return {"max_new_tokens": max_tokens, "do_sample": False, **options}
+        filters = {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
+        return {"max_new_tokens": max_tokens, "do_sample": True, **filters, **options}
 
     @property
     def _pad_token_id(self) -> int:
@@ -289,6 +319,8 @@ class MarlinPipeline(TransformersMarlinPipeline):
         """
         _deprecate()
         op = "MarlinPipeline.from_pretrained"
+        check_quant_type(op, quant_type)
+        check_group_size(op, group_size)
         device = usable_device(device, op)
         tokenizer = _load_tokenizer(path, trust_remote_code, op)
         skip = {"skip_layers": kwargs.pop("skip_layers")} if "skip_layers" in kwargs else {}
@@ -304,26 +336,6 @@ class MarlinPipeline(TransformersMarlinPipeline):
 def _deprecate() -> None:
     """Warns the caller of the caller."""
     warnings.warn("MarlinPipeline is deprecated; use TransformersMarlinPipeline", DeprecationWarning, stacklevel=3)
-
-
-def _sampling_options(max_tokens: int, temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
-    """The arguments of `model.generate`.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-    for name, value, fits, wanted in (
-        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "a finite number of at least 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("top_k", top_k, top_k >= 0, "at least 0"),
-    ):
-        if not fits:
-            raise ValueError(f"[MarlinPipeline] {name} is {value}; it must be {wanted}")
-    if temperature == 0:
-        return {"max_new_tokens": max_tokens, "do_sample": False}
-    filters = {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
-    return {"max_new_tokens": max_tokens, "do_sample": True, **filters}
 
 
 def _load_saved(
