@@ -262,8 +262,8 @@ Tensor flat_indices(
 
 Tensor matrices(const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-2), tensor.sym_size(-1)}); }
 
-// The gradient of each gathered matrix of x. A masked product for each matrix of w, where columns are packed: no index
-// is read on the host, on any device.
+// The gradient of each gathered matrix of x. Where columns are packed, all of them meet each matrix of w, and each
+// keeps what its own gave: no index is read on the host, on any device.
 Tensor gathered_x_gradient(const Tensor& gradient, const Tensor& rhs, const Weights& weights) {
   if (!is_column_packed(weights.mode)) {
     return ops::gather_qmm(
@@ -280,9 +280,8 @@ Tensor gathered_x_gradient(const Tensor& gradient, const Tensor& rhs, const Weig
     one.w = w[matrix];
     one.scales = scales[matrix];
     one.biases = zeros.has_value() ? OptionalTensor((*zeros)[matrix]) : std::nullopt;
-    const Tensor chosen = at::where(rhs.eq(matrix).reshape({-1, 1, 1}), gradient, none);
-    const Tensor part = column_packed_x_gradient(chosen, one);
-    sum = sum.defined() ? sum + part : part;
+    const Tensor chosen = rhs.eq(matrix).reshape({-1, 1, 1});
+    sum = at::where(chosen, column_packed_x_gradient(gradient, one), sum.defined() ? sum : none);
   }
   return sum;
 }

@@ -306,7 +306,7 @@ std::vector<Format> formats() {
       all.push_back({Mode::affine, bits, group_size});
     }
   }
-  for (int mode = static_cast<int>(Mode::marlin_fp4); mode < mode_count; ++mode) {
+  for (int mode = static_cast<int>(Mode::marlin_fp4); mode < mode_count(); ++mode) {
     for (int group_size : {32, 128}) {
       all.push_back({static_cast<Mode>(mode), default_bits(static_cast<Mode>(mode)), group_size});
     }
@@ -345,18 +345,17 @@ bool check(const Kernels& kernels) {
           for (const int64_t groups : {1, 3, 37}) {
             const int64_t packed = groups * format.group_size;
             for (const Layout layout : {Layout::streamed, Layout::tiled, Layout::broadcast, Layout::plain}) {
-              if ((layout == Layout::streamed) != (rows <= max_streamed_rows) && layout != Layout::plain) {
+              const bool columns_packed = is_column_packed(format.mode);
+              const bool any_rows = layout == Layout::plain || (columns_packed && layout == Layout::streamed);
+              if (!any_rows && (layout == Layout::streamed) != (rows <= max_streamed_rows)) {
                 continue;
               }
-              const bool columns_packed = is_column_packed(format.mode);
               if (columns_packed && (layout == Layout::tiled || layout == Layout::plain)) {
                 continue;  // not theirs
               }
               const bool transpose = layout != Layout::plain;
               // Two panels of the widest vectors, or one, and a part of one.
-              const int64_t columns = columns_packed && groups < 37 ? 77
-                  : layout == Layout::broadcast && groups < 37      ? 39
-                                                                    : 7;
+              const int64_t columns = groups == 37 ? 7 : (layout == Layout::broadcast ? 39 : (columns_packed ? 77 : 7));
               const Case test{format,   scale_type, x_type, rows, transpose ? packed : 5, transpose ? columns : packed,
                               transpose};
               report(kernels, test, layout, run(kernels, test, layout, false), "");

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "ops.h"
 #include "parallel.h"
@@ -158,10 +159,10 @@ struct ColumnGroup {
 
 template <typename Function>
 void for_column_groups(int64_t groups, int64_t columns, const Function& function) {
-  parallel_tasks(groups, [&](int64_t group, int) {
-    for (int64_t begin = 0; begin < columns; begin += columns_at_once) {
-      function(ColumnGroup{group, begin, std::min(begin + columns_at_once, columns)});
-    }
+  const int64_t parts = (columns + columns_at_once - 1) / columns_at_once;
+  parallel_tasks(groups * parts, [&](int64_t task, int) {
+    const int64_t begin = task % parts * columns_at_once;
+    function(ColumnGroup{task / parts, begin, std::min(begin + columns_at_once, columns)});
   });
 }
 
@@ -178,10 +179,9 @@ void quantize_columns(const QuantizeProblem& problem, Tensor& words, Tensor& sca
     const T* w = problem.w.const_data_ptr<T>() + columns.matrix_group * format.group_size * N + columns.begin;
     float minimum[columns_at_once];
     float maximum[columns_at_once];
-    for (int64_t c = 0; c < columns.count(); ++c) {
-      minimum[c] = maximum[c] = static_cast<float>(w[c]);
-    }
-    for (int64_t k = 1; k < format.group_size; ++k) {
+    std::fill_n(minimum, columns.count(), std::numeric_limits<float>::infinity());
+    std::fill_n(maximum, columns.count(), -std::numeric_limits<float>::infinity());
+    for (int64_t k = 0; k < format.group_size; ++k) {
       for (int64_t c = 0; c < columns.count(); ++c) {
         const float value = static_cast<float>(w[k * N + c]);
         minimum[c] = value < minimum[c] ? value : minimum[c];
