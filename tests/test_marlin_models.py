@@ -178,7 +178,7 @@ def test_values_are_those_of_the_model_up_to_quantization(way: str, error: float
         ({"model.layers.1.mlp.up_proj"}, {"model.layers.1.mlp.up_proj"}),
         (["layers.0", "lm_head"], {"lm_head", *(p for p in layers_of(tiny_model(), nn.Linear) if ".0." in p)}),
     ],
-    ids=str,
+    ids=["empty", "none", "head", "parts of components", "component", "two components", "path", "block and head"],
 )
 def test_skip_layers_are_whole_components_of_paths(skip_layers: Any, left: set[str]) -> None:
     model = tiny_model()
