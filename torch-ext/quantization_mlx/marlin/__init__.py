@@ -16,15 +16,9 @@ from .functions import (
 )
 from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
 from .library import MetalKernelLibrary, get_default_library
-from .models import (
-    ReplacementStats,
-    load_and_quantize,
-    load_quantized,
-    quantize_model,
-    replace_linear_layers,
-    save_quantized,
-)
+from .models import ReplacementStats, load_and_quantize, quantize_model, replace_linear_layers
 from .pipelines import MarlinPipeline, TransformersMarlinPipeline
+from .saved import load_quantized, save_quantized
 
 __all__ = [
     "ColumnPackedLinear",

@@ -16,15 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..stored import require
 from .functions import check_group_size
 from .layers import check_bits, check_quant_type
-from .models import (
-    LayerFilter,
-    is_saved,
-    load_dense,
-    load_quantized,
-    quantize_model,
-    replace_linear_layers,
-    usable_device,
-)
+from .models import LayerFilter, load_dense, quantize_model, replace_linear_layers
+from .saved import is_saved, load_quantized, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
