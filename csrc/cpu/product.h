@@ -931,15 +931,17 @@ struct ColumnsOf<Element, V, 0> {
   using type = Float32Columns<Element>;
 };
 
-// So many vectors that each waits for its last addition while the others go on.
-template <typename Element, typename Stream>
+// So many vectors that each waits for its last addition while the others go on. Only single rows are sums of bfloat16.
+template <typename Element, int TERMS>
 void streamed_packed_columns(const Product& product, int64_t begin, int64_t end, float* y) {
+  using Stream = typename ColumnsOf<Element, Vector, TERMS>::type;
   constexpr int vectors = Vector::registers >= 32 ? 4 : 2;
-  if (product.rows == 1) {
-    streamed_column_groups<Element, Stream, 1, 2 * vectors>(product, begin, end, y);
-  } else {
-    streamed_column_groups<Element, Stream, max_streamed_rows, vectors>(product, begin, end, y);
+  if constexpr (TERMS < 2) {
+    if (product.rows > 1) {
+      return streamed_column_groups<Element, Stream, max_streamed_rows, vectors>(product, begin, end, y);
+    }
   }
+  streamed_column_groups<Element, Stream, 1, 2 * vectors>(product, begin, end, y);
 }
 
 struct Streamed {
@@ -948,8 +950,7 @@ struct Streamed {
     with_terms<Vector>(product, Layout::streamed, [&](auto terms) {
       if constexpr (may_be_column_packed<Element>) {
         if (is_column_packed(product.format.mode)) {
-          return streamed_packed_columns<Element, typename ColumnsOf<Element, Vector, terms>::type>(
-              product, begin, end, y);
+          return streamed_packed_columns<Element, terms>(product, begin, end, y);
         }
       }
       using Stream = typename StreamOf<Element, Vector, terms>::type;
