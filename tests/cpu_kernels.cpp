@@ -219,9 +219,9 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8) {
   }
 
   // Float32 sums of K terms, which one lane adds where x is broadcast; a bfloat16 tile also rounds each weight.
-  const bool one_lane = layout == Layout::broadcast;
-  const bool rounds =
-      !int8 && (layout == Layout::tiled || one_lane) && product.bfloat16 && test.x_type == Real::bfloat16;
+  const bool one_lane = layout == Layout::broadcast || is_column_packed(test.format.mode);
+  const bool rounds = !int8 && (layout == Layout::tiled || layout == Layout::broadcast) && product.bfloat16 &&
+      test.x_type == Real::bfloat16;
   const double epsilon = std::ldexp(1.0, rounds ? -8 : one_lane ? -20 : -21);
   const std::vector<Activation> multiplied = int8 ? int8_activations(test, x) : exact_activations(test, x);
   double worst = 0.0;
@@ -354,8 +354,13 @@ bool check(const Kernels& kernels) {
                 continue;  // not theirs
               }
               const bool transpose = layout != Layout::plain;
-              // Two panels of the widest vectors, or one, and a part of one.
-              const int64_t columns = groups == 37 ? 7 : (layout == Layout::broadcast ? 39 : (columns_packed ? 77 : 7));
+              // Two panels of the widest vectors, or one, and a part of one; of streamed columns all that one row takes
+              // at a time, and a part.
+              const bool wide = groups * format.group_size <= 128;
+              const bool streamed_columns = columns_packed && layout == Layout::streamed;
+              const int64_t columns = streamed_columns         ? (wide ? 139 : 21)
+                  : layout == Layout::broadcast && groups < 37 ? 39
+                                                               : 7;
               const Case test{format,   scale_type, x_type, rows, transpose ? packed : 5, transpose ? columns : packed,
                               transpose};
               report(kernels, test, layout, run(kernels, test, layout, false), "");

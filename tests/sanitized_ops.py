@@ -25,8 +25,6 @@ FLAGS = (
     *("-O1", "-g1"),
     # Beyond "undefined": conversions of floating-point values that the integer type does not have.
     *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
-    # Checks of memory as calls: a third less time to compile the kernels, which is most of it.
-    *(("--param", "asan-instrumentation-with-call-threshold=0") if sys.platform == "linux" else ()),
     # Indices of standard containers. Not _GLIBCXX_SANITIZE_VECTOR: torch's vectors do not tell how long they are.
     "-D_GLIBCXX_ASSERTIONS",
 )
