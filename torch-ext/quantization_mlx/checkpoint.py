@@ -258,7 +258,7 @@ def _plan(model: nn.Module, choose: Callable[[Mapping[str, nn.Module]], Any]) ->
     """
     holders: dict[int, dict[str, nn.Module]] = {}  # all modules with a weight, by the weight's identity
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        if (weight := module._parameters.get("weight")) is not None:
             holders.setdefault(id(weight), {})[path] = module
     choices = [(list(layers), choose(layers)) for layers in holders.values()]
     return [(paths, choice) for paths, choice in choices if choice is not None]
@@ -272,8 +272,6 @@ def _tied(
     tied.share(twin)
     if isinstance(tied, QuantizedLinear):
         tied.bias = layer.bias
-    else:
-        tied.follow_dtype(layer.weight)
     return tied.train(layer.training)
 
 
