@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ._ops import ops
 from .modules import _QuantizedModule
 from .ops import dequantize, quantize
-from .packed_weight import frozen
+from .packed_weight import frozen, own
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
 
@@ -36,6 +36,8 @@ class SwitchLinear(nn.Module):
     Args:
         weight, bias: the parameters; they may be views of fused ones.
     """
+
+    _origin: Mapping[str, nn.Parameter] = {}  # the fused ones by their names
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -106,8 +108,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
         """Quantizes `linear`, one expert after the other; a bias is copied."""
         module = cls.shell(linear, group_size=group_size, bits=bits, mode=mode)
         module._pack(linear.weight)
-        if linear.bias is not None:
-            module.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+        module.bias = own(linear.bias)
         return module.train(linear.training)
 
     def _pack(self, weight: torch.Tensor) -> None:
@@ -115,6 +116,10 @@ class QuantizedSwitchLinear(_QuantizedModule):
         packed = [quantize(matrix, self.group_size, self.bits, self.mode) for matrix in weight.detach()]
         for name, tensors in zip(("weight", "scales", "biases"), zip(*packed, strict=True), strict=False):
             setattr(self, name, frozen(torch.stack(tensors)))
+
+    def dequantize(self) -> SwitchLinear:
+        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
+        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
 
     def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
         """Row i of x times the matrix of expert indices[i].
@@ -293,7 +298,8 @@ def fuse(model: nn.Module) -> None:
     The others run through `experts_forward` from now on.
     """
     for _, experts in _experts_modules(model):
-        layers = {name: experts._modules[name] for name in _PROJECTIONS if name in experts._modules}
+        names = dict.fromkeys((*_PROJECTIONS, *_FUSED))
+        layers = {name: experts._modules[name] for name in names if name in experts._modules}
         if all(type(layer) is SwitchLinear for layer in layers.values()):
             _fuse(experts, layers)
         else:
@@ -328,7 +334,7 @@ def _fuse(experts: nn.Module, layers: Mapping[str, SwitchLinear]) -> None:
     for name in layers:
         del experts._modules[name]
     for name in _fused_names(experts):
-        parts = [layers[part] for part in (("gate_proj", "up_proj") if name == "gate_up_proj" else (name,))]
+        parts = [layers[part] for part in ((name,) if name in layers else ("gate_proj", "up_proj"))]
         for key, parameter in (parts[0]._origin or _joined_parameters(experts, name, parts)).items():
             experts.register_parameter(key, parameter)
 
