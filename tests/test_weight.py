@@ -286,7 +286,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 4, "expert_layer_offset": 3},
     ),
     "xLSTM": (
-        "xLSTMForCausalLM", {"vocab_size": 96, "hidden_size": 64, "num_heads": 2, "num_blocks": 2, "qk_dim_factor": 1.0},
+        "xLSTMForCausalLM",
+        {"vocab_size": 96, "hidden_size": 64, "num_heads": 2, "num_blocks": 2, "qk_dim_factor": 1.0},
     ),
     "MobileBert": (
         "MobileBertForMaskedLM",
