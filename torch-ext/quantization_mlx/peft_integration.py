@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import compat
 from .modules import QuantizedLinear
 from .ops import dequantize
 
@@ -27,12 +28,13 @@ def patch_peft() -> None:
     takes it back.
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or older than the tested versions, or lacks a name that is needed.
     """
     global _original_post_init
     if _original_post_init is not None:
         return
     config_class = _require_peft().LoraConfig
+    compat.check("patch_peft")
     original = config_class.__post_init__
 
     @functools.wraps(original)
