@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import compat
 from .experts import QuantizedSwitchLinear, SwitchLinear, fuse, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
 from .packed_weight import PackedModule
@@ -402,6 +403,7 @@ def config_record(model: PreTrainedModel) -> dict[str, Any]:
 
 def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of `model` in an MLX checkpoint."""
+    compat.check("save_checkpoint")
     config = config_record(model)
     # Transformers knows some of these by other names than MLX.
     for name, own_name in model.config.attribute_map.items():

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import compat
 from ._ops import ops
 from .modules import _QuantizedModule
 from .ops import dequantize, quantize
 from .packed_weight import frozen, own
+from .stored import require
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
 
@@ -232,10 +234,10 @@ def _sorting_pays(hidden_states: torch.Tensor, indices: torch.Tensor, num_expert
 
 
 def _transformers_experts() -> Any:
-    try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError as error:
-        raise ImportError('experts need transformers: pip install "quantization-mlx[transformers]"') from error
+    require("transformers")
+    compat.check("experts")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     return ALL_EXPERTS_FUNCTIONS
 
 
@@ -286,7 +288,12 @@ def unfuse(model: nn.Module) -> None:
 
     The paths are `….experts.gate_proj`, `up_proj` and `down_proj`; the weights are views of the fused parameters,
     [num_experts, out_features, in_features] however these are stored. `fuse` has to follow.
+
+    Raises:
+        ImportError: Transformers marks experts in another way than in the tested versions.
     """
+    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        compat.check("experts")
     for _, experts in _experts_modules(model):
         if isinstance(experts.down_proj, nn.Parameter):
             _unfuse(experts)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import compat
 from ._ops import ops
-from .compat import cache_name, forward_options
 from .modules import SUPPORTED, QuantizedLinear
 
 if TYPE_CHECKING:
@@ -34,13 +34,6 @@ _ROW_MULTIPLE = 16  # of a row's size, in the others
 _SPARE_POSITIONS = 256  # in a cache that has to grow
 _QUERY_BLOCK = 256  # queries of a prompt that meet the same keys
 _MODES = list(SUPPORTED)  # a mode's place is its number in the op for all layers
-# The submodules of those models' parts. Another one would be left out of what is computed here.
-_LAYER_PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-_ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-_MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
-_STACK_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
-# The attributes of a cache's layer that holds all positions. Another one would not be kept up to date here.
-_CACHE_STATE = ("keys", "values", "is_initialized", "dtype", "device")
 # Keyword arguments of forward that ask for further outputs; false is as good as none.
 _REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -70,9 +63,11 @@ def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
     `forward` of the prepared model raises TypeError for keyword arguments that Transformers does not document.
 
     Raises:
+        ImportError: transformers is older than the tested versions, or lacks a name that is needed.
         TypeError: `forward` has other parameters in this version of Transformers than in the known ones.
         ValueError: the model has no decoder layer of a known kind.
     """
+    compat.check("prepare_for_generation")
     layers = [module for module in model.modules() if _is_known_layer(module)]
     if not layers and not any(isinstance(module, _FastLayer) for module in model.modules()):
         raise ValueError(
@@ -106,9 +101,9 @@ def _is_kind(module: nn.Module, suffix: str) -> bool:
 def _is_known_layer(module: nn.Module) -> bool:
     return (
         _is_kind(module, "DecoderLayer")
-        and _consists_of(module, _LAYER_PARTS)
-        and _consists_of(module.self_attn, _ATTENTION_PARTS)
-        and _consists_of(module.mlp, _MLP_PARTS)
+        and compat.is_known_part(module, "layer")
+        and compat.is_known_part(module.self_attn, "attention")
+        and compat.is_known_part(module.mlp, "mlp")
         and type(module.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and module.self_attn.head_dim % _HEAD_MULTIPLE == 0
         and all(size % _ROW_MULTIPLE == 0 for size in (module.hidden_size, module.mlp.intermediate_size))
@@ -118,13 +113,9 @@ def _is_known_layer(module: nn.Module) -> bool:
 def _is_known_stack(module: nn.Module) -> bool:
     return (
         _is_kind(module, "Model")
-        and _consists_of(module, _STACK_PARTS)
+        and compat.is_known_part(module, "model")
         and all(isinstance(layer, _FastLayer) for layer in module.layers)
     )
-
-
-def _consists_of(module: nn.Module, parts: tuple[str, ...]) -> bool:
-    return all(name in parts for name, _ in module.named_children())
 
 
 _mixed_classes: dict[tuple[type, type], type] = {}
@@ -140,8 +131,8 @@ def _mixed(mixin: type, kind: type, **attributes: Any) -> type:
 
 def _mixed_module(mixin: type[_FastLayer | _FastStack], kind: type[nn.Module]) -> type:
     """The same for a module, whose `forward` goes by the names of the one that it overrides."""
-    options = forward_options(kind.forward, mixin.parameters)
-    return _mixed(mixin, kind, cache_name=cache_name(kind.forward), option_names=options)
+    options = compat.forward_options(kind.forward, mixin.parameters)
+    return _mixed(mixin, kind, cache_name=compat.cache_name(kind.forward), option_names=options)
 
 
 class _Forward:
@@ -521,7 +512,7 @@ def _room(attention: nn.Module, cache: Any, x: Tensor) -> _RoomyLayer | None:
         return None
     layer = layers[index]
     if not isinstance(layer, _RoomyLayer):
-        known = type(layer).__name__ == "DynamicLayer" and all(name in _CACHE_STATE for name in vars(layer))
+        known = type(layer).__name__ == "DynamicLayer" and all(name in compat.CACHE_STATE for name in vars(layer))
         if not known or layer.get_seq_length() == 0:
             return None
         roomy = object.__new__(_mixed(_RoomyLayer, type(layer)))
