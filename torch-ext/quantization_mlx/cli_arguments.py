@@ -210,9 +210,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-template-config", type=_json_object, metavar="JSON", help="variables of the chat template, an object"
     )
     parser.add_argument("-m", "--max-tokens", type=_positive, default=100, metavar="N", help="tokens at most")
-    parser.add_argument(
-        "--extra-eos-token", nargs="+", metavar="TOKEN", help="tokens that end the answer, too"
-    )
+    parser.add_argument("--extra-eos-token", nargs="+", metavar="TOKEN", help="tokens that end the answer, too")
     parser.add_argument(
         "--max-kv-size", type=_cache_size, metavar="N", help="positions that the cache keeps; all if left out"
     )
@@ -284,9 +282,7 @@ _TRUTHS = {"t": True, "true": True, "f": False, "false": False}
 
 _positive = _value(int, lambda number: number >= 1, "a whole number of at least 1")
 _count = _value(int, lambda number: number >= 0, "a whole number of at least 0")
-_length = _value(
-    int, lambda number: number >= 2, "a whole number of at least 2, of which the first is not predicted"
-)
+_length = _value(int, lambda number: number >= 2, "a whole number of at least 2, of which the first is not predicted")
 _samples = _value(int, lambda number: number >= 1 or number == -1, "a whole number of at least 1, or -1 for all")
 _cache_size = _value(int, lambda number: number > KEPT, f"a whole number above {KEPT}, the first ones being kept")
 _temperature = _value(float, lambda number: 0 <= number < math.inf, "a finite number of at least 0")
