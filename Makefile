@@ -18,7 +18,7 @@ pip := $(bin)/python -m pip
 WORKERS ?= 2
 export PROMPT
 
-.PHONY: help setup build demo test sanitize mac-check gpu-lane bench lint format clean
+.PHONY: help setup build demo test test-all sanitize mac-check gpu-lane bench lint format clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +34,11 @@ demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
 test: $(VENV)/.with-demo $(VENV)/.with-test build/oldest/.installed build ## runs the tests
 	$(bin)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
+test-all: $(VENV)/.with-demo $(VENV)/.with-test build ## runs also the tests that repeat others with other values
+	$(bin)/python -m pytest --exhaustive --numprocesses $(WORKERS) --dist loadgroup
+
 sanitize: $(VENV)/.with-test ## runs the CPU kernels and all ops under sanitizers for addresses and undefined behavior
-	$(bin)/python -m pytest -k native tests/test_cpu_kernels.py
+	$(bin)/python -m pytest --exhaustive -k sanitized tests/test_cpu_kernels.py
 	WORKERS=$(WORKERS) $(bin)/python tests/sanitized_ops.py
 
 mac-check: $(VENV)/.with-mac-check ## compiles and links the macOS build, and checks its Objective-C++, without a Mac
