@@ -132,7 +132,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
             sorted_indices: a promise that indices ascend, as in `gather_qmm`.
 
         Returns:
-            [*indices.shape, out_features], of x's dtype promoted with that of the scales and the bias.
+            [*indices.shape, out_features], of x's dtype promoted with that of affine scales.
         """
         y = _gather_qmm(
             x.unsqueeze(-2),
@@ -148,7 +148,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
             None,
             sorted_indices=sorted_indices,
         ).squeeze(-2)
-        return y if self.bias is None else y + self.bias[indices]
+        return y if self.bias is None else y + self.bias[indices].to(y.dtype)
 
     def extra_repr(self) -> str:
         return (
