@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--q-mode", default="affine", choices=list(SUPPORTED), help="kind of the format")
     parser.add_argument("--quant-predicate", choices=list(RECIPES), help="recipe that mixes two numbers of bits")
     parser.add_argument("--dtype", choices=_DTYPES, help="of what stays in floating point; as stored, GGUF: bfloat16")
-    parser.add_argument("--report", metavar="FILE", help="write bits per weight and error of each layer, in Markdown")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write bits per weight and error of each layer, and what is left in floating point, in Markdown",
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the error of each layer, as .png, .svg or .pdf")
 
 
@@ -204,20 +209,25 @@ def convert(arguments: argparse.Namespace) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target} already exists; choose another --mlx-path or remove it")
     model, tokenizer = _read_source(arguments)
-    report = QuantizationReport() if arguments.report or arguments.plot else None
+    with_errors = bool(arguments.report or arguments.plot)
+    report = QuantizationReport(with_errors)
     if arguments.quantize:
-        quantize_model(
-            model,
-            arguments.q_group_size,
-            arguments.q_bits,
-            arguments.q_mode,
-            arguments.quant_predicate,
-            report.add if report else None,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\[quantize_model\] .* in floating point")  # a line below says it
+            quantize_model(
+                model,
+                arguments.q_group_size,
+                arguments.q_bits,
+                arguments.q_mode,
+                arguments.quant_predicate,
+                report=report,
+            )
     save_checkpoint(model, target, tokenizer)
     summary = _Summary.read(target)
     print(f"{target}: {summary.headline()}")
-    if report is not None:
+    if report.skipped:
+        print(f"left in floating point: {report.skipped_summary()}" + ("" if with_errors else "; --report names them"))
+    if with_errors:
         print(f"relative error of the quantized weights: {report.relative_error:.2%}")
         if arguments.report:
             Path(arguments.report).write_text(report.table() + "\n", encoding="utf-8")

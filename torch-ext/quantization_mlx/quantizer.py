@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from torch import nn
 from .checkpoint import _replace_layers, _shell, quantize_model
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
-from .stored import entry_format, judge, listed, read_config, read_headers, stored_format
+from .replacement import Refusal, as_linear
+from .stored import Format, entry_format, judge, listed, read_config, read_headers, stored_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,12 +127,17 @@ def _place_layers(
         for key, entry in quantizer.quantization_config.record.items()
     }
     _settle_tying(model, read_config(files[0].parent) or {}, stored)
-    _replace_layers(
+
+    def format_of(path: str, layer: nn.Module) -> Format | None:
+        return stored_format(path, as_linear(layer), record, stored)
+
+    done = _replace_layers(
         model,
-        lambda path, layer: stored_format(path, layer, record, stored),
+        lambda path, layer: format_of(path, layer) or Refusal("not quantized in the checkpoint", is_asked_for=True),
         lambda layer, format: _shell(layer, format, dtype),
     )
-    place_routers(model, lambda path, router: stored_format(path, router, record, stored))
+    place_routers(model, format_of)
+    _refuse_obstacles(model, done.refusals, format_of, files[0].parent)
     for target, source in list(model.all_tied_weights_keys.items()):
         layer_path, _, attribute = target.rpartition(".")
         if attribute == "weight" and isinstance(layer := model.get_submodule(layer_path), _QuantizedModule):
@@ -139,6 +145,24 @@ def _place_layers(
                 if getattr(layer, name) is not None:
                     model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
     judge(model, _without_ignored(model, stored), str(files[0].parent), converted | _may_be_missing(model))
+
+
+def _refuse_obstacles(
+    model: nn.Module,
+    refusals: Mapping[str, Refusal],
+    format_of: Callable[[str, nn.Module], Format | None],
+    directory: Path,
+) -> None:
+    """Raises ValueError for layers that the checkpoint has quantized and that cannot be so in `model`, with reasons."""
+    obstructed = [
+        f"{path}: {refusal.reason}"
+        for path, refusal in refusals.items()
+        if not refusal.is_asked_for
+        and not hasattr(layer := model.get_submodule(path), "_packed")
+        and format_of(path, layer) is not None
+    ]
+    if obstructed:
+        raise ValueError(f"[from_pretrained] {directory} has layers quantized that cannot be: {listed(obstructed)}")
 
 
 def _foreign_prefix(model: nn.Module, names: Iterable[str]) -> str | None:

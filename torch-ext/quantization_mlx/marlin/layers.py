@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .._ops import ops
+from ..obstacles import check_class, check_state, copy_hooks
 from .functions import BITS, check_groups, pack
 
 # Called with every argument in place: the shortest way from Python into the dispatcher.
@@ -94,11 +95,14 @@ class ColumnPackedLinear(nn.Module):
         name = f"{cls.__name__}.{function}"
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"[{name}] linear is of type {type(linear).__name__}; it must be a torch.nn.Linear")
+        check_class(name, linear, nn.Linear)
+        check_state(name, linear)
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **options)
         packed = pack(name, layer.mode, linear.weight.T, layer.group_size)
         for parameter, tensor in zip(_PACKED, packed, strict=False):
             setattr(layer, parameter, _frozen(tensor))
         layer.bias = linear.bias
+        copy_hooks(linear, layer)
         return layer.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
