@@ -127,7 +127,7 @@ def dequantized(layer: SwitchLinear | QuantizedSwitchLinear) -> Tensor:
     if isinstance(layer, SwitchLinear):
         return layer.weight.detach()
     format = Format(layer.mode, layer.group_size, layer.bits)
-    return oracle.dequantize(layer.weight, layer.scales, layer.biases, format)
+    return oracle.dequantize(layer.weight_packed, layer.scales, layer.biases, format)
 
 
 def eager_reference(dense: nn.Module, quantized: nn.Module) -> nn.Module:

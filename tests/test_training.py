@@ -71,7 +71,7 @@ def dense_twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def values_of(layer: QuantizedLinear) -> Tensor:
-    packed = (layer.weight, layer.scales, layer.biases)
+    packed = (layer.weight_packed, layer.scales, layer.biases)
     return dequantize(*packed, layer.group_size, layer.bits, layer.mode, dtype=torch.float32)
 
 

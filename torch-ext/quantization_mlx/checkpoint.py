@@ -267,8 +267,6 @@ def _tied(
     tied.share(twin)
     if isinstance(tied, QuantizedLinear):
         tied.bias = layer.bias
-    else:
-        tied.follow_dtype(layer.weight)
     return tied.train(layer.training)
 
 
@@ -283,9 +281,9 @@ def write_checkpoint(
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """`save_checkpoint`, where a size may be a string such as "5GB", and the model's tensors may be given."""
-    from .marlin.layers import ColumnPackedLinear  # its package imports this module
+    from .marlin.layers import ColumnPackedModule  # its package imports this module
 
-    if marlin := [path for path, module in model.named_modules() if isinstance(module, ColumnPackedLinear)]:
+    if marlin := [path for path, module in model.named_modules() if isinstance(module, ColumnPackedModule)]:
         raise ValueError(
             f"[save_checkpoint] layers are of Marlin's formats, which marlin.save_quantized writes: {listed(marlin)}"
         )

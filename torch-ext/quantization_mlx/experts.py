@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ._ops import ops
-from .modules import _frozen, _QuantizedModule
+from .modules import _QuantizedModule
 from .obstacles import check_class, check_state, copy_hooks
 from .ops import dequantize, quantize
+from .packed_weight import frozen
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
 
@@ -122,7 +123,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
         # One at a time, because quantizing copies what is not contiguous.
         packed = [quantize(matrix, self.group_size, self.bits, self.mode) for matrix in weight.detach()]
         for name, tensors in zip(("weight", "scales", "biases"), zip(*packed, strict=True), strict=False):
-            setattr(self, name, _frozen(torch.stack(tensors)))
+            setattr(self, name, frozen(torch.stack(tensors)))
 
     def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
         """Row i of x times the matrix of expert indices[i].
@@ -137,7 +138,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
         """
         y = _gather_qmm(
             x.unsqueeze(-2),
-            self.weight,
+            self.weight_packed,
             self.scales,
             self.biases,
             None,
@@ -525,8 +526,8 @@ def finish_experts(model: nn.Module) -> None:
                 raise ValueError(f"[from_pretrained] {path}.scales has values that are not finite numbers")
             del module.scales
             module.weight = nn.Parameter(weight, requires_grad=False)
-        if isinstance(module, QuantizedSwitchLinear) and module.weight.dim() == 4:
-            module.weight = _frozen(_words_of_blocks(module.weight))
+        if isinstance(module, QuantizedSwitchLinear) and module.weight_packed.dim() == 4:
+            module.weight = frozen(_words_of_blocks(module.weight_packed))
         if "_kv_b_dtype" in module.__dict__:
             _join_kv_b(module)
     fuse(model)
@@ -547,7 +548,7 @@ def _place_blocks(experts: nn.Module) -> None:
         weight, bias = experts._parameters.pop(name), experts._parameters.pop(f"{name}_bias")
         linear = SwitchLinear(weight.mT if experts.is_transposed else weight, bias)
         layer = QuantizedSwitchLinear.shell(linear, weight.dtype, mode="mxfp4")
-        layer.weight = _frozen(torch.empty(*layer.scales.shape, 16, dtype=torch.uint8, device="meta"))
+        layer.weight = frozen(torch.empty(*layer.scales.shape, 16, dtype=torch.uint8, device="meta"))
         setattr(experts, name, layer)
     experts._is_hf_initialized = True
 
@@ -584,8 +585,7 @@ def _join_kv_b(attention: nn.Module) -> None:
 def _float_weight(layer: SwitchLinear | QuantizedSwitchLinear, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(layer, SwitchLinear):
         return layer.weight.detach()
-    packed = layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, layer.mode
-    return dequantize(*packed, dtype=dtype).detach()
+    return layer.packed().dequantize(dtype).detach()
 
 
 def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -160,10 +160,10 @@ def _join(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
         return first
     joint = {name: parameter.detach() for name, parameter in first.named_parameters()}
     for name in joint if len(layers) > 1 else ():
-        joint[name] = torch.cat([layer.get_parameter(name).detach() for layer in layers])
+        joint[name] = torch.cat([layer._parameters[name].detach() for layer in layers])
         parts = joint[name].split([layer.out_features for layer in layers])
         for layer, part in zip(layers, parts, strict=True):
-            trained = layer.get_parameter(name).requires_grad
+            trained = layer._parameters[name].requires_grad
             setattr(layer, name, nn.Parameter(part, requires_grad=trained))
     return _Product(first, joint) if type(first) is QuantizedLinear else partial(F.linear, **joint)
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule
-from .ops import dequantize
 from .stored import listed, require
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
     from transformers.quantizers.quantizer_metal import MetalHfQuantizer
 
     quantized = {path: layer for path, layer in model.named_modules() if isinstance(layer, _QuantizedModule)}
-    tied = {id(layer.weight) for layer in quantized.values() if isinstance(layer, QuantizedEmbedding)}
-    linear = {path: layer for path, layer in quantized.items() if id(layer.weight) not in tied}
+    tied = {id(layer.weight_packed) for layer in quantized.values() if isinstance(layer, QuantizedEmbedding)}
+    linear = {path: layer for path, layer in quantized.items() if id(layer.weight_packed) not in tied}
     scaled = [path for path, layer in quantized.items() if getattr(layer, "scale", 1) != 1]
     formats = {(layer.mode, layer.group_size, layer.bits) for layer in linear.values()}
     strange = [path for path, layer in linear.items() if type(layer) is not QuantizedLinear] + scaled
@@ -114,23 +113,15 @@ def _metal_linear(layer: QuantizedLinear) -> nn.Module:
 
     with torch.device("meta"):
         made = MetalLinear(layer.in_features, layer.out_features, bits=layer.bits, group_size=layer.group_size)
-    made.weight, made.scales, made.qbiases, made.bias = layer.weight, layer.scales, layer.biases, layer.bias
+    made.weight, made.scales, made.qbiases = layer.weight_packed, layer.scales, layer.biases
+    made.bias = layer.bias
     return made
 
 
 def _dense(layer: QuantizedEmbedding | QuantizedLinear, known: dict[int, nn.Parameter]) -> nn.Module:
     """The layer in floating point; layers with one packed weight go on sharing."""
-    weight = known.get(id(layer.weight))
-    if weight is None:
-        parts = layer.weight, layer.scales, layer.biases
-        dtype = layer._like.dtype if layer.mode != "affine" and isinstance(layer, QuantizedEmbedding) else None
-        values = dequantize(*parts, group_size=layer.group_size, bits=layer.bits, mode=layer.mode, dtype=dtype)
-        weight = known[id(layer.weight)] = nn.Parameter(values)
-    rows, columns = weight.shape
-    if isinstance(layer, QuantizedEmbedding):
-        made: nn.Module = nn.Embedding(rows, columns, device="meta")
-    else:
-        made = nn.Linear(columns, rows, bias=False, device="meta")
+    made = layer.dequantize()
+    made.weight = known.setdefault(id(layer.weight_packed), made.weight)
+    if isinstance(layer, QuantizedLinear):
         made.bias = layer.bias
-    made.weight = weight
     return made

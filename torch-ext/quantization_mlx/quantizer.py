@@ -75,6 +75,11 @@ def quantizer_classes() -> tuple[type, type]:
             if self.pre_quantized:
                 _place_layers(model, self, options.get("checkpoint_files"), options.get("dtype"))
 
+        def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+            """Spares packed words, whose layers say another shape, a check that `_place_layers` has made."""
+            path, _, name = param_name.rpartition(".")
+            return name == "weight" and isinstance(model.get_submodule(path), _QuantizedModule)
+
         def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
             from transformers.core_model_loading import PrefixChange
 
@@ -245,8 +250,8 @@ def _finish_layers(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, _QuantizedModule):
             continue
-        for name in ("weight", "scales", "biases"):
-            if (parameter := getattr(module, name)) is None or parameter.is_meta:
+        for name in module.packed_names:
+            if (parameter := module._parameters[name]) is None or parameter.is_meta:
                 continue
             parameter.requires_grad_(False)
             if name != "weight" and not _is_finite(parameter, module.mode):

@@ -17,6 +17,7 @@ from torch import nn
 
 from .experts import SwitchLinear
 from .obstacles import HOOKS, copy_hooks, obstacle
+from .packed_weight import PackedModule
 from .stored import listed
 
 OnLayer = Callable[[str, torch.Tensor, Any], None]
@@ -210,17 +211,12 @@ def parameter_count(model: nn.Module) -> int:
     """How many parameters `model` has; those of packed layers as many as they stand for."""
     counts: dict[int, int] = {}
     for module in model.modules():
+        packed = module.packed_names if isinstance(module, PackedModule) else ()
         for name, parameter in module._parameters.items():
-            if parameter is None or (_is_packed(module) and name != "bias" and parameter.dtype != torch.uint32):
-                continue
-            packed = _is_packed(module) and parameter.dtype == torch.uint32
-            counts[id(parameter)] = parameter.numel() * 32 // module.bits if packed else parameter.numel()
+            if parameter is not None and name not in packed[1:]:
+                count = parameter.numel()
+                counts[id(parameter)] = count * 32 // module.bits if name in packed else count
     return sum(counts.values())
-
-
-def _is_packed(module: nn.Module) -> bool:
-    """Whether it is a quantized layer, of MLX's formats or of Marlin's."""
-    return all(hasattr(module, name) for name in ("group_size", "bits", "mode"))
 
 
 def float_weights(model: nn.Module, refusals: Mapping[str, Refusal]) -> list[FloatWeight]:
@@ -251,7 +247,7 @@ def float_weights(model: nn.Module, refusals: Mapping[str, Refusal]) -> list[Flo
 def _matrices(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
     """The path and the name, the module and the tensor of each floating-point parameter of two or more dimensions."""
     for path, module in model.named_modules(remove_duplicate=False):
-        if _is_packed(module) or "norm" in type(module).__name__.lower():
+        if isinstance(module, PackedModule) or "norm" in type(module).__name__.lower():
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point() and parameter.ndim >= 2 and "bias" not in name:

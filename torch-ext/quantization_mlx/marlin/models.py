@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import _progress
+from ..experts import SwitchLinear, unfused
 from ..replacement import (
     FloatWeight,
     Left,
@@ -29,8 +30,18 @@ from ..replacement import (
     why_not,
 )
 from ..stored import require
+from .experts import ColumnPackedSwitchLinear
 from .functions import check_group_size
-from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear, check_bits, check_quant_type
+from .layers import (
+    MODE_OF_BITS,
+    QUANT_TYPES,
+    ColumnPackedLinear,
+    ColumnPackedModule,
+    MarlinLinear,
+    MetalQuantizedLinear,
+    check_bits,
+    check_quant_type,
+)
 from .saved import entry_of, is_saved, refuse_mlx, shell, usable_device
 
 if TYPE_CHECKING:
@@ -91,7 +102,8 @@ def quantize_model(
     """
     op = "quantize_model"
     check_quant_type(op, quant_type)
-    convert = functools.partial(MarlinLinear.from_linear, quant_type=quant_type, group_size=group_size)
+    linear = functools.partial(MarlinLinear.from_linear, quant_type=quant_type, group_size=group_size)
+    convert = _converter(linear, QUANT_TYPES[quant_type], group_size)
     model, replaced, left, parameters = _replace(op, model, convert, group_size, skip_layers, None)
     if not replaced:
         warnings.warn(f"[{op}] 0 layers were replaced", stacklevel=2)
@@ -131,15 +143,24 @@ def replace_linear_layers(
     check_bits(op, bits)
     if isinstance(model, nn.Linear):
         raise TypeError(f"[{op}] a layer by itself is not replaced in place; use MetalQuantizedLinear.from_float")
-    convert = functools.partial(MetalQuantizedLinear.from_float, bits=bits, group_size=group_size)
+    linear = functools.partial(MetalQuantizedLinear.from_float, bits=bits, group_size=group_size)
+    convert = _converter(linear, MODE_OF_BITS[bits], group_size)
     _, replaced, left, parameters = _replace(op, model, convert, group_size, skip_layers, layer_filter)
     return ReplacementStats(replaced, left, parameters)
+
+
+def _converter(
+    linear: Callable[[nn.Linear], ColumnPackedLinear], mode: str, group_size: int
+) -> Callable[[nn.Module], ColumnPackedModule]:
+    """What packs a layer: `linear` for one of a matrix, and for experts the layer that has one for each."""
+    experts = functools.partial(ColumnPackedSwitchLinear.from_switch_linear, mode=mode, group_size=group_size)
+    return lambda layer: experts(layer) if isinstance(layer, SwitchLinear) else linear(layer)
 
 
 def _replace(
     op: str,
     model: nn.Module,
-    convert: Callable[[nn.Linear], ColumnPackedLinear],
+    convert: Callable[[nn.Module], ColumnPackedModule],
     group_size: int,
     skip_layers: Iterable[str] | None,
     layer_filter: LayerFilter | None,
@@ -162,8 +183,9 @@ def _replace(
             raise ValueError(f"[{op}] {path}.weight has values that are not finite numbers")
         return True
 
-    done = replace_layers(model, choose, lambda layer, _: convert(layer), _tied, progress=_progress)
-    left = float_weights(done.model, done.refusals)
+    with unfused(model):
+        done = replace_layers(model, choose, lambda layer, _: convert(layer), _tied, progress=_progress)
+        left = float_weights(done.model, done.refusals)
     return done.model, done.replaced, left, parameter_count(done.model)
 
 
@@ -175,7 +197,7 @@ def _refusal(
         return Refusal(_IN_SKIP_LAYERS, is_asked_for=True)
     if isinstance(layer, nn.Embedding):
         return Refusal("an embedding; Marlin's formats are for linear layers", is_asked_for=True)
-    if type(layer) is not nn.Linear and not is_conv1d(layer):
+    if type(layer) not in (nn.Linear, SwitchLinear) and not is_conv1d(layer):
         return Refusal(reason_of_class(layer, "weight"))
     if (reason := why_not(path, layer)) is not None:
         return Refusal(reason)
@@ -187,7 +209,7 @@ def _refusal(
     return None
 
 
-def _tied(layer: nn.Linear, twin: ColumnPackedLinear) -> ColumnPackedLinear:
+def _tied(layer: nn.Module, twin: ColumnPackedModule) -> ColumnPackedModule:
     """`layer` on the packed weight of `twin`, which had the same floating-point weight."""
     tied = shell(layer, entry_of(twin))
     for name, parameter in twin.named_parameters(recurse=False):

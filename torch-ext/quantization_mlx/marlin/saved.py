@@ -4,7 +4,7 @@ A saved directory holds `config.json`, `model*.safetensors` with an index, `gene
 `quantization_config.json`:
 
     {"format": "marlin",
-     "layers": {path: {"class": "MarlinLinear" or "MetalQuantizedLinear", "mode": …, "group_size": …, "bits": …}},
+     "layers": {path: {"class": the name of one of the classes below, "mode": …, "group_size": …, "bits": …}},
      "tied": {name of a tensor: name that the same tensor is stored under}}
 
 The tensors of a layer are stored as `<path>.weight_packed`, `<path>.scales`, `<path>.zeros` in mode "marlin_int4", and
@@ -23,8 +23,10 @@ import torch
 from torch import nn
 
 from ..checkpoint import config_record, distinct_tensors, write_directory
+from ..experts import SwitchLinear, fuse, unfuse
 from ..modules import _QuantizedModule
 from ..quantizer import align_parameters
+from ..replacement import as_linear, is_conv1d
 from ..stored import (
     is_mlx_directory,
     judge,
@@ -36,7 +38,8 @@ from ..stored import (
     require,
     weight_files,
 )
-from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
+from .experts import ColumnPackedSwitchLinear
+from .layers import ColumnPackedModule, MarlinLinear, MetalQuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,9 +49,10 @@ FORMAT = "marlin"  # what the record says
 METHOD = "quantization_mlx_marlin"  # the quantizer's name in Transformers, in config.json too
 
 # What a layer's constructor takes besides its sizes, its bias, its device and its dtype; by the name of its class.
-_CLASSES: dict[str, tuple[type[ColumnPackedLinear], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+_CLASSES: dict[str, tuple[type[ColumnPackedModule], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "MarlinLinear": (MarlinLinear, lambda entry: {"quant_type": str(entry["mode"]).removeprefix("marlin_")}),
     "MetalQuantizedLinear": (MetalQuantizedLinear, lambda entry: {"bits": entry["bits"]}),
+    "ColumnPackedSwitchLinear": (ColumnPackedSwitchLinear, lambda entry: {"mode": entry["mode"]}),
 }
 
 
@@ -93,7 +97,7 @@ def save_quantized(
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"[{op}] model is of type {type(model).__name__}; it must be a transformers.PreTrainedModel")
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {path: module for path, module in modules.items() if isinstance(module, ColumnPackedLinear)}
+    layers = {path: module for path, module in modules.items() if isinstance(module, ColumnPackedModule)}
     if not layers:
         raise ValueError(
             f"[{op}] the model has no layers of Marlin; quantize_model and replace_linear_layers make them"
@@ -123,7 +127,7 @@ def _copy_remote_code(model: PreTrainedModel, directory: Path) -> None:
             custom_object_save(each, directory, config=model.config)
 
 
-def entry_of(layer: ColumnPackedLinear) -> dict[str, Any]:
+def entry_of(layer: ColumnPackedModule) -> dict[str, Any]:
     """What the record says of a layer."""
     format = {"mode": layer.mode, "group_size": layer.group_size, "bits": layer.bits}
     return {"class": type(layer).__name__, **format}
@@ -279,7 +283,8 @@ def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
     record = _read_record(directory, op)
     if set(files) != set(weight_files(directory, op)):
         raise ValueError(f"[{op}] {directory}: the index does not name the weight files that are there")
-    linear = {path: layer for path, layer in model.named_modules() if type(layer) is nn.Linear}
+    unfuse(model, record["layers"])
+    linear = {path: as_linear(layer) for path, layer in model.named_modules() if _can_be_packed(layer)}
     if unknown := [path for path in record["layers"] if path not in linear]:
         raise ValueError(f"[{op}] {directory / RECORD} has layers that the model has not: {listed(unknown)}")
     packed = []
@@ -294,7 +299,11 @@ def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
     judge(model, read_headers(files, op), str(directory), exact=packed, op=op)
 
 
-def shell(layer: nn.Linear, entry: Mapping[str, Any]) -> ColumnPackedLinear:
+def _can_be_packed(layer: nn.Module) -> bool:
+    return type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer)
+
+
+def shell(layer: nn.Module, entry: Mapping[str, Any]) -> ColumnPackedModule:
     """A layer of the same sizes that waits for its tensors.
 
     Raises:
@@ -302,7 +311,9 @@ def shell(layer: nn.Linear, entry: Mapping[str, Any]) -> ColumnPackedLinear:
     """
     layer_class, options = _CLASSES[entry["class"]]
     dtype = layer.weight.dtype if layer.bias is None else layer.bias.dtype
+    experts = (layer.num_experts,) if isinstance(layer, SwitchLinear) else ()
     made = layer_class(
+        *experts,
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -335,9 +346,10 @@ def _finish_layers(model: nn.Module) -> None:
     """
     align_parameters(model)
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False) if isinstance(module, ColumnPackedLinear) else ():
+        for name, parameter in module.named_parameters(recurse=False) if isinstance(module, ColumnPackedModule) else ():
             if name == "bias":
                 continue
             parameter.requires_grad_(False)
             if parameter.is_floating_point() and not parameter.isfinite().all():
                 raise ValueError(f"[load_quantized] {path}.{name} has values that are not finite numbers")
+    fuse(model)
