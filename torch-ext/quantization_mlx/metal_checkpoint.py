@@ -61,8 +61,8 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
     from transformers.quantizers.quantizer_metal import MetalHfQuantizer
 
     quantized = {path: layer for path, layer in model.named_modules() if isinstance(layer, _QuantizedModule)}
-    tied = {id(layer.weight) for layer in quantized.values() if isinstance(layer, QuantizedEmbedding)}
-    linear = {path: layer for path, layer in quantized.items() if id(layer.weight) not in tied}
+    tied = {id(_words(layer)) for layer in quantized.values() if isinstance(layer, QuantizedEmbedding)}
+    linear = {path: layer for path, layer in quantized.items() if id(_words(layer)) not in tied}
     scaled = [path for path, layer in quantized.items() if getattr(layer, "scale", 1) != 1]
     formats = {(layer.mode, layer.group_size, layer.bits) for layer in linear.values()}
     strange = [path for path, layer in linear.items() if type(layer) is not QuantizedLinear] + scaled
@@ -92,6 +92,11 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _words(layer: _QuantizedModule) -> nn.Parameter:
+    """The packed weight."""
+    return dict(layer.named_parameters(recurse=False))["weight"]
+
+
 def _convert(model: nn.Module, convert: Callable[[str, Any], nn.Module | None]) -> int:
     """Puts what `convert` makes of a layer in its place; returns of how many."""
     made = {path: new for path, layer in model.named_modules() if (new := convert(path, layer)) is not None}
@@ -114,18 +119,18 @@ def _metal_linear(layer: QuantizedLinear) -> nn.Module:
 
     with torch.device("meta"):
         made = MetalLinear(layer.in_features, layer.out_features, bits=layer.bits, group_size=layer.group_size)
-    made.weight, made.scales, made.qbiases, made.bias = layer.weight, layer.scales, layer.biases, layer.bias
+    made.weight, made.scales, made.qbiases, made.bias = _words(layer), layer.scales, layer.biases, layer.bias
     return made
 
 
 def _dense(layer: QuantizedEmbedding | QuantizedLinear, known: dict[int, nn.Parameter]) -> nn.Module:
     """The layer in floating point; layers with one packed weight go on sharing."""
-    weight = known.get(id(layer.weight))
+    weight = known.get(id(_words(layer)))
     if weight is None:
-        parts = layer.weight, layer.scales, layer.biases
+        parts = _words(layer), layer.scales, layer.biases
         dtype = layer._like.dtype if layer.mode != "affine" and isinstance(layer, QuantizedEmbedding) else None
         values = dequantize(*parts, group_size=layer.group_size, bits=layer.bits, mode=layer.mode, dtype=dtype)
-        weight = known[id(layer.weight)] = nn.Parameter(values)
+        weight = known[id(_words(layer))] = nn.Parameter(values)
     rows, columns = weight.shape
     if isinstance(layer, QuantizedEmbedding):
         made: nn.Module = nn.Embedding(rows, columns, device="meta")

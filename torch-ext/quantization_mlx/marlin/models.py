@@ -16,7 +16,7 @@ from ..checkpoint import replace_layers
 from ..stored import listed, require
 from .functions import check_group_size
 from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear, check_bits, check_quant_type
-from .saved import entry_of, is_saved, refuse_mlx, shell, usable_device
+from .saved import entry_of, is_saved, mark_configs, refuse_mlx, shell, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,6 +146,7 @@ def _replace(
         return None
 
     model = replace_layers(model, choose, lambda layer, _: convert(layer), _tied)
+    mark_configs(model)
     for path, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, nn.Linear):
             skipped.setdefault(path, "has no parameter as its weight")  # a parametrization computes it, for example
