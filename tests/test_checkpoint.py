@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import oracle
 from conftest import fill_disk
@@ -67,6 +69,80 @@ def tiny_model(dtype: torch.dtype = torch.float32, **options: Any) -> LlamaForCa
         if name.endswith("bias") or "norm" in name:  # ones and zeros would hide a mix-up
             nn.init.uniform_(parameter, 0.5, 1.5)
     return model
+
+
+TEXT = {
+    "hidden_size": 64,  # whose square root has few bits: mlx-lm rounds the scale of Gemma's embeddings to bfloat16
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+QWEN_VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+LINEAR |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32}
+GEMMA4_VISION = {**VISION, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
+LLAMA4_VISION = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+# Models that see images: the class, the options of its config, and the class that is its text alone.
+WRAPPERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {"text_config": {**TEXT, **TWO_KINDS, "sliding_window_pattern": 2}, "vision_config": VISION},
+        "Gemma3ForCausalLM",
+    ),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        {"text_config": {**TEXT, **TWO_KINDS, **PER_LAYER}, "vision_config": GEMMA4_VISION},
+        "Gemma4ForCausalLM",
+    ),
+    "llama4": (
+        "Llama4ForConditionalGeneration",
+        {
+            "text_config": {**TEXT, "num_local_experts": 2, "intermediate_size_mlp": 128},
+            "vision_config": {**VISION, **LLAMA4_VISION, "intermediate_size": 128},
+        },
+        "Llama4ForCausalLM",
+    ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        {
+            "text_config": {**TEXT, "model_type": "mistral", "tie_word_embeddings": True},
+            "vision_config": {**VISION, "model_type": "pixtral"},
+            "tie_word_embeddings": True,
+        },
+        "MistralForCausalLM",
+    ),
+    "qwen3_5": (
+        "Qwen3_5ForConditionalGeneration",
+        {"text_config": {**TEXT, **LINEAR}, "vision_config": QWEN_VISION},
+        "Qwen3_5ForCausalLM",
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        {"text_config": TEXT, "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]}},
+        "Qwen3VLTextModel",
+    ),
+}
+
+
+def wrapper(name: str) -> tuple[PreTrainedModel, type[PreTrainedModel]]:
+    """A random model that sees images, and the class of its text."""
+    class_name, options, text_name = WRAPPERS[name]
+    whole, text = (getattr(transformers, each) for each in (class_name, text_name))
+    torch.manual_seed(0)
+    model = whole(whole.config_class(**copy.deepcopy(options))).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model, text
 
 
 @pytest.fixture(scope="session")

@@ -358,8 +358,10 @@ def _write_weights(
 def config_record(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of `model` in Transformers' terms, without a record of quantization."""
     config = model.config.to_diff_dict()
-    for name in ("_name_or_path", *RECORDS):
-        config.pop(name, None)
+    config.pop("_name_or_path", None)
+    for part in (config, *config.values()):
+        for name in RECORDS if isinstance(part, dict) else ():
+            part.pop(name, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)

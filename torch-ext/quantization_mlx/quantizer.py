@@ -16,12 +16,11 @@ from .checkpoint import _replace_layers, _shell, quantize_model
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
 from .replacement import Refusal, as_linear
-from .stored import Format, entry_format, judge, listed, read_config, read_headers, stored_format
+from .stored import MLX_METHOD, Format, entry_format, judge, listed, read_config, read_headers, stored_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHOD = "mlx"  # the quantizer's name in Transformers
 # Checkpoints may hold these although models compute them.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -44,7 +43,7 @@ def quantizer_classes() -> tuple[type, type]:
         def __init__(
             self, group_size: int | None = None, bits: int | None = None, mode: str | None = None, **entries: Any
         ) -> None:
-            self.quant_method = METHOD
+            self.quant_method = MLX_METHOD
             entries.pop("quant_method", None)
             common = {"group_size": group_size, "bits": bits, "mode": mode}
             self.record = {**{name: value for name, value in common.items() if value is not None}, **entries}
@@ -145,10 +144,14 @@ def _place_layers(
     _refuse_obstacles(model, done.refusals, format_of, files[0].parent)
     for target, source in list(model.all_tied_weights_keys.items()):
         layer_path, _, attribute = target.rpartition(".")
-        if attribute == "weight" and isinstance(layer := model.get_submodule(layer_path), _QuantizedModule):
-            for name in ("scales", "biases"):
-                if getattr(layer, name) is not None:
-                    model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
+        if not isinstance(layer := model.get_submodule(layer_path), _QuantizedModule):
+            continue
+        if attribute != "weight":
+            setattr(layer, attribute, model.get_parameter(source))
+            continue
+        for name in ("scales", "biases"):
+            if getattr(layer, name) is not None:
+                model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
     judge(model, _without_ignored(model, stored), str(files[0].parent), converted | _may_be_missing(model))
 
 
@@ -225,14 +228,16 @@ def _settle_tying(model: PreTrainedModel, config: Mapping[str, Any], stored: Map
 
 
 def _without_ignored(model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stored tensors but those that this class of models does without."""
+    """The stored tensors but those that this class of models does without.
+
+    A pattern may match more than it means, as "attn.bias" does "c_attn.bias": what the model has is kept.
+    """
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED]
+    if model.base_model is model:
+        patterns.append(r"^lm_head\.")  # a model without head reads the checkpoint of one that has it
     ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
-    kept = {name: tensor for name, tensor in stored.items() if not ignored.search(name)}
-    if model.base_model is not model:
-        return kept
-    # A model without head reads the checkpoint of one that has it.
-    return {name: tensor for name, tensor in kept.items() if not name.startswith("lm_head.")}
+    wanted = model.state_dict().keys()
+    return {name: tensor for name, tensor in stored.items() if name in wanted or not ignored.search(name)}
 
 
 def _may_be_missing(model: PreTrainedModel) -> set[str]:

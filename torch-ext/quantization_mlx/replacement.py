@@ -131,7 +131,7 @@ def replace_layers(
     return Replacement(model, replaced, refusals)
 
 
-def _move_hooks(layer: nn.Module, made: nn.Module) -> None:
+def move_hooks(layer: nn.Module, made: nn.Module) -> None:
     """Gives `made`, which takes the place of `layer`, its very tables of hooks, so that their handles remove them."""
     for table in HOOKS:
         if held := getattr(layer, table):
@@ -142,7 +142,7 @@ def _move_hooks(layer: nn.Module, made: nn.Module) -> None:
 
 def _hand_over(layer: nn.Module, made: nn.Module) -> None:
     """What one layer has and its replacement takes: the hooks, and the bias that an optimizer may know."""
-    _move_hooks(layer, made)
+    move_hooks(layer, made)
     if layer._parameters.get("bias") is not None and not isinstance(layer, SwitchLinear):  # those are views
         made.bias = layer.bias
 

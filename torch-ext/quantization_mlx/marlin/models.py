@@ -42,7 +42,7 @@ from .layers import (
     check_bits,
     check_quant_type,
 )
-from .saved import entry_of, is_saved, refuse_mlx, shell, usable_device
+from .saved import entry_of, is_saved, mark_configs, refuse_mlx, shell, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,6 +186,7 @@ def _replace(
     with unfused(model):
         done = replace_layers(model, choose, lambda layer, _: convert(layer), _tied, progress=_progress)
         left = float_weights(done.model, done.refusals)
+    mark_configs(done.model)
     return done.model, done.replaced, left, parameter_count(done.model)
 
 
