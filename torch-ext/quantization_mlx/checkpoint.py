@@ -255,7 +255,7 @@ def _refusal(path: str, layer: nn.Module) -> Refusal | None:
     if type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer) or row_scale(layer) is not None:
         reason = why_not(path, layer)
     else:
-        reason = reason_of_class(layer, "weight")
+        reason = reason_of_class(path, layer)
     return None if reason is None else Refusal(reason)
 
 

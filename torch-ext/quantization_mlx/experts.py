@@ -480,7 +480,8 @@ def place_experts(model: nn.Module, stored: Iterable[str]) -> None:
     for path, experts in _experts_modules(model):
         if f"{path}.gate_up_proj_blocks" in names:
             _place_blocks(experts)
-    unfuse(model, [*_projections(model), *(name.removesuffix(".weight") for name in names)])
+    layers = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+    unfuse(model, [*_projections(model), *layers])
     for path, attention in model.named_modules():
         if f"{path}.embed_q.weight" in names and isinstance(getattr(attention, "kv_b_proj", None), nn.Linear):
             _split_kv_b(attention)

@@ -58,10 +58,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class FloatWeight:
-    """A matrix, or several in one tensor, that remains in floating point.
+    """A matrix, or several in one tensor, that remains as it was, which is in floating point as a rule.
 
     path: of the layer, or of the parameter where that is not the `weight` of a module. shape: of the tensor.
-    parameters: how many; 0 where an earlier one is the same tensor.
+    parameters: how many; 0 where an earlier one is the same tensor, and for integers.
     reason: why it was not quantized. is_asked_for: whether the caller has asked for that.
     """
 
@@ -227,15 +227,15 @@ def float_weights(model: nn.Module, refusals: Mapping[str, Refusal]) -> list[Flo
     """
     found: dict[str, FloatWeight] = {}
     seen: set[int] = set()
-    for path, name, module, parameter in _matrices(model):
+    for path, name, module, parameter in _matrices(model, refusals):
         owner, _, part = path.partition(".parametrizations.")
         if part:  # its tensors belong to the layer that they are for
             path, module = owner, model.get_submodule(owner)
-        elif name != "weight" and path not in refusals:
+        elif name != "weight" and not isinstance(module, (nn.Linear, nn.Embedding)):
             path = _joined(path, name)
-        count = 0 if id(parameter) in seen else parameter.numel()
+        count = 0 if id(parameter) in seen or not parameter.is_floating_point() else parameter.numel()
         seen.add(id(parameter))
-        refusal = refusals.get(path) or Refusal(reason_of_class(module, name))
+        refusal = refusals.get(path) or Refusal(reason_of_class(path, module))
         if (other := found.get(path)) is None:
             found[path] = FloatWeight(path, tuple(parameter.shape), count, refusal.reason, refusal.is_asked_for)
         else:
@@ -244,22 +244,31 @@ def float_weights(model: nn.Module, refusals: Mapping[str, Refusal]) -> list[Flo
     return list(found.values())
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
-    """The path and the name, the module and the tensor of each floating-point parameter of two or more dimensions."""
+def _matrices(model: nn.Module, refusals: Mapping[str, Refusal]) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
+    """The path and the name, the module and the tensor of each floating-point parameter of two or more dimensions, and
+    of other weights that were refused."""
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedModule) or "norm" in type(module).__name__.lower():
             continue
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and parameter.ndim >= 2 and "bias" not in name:
+            if parameter is None or parameter.ndim < 2 or "bias" in name:
+                continue
+            if parameter.is_floating_point() or (name == "weight" and path in refusals):
                 yield path, name, module, parameter
 
 
-def reason_of_class(module: nn.Module, name: str) -> str:
-    """Why the parameter `name` of a module is not quantized, as far as the module's class tells."""
+def reason_of_class(path: str, module: nn.Module) -> str:
+    """Why a parameter is not quantized, as far as the class of its module tells.
+
+    Args:
+        path: of the parameter, or of the module whose `weight` it is.
+    """
     kind = type(module).__name__
+    if path.rpartition(".")[2] in module._parameters:
+        return f"a parameter of {kind}"
     if isinstance(module, (nn.Linear, nn.Embedding)):
         return obstacle(module) or f"a subclass of {'Linear' if isinstance(module, nn.Linear) else 'Embedding'}: {kind}"
-    return f"a {kind}, which has no quantized form" if name == "weight" else f"a parameter of {kind}"
+    return f"a {kind}, which has no quantized form"
 
 
 def share(weights: Iterable[FloatWeight], parameters: int) -> float:

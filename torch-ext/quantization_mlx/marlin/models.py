@@ -199,7 +199,7 @@ def _refusal(
     if isinstance(layer, nn.Embedding):
         return Refusal("an embedding; Marlin's formats are for linear layers", is_asked_for=True)
     if type(layer) not in (nn.Linear, SwitchLinear) and not is_conv1d(layer):
-        return Refusal(reason_of_class(layer, "weight"))
+        return Refusal(reason_of_class(path, layer))
     if (reason := why_not(path, layer)) is not None:
         return Refusal(reason)
     in_features = as_linear(layer).in_features

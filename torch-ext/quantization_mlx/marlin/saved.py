@@ -278,6 +278,7 @@ def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: st
         raise
     for path, layer in shells.items():
         move_hooks(originals[path], layer)
+        layer.follow_dtype(layer.weight.dtype, "cpu")  # a buffer that is not stored
     state |= {alias: state[name] for alias, name in ties.items()}
     model.load_state_dict(state, assign=True)
     _share(model, ties)
