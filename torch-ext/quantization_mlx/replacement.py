@@ -158,7 +158,7 @@ def _plan(
     holders: dict[int, dict[str, nn.Module]] = {}  # all modules with a parameter, by its identity
     layers: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
+        for name, parameter in () if isinstance(module, PackedModule) else module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), {})[path if name == "weight" else _joined(path, name)] = module
                 layers.update({id(parameter)} if name == "weight" else ())
