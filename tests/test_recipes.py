@@ -188,7 +188,7 @@ def test_layers_are_reported_once_and_their_weights_let_go_one_by_one() -> None:
     seen: list[tuple[str, weakref.ref]] = []
 
     def on_layer(path: str, weight: Tensor, quantized: nn.Module) -> None:
-        assert weight.is_floating_point() and quantized.weight.dtype == torch.uint32
+        assert weight.is_floating_point() and quantized.weight_packed.dtype == torch.uint32
         # Of the layers before this one, no float weight is left but, at most, the last one's.
         assert all(reference() is None for _, reference in seen[:-1])
         seen.append((path, weakref.ref(model.get_submodule(path).weight)))

@@ -29,6 +29,7 @@ from quantization_mlx import (
     QuantizedEmbedding,
     QuantizedLinear,
     cli,
+    dequantize_model,
     load_checkpoint,
     marlin,
     patch_transformers,
@@ -692,6 +693,22 @@ def test_packed_experts_multiply_rows_by_their_matrices(mode: str) -> None:
     assert layer.to(torch.bfloat16).scales.dtype == torch.float16
     assert layer(x.to(torch.bfloat16), indices).dtype == torch.bfloat16
     oracle.assert_within(layer.weight.float(), exact.mT, 0.01 * exact.abs().max())
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Llama4"])
+@pytest.mark.parametrize("way", ["mlx", "marlin"])
+def test_experts_and_hooks_come_back_to_floating_point(family: str, way: str) -> None:
+    model = mixture(family)
+    classes = {path: type(module) for path, module in model.named_modules()}
+    if way == "mlx":
+        quantize_model(model, bits=8)
+    else:
+        marlin.replace_linear_layers(model, 8, 64)
+    model.lm_head.register_forward_hook(lambda module, arguments, output: 2 * output)
+    expected = logits(model)
+    dequantize_model(model)
+    assert {path: type(module) for path, module in model.named_modules()} == classes
+    oracle.assert_within(logits(model), expected.double(), 1e-4 * expected.abs().max())
 
 
 @pytest.mark.filterwarnings("ignore:.*floating point")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,13 @@ from torch.nn import functional as F
 import oracle
 import quantization_mlx as qm
 from oracle import SOME_FORMATS, name_of
-from quantization_mlx.checkpoint import quantize_model
+from quantization_mlx.checkpoint import dequantize_model, quantize_model
 from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, replace_linear_layers
 from quantization_mlx.modules import QuantizedEmbedding, QuantizedLinear
-from quantization_mlx.packed_weight import PackedLinear, PackedWeight
+from quantization_mlx.packed_weight import PackedLinear, PackedModule, PackedWeight
 
 IN, OUT = 256, 48
+replace_groups_of_64 = functools.partial(replace_linear_layers, group_size=64)
 
 LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     **{
@@ -283,7 +285,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**TINY, "num_experts": 2, "use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 32,
          "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 4, "expert_layer_offset": 3},
     ),
-    "xLSTM": ("xLSTMForCausalLM", {"vocab_size": 96, "hidden_size": 64, "num_heads": 2, "num_blocks": 2, "qk_dim_factor": 1.0}),
+    "xLSTM": (
+        "xLSTMForCausalLM",
+        {"vocab_size": 96, "hidden_size": 64, "num_heads": 2, "num_blocks": 2, "qk_dim_factor": 1.0},
+    ),
     "MobileBert": (
         "MobileBertForMaskedLM",
         {**BERT, "embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32, "intermediate_size": 64},
@@ -384,3 +389,56 @@ def test_checkpoints_of_such_models_load_and_run(family: str, tmp_path) -> None:
     loaded = qm.load_checkpoint(tmp_path)
     assert quantized_layers(loaded) == quantized_layers(model)
     assert_near(logits_of(family, loaded), expected)
+
+
+# Back to floating point
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize", [quantize_model, lambda m: quantize_model(m, mode="mxfp4"), replace_groups_of_64])
+def test_models_are_dequantized(quantize: Callable[[nn.Module], object], tied: bool) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, tie_word_embeddings=tied)).eval()
+    quantize(model)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        assert dequantize_model(model) is model
+        assert not any(isinstance(module, PackedModule) for module in model.modules())
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-3, atol=1e-4)
+    assert {parameter.dtype for parameter in dequantize_model(model, torch.bfloat16).parameters()} == {torch.float32}
+
+
+def test_experts_are_dequantized() -> None:
+    torch.manual_seed(0)
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**TINY, **options)).eval()
+    names = set(model.state_dict())
+    quantize_model(model, bits=8)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        torch.testing.assert_close(dequantize_model(model)(TOKENS).logits, expected, rtol=1e-3, atol=1e-4)
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name_of)
+def test_loaded_models_change_their_dtype_and_are_dequantized_by_transformers(dtype: torch.dtype, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).to(torch.bfloat16).eval()
+    qm.save_checkpoint(quantize_model(model), tmp_path)
+    loaded = qm.load_checkpoint(tmp_path).to(dtype)
+    with torch.no_grad():
+        expected = loaded(TOKENS).logits
+        assert expected.dtype == dtype
+        dense = loaded.dequantize()
+        assert type(dense.lm_head) is nn.Linear and not getattr(dense.config, "quantization_config", None)
+        assert_near(dense(TOKENS).logits, expected, 1e-2)
+
+
+def test_embeddings_of_quantized_models_are_not_resized() -> None:
+    model = quantize_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(NotImplementedError, match="packed and cannot be written to"):
+        model.resize_token_embeddings(128)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config.vocab_size == 96

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_paths, unfused
+from .experts import QuantizedSwitchLinear, SwitchLinear, fuse, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
+from .packed_weight import PackedModule
 from .recipes import QuantizationReport, mixed_recipe
 from .replacement import (
     Left,
@@ -29,6 +30,7 @@ from .replacement import (
     as_linear,
     float_weights,
     is_conv1d,
+    move_hooks,
     parameter_count,
     reason_of_class,
     replace_layers,
@@ -121,6 +123,33 @@ def quantize_model(
         report.skip(left, parameters)
     warn_of_float_weights("quantize_model", left, parameters)
     return done.model
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Puts floating-point layers in the place of the quantized ones of `model`, in place, and returns it.
+
+    Layers that share a packed weight share the floating-point one.
+
+    Args:
+        model: with layers of `quantize_model` or of `quantization_mlx.marlin`; a layer by itself is not changed, its
+            floating-point form is returned.
+        dtype: of the weights that are made; that of each layer's `weight` if None.
+    """
+    dense: dict[int, nn.Parameter] = {}  # by the identity of the packed words
+    for path, layer in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, PackedModule):
+            continue
+        bias, made = getattr(layer, "bias", None), layer.dequantize()
+        weight = nn.Parameter(made.weight.detach().to(dtype or made.weight.dtype))
+        made.weight = dense.setdefault(id(layer.packed().words), weight)
+        if not path:
+            return made
+        if bias is not None:
+            made.bias = bias
+        move_hooks(layer, made)
+        model.set_submodule(path, made)
+    fuse(model)
+    return model
 
 
 def save_checkpoint(

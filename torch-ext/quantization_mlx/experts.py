@@ -22,7 +22,7 @@ from ._ops import ops
 from .modules import _QuantizedModule
 from .obstacles import check_class, check_state, copy_hooks
 from .ops import dequantize, quantize
-from .packed_weight import frozen
+from .packed_weight import frozen, own
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
 
@@ -38,6 +38,8 @@ class SwitchLinear(nn.Module):
     Args:
         weight, bias: the parameters; they may be views of fused ones.
     """
+
+    _origin: Mapping[str, nn.Parameter] = {}  # the fused ones by their names
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -114,8 +116,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
         check_state("QuantizedSwitchLinear.from_switch_linear", linear)
         module = cls.shell(linear, group_size=group_size, bits=bits, mode=mode)
         module._pack(linear.weight)
-        if linear.bias is not None:
-            module.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+        module.bias = own(linear.bias)
         copy_hooks(linear, module)
         return module.train(linear.training)
 
@@ -124,6 +125,10 @@ class QuantizedSwitchLinear(_QuantizedModule):
         packed = [quantize(matrix, self.group_size, self.bits, self.mode) for matrix in weight.detach()]
         for name, tensors in zip(("weight", "scales", "biases"), zip(*packed, strict=True), strict=False):
             setattr(self, name, frozen(torch.stack(tensors)))
+
+    def dequantize(self) -> SwitchLinear:
+        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
+        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
 
     def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
         """Row i of x times the matrix of expert indices[i].
@@ -372,7 +377,8 @@ def fuse(model: nn.Module) -> None:
     The others run through `experts_forward` from now on.
     """
     for path, experts in list(_experts_modules(model)):
-        layers = {name: experts._modules[name] for name in _PROJECTIONS if name in experts._modules}
+        names = dict.fromkeys((*_PROJECTIONS, *_FUSED))
+        layers = {name: experts._modules[name] for name in names if name in experts._modules}
         if not layers:
             continue
         if all(type(layer) is SwitchLinear for layer in layers.values()):
@@ -411,7 +417,7 @@ def _fuse(experts: nn.Module, layers: Mapping[str, SwitchLinear]) -> None:
     for name in layers:
         del experts._modules[name]
     for name in _fused_names(experts):
-        parts = [layers[part] for part in (("gate_proj", "up_proj") if name == "gate_up_proj" else (name,))]
+        parts = [layers[part] for part in ((name,) if name in layers else ("gate_proj", "up_proj"))]
         for key, parameter in (parts[0]._origin or _joined_parameters(experts, name, parts)).items():
             experts.register_parameter(key, parameter)
 

@@ -201,7 +201,7 @@ def _unpacked(func: Any, arguments: Any) -> Any:
 
 
 def _chooses_rows(index: Any) -> bool:
-    return isinstance(index, slice) or (isinstance(index, Tensor) and index.dim() > 0)
+    return isinstance(index, slice | list) or (isinstance(index, Tensor) and index.dim() > 0)
 
 
 # Metadata and writing

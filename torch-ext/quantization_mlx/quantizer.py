@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checkpoint import _replace_layers, _shell, quantize_model
+from .checkpoint import _replace_layers, _shell, dequantize_model, quantize_model
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
 from .replacement import Refusal, as_linear
@@ -69,6 +69,11 @@ def quantizer_classes() -> tuple[type, type]:
                 "MLX checkpoints are written by save_pretrained after patch_transformers(), or by save_checkpoint"
             )
             return False
+
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            model = dequantize_model(model)
+            # Transformers' default is the dtype that the model was loaded in, which may have changed since.
+            return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
             if self.pre_quantized:

@@ -7,6 +7,7 @@ import torch
 from .._ops import ops
 from ..experts import SwitchLinear
 from ..obstacles import check_class, check_state
+from ..packed_weight import own
 from .functions import pack
 from .layers import ColumnPackedModule
 
@@ -55,6 +56,10 @@ class ColumnPackedSwitchLinear(ColumnPackedModule):
         packed = [pack(name, mode, matrix.T, group_size) for matrix in linear.weight.detach()]
         layer._take((torch.stack(tensors) for tensors in zip(*packed, strict=True)), linear)
         return layer
+
+    def dequantize(self) -> SwitchLinear:
+        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
+        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
 
     def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
         """Row i of x times the matrix of expert indices[i]; arguments as in `QuantizedSwitchLinear.forward`.
