@@ -7,9 +7,9 @@ as `<path>.weight`, `<path>.scales` and, in mode "affine", `<path>.biases`; `con
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,9 +21,9 @@ from torch import nn
 from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
 from .recipes import mixed_recipe
+from .staging import staged
 from .stored import (
     RECORDS,
-    WEIGHT_FILES,
     Format,
     listed,
     other_method,
@@ -34,7 +34,7 @@ from .stored import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Predicate = Callable[[str, nn.Module], "bool | Format"]
 OnLayer = Callable[[str, torch.Tensor, Any], None]
@@ -318,21 +318,14 @@ def write_directory(
         format: what the weight files say that their format is.
         max_shard_size: tensors beyond this size are split over several files; in bytes, or a string such as "5GB".
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    # Inside the directory, because a rename cannot leave its file system.
-    with tempfile.TemporaryDirectory(prefix=".save-", dir=directory) as scratch:
-        staged = Path(scratch)
-        weight_files = _write_weights(tensors, staged, max_shard_size, format)
-        for name, record in records(staged).items():
-            _write_json(staged / name, record)
+    with staged(directory) as scratch:
+        _write_weights(tensors, scratch, max_shard_size, format)
+        for name, record in records(scratch).items():
+            _write_json(scratch / name, record)
         if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(staged)
+            model.generation_config.save_pretrained(scratch)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
-        _move_files(staged, directory)
-    for file in directory.glob(WEIGHT_FILES):
-        if file.name not in weight_files:
-            file.unlink()
+            tokenizer.save_pretrained(scratch)
 
 
 def distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -345,8 +338,8 @@ def distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | 
 
 def _write_weights(
     tensors: Mapping[str, torch.Tensor], directory: Path, max_shard_size: int | str, format: str
-) -> set[str]:
-    """Writes the weight files and their index, and returns the names of the files."""
+) -> None:
+    """Writes the weight files and their index."""
     save_file = require("safetensors.torch").save_file
     split = require("huggingface_hub").split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -359,7 +352,6 @@ def _write_weights(
     _write_json(
         directory / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    return set(split.filename_to_tensors)
 
 
 def config_record(model: PreTrainedModel) -> dict[str, Any]:
@@ -371,7 +363,7 @@ def config_record(model: PreTrainedModel) -> dict[str, Any]:
             part.pop(name, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
+    config["tie_word_embeddings"] = bool(getattr(model.config, "tie_word_embeddings", False))
     return config
 
 
@@ -389,17 +381,50 @@ def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
         if isinstance(module, _QuantizedModule)
         for stored in names_of(path)
     }
-    return _in_mlx_terms(config, formats)
+    return _in_mlx_terms(config, formats, type(model.config))
 
 
-def _in_mlx_terms(config: dict[str, Any], formats: Mapping[str, Format]) -> dict[str, Any]:
-    """`config` with what MLX looks for in it, among that the formats by the paths of the layers."""
-    config.update(_attention_record(config))
+def _in_mlx_terms(
+    config: dict[str, Any], formats: Mapping[str, Format], reader: type[PreTrainedConfig] | None
+) -> dict[str, Any]:
+    """`config` with what MLX looks for in it, among that the formats by the paths of the layers.
+
+    Args:
+        config: the content of config.json in Transformers' terms.
+        formats: by the paths of the layers in the checkpoint.
+        reader: the class by which Transformers reads `config`; None if it is not known.
+    """
+    config.update(_harmless(_attention_record(config), config, reader))
     if formats:
         (common, _), *_ = Counter(tuple(format.items()) for format in formats.values()).most_common(1)
         exceptions = {path: format for path, format in formats.items() if tuple(format.items()) != common}
         config.update({name: {**dict(common), **exceptions} for name in RECORDS})
     return dict(sorted(config.items()))
+
+
+def _harmless(
+    added: Mapping[str, Any], config: Mapping[str, Any], reader: type[PreTrainedConfig] | None
+) -> dict[str, Any]:
+    """Those entries of `added` beside which Transformers reads the others of `config` as they are.
+
+    Some classes read what MLX calls rope_scaling or partial_rotary_factor as the rope_parameters of every layer.
+    """
+    if reader is None:
+        nested = any(isinstance(value, dict) for value in (config.get("rope_parameters") or {}).values())
+        return {name: value for name, value in added.items() if not nested or "rope" not in name}
+
+    def read(record: Mapping[str, Any]) -> dict[str, Any] | None:
+        try:
+            return reader.from_dict(copy.deepcopy(dict(record))).to_dict()
+        except Exception:  # whatever the class has against it
+            return None
+
+    kept: dict[str, Any] = {}
+    for name, value in added.items():
+        expected, found = read({**config, **kept}), read({**config, **kept, name: value})
+        if expected is None or (found is not None and {**found, name: value} == {**expected, name: value}):
+            kept[name] = value
+    return kept
 
 
 def _attention_record(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,10 +445,3 @@ def _attention_record(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_files(source: Path, target: Path) -> None:
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)

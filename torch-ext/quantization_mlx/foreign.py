@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import _INDEX, _in_mlx_terms, _move_files, _progress, _write_json
+from .checkpoint import _INDEX, _in_mlx_terms, _progress, _write_json
 from .modules import SUPPORTED, complete_format
 from .ops import dequantize, quantize
-from .stored import WEIGHT_FILES, listed, read_json, require
+from .staging import staged
+from .stored import listed, read_json, require
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, that each 4-bit field of a word holds
 _GROUP_SIZES = sorted(SUPPORTED["affine"][0], reverse=True)
@@ -183,15 +183,10 @@ def convert_foreign_checkpoint(
         scale_dtypes = {layer.scales.dtype for layer in layers.values()}
         if dtype is None and (len(scale_dtypes) > 1 or not all(map(_is_exact, layers.values()))):
             dtype = torch.float32
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".save-", dir=target) as scratch:
-            report, weight_map = _write_converted(source, stored, layers, Path(scratch), dtype, requantize)
-            _write_json(Path(scratch) / "config.json", _mlx_config(config, report, stored))
-            _copy_companions(source, Path(scratch))
-            _move_files(Path(scratch), target)
-    for file in target.glob(WEIGHT_FILES):
-        if file.name not in weight_map.values():
-            file.unlink()
+        with staged(target) as scratch:
+            report = _write_converted(source, stored, layers, scratch, dtype, requantize)
+            _write_json(scratch / "config.json", _mlx_config(config, report, stored))
+            _copy_companions(source, scratch)
     return report
 
 
@@ -536,8 +531,8 @@ def _write_converted(
     directory: Path,
     dtype: torch.dtype | None,
     requantize: Mapping[str, Any] | None,
-) -> tuple[ConversionReport, dict[str, str]]:
-    """Writes the weight files and their index; returns the report and the file of each tensor."""
+) -> ConversionReport:
+    """Writes the weight files and their index."""
     save_file = require("safetensors.torch").save_file
     report = ConversionReport(dtype=dtype or next(iter(layers.values())).scales.dtype)
     left_out = _zero_biases_of_no_layer(source, stored, layers)
@@ -563,7 +558,7 @@ def _write_converted(
     _write_json(
         directory / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    return report, weight_map
+    return report
 
 
 def _converted(
@@ -615,7 +610,17 @@ def _mlx_config(config: Mapping[str, Any], report: ConversionReport, stored: _St
     result["dtype"] = str(report.dtype).removeprefix("torch.")
     if "tie_word_embeddings" not in result:  # MLX ties by default
         result["tie_word_embeddings"] = not any(name.startswith("lm_head.") for name in stored)
-    return _in_mlx_terms(result, report.formats)
+    return _in_mlx_terms(result, report.formats, _config_class(config))
+
+
+def _config_class(config: Mapping[str, Any]) -> Any:
+    """The class by which Transformers reads config.json; None if that is unknown, or Transformers not installed."""
+    try:
+        from transformers import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[config["model_type"]]
+    except (ImportError, KeyError):
+        return None
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
