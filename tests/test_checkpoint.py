@@ -184,6 +184,16 @@ def mlx_logits(directory: Path, dtype: torch.dtype | None = None) -> Tensor:
     return oracle.from_mlx(model(tokens, input_embeddings=rows).astype(mx.float32))
 
 
+def mlx_logits_of_tokens(directory: Path) -> Tensor:
+    """As `mlx_logits` in float32, of models whose mlx-lm class takes tokens alone."""
+    from mlx_lm import load
+
+    mx = oracle.mlx()
+    model, _ = load(str(directory))
+    model.set_dtype(mx.float32)
+    return oracle.from_mlx(model(oracle.to_mlx(TOKENS)).astype(mx.float32))
+
+
 def assert_close(ours: Tensor, reference: Tensor, relative: float = 1e-4) -> None:
     """Differences are measured against the largest logit, which is what rounding inside the model scales with."""
     oracle.assert_within(ours, reference.double(), relative * reference.abs().max())
@@ -302,6 +312,51 @@ def test_unquantized_conversions_load_too(tmp_path: Path, tokenizer: PreTrainedT
     tokenizer.save_pretrained(tmp_path / "dense")
     convert(str(tmp_path / "dense"), str(tmp_path / "mlx"))
     assert torch.equal(logits(load_checkpoint(tmp_path / "mlx")), logits(model))
+
+
+# --- Other families ---------------------------------------------------------------------------------------------------
+
+SMALL = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
+GPT2 = {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}
+# Each has something that stood in the way of reading back what was written.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": GPT2,  # ignores stored tensors by a pattern that c_attn.bias matches
+    "GPTJForCausalLM": {**GPT2, "rotary_dim": 16},  # the same, of which mlx-lm knows the family
+    "Llama4ForCausalLM": {**TEXT, "intermediate_size_mlp": 128, "num_local_experts": 2},  # is its own base model
+    "Gemma4ForCausalLM": {**TEXT, **TWO_KINDS, **PER_LAYER},  # a scaling of rotary embeddings for one kind of layers
+    "XLMRobertaForCausalLM": {**{**TEXT, **SMALL}, "is_decoder": True, "max_position_embeddings": 32},  # a tied bias
+    "InklingForCausalLM": {
+        **TEXT,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },  # a config silent about tying
+}
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_there_and_back(
+    family: str, quantized: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model_class = getattr(transformers, family)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**copy.deepcopy(FAMILIES[family]))).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    if quantized:
+        quantize_model(model, group_size=32)
+    save_checkpoint(model, tmp_path, tokenizer)
+    loaded = load_checkpoint(tmp_path)
+    assert type(loaded) is model_class
+    assert loaded.config.to_dict().get("rope_parameters") == model.config.to_dict().get("rope_parameters")
+    if quantized:
+        assert torch.equal(logits(loaded), logits(model))
+    else:  # Transformers computes experts in another order where their weights lie otherwise
+        assert_close(logits(loaded), logits(model), 1e-5)
+    if family in ("GPTJForCausalLM", "Gemma4ForCausalLM"):
+        assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path))
 
 
 # --- The rule of which layers are quantized ---------------------------------------------------------------------------

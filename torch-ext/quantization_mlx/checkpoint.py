@@ -415,7 +415,9 @@ def _harmless(
 
     def read(record: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
-            return reader.from_dict(copy.deepcopy(dict(record))).to_dict()
+            config = reader.from_dict(copy.deepcopy(dict(record)))
+            config.standardize_rope_params()  # as models do when they are made
+            return config.to_dict()
         except Exception:  # whatever the class has against it
             return None
 
