@@ -370,10 +370,6 @@ def config_record(model: PreTrainedModel) -> dict[str, Any]:
 def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of `model` in an MLX checkpoint."""
     config = config_record(model)
-    # Transformers knows some of these by other names than MLX.
-    for name, own_name in model.config.attribute_map.items():
-        if own_name in config:
-            config.setdefault(name, config[own_name])
     names_of = stored_paths(model)
     formats = {
         stored: _format_of(module)
@@ -394,6 +390,10 @@ def _in_mlx_terms(
         formats: by the paths of the layers in the checkpoint.
         reader: the class by which Transformers reads `config`; None if it is not known.
     """
+    # Transformers knows some of these by other names than MLX.
+    for name, own_name in getattr(reader, "attribute_map", {}).items():
+        if own_name in config:
+            config.setdefault(name, config[own_name])
     config.update(_harmless(_attention_record(config), config, reader))
     if formats:
         (common, _), *_ = Counter(tuple(format.items()) for format in formats.values()).most_common(1)
