@@ -7,9 +7,9 @@ as `<path>.weight`, `<path>.scales` and, in mode "affine", `<path>.biases`; `con
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -38,9 +38,9 @@ from .replacement import (
     warn_of_float_weights,
     why_not,
 )
+from .staging import staged
 from .stored import (
     RECORDS,
-    WEIGHT_FILES,
     Format,
     listed,
     other_method,
@@ -51,7 +51,7 @@ from .stored import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Predicate = Callable[[str, nn.Module], "bool | Format"]
 _INDEX = "model.safetensors.index.json"
@@ -340,21 +340,14 @@ def write_directory(
         format: what the weight files say that their format is.
         max_shard_size: tensors beyond this size are split over several files; in bytes, or a string such as "5GB".
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    # Inside the directory, because a rename cannot leave its file system.
-    with tempfile.TemporaryDirectory(prefix=".save-", dir=directory) as scratch:
-        staged = Path(scratch)
-        weight_files = _write_weights(tensors, staged, max_shard_size, format)
-        for name, record in records(staged).items():
-            _write_json(staged / name, record)
+    with staged(directory) as scratch:
+        _write_weights(tensors, scratch, max_shard_size, format)
+        for name, record in records(scratch).items():
+            _write_json(scratch / name, record)
         if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(staged)
+            model.generation_config.save_pretrained(scratch)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
-        _move_files(staged, directory)
-    for file in directory.glob(WEIGHT_FILES):
-        if file.name not in weight_files:
-            file.unlink()
+            tokenizer.save_pretrained(scratch)
 
 
 def distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -367,8 +360,8 @@ def distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | 
 
 def _write_weights(
     tensors: Mapping[str, torch.Tensor], directory: Path, max_shard_size: int | str, format: str
-) -> set[str]:
-    """Writes the weight files and their index, and returns the names of the files."""
+) -> None:
+    """Writes the weight files and their index."""
     save_file = require("safetensors.torch").save_file
     split = require("huggingface_hub").split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -381,7 +374,6 @@ def _write_weights(
     _write_json(
         directory / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    return set(split.filename_to_tensors)
 
 
 def config_record(model: PreTrainedModel) -> dict[str, Any]:
@@ -393,17 +385,13 @@ def config_record(model: PreTrainedModel) -> dict[str, Any]:
             part.pop(name, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
+    config["tie_word_embeddings"] = bool(getattr(model.config, "tie_word_embeddings", False))
     return config
 
 
 def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of `model` in an MLX checkpoint."""
     config = config_record(model)
-    # Transformers knows some of these by other names than MLX.
-    for name, own_name in model.config.attribute_map.items():
-        if own_name in config:
-            config.setdefault(name, config[own_name])
     names_of = stored_paths(model)
     formats = {
         stored: _format_of(module)
@@ -411,17 +399,56 @@ def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
         if isinstance(module, _QuantizedModule)
         for stored in names_of(path)
     }
-    return _in_mlx_terms(config, formats)
+    return _in_mlx_terms(config, formats, type(model.config))
 
 
-def _in_mlx_terms(config: dict[str, Any], formats: Mapping[str, Format]) -> dict[str, Any]:
-    """`config` with what MLX looks for in it, among that the formats by the paths of the layers."""
-    config.update(_attention_record(config))
+def _in_mlx_terms(
+    config: dict[str, Any], formats: Mapping[str, Format], reader: type[PreTrainedConfig] | None
+) -> dict[str, Any]:
+    """`config` with what MLX looks for in it, among that the formats by the paths of the layers.
+
+    Args:
+        config: the content of config.json in Transformers' terms.
+        formats: by the paths of the layers in the checkpoint.
+        reader: the class by which Transformers reads `config`; None if it is not known.
+    """
+    # Transformers knows some of these by other names than MLX.
+    for name, own_name in getattr(reader, "attribute_map", {}).items():
+        if own_name in config:
+            config.setdefault(name, config[own_name])
+    config.update(_harmless(_attention_record(config), config, reader))
     if formats:
         (common, _), *_ = Counter(tuple(format.items()) for format in formats.values()).most_common(1)
         exceptions = {path: format for path, format in formats.items() if tuple(format.items()) != common}
         config.update({name: {**dict(common), **exceptions} for name in RECORDS})
     return dict(sorted(config.items()))
+
+
+def _harmless(
+    added: Mapping[str, Any], config: Mapping[str, Any], reader: type[PreTrainedConfig] | None
+) -> dict[str, Any]:
+    """Those entries of `added` beside which Transformers reads the others of `config` as they are.
+
+    Some classes read what MLX calls rope_scaling or partial_rotary_factor as the rope_parameters of every layer.
+    """
+    if reader is None:
+        nested = any(isinstance(value, dict) for value in (config.get("rope_parameters") or {}).values())
+        return {name: value for name, value in added.items() if not nested or "rope" not in name}
+
+    def read(record: Mapping[str, Any]) -> dict[str, Any] | None:
+        try:
+            config = reader.from_dict(copy.deepcopy(dict(record)))
+            config.standardize_rope_params()  # as models do when they are made
+            return config.to_dict()
+        except Exception:  # whatever the class has against it
+            return None
+
+    kept: dict[str, Any] = {}
+    for name, value in added.items():
+        expected, found = read({**config, **kept}), read({**config, **kept, name: value})
+        if expected is None or (found is not None and {**found, name: value} == {**expected, name: value}):
+            kept[name] = value
+    return kept
 
 
 def _attention_record(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -442,10 +469,3 @@ def _attention_record(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_files(source: Path, target: Path) -> None:
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)

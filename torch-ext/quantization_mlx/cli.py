@@ -29,6 +29,7 @@ from .modules import SUPPORTED, complete_format
 from .ops import quantize, quantized_matmul
 from .plans import explain
 from .recipes import RECIPES, QuantizationReport, format_name
+from .staging import is_vacant
 from .stored import find_record, other_method, read_config, read_headers, require, weight_files
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def convert(arguments: argparse.Namespace) -> None:
     """Writes a Transformers model, or a GGUF file, as an MLX checkpoint, quantized with -q."""
     _check_conversion(arguments)
     target = Path(arguments.mlx_path)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not is_vacant(target):
         raise FileExistsError(f"{target} already exists; choose another --mlx-path or remove it")
     model, tokenizer = _read_source(arguments)
     with_errors = bool(arguments.report or arguments.plot)

@@ -16,7 +16,18 @@ from .checkpoint import _replace_layers, _shell, dequantize_model, quantize_mode
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
 from .replacement import Refusal, as_linear
-from .stored import MLX_METHOD, Format, entry_format, judge, listed, read_config, read_headers, stored_format
+from .stored import (
+    MLX_METHOD,
+    Format,
+    entry_format,
+    find_record,
+    judge,
+    listed,
+    read_config,
+    read_headers,
+    stored_format,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,6 +187,33 @@ def _refuse_obstacles(
     ]
     if obstructed:
         raise ValueError(f"[from_pretrained] {directory} has layers quantized that cannot be: {listed(obstructed)}")
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Compares the headers of an MLX checkpoint with the model that config.json describes; does nothing if Transformers
+    does not know that.
+
+    Raises:
+        ValueError: the stored tensors are not those of the model.
+    """
+    import transformers
+
+    stored = read_config(directory) or {}
+    record = {name: value for name, value in (find_record(stored) or {}).items() if name != "quant_method"}
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        names = [name for name in config.architectures or () if hasattr(transformers, name)]
+        with torch.device("meta"):
+            model = (
+                getattr(transformers, names[0])(config)
+                if names
+                else transformers.AutoModelForCausalLM.from_config(config)
+            )
+    except ValueError:  # unknown, or with code of its own
+        return
+    config_class, quantizer_class = quantizer_classes()
+    quantizer = quantizer_class(config_class(**record), pre_quantized=True)
+    _place_layers(model, quantizer, [str(file) for file in weight_files(directory)], None)
 
 
 def _foreign_prefix(model: nn.Module, names: Iterable[str]) -> str | None:
