@@ -168,6 +168,10 @@ def _place_layers(
         for name in ("scales", "biases"):
             if getattr(layer, name) is not None:
                 model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if source not in stored and target in stored:  # or Transformers would make a weight for the source
+            model.all_tied_weights_keys[source] = target
+            del model.all_tied_weights_keys[target]
     judge(model, _without_ignored(model, stored), str(files[0].parent), converted | _may_be_missing(model))
 
 
