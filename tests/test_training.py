@@ -117,6 +117,7 @@ def test_only_the_adapter_is_trained_and_in_float32() -> None:
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive  # docs/train.md does the same in fewer steps
 def test_loss_falls_on_a_real_text(tmp_path: Path) -> None:
     """The demo's model, 4-bit, on the start of a text that it has not seen; the adapter survives the disk."""
     sys.path.insert(0, str(ROOT / "examples"))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import compat
 from .experts import QuantizedSwitchLinear, SwitchLinear, fuse, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
 from .packed_weight import PackedModule
@@ -180,6 +181,7 @@ def load_checkpoint(
     directory: str | os.PathLike[str],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Reads an MLX checkpoint as a Transformers model in eval mode.
 
@@ -194,6 +196,7 @@ def load_checkpoint(
         directory: holds config.json and the weights.
         device: where the model is put; the CPU if None.
         dtype: what floating-point tensors are converted to; None takes that of the first one stored.
+        trust_remote_code: whether Python code that comes with the model may run.
 
     Raises:
         FileNotFoundError: config.json or the weights are missing.
@@ -211,13 +214,14 @@ def load_checkpoint(
         raise FileNotFoundError(f"[load_checkpoint] {directory} has no config.json")
     if (method := other_method(stored_config)) is not None:
         raise ValueError(f"[load_checkpoint] {directory} is quantized by {method!r}, which is not the MLX format")
-    config = transformers.AutoConfig.from_pretrained(directory)
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     mark_as_mlx(config, always=True)
     if dtype is None:
         stored = read_headers(weight_files(directory)).values()
         dtype = next((tensor.dtype for tensor in stored if tensor.is_floating_point()), None)
     with patched_transformers():
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype)
+        options = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
     return model if device is None else model.to(device)
 
 
@@ -391,6 +395,7 @@ def config_record(model: PreTrainedModel) -> dict[str, Any]:
 
 def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of `model` in an MLX checkpoint."""
+    compat.check("save_checkpoint")
     config = config_record(model)
     names_of = stored_paths(model)
     formats = {

@@ -18,11 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from . import compat
 from ._ops import ops
 from .modules import _QuantizedModule
 from .obstacles import check_class, check_state, copy_hooks
 from .ops import dequantize, quantize
 from .packed_weight import frozen, own
+from .stored import require
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
 
@@ -139,7 +141,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
             sorted_indices: a promise that indices ascend, as in `gather_qmm`.
 
         Returns:
-            [*indices.shape, out_features], of x's dtype promoted with that of the scales and the bias.
+            [*indices.shape, out_features], of x's dtype promoted with that of affine scales.
         """
         y = _gather_qmm(
             x.unsqueeze(-2),
@@ -155,7 +157,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
             None,
             sorted_indices=sorted_indices,
         ).squeeze(-2)
-        return y if self.bias is None else y + self.bias[indices]
+        return y if self.bias is None else y + self.bias[indices].to(y.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -245,10 +247,10 @@ def _sorting_pays(hidden_states: torch.Tensor, indices: torch.Tensor, num_expert
 
 
 def _transformers_experts() -> Any:
-    try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError as error:
-        raise ImportError('experts need transformers: pip install "quantization-mlx[transformers]"') from error
+    require("transformers")
+    compat.check("experts")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     return ALL_EXPERTS_FUNCTIONS
 
 
@@ -357,7 +359,12 @@ def unfuse(model: nn.Module, among: Iterable[str] | None = None) -> None:
 
     Args:
         among: names of projections; experts without one of them stay fused. None unfuses all.
+
+    Raises:
+        ImportError: Transformers marks experts in another way than in the tested versions.
     """
+    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        compat.check("experts")
     wanted = None if among is None else set(among)
 
     def is_wanted(path: str) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import compat
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule
 from .stored import listed, require
 
@@ -34,6 +35,7 @@ def metal_to_mlx(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model has no quantized layers of `MetalConfig`, or a group_size that MLX does not know.
     """
     require("transformers")
+    compat.check("metal_to_mlx")
     from transformers.integrations.metal_quantization import MetalLinear
 
     if not _convert(model, lambda path, layer: _mlx_linear(layer) if isinstance(layer, MetalLinear) else None):
@@ -56,6 +58,7 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model has no quantized layers, or ones that `MetalConfig` cannot have; the message names them.
     """
     require("transformers")
+    compat.check("metal_to_mlx")
     from transformers import MetalConfig
     from transformers.quantizers.quantizer_metal import MetalHfQuantizer
 

@@ -205,13 +205,13 @@ class QuantizedLinear(_QuantizedModule, PackedLinear):
         return module.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of the scales and the bias."""
+        """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of affine scales."""
         y = self._matmul(x)
         try:
             bias = self._parameters["bias"]
         except KeyError:
             bias = self.bias
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 class QuantizedEmbedding(_QuantizedModule, nn.Embedding):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import compat
 from .modules import QuantizedEmbedding, QuantizedLinear
 from .packed_weight import PackedLinear
 
@@ -34,12 +35,13 @@ def patch_peft() -> None:
     Calling it again changes nothing; `unpatch_peft` takes it back.
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or older than the tested versions, or lacks a name that is needed.
     """
     global _is_patched
     if _is_patched:
         return
     peft = _require_peft()
+    compat.check("patch_peft")
     from peft.utils.other import ModulesToSaveWrapper
 
     for owner, name, replacement in (

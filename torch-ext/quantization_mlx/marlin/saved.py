@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..checkpoint import config_record, distinct_tensors, write_directory
 from ..experts import SwitchLinear, fuse, unfuse
 from ..modules import _QuantizedModule
@@ -108,6 +109,7 @@ def write_quantized(
     op = "save_quantized"
     transformers = require("transformers")
     require("safetensors")
+    compat.check(op)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = {path: module for path, module in modules.items() if isinstance(module, ColumnPackedModule)}
     if not layers:
@@ -218,6 +220,7 @@ def load_quantized(
     device = usable_device(device, op)
     require("transformers")
     require("safetensors")
+    compat.check("patch_transformers")
     directory = Path(path)
     record = _read_record(directory, op)
     files = weight_files(directory, op)
