@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ from .modules import complete_format
 from .ops import quantize, quantized_matmul
 from .plans import explain
 from .recipes import QuantizationReport, format_name
+from .staging import is_vacant
 from .stored import find_record, read_headers, require, weight_files
 
 if TYPE_CHECKING:
@@ -111,14 +113,17 @@ def convert(arguments: argparse.Namespace) -> None:
     target = Path(arguments.mlx_path)
     _check_conversion(arguments, target)
     model, tokenizer = read_source(arguments)
-    report = QuantizationReport() if arguments.report or arguments.plot else None
+    with_errors = bool(arguments.report or arguments.plot)
+    report = QuantizationReport(with_errors)
     if arguments.quantize:
         _quantize(model, arguments, report)
     save_checkpoint(model, target, tokenizer)
     copy_code(arguments.hf_path, target)
     summary = _Summary.read(target)
     print(f"{target}: {summary.headline()}")
-    if report is not None:
+    if report.skipped:
+        print(f"left in floating point: {report.skipped_summary()}" + ("" if with_errors else "; --report names them"))
+    if with_errors:
         print(f"relative error of the quantized weights: {report.relative_error:.2%}")
         if arguments.report:
             Path(arguments.report).write_text(report.table() + "\n", encoding="utf-8")
@@ -127,16 +132,18 @@ def convert(arguments: argparse.Namespace) -> None:
     _note(_peak_memory())
 
 
-def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: QuantizationReport | None) -> None:
+def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: QuantizationReport) -> None:
     quantized: list[str] = []
-
-    def note(path: str, weight: Tensor, layer: Any) -> None:
-        quantized.append(path)
-        if report is not None:
-            report.add(path, weight, layer)
-
     format = _format_of(arguments)
-    quantize_model(model, **format, predicate=arguments.quant_predicate, on_layer=note)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\[quantize_model\] .* in floating point")  # a line of the output says it
+        quantize_model(
+            model,
+            **format,
+            predicate=arguments.quant_predicate,
+            on_layer=lambda path, *_: quantized.append(path),
+            report=report,
+        )
     if not quantized:
         raise ValueError(
             f"{arguments.hf_path} has no layer that can be quantized: linear layers and embeddings whose rows divide "
@@ -174,7 +181,7 @@ def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
     files = {flag: file for flag in ("--report", "--plot") if (file := quantizing[flag])}
     if len({Path(file).resolve() for file in files.values()}) < len(files):
         raise UsageError(f"--report and --plot name the same file, {arguments.plot}")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not is_vacant(target):
         raise FileExistsError(f"{target} already exists; choose another --mlx-path or remove it")
     check_output_directory("--mlx-path", target)
     for flag, file in files.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,23 @@ from torch import nn
 from .checkpoint import _replace_layers, _shell, dequantize_model, quantize_model
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
-from .stored import entry_format, judge, listed, read_config, read_headers, stored_format
+from .replacement import Refusal, as_linear
+from .stored import (
+    MLX_METHOD,
+    Format,
+    entry_format,
+    find_record,
+    judge,
+    listed,
+    read_config,
+    read_headers,
+    stored_format,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHOD = "mlx"  # the quantizer's name in Transformers
 # Checkpoints may hold these although models compute them.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -43,7 +54,7 @@ def quantizer_classes() -> tuple[type, type]:
         def __init__(
             self, group_size: int | None = None, bits: int | None = None, mode: str | None = None, **entries: Any
         ) -> None:
-            self.quant_method = METHOD
+            self.quant_method = MLX_METHOD
             entries.pop("quant_method", None)
             common = {"group_size": group_size, "bits": bits, "mode": mode}
             self.record = {**{name: value for name, value in common.items() if value is not None}, **entries}
@@ -136,19 +147,77 @@ def _place_layers(
         for key, entry in quantizer.quantization_config.record.items()
     }
     _settle_tying(model, read_config(files[0].parent) or {}, stored)
-    _replace_layers(
+
+    def format_of(path: str, layer: nn.Module) -> Format | None:
+        return stored_format(path, as_linear(layer), record, stored)
+
+    done = _replace_layers(
         model,
-        lambda path, layer: stored_format(path, layer, record, stored),
+        lambda path, layer: format_of(path, layer) or Refusal("not quantized in the checkpoint", is_asked_for=True),
         lambda layer, format: _shell(layer, format, dtype),
     )
-    place_routers(model, lambda path, router: stored_format(path, router, record, stored))
+    place_routers(model, format_of)
+    _refuse_obstacles(model, done.refusals, format_of, files[0].parent)
     for target, source in list(model.all_tied_weights_keys.items()):
         layer_path, _, attribute = target.rpartition(".")
-        if attribute == "weight" and isinstance(layer := model.get_submodule(layer_path), _QuantizedModule):
-            for name in ("scales", "biases"):
-                if getattr(layer, name) is not None:
-                    model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
+        if not isinstance(layer := model.get_submodule(layer_path), _QuantizedModule):
+            continue
+        if attribute != "weight":
+            setattr(layer, attribute, model.get_parameter(source))
+            continue
+        for name in ("scales", "biases"):
+            if getattr(layer, name) is not None:
+                model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if source not in stored and target in stored:  # or Transformers would make a weight for the source
+            model.all_tied_weights_keys[source] = target
+            del model.all_tied_weights_keys[target]
     judge(model, _without_ignored(model, stored), str(files[0].parent), converted | _may_be_missing(model))
+
+
+def _refuse_obstacles(
+    model: nn.Module,
+    refusals: Mapping[str, Refusal],
+    format_of: Callable[[str, nn.Module], Format | None],
+    directory: Path,
+) -> None:
+    """Raises ValueError for layers that the checkpoint has quantized and that cannot be so in `model`, with reasons."""
+    obstructed = [
+        f"{path}: {refusal.reason}"
+        for path, refusal in refusals.items()
+        if not refusal.is_asked_for
+        and not hasattr(layer := model.get_submodule(path), "_packed")
+        and format_of(path, layer) is not None
+    ]
+    if obstructed:
+        raise ValueError(f"[from_pretrained] {directory} has layers quantized that cannot be: {listed(obstructed)}")
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Compares the headers of an MLX checkpoint with the model that config.json describes; does nothing if Transformers
+    does not know that.
+
+    Raises:
+        ValueError: the stored tensors are not those of the model.
+    """
+    import transformers
+
+    stored = read_config(directory) or {}
+    record = {name: value for name, value in (find_record(stored) or {}).items() if name != "quant_method"}
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        names = [name for name in config.architectures or () if hasattr(transformers, name)]
+        with torch.device("meta"):
+            model = (
+                getattr(transformers, names[0])(config)
+                if names
+                else transformers.AutoModelForCausalLM.from_config(config)
+            )
+    except ValueError:  # unknown, or with code of its own
+        return
+    config_class, quantizer_class = quantizer_classes()
+    quantizer = quantizer_class(config_class(**record), pre_quantized=True)
+    _place_layers(model, quantizer, [str(file) for file in weight_files(directory)], None)
 
 
 def _foreign_prefix(model: nn.Module, names: Iterable[str]) -> str | None:
@@ -206,14 +275,16 @@ def _settle_tying(model: PreTrainedModel, config: Mapping[str, Any], stored: Map
 
 
 def _without_ignored(model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stored tensors but those that this class of models does without."""
+    """The stored tensors but those that this class of models does without.
+
+    A pattern may match more than it means, as "attn.bias" does "c_attn.bias": what the model has is kept.
+    """
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED]
+    if model.base_model is model:
+        patterns.append(r"^lm_head\.")  # a model without head reads the checkpoint of one that has it
     ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
-    kept = {name: tensor for name, tensor in stored.items() if not ignored.search(name)}
-    if model.base_model is not model:
-        return kept
-    # A model without head reads the checkpoint of one that has it.
-    return {name: tensor for name, tensor in kept.items() if not name.startswith("lm_head.")}
+    wanted = model.state_dict().keys()
+    return {name: tensor for name, tensor in stored.items() if name in wanted or not ignored.search(name)}
 
 
 def _may_be_missing(model: PreTrainedModel) -> set[str]:

@@ -22,6 +22,11 @@ from .modules import SUPPORTED, complete_format
 Format = dict[str, Any]  # keyword arguments group_size, bits and mode of the quantized modules
 
 RECORDS = ("quantization", "quantization_config")  # the names under which config.json has the formats
+MLX_METHOD = "mlx"  # the quantizer of MLX's formats by its name in Transformers
+MARLIN_METHOD = "quantization_mlx_marlin"  # that of Marlin's formats
+# What config.json has as quantization_config beside weights of Marlin. Transformers refuses what has no `quant_method`,
+# where it would pass over a method that it does not know and make random layers.
+MARLIN_RECORD = {"format": "marlin"}
 WEIGHT_FILES = "model*.safetensors"
 _SHOWN_NAMES = 8  # as many tensor names as an error message lists
 
@@ -67,7 +72,7 @@ def find_record(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     MLX writes it twice, and without the `quant_method` that Transformers' formats have.
     """
     name, record = next(((name, config[name]) for name in RECORDS if config.get(name)), ("", None))
-    if not isinstance(record, Mapping) or record.get("quant_method", "mlx") != "mlx":
+    if not isinstance(record, Mapping) or record.get("quant_method", MLX_METHOD) != MLX_METHOD:
         return None
     return record if name == "quantization" or record.keys() & {"quant_method", "group_size", "bits"} else None
 
@@ -77,7 +82,17 @@ def other_method(config: Mapping[str, Any]) -> str | None:
     record = next(filter(None, map(config.get, RECORDS)), None)
     if record is None or find_record(config) is not None:
         return None
+    if record == MARLIN_RECORD:
+        return MARLIN_METHOD
     return record.get("quant_method", "unknown") if isinstance(record, Mapping) else str(record)
+
+
+def own_method(config: Mapping[str, Any]) -> str | None:
+    """The name of this package's quantizer in Transformers that loads a checkpoint, None for a checkpoint of another
+    kind; `config` as in `find_record`."""
+    if find_record(config) is not None:
+        return MLX_METHOD
+    return MARLIN_METHOD if other_method(config) == MARLIN_METHOD else None
 
 
 def entry_format(entry: Mapping[str, Any]) -> Format:
