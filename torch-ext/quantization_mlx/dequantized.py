@@ -55,10 +55,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         return True if isinstance(next(iter(holders.values())), _QuantizedModule) else None
 
     def convert(layer: _QuantizedModule, _: bool) -> nn.Module:
-        return _floating(layer, _values(layer, dtype or _dtype_of(layer, common)))
+        return float_layer(layer, float_weight(layer, dtype or dtype_of(layer, common)))
 
     def tie(layer: _QuantizedModule, twin: nn.Module) -> nn.Module:
-        return _floating(layer, twin.weight)
+        return float_layer(layer, twin.weight)
 
     model = replace_layers(model, choose, convert, tie)
     fuse(model)
@@ -66,7 +66,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     return model
 
 
-def _dtype_of(layer: _QuantizedModule, common: torch.dtype) -> torch.dtype:
+def dtype_of(layer: _QuantizedModule, common: torch.dtype) -> torch.dtype:
+    """The dtype in which a layer's weight was floating-point, as far as it tells; else `common`."""
     if layer.mode == "affine":
         return layer.scales.dtype
     if isinstance(layer, QuantizedEmbedding):
@@ -74,12 +75,13 @@ def _dtype_of(layer: _QuantizedModule, common: torch.dtype) -> torch.dtype:
     return common if layer.bias is None else layer.bias.dtype
 
 
-def _values(layer: _QuantizedModule, dtype: torch.dtype) -> nn.Parameter:
+def float_weight(layer: _QuantizedModule, dtype: torch.dtype) -> nn.Parameter:
+    """What the packed weight stands for."""
     held = layer.weight, layer.scales, layer.biases
     return nn.Parameter(dequantize(*held, layer.group_size, layer.bits, layer.mode, dtype=dtype).detach())
 
 
-def _floating(layer: _QuantizedModule, weight: nn.Parameter) -> nn.Module:
+def float_layer(layer: _QuantizedModule, weight: nn.Parameter) -> nn.Module:
     """A layer that does in floating point what `layer` does."""
     made: nn.Module
     if isinstance(layer, QuantizedSwitchLinear):

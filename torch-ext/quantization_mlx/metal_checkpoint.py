@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .dequantized import dtype_of, float_layer, float_weight
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule
-from .ops import dequantize
 from .stored import listed, require
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
     ((mode, group_size, bits),) = formats
     if mode != "affine" or bits not in _BITS:
         raise ValueError(
-            f"[mlx_to_metal] mode {mode!r} with {bits} bits is not supported by MetalConfig; it takes 'affine' with "
+            f"[mlx_to_metal] mode {mode!r} with {bits!r} bits is not supported by MetalConfig; it takes 'affine' with "
             f"bits of {list(_BITS)}"
         )
     dense: dict[int, nn.Parameter] = {}  # what takes the place of packed weights, by their identity
@@ -120,17 +120,6 @@ def _metal_linear(layer: QuantizedLinear) -> nn.Module:
 
 def _dense(layer: QuantizedEmbedding | QuantizedLinear, known: dict[int, nn.Parameter]) -> nn.Module:
     """The layer in floating point; layers with one packed weight go on sharing."""
-    weight = known.get(id(layer.weight))
-    if weight is None:
-        parts = layer.weight, layer.scales, layer.biases
-        dtype = layer._like.dtype if layer.mode != "affine" and isinstance(layer, QuantizedEmbedding) else None
-        values = dequantize(*parts, group_size=layer.group_size, bits=layer.bits, mode=layer.mode, dtype=dtype)
-        weight = known[id(layer.weight)] = nn.Parameter(values)
-    rows, columns = weight.shape
-    if isinstance(layer, QuantizedEmbedding):
-        made: nn.Module = nn.Embedding(rows, columns, device="meta")
-    else:
-        made = nn.Linear(columns, rows, bias=False, device="meta")
-        made.bias = layer.bias
-    made.weight = weight
-    return made
+    if (weight := known.get(id(layer.weight))) is None:
+        weight = known[id(layer.weight)] = float_weight(layer, dtype_of(layer, torch.bfloat16))
+    return float_layer(layer, weight)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .._ops import ops
-from .functions import BITS, check_groups, pack
+from .functions import BITS, check_groups, check_size, pack
 
 # Called with every argument in place: the shortest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
@@ -27,8 +27,8 @@ def check_quant_type(function: str, quant_type: str) -> None:
 
 def check_bits(function: str, bits: int) -> None:
     """Raises ValueError unless `MetalQuantizedLinear` has a format of so many bits."""
-    if bits not in MODE_OF_BITS:
-        raise ValueError(f"[{function}] bits is {bits}; supported are {sorted(MODE_OF_BITS)}")
+    if bits not in MODE_OF_BITS or isinstance(bits, float):
+        raise ValueError(f"[{function}] bits is {bits!r}; supported are {sorted(MODE_OF_BITS)}")
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -71,6 +71,7 @@ class ColumnPackedLinear(nn.Module):
         if mode not in BITS:
             raise ValueError(f"[{type(self).__name__}] mode is {mode!r}; supported are {', '.join(BITS)}")
         check_groups(type(self).__name__, "in_features", in_features, group_size)
+        check_size(type(self).__name__, "out_features", out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
@@ -95,7 +96,7 @@ class ColumnPackedLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"[{name}] linear is of type {type(linear).__name__}; it must be a torch.nn.Linear")
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **options)
-        packed = pack(name, layer.mode, linear.weight.T, layer.group_size)
+        packed = pack(name, layer.mode, linear.weight.T, layer.group_size, "linear.weight")
         for parameter, tensor in zip(_PACKED, packed, strict=False):
             setattr(layer, parameter, _frozen(tensor))
         layer.bias = linear.bias
