@@ -574,6 +574,8 @@ ERRORS = [
     ("benchmark --model MLX -g 0", 2, "'0' is not a whole number of at least 1"),
     ("info --model TMP/none", 1, "there is no directory"),
     ("info --model MLX --gpu applegpu_x", 1, "applegpu_x"),
+    ("info --model DENSE --gpu applegpu_g17s", 2, "--gpu plans products with quantized weights, of which"),
+    ("convert --hf-path BARE -q --mlx-path TMP/out", 1, r"\S+BARE has no tokenizer; save one there"),
     ("convert --hf-path TMP/none -q", 1, "there is no directory"),
     (
         "convert --hf-path none -q",
@@ -646,7 +648,10 @@ def places(dense: Path, converted: Path) -> dict[str, str]:
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "vocab_size": VOCABULARY}
     LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(root / "WIDE")
     write_tokenizer(root / "WIDE")
-    found = {"DENSE": str(dense), "MLX": str(converted), "WIDE": str(root / "WIDE")}
+    (root / "BARE").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (root / "BARE" / name).symlink_to(dense / name)
+    found = {"DENSE": str(dense), "MLX": str(converted), "WIDE": str(root / "WIDE"), "BARE": str(root / "BARE")}
     return {**found, **{name: str(root / name) for name in (*DENSE_KINDS, "EMPTY", "TEXT", "CUT")}}
 
 

@@ -22,6 +22,7 @@ Format = dict[str, Any]  # keyword arguments group_size, bits and mode of the qu
 
 RECORDS = ("quantization", "quantization_config")  # the names under which config.json has the formats
 WEIGHT_FILES = "model*.safetensors"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _SHOWN_NAMES = 8  # as many tensor names as an error message lists
 
 _DTYPES = {
@@ -152,6 +153,11 @@ def read_config(directory: Path, op: str = "from_pretrained") -> dict[str, Any] 
     """
     file = directory / "config.json"
     return read_json(file, op) if file.exists() else None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether any file of a tokenizer is there: of some models, Transformers would make one without a vocabulary."""
+    return any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def read_json(file: Path, op: str = "from_pretrained") -> dict[str, Any]:

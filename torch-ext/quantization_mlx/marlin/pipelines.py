@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..stored import require
+from ..stored import has_tokenizer, require
 from .functions import check_group_size
 from .layers import check_bits, check_quant_type
 from .models import LayerFilter, load_dense, quantize_model, replace_linear_layers
@@ -30,7 +30,6 @@ _SAMPLING: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "top_p": (Real, lambda number: 0 < number <= 1, "a number above 0 and at most 1"),
     "top_k": (Integral, lambda count: count >= 0, "a whole number of at least 0"),
 }
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 class TransformersMarlinPipeline:
@@ -353,8 +352,7 @@ def _load_saved(
 
 def _load_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool, op: str) -> PreTrainedTokenizerBase:
     directory = Path(source)
-    if directory.is_dir() and not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
-        # Of some models, Transformers would make a tokenizer without a vocabulary.
+    if directory.is_dir() and not has_tokenizer(directory):
         raise ValueError(
             f"[{op}] {source} has no tokenizer; save one there by its save_pretrained, or give it to the constructor"
         )
