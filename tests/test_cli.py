@@ -230,7 +230,7 @@ def test_generate_streams_the_greedy_text(
     assert re.search(r"^Decoder: fused ops of prepare_for_generation$", err, re.M)
     assert re.search(r"^Peak resident memory: \d+\.\d+ GB$", err, re.M)
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w17 w3\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w17 w3"))
     assert run(capsys, *flags, "-p", "-", "--verbose", "F") == (out, "")
     # Of one token, the likeliest, sampling takes no other.
     assert run(capsys, *flags, "-p", "w5 w17 w3", "--temp", "2", "--top-k", "1")[0] == out

@@ -99,7 +99,7 @@ def test_holds_what_the_formulas_give(kind: Kind, device: str) -> None:
         expected = reference(kind.format, linear.weight.T, group_size)
         for ours, theirs in zip((t for t in packed(layer) if t is not None), expected.tensors, strict=True):
             oracle.assert_identical(ours, theirs, f"{kind}, groups of {group_size}")
-        assert layer.bias is linear.bias
+        assert torch.equal(layer.bias, linear.bias)
         y = layer(x.to(device)) - linear.bias
         oracle.assert_within(y, x.double() @ exact_weight(kind, layer), 1e-4)
 
@@ -331,7 +331,7 @@ def test_takes_over_what_the_linear_layer_is(kind: Kind, bias: bool, device: str
     for training in (True, False):
         layer = kind.quantized(linear.train(training), **kind.options)
         assert layer.training == training
-        assert layer.bias is linear.bias
+        assert torch.equal(layer.bias, linear.bias) if bias else layer.bias is None
         assert (layer.in_features, layer.out_features) == (IN, OUT)
         assert layer.weight_packed.device.type == device
         assert layer.scales.dtype == torch.float16

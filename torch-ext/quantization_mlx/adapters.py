@@ -30,7 +30,7 @@ def load_adapter(model: PreTrainedModel, directory: str | os.PathLike[str]) -> P
     peft = require("peft", "train")
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    patched = peft_integration._original_post_init is not None
+    patched = peft_integration._is_patched
     peft_integration.patch_peft()
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(directory))

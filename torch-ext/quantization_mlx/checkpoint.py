@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_paths, unfused
+from . import compat
+from .experts import QuantizedSwitchLinear, SwitchLinear, fuse, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
+from .packed_weight import PackedModule
 from .recipes import mixed_recipe
 from .stored import (
     RECORDS,
@@ -95,6 +97,35 @@ def quantize_model(
 
     with unfused(model):
         return _replace_layers(model, format_of, _quantized, on_layer)
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Puts floating-point layers in the place of the quantized ones of `model`, in place, and returns it.
+
+    Layers that share a packed weight share the floating-point one.
+
+    Args:
+        model: with layers of `quantize_model` or of `quantization_mlx.marlin`; a layer by itself is not changed, its
+            floating-point form is returned.
+        dtype: of the weights that are made; that of each layer's `weight` if None.
+    """
+    dense: dict[int, nn.Parameter] = {}  # by the identity of the packed words
+    for path, layer in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, PackedModule):
+            continue
+        bias, made = getattr(layer, "bias", None), layer.dequantize()
+        if dtype not in (None, made.weight.dtype):  # rounded once, from the packed values
+            packed = layer.packed()
+            values = packed.dequantize(dtype).detach()
+            made.weight = nn.Parameter(values.mT.contiguous() if packed.by_columns else values)
+        made.weight = dense.setdefault(id(layer.packed().words), made.weight)
+        if not path:
+            return made
+        if bias is not None:
+            made.bias = bias
+        model.set_submodule(path, made)
+    fuse(model)
+    return model
 
 
 def save_checkpoint(
@@ -264,6 +295,8 @@ def replace_layers(
             if id(layer) not in replaced:
                 twin = next(iter(replaced.values()), None)
                 replaced[id(layer)] = convert(layer, choice) if twin is None else tie(layer, twin)
+                if path and getattr(layer, "bias", None) is not None:
+                    replaced[id(layer)].bias = layer.bias  # which other modules of the model may share
                 if twin is None and on_layer is not None:
                     on_layer(path, layer.weight.detach(), replaced[id(layer)])
             if not path:
@@ -279,7 +312,7 @@ def _plan(model: nn.Module, choose: Callable[[Mapping[str, nn.Module]], Any]) ->
     """
     holders: dict[int, dict[str, nn.Module]] = {}  # all modules with a weight, by the weight's identity
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        if (weight := module._parameters.get("weight")) is not None:
             holders.setdefault(id(weight), {})[path] = module
     choices = [(list(layers), choose(layers)) for layers in holders.values()]
     return [(paths, choice) for paths, choice in choices if choice is not None]
@@ -293,8 +326,6 @@ def _tied(
     tied.share(twin)
     if isinstance(tied, QuantizedLinear):
         tied.bias = layer.bias
-    else:
-        tied.follow_dtype(layer.weight)
     return tied.train(layer.training)
 
 
@@ -396,6 +427,7 @@ def config_record(model: PreTrainedModel) -> dict[str, Any]:
 
 def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of `model` in an MLX checkpoint."""
+    compat.check("save_checkpoint")
     config = config_record(model)
     # Transformers knows some of these by other names than MLX.
     for name, own_name in model.config.attribute_map.items():

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adapters import load_adapter
-from .checkpoint import load_checkpoint
+from .checkpoint import dequantize_model, load_checkpoint
 from .cli_arguments import UsageError
-from .dequantized import dequantize_model
 from .stored import RECORDS, find_record, has_tokenizer, other_method, read_config, require
 
 if TYPE_CHECKING:

@@ -17,9 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import compat
 from ._ops import ops
-from .modules import _frozen, _QuantizedModule
+from .modules import _QuantizedModule
 from .ops import dequantize, quantize
+from .packed_weight import frozen, own
+from .stored import require
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
 
@@ -35,6 +38,8 @@ class SwitchLinear(nn.Module):
     Args:
         weight, bias: the parameters; they may be views of fused ones.
     """
+
+    _origin: Mapping[str, nn.Parameter] = {}  # the fused ones by their names
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -105,15 +110,18 @@ class QuantizedSwitchLinear(_QuantizedModule):
         """Quantizes `linear`, one expert after the other; a bias is copied."""
         module = cls.shell(linear, group_size=group_size, bits=bits, mode=mode)
         module._pack(linear.weight)
-        if linear.bias is not None:
-            module.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+        module.bias = own(linear.bias)
         return module.train(linear.training)
 
     def _pack(self, weight: torch.Tensor) -> None:
         # One at a time, because quantizing copies what is not contiguous.
         packed = [quantize(matrix, self.group_size, self.bits, self.mode) for matrix in weight.detach()]
         for name, tensors in zip(("weight", "scales", "biases"), zip(*packed, strict=True), strict=False):
-            setattr(self, name, _frozen(torch.stack(tensors)))
+            setattr(self, name, frozen(torch.stack(tensors)))
+
+    def dequantize(self) -> SwitchLinear:
+        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
+        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
 
     def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
         """Row i of x times the matrix of expert indices[i].
@@ -128,7 +136,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
         """
         y = _gather_qmm(
             x.unsqueeze(-2),
-            self.weight,
+            self.weight_packed,
             self.scales,
             self.biases,
             None,
@@ -226,10 +234,10 @@ def _sorting_pays(hidden_states: torch.Tensor, indices: torch.Tensor, num_expert
 
 
 def _transformers_experts() -> Any:
-    try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError as error:
-        raise ImportError('experts need transformers: pip install "quantization-mlx[transformers]"') from error
+    require("transformers")
+    compat.check("experts")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     return ALL_EXPERTS_FUNCTIONS
 
 
@@ -280,7 +288,12 @@ def unfuse(model: nn.Module) -> None:
 
     The paths are `….experts.gate_proj`, `up_proj` and `down_proj`; the weights are views of the fused parameters,
     [num_experts, out_features, in_features] however these are stored. `fuse` has to follow.
+
+    Raises:
+        ImportError: Transformers marks experts in another way than in the tested versions.
     """
+    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        compat.check("experts")
     for _, experts in _experts_modules(model):
         if isinstance(experts.down_proj, nn.Parameter):
             _unfuse(experts)
@@ -292,7 +305,8 @@ def fuse(model: nn.Module) -> None:
     The others run through `experts_forward` from now on.
     """
     for _, experts in _experts_modules(model):
-        layers = {name: experts._modules[name] for name in _PROJECTIONS if name in experts._modules}
+        names = dict.fromkeys((*_PROJECTIONS, *_FUSED))
+        layers = {name: experts._modules[name] for name in names if name in experts._modules}
         if all(type(layer) is SwitchLinear for layer in layers.values()):
             _fuse(experts, layers)
         else:
@@ -327,7 +341,7 @@ def _fuse(experts: nn.Module, layers: Mapping[str, SwitchLinear]) -> None:
     for name in layers:
         del experts._modules[name]
     for name in _fused_names(experts):
-        parts = [layers[part] for part in (("gate_proj", "up_proj") if name == "gate_up_proj" else (name,))]
+        parts = [layers[part] for part in ((name,) if name in layers else ("gate_proj", "up_proj"))]
         for key, parameter in (parts[0]._origin or _joined_parameters(experts, name, parts)).items():
             experts.register_parameter(key, parameter)
 
@@ -435,8 +449,8 @@ def finish_experts(model: nn.Module) -> None:
                 raise ValueError(f"[from_pretrained] {path}.scales has values that are not finite numbers")
             del module.scales
             module.weight = nn.Parameter(weight, requires_grad=False)
-        if isinstance(module, QuantizedSwitchLinear) and module.weight.dim() == 4:
-            module.weight = _frozen(_words_of_blocks(module.weight))
+        if isinstance(module, QuantizedSwitchLinear) and module.weight_packed.dim() == 4:
+            module.weight = frozen(_words_of_blocks(module.weight_packed))
         if "_kv_b_dtype" in module.__dict__:
             _join_kv_b(module)
     fuse(model)
@@ -457,7 +471,7 @@ def _place_blocks(experts: nn.Module) -> None:
         weight, bias = experts._parameters.pop(name), experts._parameters.pop(f"{name}_bias")
         linear = SwitchLinear(weight.mT if experts.is_transposed else weight, bias)
         layer = QuantizedSwitchLinear.shell(linear, weight.dtype, mode="mxfp4")
-        layer.weight = _frozen(torch.empty(*layer.scales.shape, 16, dtype=torch.uint8, device="meta"))
+        layer.weight = frozen(torch.empty(*layer.scales.shape, 16, dtype=torch.uint8, device="meta"))
         setattr(experts, name, layer)
     experts._is_hf_initialized = True
 
@@ -494,8 +508,7 @@ def _join_kv_b(attention: nn.Module) -> None:
 def _float_weight(layer: SwitchLinear | QuantizedSwitchLinear, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(layer, SwitchLinear):
         return layer.weight.detach()
-    packed = layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, layer.mode
-    return dequantize(*packed, dtype=dtype).detach()
+    return layer.packed().dequantize(dtype).detach()
 
 
 def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

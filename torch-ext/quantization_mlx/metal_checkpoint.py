@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .dequantized import dtype_of, float_layer, float_weight
+from . import compat
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule
 from .stored import listed, require
 
@@ -35,6 +35,7 @@ def metal_to_mlx(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model has no quantized layers of `MetalConfig`, or a group_size that MLX does not know.
     """
     require("transformers")
+    compat.check("metal_to_mlx")
     from transformers.integrations.metal_quantization import MetalLinear
 
     if not _convert(model, lambda path, layer: _mlx_linear(layer) if isinstance(layer, MetalLinear) else None):
@@ -57,12 +58,13 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model has no quantized layers, or ones that `MetalConfig` cannot have; the message names them.
     """
     require("transformers")
+    compat.check("metal_to_mlx")
     from transformers import MetalConfig
     from transformers.quantizers.quantizer_metal import MetalHfQuantizer
 
     quantized = {path: layer for path, layer in model.named_modules() if isinstance(layer, _QuantizedModule)}
-    tied = {id(layer.weight) for layer in quantized.values() if isinstance(layer, QuantizedEmbedding)}
-    linear = {path: layer for path, layer in quantized.items() if id(layer.weight) not in tied}
+    tied = {id(layer.weight_packed) for layer in quantized.values() if isinstance(layer, QuantizedEmbedding)}
+    linear = {path: layer for path, layer in quantized.items() if id(layer.weight_packed) not in tied}
     scaled = [path for path, layer in quantized.items() if getattr(layer, "scale", 1) != 1]
     formats = {(layer.mode, layer.group_size, layer.bits) for layer in linear.values()}
     strange = [path for path, layer in linear.items() if type(layer) is not QuantizedLinear] + scaled
@@ -114,12 +116,15 @@ def _metal_linear(layer: QuantizedLinear) -> nn.Module:
 
     with torch.device("meta"):
         made = MetalLinear(layer.in_features, layer.out_features, bits=layer.bits, group_size=layer.group_size)
-    made.weight, made.scales, made.qbiases, made.bias = layer.weight, layer.scales, layer.biases, layer.bias
+    made.weight, made.scales, made.qbiases = layer.weight_packed, layer.scales, layer.biases
+    made.bias = layer.bias
     return made
 
 
 def _dense(layer: QuantizedEmbedding | QuantizedLinear, known: dict[int, nn.Parameter]) -> nn.Module:
     """The layer in floating point; layers with one packed weight go on sharing."""
-    if (weight := known.get(id(layer.weight))) is None:
-        weight = known[id(layer.weight)] = float_weight(layer, dtype_of(layer, torch.bfloat16))
-    return float_layer(layer, weight)
+    made = layer.dequantize()
+    made.weight = known.setdefault(id(layer.weight_packed), made.weight)
+    if isinstance(layer, QuantizedLinear):
+        made.bias = layer.bias
+    return made

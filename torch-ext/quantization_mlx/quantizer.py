@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checkpoint import _replace_layers, _shell, quantize_model
+from .checkpoint import _replace_layers, _shell, dequantize_model, quantize_model
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
 from .stored import entry_format, judge, listed, read_config, read_headers, stored_format
@@ -70,9 +70,19 @@ def quantizer_classes() -> tuple[type, type]:
             )
             return False
 
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            model = dequantize_model(model)
+            # Transformers' default is the dtype that the model was loaded in, which may have changed since.
+            return model if dtype in (None, model.config.dtype) else model.to(dtype)
+
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
             if self.pre_quantized:
                 _place_layers(model, self, options.get("checkpoint_files"), options.get("dtype"))
+
+        def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+            """Spares packed words, whose layers say another shape, a check that `_place_layers` has made."""
+            path, _, name = param_name.rpartition(".")
+            return name == "weight" and isinstance(model.get_submodule(path), _QuantizedModule)
 
         def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
             from transformers.core_model_loading import PrefixChange
@@ -221,8 +231,8 @@ def _finish_layers(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, _QuantizedModule):
             continue
-        for name in ("weight", "scales", "biases"):
-            if (parameter := getattr(module, name)) is None or parameter.is_meta:
+        for name in module.packed_names:
+            if (parameter := module._parameters[name]) is None or parameter.is_meta:
                 continue
             parameter.requires_grad_(False)
             if name != "weight" and not _is_finite(parameter, module.mode):

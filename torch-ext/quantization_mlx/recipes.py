@@ -122,7 +122,7 @@ class QuantizationReport:
     def add(self, path: str, weight: torch.Tensor, quantized: Any) -> None:
         """Notes a layer: weight [..., rows, columns] before, and the module that holds it packed in the same order."""
         error, norm = _error_and_norm(weight, quantized)
-        stored = [quantized.weight, quantized.scales, quantized.biases]
+        stored = [quantized.weight_packed, quantized.scales, quantized.biases]
         self.layers.append(
             LayerError(
                 path=path,
@@ -202,7 +202,7 @@ def _error_and_norm(weight: torch.Tensor, quantized: Any) -> tuple[float, float]
     original = weight.detach().flatten(0, -2)
     packed = [
         None if tensor is None else tensor.detach().flatten(0, -2)
-        for tensor in (quantized.weight, quantized.scales, quantized.biases)
+        for tensor in (quantized.weight_packed, quantized.scales, quantized.biases)
     ]
     rows = max(1, _CHUNK // original.shape[-1])
     errors, norms = [0.0], [0.0]

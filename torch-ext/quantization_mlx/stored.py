@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compat import TESTED, check_version
 from .modules import SUPPORTED, complete_format
 
 Format = dict[str, Any]  # keyword arguments group_size, bits and mode of the quantized modules
@@ -46,13 +47,16 @@ def require(name: str, extra: str = "transformers") -> Any:
     """Imports an optional package, which `extra` of this package has.
 
     Raises:
-        ImportError: it is not installed; the message names the extra.
+        ImportError: it is not installed, and then the message names the extra, or older than what is supported.
     """
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
         raise ImportError(f'this needs the package {package}: pip install "quantization-mlx[{extra}]"') from error
+    if name in TESTED:
+        check_version(name)
+    return module
 
 
 # The record of formats

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import ops
+from . import compat, ops
 from .checkpoint import write_checkpoint
 from .modules import _QuantizedModule
 from .quantizer import METHOD, quantizer_classes
@@ -65,7 +66,8 @@ def patch_transformers() -> None:
     - Models with the `MetalConfig` of Transformers run on this package's kernels, on any device.
 
     Raises:
-        ImportError: transformers or safetensors is not installed.
+        ImportError: transformers or safetensors is not installed, or transformers is older than the tested versions or
+            lacks a name that is needed.
     """
     with _patch.lock:
         if not _patch.permanent:
@@ -97,6 +99,7 @@ def _apply(stack: contextlib.ExitStack) -> None:
     """Patches; `stack` gets what undoes it."""
     require("transformers")
     require("safetensors")
+    compat.check("patch_transformers")
     from transformers import PreTrainedModel, modeling_utils, quantizers
     from transformers.integrations import metal_quantization
     from transformers.quantizers import auto
@@ -177,13 +180,15 @@ def _gpt_oss_record(config: PreTrainedConfig) -> Mapping[str, Any] | None:
 
 def _takes_all_weight_files(original: Any) -> Any:
     """The resolver of weight files, by which MLX checkpoints are all files `model*.safetensors` that there are."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
-        source = kwargs.get("pretrained_model_name_or_path")
-        plain = not any(kwargs.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
+        given = signature.bind(*args, **kwargs).arguments
+        source = given.get("pretrained_model_name_or_path")
+        plain = not any(given.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
         named = plain and source is not None and not os.path.isfile(source)
-        directory = _mlx_directory(source, kwargs.get("download_kwargs") or {}) if named else None
+        directory = _mlx_directory(source, given.get("download_kwargs") or {}) if named else None
         if directory is None:
             return original(*args, **kwargs)
         return [str(file) for file in weight_files(directory)], None
@@ -232,7 +237,7 @@ def _writes_mlx_checkpoints(original: Any) -> Any:
         **kwargs: Any,
     ) -> None:
         options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
-        has_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        has_adapters = self._hf_peft_config_loaded
         if has_adapters or not any(isinstance(module, _QuantizedModule) for module in self.modules()):
             return original(self, save_directory, **options, **_given({"max_shard_size": max_shard_size}))
         max_shard_size = max_shard_size or "5GB"

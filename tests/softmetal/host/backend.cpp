@@ -7,6 +7,7 @@
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/_local_scalar_dense_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -159,6 +160,35 @@ at::Scalar local_scalar_dense(const Tensor& self) {
   return at::native::_local_scalar_dense_cpu(host_view(self));
 }
 
+// --- Attention ------------------------------------------------------------------------------------------------------
+
+// torch calls this op for tensors on MPS alone, and has it for no other device; on the CPU the next one is the same.
+std::tuple<Tensor, Tensor> attention(
+    const Tensor& query,
+    const Tensor& key,
+    const Tensor& value,
+    const std::optional<Tensor>& mask,
+    double dropout,
+    bool is_causal,
+    const std::optional<Tensor>& dropout_mask,
+    std::optional<double> scale,
+    bool enable_gqa) {
+  softmetal::add_fallback("aten::_scaled_dot_product_attention_math_for_mps");
+  const auto on_host = [](const std::optional<Tensor>& tensor) {
+    return tensor.has_value() && tensor->defined() ? std::optional(host_view(*tensor)) : std::nullopt;
+  };
+  const auto [result, weights] = at::_scaled_dot_product_attention_math(
+      host_view(query), host_view(key), host_view(value), on_host(mask), dropout, is_causal, on_host(dropout_mask),
+      scale, enable_gqa);
+  const auto on_device = [](const Tensor& tensor) {
+    Tensor copy = at::empty(tensor.sizes(), tensor.options().device(mps));
+    host_view(copy).copy_(tensor);
+    mark_written(copy);
+    return copy;
+  };
+  return {on_device(result), on_device(weights)};
+}
+
 // --- All other ops --------------------------------------------------------------------------------------------------
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -188,6 +218,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar_dense);
+  m.impl("_scaled_dot_product_attention_math_for_mps", attention);
 }
 
 // --- The device -----------------------------------------------------------------------------------------------------
@@ -202,8 +233,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getDefaultStream(at::Device) const override { return c10::Stream(c10::Stream::DEFAULT, mps); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
   at::DeviceIndex deviceCount() const noexcept override { return 1; }
-  // Commands are done when they are given.
+  // Commands are done when they are given, and so is whatever an event marks.
   void record(void**, const c10::Stream&, const at::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeEvent(void*) const override { softmetal::add_synchronization(); }
   void synchronizeStream(const c10::Stream&) const override { softmetal::add_synchronization(); }
   void synchronizeDevice(const at::DeviceIndex) const override { softmetal::add_synchronization(); }
 };

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import replace_layers
+from ..packed_weight import PackedModule
 from ..stored import listed, require
 from .functions import check_group_size
 from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear, check_bits, check_quant_type
@@ -147,7 +148,7 @@ def _replace(
 
     model = replace_layers(model, choose, lambda layer, _: convert(layer), _tied)
     for path, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and not isinstance(layer, PackedModule):
             skipped.setdefault(path, "has no parameter as its weight")  # a parametrization computes it, for example
     return model, ReplacementStats(replaced, skipped)
 

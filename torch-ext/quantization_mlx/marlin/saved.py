@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..checkpoint import config_record, distinct_tensors, write_directory
 from ..modules import _QuantizedModule
 from ..quantizer import align_parameters
@@ -90,6 +91,7 @@ def save_quantized(
     op = "save_quantized"
     transformers = require("transformers")
     require("safetensors")
+    compat.check(op)
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"[{op}] model is of type {type(model).__name__}; it must be a transformers.PreTrainedModel")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -166,6 +168,7 @@ def load_quantized(
     device = usable_device(device, op)
     transformers = require("transformers")
     require("safetensors")
+    compat.check("patch_transformers")
     directory = Path(path)
     _read_record(directory, op)
     weight_files(directory, op)
