@@ -230,7 +230,7 @@ def test_generate_streams_the_greedy_text(
     assert re.search(r"^Decoder: fused ops of prepare_for_generation$", err, re.M)
     assert re.search(r"^Peak resident memory: \d+\.\d+ GB$", err, re.M)
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w17 w3\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w17 w3"))
     assert run(capsys, *flags, "-p", "-", "--verbose", "F") == (out, "")
     # Of one token, the likeliest, sampling takes no other.
     assert run(capsys, *flags, "-p", "w5 w17 w3", "--temp", "2", "--top-k", "1")[0] == out
@@ -574,6 +574,8 @@ ERRORS = [
     ("benchmark --model MLX -g 0", 2, "'0' is not a whole number of at least 1"),
     ("info --model TMP/none", 1, "there is no directory"),
     ("info --model MLX --gpu applegpu_x", 1, "applegpu_x"),
+    ("info --model DENSE --gpu applegpu_g17s", 2, "--gpu plans products with quantized weights, of which"),
+    ("convert --hf-path BARE -q --mlx-path TMP/out", 1, r"\S+BARE has no tokenizer; save one there"),
     ("convert --hf-path TMP/none -q", 1, "there is no directory"),
     (
         "convert --hf-path none -q",
@@ -646,7 +648,10 @@ def places(dense: Path, converted: Path) -> dict[str, str]:
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "vocab_size": VOCABULARY}
     LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(root / "WIDE")
     write_tokenizer(root / "WIDE")
-    found = {"DENSE": str(dense), "MLX": str(converted), "WIDE": str(root / "WIDE")}
+    (root / "BARE").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (root / "BARE" / name).symlink_to(dense / name)
+    found = {"DENSE": str(dense), "MLX": str(converted), "WIDE": str(root / "WIDE"), "BARE": str(root / "BARE")}
     return {**found, **{name: str(root / name) for name in (*DENSE_KINDS, "EMPTY", "TEXT", "CUT")}}
 
 

@@ -392,6 +392,19 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "[MarlinLinear] quant_type is 'nf4'; supported are fp4, int4, int4_sym",
     ),
     "bits": (lambda: MetalQuantizedLinear(IN, OUT, bits=3), ValueError, "bits is 3; supported are [2, 4, 8]"),
+    "text as bits": (lambda: MetalQuantizedLinear(IN, OUT, bits="4"), ValueError, "bits is '4'; supported are [2, 4"),
+    "fraction as bits": (lambda: MetalQuantizedLinear(IN, OUT, bits=4.0), ValueError, "bits is 4.0; supported are"),
+    "text as group_size": (lambda: MarlinLinear(IN, OUT, group_size="64"), ValueError, "group_size is '64'; supported"),
+    "text as size": (
+        lambda: MarlinLinear("256", OUT),
+        TypeError,
+        "[MarlinLinear] in_features is '256'; it must be a whole number",
+    ),
+    "text as out size": (
+        lambda: MarlinLinear(IN, "64"),
+        TypeError,
+        "[MarlinLinear] out_features is '64'; it must be a whole number",
+    ),
     "bits of from_float": (
         lambda: MetalQuantizedLinear.from_float(dense(), bits=16),
         ValueError,
@@ -422,7 +435,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not finite": (
         lambda: MetalQuantizedLinear.from_float(nn.Linear(IN, OUT).requires_grad_(False).apply(_spoil)),
         ValueError,
-        "[MetalQuantizedLinear.from_float] weights has infinities or NaN",
+        "[MetalQuantizedLinear.from_float] linear.weight has infinities or NaN",
     ),
     "size of x": (lambda: MarlinLinear(IN, OUT)(torch.zeros(2, 128)), ValueError, "[quantized_matmul]"),
     "dtype of x": (lambda: MarlinLinear(IN, OUT)(torch.zeros(2, IN).int()), TypeError, "[quantized_matmul]"),

@@ -215,11 +215,16 @@ def test_mode_decides_what_is_not_given(mode: str, expected: tuple[int, int]) ->
 
 @pytest.mark.parametrize(
     "format",
-    [{"bits": 7}, {"bits": 0}, {"group_size": 16}, {"group_size": -64}, {"mode": "mxfp4", "bits": 8}],
+    [
+        *({"bits": bits} for bits in (7, 0, "4", 4.0)),
+        *({"group_size": size} for size in (16, -64, "64", 64.0)),
+        {"mode": "mxfp4", "bits": 8},
+    ],
     ids=str,
 )
 def test_constructor_refuses_unknown_formats(format: dict) -> None:
-    with pytest.raises(ValueError, match="is not supported; it takes"):
+    name, value = list(format.items())[-1]
+    with pytest.raises(ValueError, match=rf"^\[QuantizedLinear\] .*{name} {value!r}.* is not supported; it takes"):
         QuantizedLinear(64, 8, **format)
 
 
@@ -228,6 +233,10 @@ def test_constructor_refuses_what_cannot_be() -> None:
         QuantizedLinear(100, 8)
     with pytest.raises(ValueError, match="'int4' is not supported; supported are affine, mxfp4"):
         QuantizedEmbedding(8, 64, mode="int4")
+    with pytest.raises(ValueError, match=r"mode \['affine'\] is not supported"):
+        QuantizedEmbedding(8, 64, mode=["affine"])
+    with pytest.raises(TypeError, match=r"^\[QuantizedLinear\] sizes must be whole numbers, not '64'"):
+        QuantizedLinear("64", 8)
 
 
 @FORMAT

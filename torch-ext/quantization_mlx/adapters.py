@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import peft_integration
+from . import compat, peft_integration
 from .stored import listed, read_json, require
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ def load_adapter(model: PreTrainedModel, directory: str | os.PathLike[str]) -> P
     directory = Path(directory)
     config = _read_config(directory)
     peft = require("peft", "train")
+    compat.check("load_adapter")
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    patched = peft_integration._original_post_init is not None
+    patched = peft_integration._is_patched
     peft_integration.patch_peft()
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(directory))

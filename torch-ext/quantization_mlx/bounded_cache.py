@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from . import compat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +26,7 @@ def bounded_cache(model: PreTrainedModel, size: int) -> dict[str, Any]:
     """
     if size <= KEPT:
         raise ValueError(f"[bounded_cache] size is {size!r}; it must be above {KEPT}")
+    compat.check("bounded_cache")
     from transformers.cache_utils import Cache, DynamicCache
 
     usual = DynamicCache(config=model.config).layers
@@ -33,8 +35,7 @@ def bounded_cache(model: PreTrainedModel, size: int) -> dict[str, Any]:
             f"[bounded_cache] {type(model).__name__} has layers that do not attend to all positions, "
             f"with a cache of their own: {', '.join(other)}"
         )
-    # Transformers 5.24 gave the argument a new name.
-    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    name = compat.cache_name(type(model).forward)
     return {name: Cache(layers=[_layer_class()(size) for _ in usual])}
 
 

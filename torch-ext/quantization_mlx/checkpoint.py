@@ -93,10 +93,13 @@ def quantize_model(
         report: gets the error of each layer, and what remains in floating point.
 
     Raises:
-        TypeError: the predicate's dict has other keys.
+        TypeError: the predicate is no function, or returns a string, or a dict with other keys; the message names the
+            layer.
         ValueError: the format or the recipe is not supported.
     """
-    default = complete_format(group_size, bits, mode)
+    default = _checked_format("[quantize_model]", {"group_size": group_size, "bits": bits, "mode": mode})
+    if predicate is not None and not isinstance(predicate, str) and not callable(predicate):
+        raise TypeError(f"[quantize_model] predicate is {predicate!r}; it must be a function or a recipe's name")
     if isinstance(predicate, str):
         if mode != "affine":
             raise ValueError(f"[quantize_model] the recipe {predicate!r} is for mode 'affine', not for {mode!r}")
@@ -106,7 +109,11 @@ def quantize_model(
         choice = True if predicate is None else predicate(path, layer)
         if not choice:
             return Refusal("refused by the predicate", is_asked_for=True)
-        chosen = complete_format(**{"mode": mode, **choice}) if isinstance(choice, Mapping) else default
+        if isinstance(choice, str):
+            raise TypeError(f"[quantize_model] the predicate gives {choice!r} for {path!r}; wanted: a truth or a dict")
+        chosen = default
+        if isinstance(choice, Mapping):
+            chosen = _checked_format(f"[quantize_model] the predicate's dict for {path!r}:", {"mode": mode, **choice})
         columns = as_linear(layer).weight.shape[-1]
         if columns % chosen["group_size"]:
             return Refusal(f"a row of {columns} values does not divide into groups of {chosen['group_size']}")
@@ -141,8 +148,11 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         if not isinstance(layer, PackedModule):
             continue
         bias, made = getattr(layer, "bias", None), layer.dequantize()
-        weight = nn.Parameter(made.weight.detach().to(dtype or made.weight.dtype))
-        made.weight = dense.setdefault(id(layer.packed().words), weight)
+        if dtype not in (None, made.weight.dtype):  # rounded once, from the packed values
+            packed = layer.packed()
+            values = packed.dequantize(dtype).detach()
+            made.weight = nn.Parameter(values.mT.contiguous() if packed.by_columns else values)
+        made.weight = dense.setdefault(id(layer.packed().words), made.weight)
         if not path:
             return made
         if bias is not None:
@@ -235,6 +245,17 @@ def _progress(items: list[Any], what: str) -> Iterable[Any]:
 
 
 # Formats
+
+
+def _checked_format(where: str, given: Mapping[str, Any]) -> Format:
+    """The format that is given in part; errors begin with `where`."""
+    if unknown := [key for key in given if key not in ("group_size", "bits", "mode")]:
+        keys = ", ".join(map(repr, unknown))
+        raise TypeError(f"{where} unknown key {keys}; supported are 'group_size', 'bits' and 'mode'")
+    try:
+        return complete_format(**given)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
 
 
 def _format_of(module: _QuantizedModule) -> Format:

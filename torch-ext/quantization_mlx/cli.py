@@ -27,6 +27,7 @@ from .bounded_cache import bounded_cache
 from .checkpoint import _progress, quantize_model, save_checkpoint
 from .cli_arguments import (
     COMMANDS_NOT_HERE,
+    GPU,
     PLOTS,
     PROGRAM,
     SAMPLING,
@@ -443,7 +444,11 @@ def _peak_memory() -> str:
 def info(arguments: argparse.Namespace) -> None:
     """Describes a checkpoint from its headers, without loading weights: formats, sizes, and which kernels would run."""
     summary = _Summary.read(Path(arguments.model))
-    kernels = {format_name(**each.format): _kernels(each, arguments.gpu) for each in summary.quantized}
+    if not summary.quantized:
+        refuse(
+            [("--gpu", arguments.gpu)], f"plans products with quantized weights, of which {arguments.model} has none"
+        )
+    kernels = {format_name(**each.format): _kernels(each, arguments.gpu or GPU) for each in summary.quantized}
     if arguments.json:
         print(json.dumps({**summary.record(), "kernels": kernels}, indent=2))
         return

@@ -247,7 +247,7 @@ def _benchmark_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="directory of an MLX checkpoint")
-    parser.add_argument("--gpu", default=GPU, metavar="NAME", help="Metal's name of the Apple GPU to plan for")
+    parser.add_argument("--gpu", metavar="NAME", help=f"Metal's name of the Apple GPU to plan for (default: {GPU})")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adapters import load_adapter
-from .checkpoint import load_checkpoint
+from .checkpoint import dequantize_model, load_checkpoint
 from .cli_arguments import UsageError
-from .dequantized import dequantize_model
-from .stored import RECORDS, find_record, other_method, read_config, require
+from .stored import RECORDS, find_record, has_tokenizer, other_method, read_config, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -164,6 +163,8 @@ def _checkpoint(directory: Path, device: str, arguments: argparse.Namespace) -> 
 
 
 def _tokenizer(source: str | Path, arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
+    if Path(source).is_dir() and not has_tokenizer(Path(source)):
+        raise FileNotFoundError(f"{source} has no tokenizer; save one there by its save_pretrained")
     with _named_flag(source):
         return _transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
 

@@ -185,6 +185,17 @@ PRIVATE = {
             "patched: copies a floating-point layer",
         ),
     ),
+    "load_adapter": (
+        ("peft.utils:load_peft_weights", ("model_id", "device"), "reads an adapter's file"),
+        ("peft.utils:set_peft_model_state_dict", ("model", "peft_model_state_dict"), "says which tensors do not fit"),
+    ),
+    "bounded_cache": (
+        ("transformers.cache_utils:Cache", ("layers",), "a cache of layers that are ours"),
+        ("transformers.cache_utils:DynamicCache", ("config",), "the layers that the model would have"),
+        ("transformers.cache_utils:DynamicLayer.update", ("key_states", "value_states"), "overridden"),
+        ("transformers.cache_utils:DynamicLayer.get_mask_sizes", ("query_length",), "overridden"),
+        ("transformers.cache_utils:DynamicLayer.get_seq_length", (), "overridden"),
+    ),
 }
 
 

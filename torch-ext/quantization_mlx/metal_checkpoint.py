@@ -74,7 +74,7 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
     ((mode, group_size, bits),) = formats
     if mode != "affine" or bits not in _BITS:
         raise ValueError(
-            f"[mlx_to_metal] mode {mode!r} with {bits} bits is not supported by MetalConfig; it takes 'affine' with "
+            f"[mlx_to_metal] mode {mode!r} with {bits!r} bits is not supported by MetalConfig; it takes 'affine' with "
             f"bits of {list(_BITS)}"
         )
     dense: dict[int, nn.Parameter] = {}  # what takes the place of packed weights, by their identity

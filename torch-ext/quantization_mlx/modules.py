@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def complete_format(group_size: int | None = None, bits: int | None = None, mode
     Raises:
         ValueError: the mode is unknown, or does not know the group_size or the bits.
     """
-    if mode not in SUPPORTED:
+    if not isinstance(mode, str) or mode not in SUPPORTED:
         raise ValueError(f"mode {mode!r} is not supported; supported are {', '.join(SUPPORTED)}")
     group_sizes, widths = SUPPORTED[mode]
     format = {
@@ -42,12 +43,17 @@ def complete_format(group_size: int | None = None, bits: int | None = None, mode
         "bits": widths[0] if bits is None else bits,
         "mode": mode,
     }
-    if format["group_size"] not in group_sizes or format["bits"] not in widths:
+    if not _is_one_of(format["group_size"], group_sizes) or not _is_one_of(format["bits"], widths):
         raise ValueError(
-            f"mode {mode!r} with group_size {format['group_size']} and bits {format['bits']} is not supported; "
+            f"mode {mode!r} with group_size {format['group_size']!r} and bits {format['bits']!r} is not supported; "
             f"it takes a group_size of {sorted(group_sizes)} and bits of {sorted(widths)}"
         )
     return format
+
+
+def _is_one_of(value: Any, supported: tuple[int, ...]) -> bool:
+    """Whether it is one of these whole numbers, and not only equal to one, as 64.0 is."""
+    return value in supported and not isinstance(value, float)
 
 
 def row_scale(layer: nn.Module) -> float | None:
@@ -112,8 +118,14 @@ class _QuantizedModule(PackedModule):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(**complete_format(group_size, bits, mode))
         *rows, columns = shape
+        if wrong := [size for size in shape if not isinstance(size, Integral)]:
+            raise TypeError(f"[{type(self).__name__}] sizes must be whole numbers, not {wrong[0]!r}")
+        try:
+            format = complete_format(group_size, bits, mode)
+        except ValueError as error:
+            raise ValueError(f"[{type(self).__name__}] {error}") from error
+        super().__init__(**format)
         if columns % self.group_size:
             raise ValueError(
                 f"[{type(self).__name__}] a row of {columns} values does not divide into groups of {self.group_size}"
@@ -165,6 +177,7 @@ class QuantizedLinear(_QuantizedModule, PackedLinear):
         device, dtype: where the parameters live, and the dtype of the floating-point ones.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: the format is not supported, or in_features does not divide into groups.
     """
 
@@ -224,6 +237,7 @@ class QuantizedEmbedding(_QuantizedModule, nn.Embedding):
         scale: what the rows are multiplied by, rounded to their dtype, as Gemma does; `as_linear` leaves it out.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: the format is not supported, or embedding_dim does not divide into groups.
     """
 

@@ -28,6 +28,7 @@ MARLIN_METHOD = "quantization_mlx_marlin"  # that of Marlin's formats
 # where it would pass over a method that it does not know and make random layers.
 MARLIN_RECORD = {"format": "marlin"}
 WEIGHT_FILES = "model*.safetensors"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _SHOWN_NAMES = 8  # as many tensor names as an error message lists
 
 _DTYPES = {
@@ -171,6 +172,11 @@ def read_config(directory: Path, op: str = "from_pretrained") -> dict[str, Any] 
     """
     file = directory / "config.json"
     return read_json(file, op) if file.exists() else None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether any file of a tokenizer is there: of some models, Transformers would make one without a vocabulary."""
+    return any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def read_json(file: Path, op: str = "from_pretrained") -> dict[str, Any]:

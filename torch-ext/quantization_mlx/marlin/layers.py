@@ -11,7 +11,7 @@ from torch import nn
 from .._ops import ops
 from ..obstacles import check_class, check_state, copy_hooks
 from ..packed_weight import PackedLinear, PackedModule, frozen, own
-from .functions import BITS, check_groups, pack
+from .functions import BITS, check_groups, check_size, pack
 
 # Called with every argument in place: the shortest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
@@ -28,8 +28,8 @@ def check_quant_type(function: str, quant_type: str) -> None:
 
 def check_bits(function: str, bits: int) -> None:
     """Raises ValueError unless `MetalQuantizedLinear` has a format of so many bits."""
-    if bits not in MODE_OF_BITS:
-        raise ValueError(f"[{function}] bits is {bits}; supported are {sorted(MODE_OF_BITS)}")
+    if bits not in MODE_OF_BITS or isinstance(bits, float):
+        raise ValueError(f"[{function}] bits is {bits!r}; supported are {sorted(MODE_OF_BITS)}")
 
 
 class ColumnPackedModule(PackedModule):
@@ -61,6 +61,7 @@ class ColumnPackedModule(PackedModule):
         if mode not in BITS:
             raise ValueError(f"[{type(self).__name__}] mode is {mode!r}; supported are {', '.join(BITS)}")
         check_groups(type(self).__name__, "in_features", in_features, group_size)
+        check_size(type(self).__name__, "out_features", out_features)
         super().__init__(group_size, BITS[mode], mode)
         self.in_features = in_features
         self.out_features = out_features
@@ -135,7 +136,7 @@ class ColumnPackedLinear(ColumnPackedModule, PackedLinear):
         check_class(name, linear, nn.Linear)
         check_state(name, linear)
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **options)
-        layer._take(pack(name, layer.mode, linear.weight.T, layer.group_size), linear)
+        layer._take(pack(name, layer.mode, linear.weight.T, layer.group_size, "linear.weight"), linear)
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
