@@ -27,9 +27,18 @@ from .generation import prepare_for_generation
 from .modules import SUPPORTED, complete_format
 from .ops import quantize, quantized_matmul
 from .plans import explain
+from .quantizer import columns_of_layers
 from .recipes import RECIPES, QuantizationReport, format_name
 from .staging import is_vacant
-from .stored import find_record, other_method, read_config, read_headers, require, weight_files
+from .stored import (
+    find_record,
+    format_of_tensors,
+    other_method,
+    read_config,
+    read_headers,
+    require,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -568,6 +577,7 @@ class _Summary:
         model = (config.get("architectures") or [config.get("model_type", "a model of an unknown kind")])[0]
         files = weight_files(directory)
         stored = read_headers(files)
+        columns = columns_of_layers(directory) if find_record(config) is not None else {}
         parts: dict[str, _Part] = {}
         for name, tensor in stored.items():
             path, _, kind = name.rpartition(".")
@@ -576,7 +586,7 @@ class _Summary:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 parts.setdefault(dtype, _Part(dtype)).add(tensor.shape, [tensor])
             elif kind == "weight":
-                format = _stored_format(path, find_record(config) or {}, tensor, scales)
+                format = _format_of(path, columns.get(path), find_record(config) or {}, stored)
                 shape = (*tensor.shape[:-1], scales.shape[-1] * format["group_size"])
                 biases = stored.get(f"{path}.biases")
                 together = [tensor, scales] + ([] if biases is None else [biases])
@@ -601,17 +611,23 @@ class _Summary:
         }
 
 
-def _stored_format(path: str, record: Mapping[str, Any], weight: Tensor, scales: Tensor) -> dict[str, Any]:
-    """The format of a layer: that of its entry, or else the common one, but with as many bits as the shapes tell."""
-    own = record.get(path)
-    entry = own if isinstance(own, Mapping) else record
-    format = (entry.get("group_size"), entry.get("bits"), entry.get("mode") or "affine")
-    try:
-        format = complete_format(*format)
-        columns = scales.shape[-1] * format["group_size"]
-        return complete_format(**{**format, "bits": weight.shape[-1] * 32 // columns})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+def _format_of(
+    path: str, columns: int | None, record: Mapping[str, Any], stored: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The format of a layer whose scales are stored, as loading finds it.
+
+    Raises:
+        ValueError: the stored tensors cannot be of that format.
+    """
+    format = format_of_tensors(path, columns, record, stored)
+    if format is None:
+        raise ValueError(f"{path}: config.json says that it is not quantized, and scales are stored")
+    weight, scales = stored[f"{path}.weight"], stored[f"{path}.scales"]
+    if weight.shape[-1] * 32 != scales.shape[-1] * format["group_size"] * format["bits"]:
+        raise ValueError(
+            f"{path}: weight {list(weight.shape)} and scales {list(scales.shape)} are not of {format_name(**format)}"
+        )
+    return format
 
 
 def _kernels(part: _Part, gpu: str) -> list[tuple[str, int, str]]:
