@@ -361,6 +361,30 @@ def test_families_there_and_back(
         assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path))
 
 
+@pytest.mark.parametrize("command", ["generate", "perplexity", "benchmark"])
+def test_activations_beyond_float16_are_an_error_of_the_command(
+    command: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of Gemma 3, whose weights after the normalisation of each block are as large as here."""
+    model_class = transformers.Gemma3ForCausalLM
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**TEXT, **TWO_KINDS)).eval()
+    for layer in model.model.layers:
+        nn.init.constant_(layer.post_feedforward_layernorm.weight, 60_000.0)
+    save_checkpoint(quantize_model(model), tmp_path, tokenizer)
+    (tmp_path / "text").write_text("w3 w4 w5 w6 w7 w8 w9")
+    flags = {
+        "generate": ["-p", "w3 w4", "-m", "2"],
+        "perplexity": ["--data-path", str(tmp_path / "text"), "--sequence-length", "6"],
+        "benchmark": ["-p", "4", "-g", "2", "-n", "1"],
+    }[command]
+    assert cli.main([command, "--model", str(tmp_path), "--dtype", "float16", *flags]) == 1
+    assert "computes NaN or infinity in float16; its activations are too large for it" in capsys.readouterr().err
+    assert cli.main([command, "--model", str(tmp_path), "--dtype", "bfloat16", *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.strip() and "nan" not in out
+
+
 # --- The rule of which layers are quantized ---------------------------------------------------------------------------
 
 

@@ -391,6 +391,7 @@ def _sequences(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Te
 def _token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     """The negative log-likelihoods [batch, length - 1] of each token after the first of sequences [batch, length]."""
     logits = model(sequences[:, :-1], use_cache=False).logits
+    _check_numbers(logits, model.dtype)
     # One sequence at a time in float32: with large vocabularies, logits take more memory than all else.
     return torch.stack(
         [
@@ -480,8 +481,21 @@ def _run_generate(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any
     if model.generation_config.pad_token_id is None:
         ends = model.generation_config.eos_token_id
         model.generation_config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+
+    def check(_: Tensor, scores: Tensor) -> Tensor:
+        _check_numbers(scores, model.dtype)
+        return scores
+
     with torch.inference_mode():
-        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), logits_processor=[check], **options)
+
+
+def _check_numbers(logits: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError if `logits`, of which excluded tokens may have -inf, are no numbers."""
+    if not logits.max().isfinite():
+        name = str(dtype).removeprefix("torch.")
+        advice = "; its activations are too large for it, --dtype bfloat16 has their range" if name == "float16" else ""
+        raise ValueError(f"the model computes NaN or infinity in {name}{advice}")
 
 
 def _peak_memory() -> str:
