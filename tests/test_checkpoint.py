@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from quantization_mlx import cli
 from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.modules import QuantizedEmbedding, QuantizedLinear
 from quantization_mlx.staging import staged
+from quantization_mlx.stored import format_of_tensors
 
 VOCABULARY = 96
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
@@ -359,6 +361,30 @@ def test_families_there_and_back(
         assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path))
 
 
+@pytest.mark.parametrize("command", ["generate", "perplexity", "benchmark"])
+def test_activations_beyond_float16_are_an_error_of_the_command(
+    command: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of Gemma 3, whose weights after the normalisation of each block are as large as here."""
+    model_class = transformers.Gemma3ForCausalLM
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**TEXT, **TWO_KINDS)).eval()
+    for layer in model.model.layers:
+        nn.init.constant_(layer.post_feedforward_layernorm.weight, 60_000.0)
+    save_checkpoint(quantize_model(model), tmp_path, tokenizer)
+    (tmp_path / "text").write_text("w3 w4 w5 w6 w7 w8 w9")
+    flags = {
+        "generate": ["-p", "w3 w4", "-m", "2"],
+        "perplexity": ["--data-path", str(tmp_path / "text"), "--sequence-length", "6"],
+        "benchmark": ["-p", "4", "-g", "2", "-n", "1"],
+    }[command]
+    assert cli.main([command, "--model", str(tmp_path), "--dtype", "float16", *flags]) == 1
+    assert "computes NaN or infinity in float16; its activations are too large for it" in capsys.readouterr().err
+    assert cli.main([command, "--model", str(tmp_path), "--dtype", "bfloat16", *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.strip() and "nan" not in out
+
+
 # --- The rule of which layers are quantized ---------------------------------------------------------------------------
 
 
@@ -388,6 +414,55 @@ def test_mode_and_exceptions_may_be_absent(saved: Path) -> None:
     assert torch.equal(logits(load_checkpoint(saved)), expected)
     edit_config(saved, lambda config: config.pop("quantization"))
     assert torch.equal(logits(load_checkpoint(saved)), expected)
+
+
+@pytest.mark.parametrize(
+    "default, other",
+    [
+        ({"bits": 4, "group_size": 32}, {"bits": 8, "group_size": 64}),
+        ({"bits": 4, "group_size": 64}, {"bits": 8, "group_size": 32}),
+        ({"bits": 8, "group_size": 32}, {"bits": 2, "group_size": 128}),
+        ({"mode": "mxfp8"}, {"mode": "nvfp4"}),
+    ],
+    ids=str,
+)
+def test_formats_without_an_entry_are_found_by_loading_and_by_info_alike(
+    default: dict[str, Any], other: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = quantize_model(tiny_model(), **default, predicate=lambda path, _: other if "embed" in path else True)
+    save_checkpoint(model, tmp_path)
+    edit_config(
+        tmp_path, lambda c: [c[name].pop("model.embed_tokens") for name in ("quantization", "quantization_config")]
+    )
+    loaded = load_checkpoint(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert cli.main(["info", "--model", str(tmp_path), "--json"]) == 0
+    formats = {
+        (part["mode"], part["bits"], part["group_size"]): part["tensors"]
+        for part in json.loads(capsys.readouterr().out)["parts"]
+        if "mode" in part
+    }
+    expected = Counter(
+        (module.mode, module.bits, module.group_size)
+        for module in model.modules()
+        if isinstance(module, (QuantizedEmbedding, QuantizedLinear))
+    )
+    assert formats == expected and len(expected) == 2
+
+
+@pytest.mark.parametrize("default, found", [({"bits": 4, "group_size": 64}, 4), ({"bits": 3, "group_size": 32}, None)])
+def test_formats_of_a_model_that_transformers_does_not_know(default: dict[str, Any], found: int | None) -> None:
+    """8 bits in groups of 32 have the shapes of 4 bits in groups of 64, which a default of that decides."""
+    stored = {
+        "head.weight": torch.empty(8, 32, dtype=torch.uint32, device="meta"),
+        "head.scales": torch.empty(8, 4, device="meta"),
+    }
+    assert format_of_tensors("head", 128, default, stored) == {"group_size": 32, "bits": 8, "mode": "affine"}
+    if found is not None:
+        assert format_of_tensors("head", None, default, stored) == {"group_size": 64, "bits": 4, "mode": "affine"}
+    else:
+        with pytest.raises(ValueError, match=r"^head: its tensors have the shapes of several formats, .*'bits': 4"):
+            format_of_tensors("head", None, default, stored)
 
 
 def test_false_leaves_a_layer_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

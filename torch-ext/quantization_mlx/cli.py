@@ -50,9 +50,10 @@ from .generation import prepare_for_generation
 from .modules import complete_format
 from .ops import quantize, quantized_matmul
 from .plans import explain
+from .quantizer import columns_of_layers
 from .recipes import QuantizationReport, format_name
 from .staging import is_vacant
-from .stored import find_record, read_headers, require, weight_files
+from .stored import find_record, format_of_tensors, read_headers, require, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -336,6 +337,7 @@ def _sequences(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Te
 def _token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     """The negative log-likelihoods [batch, length - 1] of each token after the first of sequences [batch, length]."""
     logits = model(sequences[:, :-1], use_cache=False).logits
+    _check_numbers(logits, model.dtype)
     # One sequence at a time in float32: with large vocabularies, logits take more memory than all else.
     return torch.stack(
         [
@@ -424,8 +426,21 @@ def _run_generate(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any
     if model.generation_config.pad_token_id is None:
         ends = model.generation_config.eos_token_id
         model.generation_config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+
+    def check(_: Tensor, scores: Tensor) -> Tensor:
+        _check_numbers(scores, model.dtype)
+        return scores
+
     with torch.inference_mode():
-        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), logits_processor=[check], **options)
+
+
+def _check_numbers(logits: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError if `logits`, of which excluded tokens may have -inf, are no numbers."""
+    if not logits.max().isfinite():
+        name = str(dtype).removeprefix("torch.")
+        advice = "; its activations are too large for it, --dtype bfloat16 has their range" if name == "float16" else ""
+        raise ValueError(f"the model computes NaN or infinity in {name}{advice}")
 
 
 def _peak_memory() -> str:
@@ -509,6 +524,7 @@ class _Summary:
         model = (config.get("architectures") or [config.get("model_type", "a model of an unknown kind")])[0]
         files = weight_files(directory)
         stored = read_headers(files)
+        columns = columns_of_layers(directory) if find_record(config) is not None else {}
         parts: dict[str, _Part] = {}
         for name, tensor in stored.items():
             path, _, kind = name.rpartition(".")
@@ -517,7 +533,7 @@ class _Summary:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 parts.setdefault(dtype, _Part(dtype)).add(tensor.shape, [tensor])
             elif kind == "weight":
-                format = _stored_format(path, find_record(config) or {}, tensor, scales)
+                format = _format_of(path, columns.get(path), find_record(config) or {}, stored)
                 shape = (*tensor.shape[:-1], scales.shape[-1] * format["group_size"])
                 biases = stored.get(f"{path}.biases")
                 together = [tensor, scales] + ([] if biases is None else [biases])
@@ -542,17 +558,23 @@ class _Summary:
         }
 
 
-def _stored_format(path: str, record: Mapping[str, Any], weight: Tensor, scales: Tensor) -> dict[str, Any]:
-    """The format of a layer: that of its entry, or else the common one, but with as many bits as the shapes tell."""
-    own = record.get(path)
-    entry = own if isinstance(own, Mapping) else record
-    format = (entry.get("group_size"), entry.get("bits"), entry.get("mode") or "affine")
-    try:
-        format = complete_format(*format)
-        columns = scales.shape[-1] * format["group_size"]
-        return complete_format(**{**format, "bits": weight.shape[-1] * 32 // columns})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+def _format_of(
+    path: str, columns: int | None, record: Mapping[str, Any], stored: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The format of a layer whose scales are stored, as loading finds it.
+
+    Raises:
+        ValueError: the stored tensors cannot be of that format.
+    """
+    format = format_of_tensors(path, columns, record, stored)
+    if format is None:
+        raise ValueError(f"{path}: config.json says that it is not quantized, and scales are stored")
+    weight, scales = stored[f"{path}.weight"], stored[f"{path}.scales"]
+    if weight.shape[-1] * 32 != scales.shape[-1] * format["group_size"] * format["bits"]:
+        raise ValueError(
+            f"{path}: weight {list(weight.shape)} and scales {list(scales.shape)} are not of {format_name(**format)}"
+        )
+    return format
 
 
 def _kernels(part: _Part, gpu: str) -> list[tuple[str, int, str]]:

@@ -28,6 +28,7 @@ from .checkpoint import _INDEX, _in_mlx_terms, _progress, _write_json
 from .experts import _LAYERS
 from .modules import SUPPORTED, complete_format
 from .ops import dequantize, quantize
+from .quantizer import check_checkpoint
 from .staging import staged
 from .stored import listed, read_json, require
 
@@ -683,12 +684,6 @@ def _zero_biases_of_no_layer(source: Path, stored: _StoredTensors, paths: Iterab
 
 def _check_that_it_loads(directory: Path) -> None:
     """Raises ValueError if Transformers knows the model, and the written tensors are not those that it wants."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return
-    from .quantizer import check_checkpoint
-
     try:
         check_checkpoint(directory)
     except ValueError as error:

@@ -200,24 +200,49 @@ def check_checkpoint(directory: Path) -> None:
     Raises:
         ValueError: the stored tensors are not those of the model.
     """
-    import transformers
+    if (model := _meta_model(directory)) is not None:
+        _place_layers(model, _quantizer_of(directory), [str(file) for file in weight_files(directory)], None)
 
-    stored = read_config(directory) or {}
-    record = {name: value for name, value in (find_record(stored) or {}).items() if name != "quant_method"}
+
+def columns_of_layers(directory: Path) -> dict[str, int]:
+    """The columns of the weights in the model that config.json describes, by their paths in the checkpoint; empty if
+    Transformers is not installed or does not know the model."""
+    if (model := _meta_model(directory)) is None:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    quantizer = _quantizer_of(directory)
+    headers = read_headers(weight_files(directory))
+    quantizer.prefix = _foreign_prefix(model, headers)
+    place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
+    names, _ = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
+    wanted = model.state_dict()
+    return {
+        name.removesuffix(".weight"): wanted[names[name]].shape[-1]
+        for name in headers
+        if name.endswith(".weight") and wanted.get(names.get(name)) is not None and wanted[names[name]].dim()
+    }
+
+
+def _meta_model(directory: Path) -> PreTrainedModel | None:
+    """The model that config.json describes, on the meta device; None if Transformers cannot make it."""
     try:
+        import transformers
+
         config = transformers.AutoConfig.from_pretrained(directory)
-        names = [name for name in config.architectures or () if hasattr(transformers, name)]
+        known = [name for name in config.architectures or () if hasattr(transformers, name)]
         with torch.device("meta"):
-            model = (
-                getattr(transformers, names[0])(config)
-                if names
-                else transformers.AutoModelForCausalLM.from_config(config)
-            )
-    except ValueError:  # unknown, or with code of its own
-        return
+            if known:
+                return getattr(transformers, known[0])(config)
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except Exception:  # an unknown family, one with code of its own, or whatever the class has against the config
+        return None
+
+
+def _quantizer_of(directory: Path) -> Any:
     config_class, quantizer_class = quantizer_classes()
-    quantizer = quantizer_class(config_class(**record), pre_quantized=True)
-    _place_layers(model, quantizer, [str(file) for file in weight_files(directory)], None)
+    record = find_record(read_config(directory) or {}) or {}
+    return quantizer_class(config_class(**record), pre_quantized=True)
 
 
 def _foreign_prefix(model: nn.Module, names: Iterable[str]) -> str | None:
