@@ -413,6 +413,13 @@ def test_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-3)
 
 
+def test_autocast_gives_what_it_gives_unprepared() -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, expected = (logits_of(each, tokens(1, 9), 5) for each in (prepared, model))
+    assert torch.equal(ours, expected) and ours.dtype == torch.bfloat16
+
+
 def test_second_call_changes_nothing() -> None:
     _, prepared = pair(FAMILIES["llama"])
     kinds = [type(module) for module in prepared.modules()]

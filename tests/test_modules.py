@@ -60,6 +60,17 @@ def test_linear_adds_its_bias(format: Format, device: str) -> None:
 
 
 @FORMAT
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast_gives_what_it_gives_for_a_linear_layer(bias: bool, format: Format) -> None:
+    module, x = linear(format, "cpu", bias=bias), oracle.random_x(3, IN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x).dtype == nn.Linear(IN, OUT, bias)(x).dtype == torch.bfloat16
+        total = torch.zeros(4, OUT, dtype=torch.bfloat16).index_add_(0, torch.tensor([0, 3, 0]), module(x))
+    exact = x.double() @ exact_weight(module).mT + (module.bias.double() if bias else 0)
+    oracle.assert_within(total, exact.new_zeros(4, OUT).index_add_(0, torch.tensor([0, 3, 0]), exact), 0.1)
+
+
+@FORMAT
 def test_from_linear_holds_what_mlx_quantize_gives(format: Format, device: str) -> None:
     dense = nn.Linear(IN, OUT, device=device)
     module = QuantizedLinear.from_linear(dense, **format.options)

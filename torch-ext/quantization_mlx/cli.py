@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +50,10 @@ from .generation import prepare_for_generation
 from .modules import complete_format
 from .ops import quantize, quantized_matmul
 from .plans import explain
+from .quantizer import columns_of_layers
 from .recipes import QuantizationReport, format_name
-from .stored import find_record, read_headers, require, weight_files
+from .staging import is_vacant
+from .stored import find_record, format_of_tensors, read_headers, require, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,7 +115,8 @@ def convert(arguments: argparse.Namespace) -> None:
     target = Path(arguments.mlx_path)
     _check_conversion(arguments, target)
     model, tokenizer = read_source(arguments)
-    report = None if arguments.report is None and arguments.plot is None else QuantizationReport()
+    with_errors = not (arguments.report is None and arguments.plot is None)
+    report = QuantizationReport(with_errors)
     if arguments.quantize:
         _quantize(model, arguments, report)
     save_checkpoint(model, target, tokenizer)
@@ -120,7 +124,9 @@ def convert(arguments: argparse.Namespace) -> None:
         copy_code(arguments.hf_path, target)
     summary = _Summary.read(target)
     print(f"{target}: {summary.headline()}")
-    if report is not None:
+    if report.skipped:
+        print(f"left in floating point: {report.skipped_summary()}" + ("" if with_errors else "; --report names them"))
+    if with_errors:
         print(f"relative error of the quantized weights: {report.relative_error:.2%}")
         if arguments.report is not None:
             Path(arguments.report).write_text(report.table() + "\n", encoding="utf-8")
@@ -129,16 +135,18 @@ def convert(arguments: argparse.Namespace) -> None:
     _note(_peak_memory())
 
 
-def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: QuantizationReport | None) -> None:
+def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: QuantizationReport) -> None:
     quantized: list[str] = []
-
-    def note(path: str, weight: Tensor, layer: Any) -> None:
-        quantized.append(path)
-        if report is not None:
-            report.add(path, weight, layer)
-
-    format = _format_of(arguments)
-    quantize_model(model, **format, predicate=arguments.quant_predicate, on_layer=note)
+    format = _wanted_format(arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\[quantize_model\] .* in floating point")  # a line of the output says it
+        quantize_model(
+            model,
+            **format,
+            predicate=arguments.quant_predicate,
+            on_layer=lambda path, *_: quantized.append(path),
+            report=report,
+        )
     if not quantized:
         raise ValueError(
             f"{arguments.hf_path} has no layer that can be quantized: linear layers and embeddings whose rows divide "
@@ -146,7 +154,7 @@ def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: Qua
         )
 
 
-def _format_of(arguments: argparse.Namespace) -> dict[str, Any]:
+def _wanted_format(arguments: argparse.Namespace) -> dict[str, Any]:
     return complete_format(arguments.q_group_size, arguments.q_bits, arguments.q_mode or "affine")
 
 
@@ -166,7 +174,7 @@ def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
     if not arguments.quantize:
         refuse(quantizing.items(), "without -q, which quantizes")
     try:
-        _format_of(arguments)
+        _wanted_format(arguments)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if arguments.quant_predicate and (arguments.q_mode not in (None, "affine") or arguments.q_bits is not None):
@@ -176,7 +184,7 @@ def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
     files = {flag: file for flag in ("--report", "--plot") if (file := quantizing[flag]) is not None}
     if len({Path(file).resolve() for file in files.values()}) < len(files):
         raise UsageError(f"--report and --plot name the same file, {arguments.plot}")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not is_vacant(target):
         raise FileExistsError(f"{target} already exists; choose another --mlx-path or remove it")
     check_output_directory("--mlx-path", target)
     for flag, file in files.items():
@@ -331,6 +339,7 @@ def _sequences(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Te
 def _token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     """The negative log-likelihoods [batch, length - 1] of each token after the first of sequences [batch, length]."""
     logits = model(sequences[:, :-1], use_cache=False).logits
+    _check_numbers(logits, model.dtype)
     # One sequence at a time in float32: with large vocabularies, logits take more memory than all else.
     return torch.stack(
         [
@@ -419,8 +428,21 @@ def _run_generate(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any
     if model.generation_config.pad_token_id is None:
         ends = model.generation_config.eos_token_id
         model.generation_config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+
+    def check(_: Tensor, scores: Tensor) -> Tensor:
+        _check_numbers(scores, model.dtype)
+        return scores
+
     with torch.inference_mode():
-        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), logits_processor=[check], **options)
+
+
+def _check_numbers(logits: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError if `logits`, of which excluded tokens may have -inf, are no numbers."""
+    if not logits.max().isfinite():
+        name = str(dtype).removeprefix("torch.")
+        advice = "; its activations are too large for it, --dtype bfloat16 has their range" if name == "float16" else ""
+        raise ValueError(f"the model computes NaN or infinity in {name}{advice}")
 
 
 def _peak_memory() -> str:
@@ -504,6 +526,7 @@ class _Summary:
         model = (config.get("architectures") or [config.get("model_type", "a model of an unknown kind")])[0]
         files = weight_files(directory)
         stored = read_headers(files)
+        columns = columns_of_layers(directory) if find_record(config) is not None else {}
         parts: dict[str, _Part] = {}
         for name, tensor in stored.items():
             path, _, kind = name.rpartition(".")
@@ -512,7 +535,7 @@ class _Summary:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 parts.setdefault(dtype, _Part(dtype)).add(tensor.shape, [tensor])
             elif kind == "weight":
-                format = _stored_format(path, find_record(config) or {}, tensor, scales)
+                format = _format_of(path, columns.get(path), find_record(config) or {}, stored)
                 shape = (*tensor.shape[:-1], scales.shape[-1] * format["group_size"])
                 biases = stored.get(f"{path}.biases")
                 together = [tensor, scales] + ([] if biases is None else [biases])
@@ -537,17 +560,23 @@ class _Summary:
         }
 
 
-def _stored_format(path: str, record: Mapping[str, Any], weight: Tensor, scales: Tensor) -> dict[str, Any]:
-    """The format of a layer: that of its entry, or else the common one, but with as many bits as the shapes tell."""
-    own = record.get(path)
-    entry = own if isinstance(own, Mapping) else record
-    format = (entry.get("group_size"), entry.get("bits"), entry.get("mode") or "affine")
-    try:
-        format = complete_format(*format)
-        columns = scales.shape[-1] * format["group_size"]
-        return complete_format(**{**format, "bits": weight.shape[-1] * 32 // columns})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+def _format_of(
+    path: str, columns: int | None, record: Mapping[str, Any], stored: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The format of a layer whose scales are stored, as loading finds it.
+
+    Raises:
+        ValueError: the stored tensors cannot be of that format.
+    """
+    format = format_of_tensors(path, columns, record, stored)
+    if format is None:
+        raise ValueError(f"{path}: config.json says that it is not quantized, and scales are stored")
+    weight, scales = stored[f"{path}.weight"], stored[f"{path}.scales"]
+    if weight.shape[-1] * 32 != scales.shape[-1] * format["group_size"] * format["bits"]:
+        raise ValueError(
+            f"{path}: weight {list(weight.shape)} and scales {list(scales.shape)} are not of {format_name(**format)}"
+        )
+    return format
 
 
 def _kernels(part: _Part, gpu: str) -> list[tuple[str, int, str]]:

@@ -188,7 +188,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant-predicate", choices=list(RECIPES), help="recipe that mixes two numbers of bits")
     parser.add_argument("-d", "--dequantize", action="store_true", help="make an MLX checkpoint floating-point again")
     parser.add_argument("--dtype", choices=_DTYPES, help="of what stays in floating point; as stored, GGUF: bfloat16")
-    parser.add_argument("--report", metavar="FILE", help="write bits per weight and error of each layer, in Markdown")
+    parser.add_argument(
+        "--report", metavar="FILE", help="write error of each layer, and what stays floating point, in Markdown"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the error of each layer, as .png, .svg or .pdf")
     _remote_code_argument(parser)
 

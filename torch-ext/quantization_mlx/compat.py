@@ -127,6 +127,12 @@ PRIVATE = {
         ),
         ("transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.register", ("key", "value"), "adds ours"),
         ("transformers:PreTrainedModel.set_experts_implementation", (), "chooses it"),
+        (
+            "transformers.models.llama4.modeling_llama4:Llama4TextExperts.forward",
+            ("hidden_states",),
+            "known by its name: our module takes its place, with its num_experts, hidden_size, act_fn and parameters",
+        ),
+        ("transformers.pytorch_utils:Conv1D", ("nf", "nx"), "known by its name: a linear layer, transposed"),
     ),
     "save_checkpoint": (
         ("transformers:LlamaConfig", ("rope_parameters", "tie_word_embeddings"), "what MLX reads at the top"),

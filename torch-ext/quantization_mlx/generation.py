@@ -57,8 +57,8 @@ def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
     Results are those of the unprepared model up to rounding: sums are float32, and there are fewer roundings between.
     Steps of one token with quantized layers, a cache that keeps all positions and no padding are fastest. In padded
     batches, with sliding windows and with a static cache, attention is the layer's own; with gradients, on other
-    devices and under `torch.compile` everything is. Hooks on modules inside of a decoder layer run only where that
-    module is called.
+    devices, under `torch.autocast` and under `torch.compile` everything is. Hooks on modules inside of a decoder layer
+    run only where that module is called.
 
     `forward` of the prepared model raises TypeError for keyword arguments that Transformers does not document.
 
@@ -170,6 +170,7 @@ def _serves(x: Tensor, norm: nn.Module) -> bool:
         x.device.type == "cpu"
         and x.dtype == norm.weight.dtype
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 

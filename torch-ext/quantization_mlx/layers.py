@@ -34,7 +34,7 @@ class MetalLinear(nn.Module):
         output = quantized_matmul(
             input, self.weight, self.scales, self.qbiases, group_size=self.group_size, bits=self.bits
         ).to(input.dtype)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
 class QuantizedLinear(nn.Module):
@@ -61,4 +61,4 @@ class QuantizedLinear(nn.Module):
         output = quantized_matmul(
             x, words, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
         )
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)

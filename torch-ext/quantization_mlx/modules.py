@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._ops import ops
+from .obstacles import check_class, check_state, copy_hooks
 from .ops import quantize
 from .packed_weight import PackedLinear, PackedModule, frozen, own
 
@@ -202,20 +203,28 @@ class QuantizedLinear(_QuantizedModule, PackedLinear):
     def from_linear(
         cls, linear: nn.Linear, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedLinear:
-        """Quantizes `linear`, which shares nothing with the layer that is returned."""
+        """Quantizes `linear`, which shares nothing with the layer that is returned; hooks are copied.
+
+        Raises:
+            TypeError: it is no `nn.Linear`, or of a subclass with a forward of its own.
+            ValueError: an option or a state of it, such as a parametrization, cannot be kept.
+        """
+        check_class("QuantizedLinear.from_linear", linear, nn.Linear)
+        check_state("QuantizedLinear.from_linear", linear)
         module = cls(linear.in_features, linear.out_features, False, group_size, bits, mode, device="meta")
         module._pack(linear.weight)
         module.bias = own(linear.bias)
+        copy_hooks(linear, module)
         return module.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of the scales and the bias."""
+        """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of affine scales."""
         y = self._matmul(x)
         try:
             bias = self._parameters["bias"]
         except KeyError:
             bias = self.bias
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 class QuantizedEmbedding(_QuantizedModule, nn.Embedding):
@@ -258,17 +267,20 @@ class QuantizedEmbedding(_QuantizedModule, nn.Embedding):
     def from_embedding(
         cls, embedding: nn.Embedding, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedEmbedding:
-        """Quantizes `embedding`.
+        """Quantizes `embedding`; hooks are copied.
 
         Raises:
             TypeError: it is of a subclass of `nn.Embedding` that may do more than scale its rows.
+            ValueError: an option or a state of it, such as `max_norm`, cannot be kept.
         """
         scale = row_scale(embedding)
         if scale is None:
             raise TypeError(f"[QuantizedEmbedding] {type(embedding).__name__} may do more than look up and scale rows")
+        check_state("QuantizedEmbedding.from_embedding", embedding)
         sizes = (embedding.num_embeddings, embedding.embedding_dim)
         module = cls(*sizes, group_size, bits, mode, device="meta", scale=scale)
         module._pack(embedding.weight)
+        copy_hooks(embedding, module)
         return module.train(embedding.training)
 
     def dequantize(self) -> nn.Embedding:

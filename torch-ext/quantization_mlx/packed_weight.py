@@ -262,7 +262,7 @@ def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, PackedWeight):
         return NotImplemented
     y = _matmul(input, weight.mT)
-    return y if bias is None or y is NotImplemented else y + bias
+    return y if bias is None or y is NotImplemented else y + bias.to(y.dtype)
 
 
 def _embedding(input: Tensor, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:

@@ -14,10 +14,12 @@
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
+#include <ATen/ops/zeros_like.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "device.h"
@@ -162,32 +164,26 @@ at::Scalar local_scalar_dense(const Tensor& self) {
 
 // --- Attention ------------------------------------------------------------------------------------------------------
 
-// torch calls this op for tensors on MPS alone, and has it for no other device; on the CPU the next one is the same.
-std::tuple<Tensor, Tensor> attention(
+// torch looks for its own attention kernel for MPS, and a build that has none ends there. These are the ops of which
+// that kernel is made, with gradients.
+Tensor attention(
     const Tensor& query,
     const Tensor& key,
     const Tensor& value,
     const std::optional<Tensor>& mask,
     double dropout,
     bool is_causal,
-    const std::optional<Tensor>& dropout_mask,
     std::optional<double> scale,
     bool enable_gqa) {
-  softmetal::add_fallback("aten::_scaled_dot_product_attention_math_for_mps");
-  const auto on_host = [](const std::optional<Tensor>& tensor) {
-    return tensor.has_value() && tensor->defined() ? std::optional(host_view(*tensor)) : std::nullopt;
-  };
-  const auto [result, weights] = at::_scaled_dot_product_attention_math(
-      host_view(query), host_view(key), host_view(value), on_host(mask), dropout, is_causal, on_host(dropout_mask),
-      scale, enable_gqa);
-  const auto on_device = [](const Tensor& tensor) {
-    Tensor copy = at::empty(tensor.sizes(), tensor.options().device(mps));
-    host_view(copy).copy_(tensor);
-    mark_written(copy);
-    return copy;
-  };
-  return {on_device(result), on_device(weights)};
+  std::optional<Tensor> added = mask;
+  if (mask.has_value() && mask->scalar_type() == at::kBool) {
+    added = at::zeros_like(*mask, query.options()).masked_fill_(mask->logical_not(), -INFINITY);
+  }
+  return std::get<0>(at::_scaled_dot_product_attention_math(
+      query, key, value, added, dropout, is_causal, std::nullopt, scale, enable_gqa));
 }
+
+TORCH_LIBRARY_IMPL(aten, AutogradMPS, m) { m.impl("scaled_dot_product_attention", attention); }
 
 // --- All other ops --------------------------------------------------------------------------------------------------
 
@@ -218,7 +214,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar_dense);
-  m.impl("_scaled_dot_product_attention_math_for_mps", attention);
+  m.impl("scaled_dot_product_attention", attention);
 }
 
 // --- The device -----------------------------------------------------------------------------------------------------
