@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gguf
 from transformers.generation.streamers import BaseStreamer
 
 from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx.compat import cache_name
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).resolve().parent
@@ -124,7 +125,7 @@ def perplexity(model, text: torch.Tensor, name: str) -> float:
         f"Perplexity, {name}",
         leave=False,
     ):
-        logits = model(chunk, past_key_values=cache).logits
+        logits = model(chunk, **{cache_name(): cache}).logits
         loss += F.cross_entropy(logits[0], targets[0], reduction="sum").item()
     return torch.tensor(loss / (text.shape[1] - 1)).exp().item()
 

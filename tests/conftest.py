@@ -2,6 +2,8 @@
 
 On a Mac, "mps" is its GPU. Elsewhere it is the software Metal device, once as a GPU without tensor operations and once
 as one with them; what that finds wrong, be it an access to memory or a kernel that no plan names, fails the test.
+There every pair of values of a test's parameters, the GPU being one of them, is tested, and with --exhaustive every
+combination; the CPU always has all of them.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -21,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from torch import Tensor
 
+import covering
 import oracle
 
 # Every op test runs once for each of these.
@@ -57,6 +61,11 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr("safetensors.torch.save_file", save)
     return asked
+
+
+def mostly_exhaustive(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Values for pytest.mark.parametrize, of which only `kept` are tested without --exhaustive."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
 
 
 @pytest.fixture(params=DEVICES, scope="session")
@@ -125,15 +134,46 @@ class Tally:
 _tally = pytest.StashKey[Tally]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also run what repeats others: tests marked exhaustive")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_tally] = Tally()
     config.addinivalue_line("markers", "kernels_ci: fast tests that need the package's ops and nothing else")
+    config.addinivalue_line("markers", "exhaustive: repeats what others test, with other values; see --exhaustive")
+    config.addinivalue_line("markers", "first: takes minutes, and so starts before the others")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by name or marker: those chosen do not depend on it
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The build of a variant, which runs kernels_ci alone, has no compiler for the software Metal device."""
+    # The build of a variant, which runs kernels_ci alone, has no compiler for the software Metal device.
     if config.option.markexpr == "kernels_ci":
         items[:] = [item for item in items if software_gpu_of(item) is None]
+    for item in repetitions(items):
+        item.add_marker(pytest.mark.exhaustive)
+    if not config.option.exhaustive and "exhaustive" not in config.option.markexpr:
+        repeated = {item for item in items if item.get_closest_marker("exhaustive")}
+        config.hook.pytest_deselected(items=list(repeated))
+        items[:] = [item for item in items if item not in repeated]
+    items.sort(key=lambda item: not item.get_closest_marker("first"))
+
+
+def repetitions(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Those on the software device whose parameters have no pair of values that no other has."""
+    families: dict[tuple[pytest.Collector | None, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if software_gpu_of(item) is not None:
+            families[item.parent, item.originalname].append(item)
+    repeated = []
+    for family in families.values():
+        chosen = set(covering.pairwise([parameters(item) for item in family]))
+        repeated += [item for index, item in enumerate(family) if index not in chosen]
+    return repeated
+
+
+def parameters(item: pytest.Item) -> dict[str, str]:
+    return {name: repr(value) for name, value in item.callspec.params.items()}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

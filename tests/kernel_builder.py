@@ -2,7 +2,7 @@
 
 nix copies what build.toml lists, the Python files of torch-ext/ and tests/, and nothing else; so does `copy_sources`.
 `build_cpu_variant` then compiles the copy and lays it out as `kernels` loads it. The flags are those of the CMake files
-that kernel-builder generates, with warnings made errors.
+that kernel-builder generates, with warnings made errors; less optimization takes a fraction of the time to compile.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def variant_name() -> str:
     return f"torch{major}{minor}{abi}-cpu-{machine}-{platform.system().lower()}"
 
 
-def compile_extension(folder: Path, name: str, output: Path) -> None:
+def compile_extension(folder: Path, name: str, output: Path, optimization: str = "-O3") -> None:
     """Compile and link the CPU sources under `folder` as the extension module `name`."""
     torch_folder = Path(torch.__file__).parent
     compiler = os.environ.get("CXX", "c++")
     headers = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", sysconfig.get_path("include")]
-    flags = ["-std=gnu++20", "-O3", "-DNDEBUG", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror"]
+    flags = ["-std=gnu++20", optimization, "-DNDEBUG", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror"]
     flags += ["-DCPU_KERNEL", "-DPy_LIMITED_API=3", f"-DTORCH_EXTENSION_NAME={name}", f"-I{folder / 'csrc'}"]
     flags += [f"-isystem{path}" for path in headers]
     units = [path for path in sources(folder, "cpu") if path.endswith(".cpp")]
@@ -123,7 +123,7 @@ def write_metadata(variant: Path, name: str, general: dict) -> None:
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2))
 
 
-def build_cpu_variant(folder: Path, root: Path = ROOT) -> Path:
+def build_cpu_variant(folder: Path, root: Path = ROOT, optimization: str = "-O3") -> Path:
     """Build the CPU variant from a copy of the listed files in the empty `folder`.
 
     Returns the variant's folder, `<folder>/build/<variant name>`; `folder` is what `kernels` takes as a repository.
@@ -136,7 +136,7 @@ def build_cpu_variant(folder: Path, root: Path = ROOT) -> Path:
     shutil.copytree(folder / "torch-ext" / PACKAGE, variant)
     (variant / "_ops.py").write_text(OPS_PY.format(name=name))
     objects = folder / "objects"
-    compile_extension(folder, name, objects)
+    compile_extension(folder, name, objects, optimization)
     shutil.move(objects / f"{name}.abi3.so", variant)
     write_metadata(variant, name, general)
     return variant

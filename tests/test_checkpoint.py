@@ -537,8 +537,19 @@ def test_answers_of_the_predicate() -> None:
         assert type(quantized(no)) is nn.Linear
     assert quantized(re.match("a", "a")).bits == 4
     assert quantized({"bits": 8}).bits == 8
-    with pytest.raises(TypeError, match="bit"):
+    where = r"^\[quantize_model\] the predicate's dict for '0': "
+    with pytest.raises(TypeError, match=rf"{where}unknown key 'bit'; supported are 'group_size', 'bits' and 'mode'$"):
         quantized({"bit": 8})
+    with pytest.raises(ValueError, match=rf"{where}mode 'affine' with group_size 64 and bits '8' is not supported"):
+        quantized({"bits": "8"})
+    with pytest.raises(ValueError, match=rf"{where}mode None is not supported"):
+        quantized({"mode": None})
+    with pytest.raises(TypeError, match=r"^\[quantize_model\] the predicate gives 'mxfp4' for '0'; wanted"):
+        quantized("mxfp4")
+    with pytest.raises(TypeError, match=r"^\[quantize_model\] predicate is 5; it must be a function"):
+        quantize_model(nn.Linear(64, 8), predicate=5)
+    with pytest.raises(ValueError, match=r"^\[quantize_model\] mode 'affine' with group_size '64' and bits 4 is not"):
+        quantize_model(nn.Linear(64, 8), "64")
 
 
 def test_a_format_that_is_refused_changes_nothing() -> None:

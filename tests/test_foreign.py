@@ -436,7 +436,7 @@ def test_act_order_is_refused_or_quantized_anew(tmp_path: Path) -> None:
     assert len(report.requantized) == 14
     for path, error in report.requantized.items():
         module, values = loaded.get_submodule(path), model.get_submodule(path).weight.detach().double()
-        anew = dequantized(ConvertedLinear(module.weight, module.scales, module.biases, 32, 8, None))
+        anew = dequantized(ConvertedLinear(module.weight_packed, module.scales, module.biases, 32, 8, None))
         assert error == pytest.approx(float((anew - values).norm() / values.norm()), rel=0.01)
         assert error < 5e-3
     assert not report.lossless

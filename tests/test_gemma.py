@@ -26,7 +26,8 @@ import oracle
 from quantization_mlx import QuantizedEmbedding, cli, load_checkpoint, quantize_model
 from test_cli import run
 
-pytestmark = pytest.mark.xdist_group("gemma")  # one process converts for all of them
+# One process converts for all of them.
+pytestmark = [pytest.mark.xdist_group("gemma"), pytest.mark.exhaustive]
 
 HARBOUR = Path(__file__).resolve().parent.parent / "examples" / "harbour.txt"
 PROMPT = "The capital of France is"

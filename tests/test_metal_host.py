@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import oracle
@@ -236,6 +237,28 @@ def test_gradients():
         product(x, tuple(tensor.to(name) for tensor in packed)).square().sum().backward()
         results.append(x.grad)
     assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float32], ids=str)
+def test_attention_of_torch(mask):
+    results = []
+    for name in ("cpu", "mps"):
+        query, keys = (oracle.random_x(2, heads, 5, 16, seed=heads).to(name).requires_grad_() for heads in (4, 2))
+        bias = None if mask is None else (oracle.random_x(5, 5) + 9 * torch.eye(5)).to(name)
+        bias = bias > 0 if mask is torch.bool else bias
+        y = F.scaled_dot_product_attention(query, keys, keys, bias, is_causal=mask is None, enable_gqa=True)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (query, keys))])
+    for ours, expected in zip(*results[::-1], strict=True):
+        assert_close(ours, expected)
+
+
+def test_events_have_happened():
+    event = torch.Event("mps")
+    event.record()
+    event.wait()
+    assert event.query()
+    event.synchronize()
+    assert mps.logs()["synchronizations"] > 0
 
 
 def test_no_op_of_ours_falls_back_to_the_cpu():

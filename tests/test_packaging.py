@@ -35,9 +35,10 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the local build stan
 
 
 @pytest.fixture(scope="session")
-def variant(tmp_path_factory) -> Path:
-    """The CPU variant, compiled in an empty folder."""
-    return kernel_builder.build_cpu_variant(tmp_path_factory.mktemp("kernel_builder"))
+def variant(tmp_path_factory, pytestconfig) -> Path:
+    """The CPU variant, compiled in an empty folder; as fast as the Hub's with --exhaustive, else in less time."""
+    optimization = "-O3" if pytestconfig.option.exhaustive else "-O1"
+    return kernel_builder.build_cpu_variant(tmp_path_factory.mktemp("kernel_builder"), optimization=optimization)
 
 
 @pytest.fixture(scope="session")

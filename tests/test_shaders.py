@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import covering
 import oracle
 import softmetal
 from oracle import DTYPES, FORMATS, SOME_FORMATS, Format, Quantized
@@ -350,17 +352,31 @@ def test_launch_structs(tmp_path):
 # --- Every kernel, and every shape -----------------------------------------------------------------------------------
 
 
+@functools.cache
+def kernels_of(op: str, part: str) -> list[tuple[Kernel, Format, torch.dtype]]:
+    """Those in which every pair of a format, a type and an instance occurs, or the others."""
+    everything = list(itertools.product(INSTANCES[op], FORMATS, DTYPES))
+    pairs = set(covering.pairwise([dict(enumerate(combination)) for combination in everything]))
+    chosen = [combination for i, combination in enumerate(everything) if (i in pairs) == (part == "pairs")]
+    return [(Kernel(op, instance), format, dtype) for instance, format, dtype in chosen]
+
+
+# With one instance, every combination is a pair.
+PARTS = [(op, "pairs") for op in INSTANCES]
+PARTS += [pytest.param(op, "others", marks=pytest.mark.exhaustive) for op in INSTANCES if len(INSTANCES[op]) > 1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=oracle.name_of)
-@pytest.mark.parametrize("op", INSTANCES)
-def test_every_kernel(op, dtype):
+@pytest.mark.parametrize("op, part", PARTS)
+def test_every_kernel(op, part, dtype):
     """No dimension a multiple of a block's, as far as the format allows."""
-    kernels = [Kernel(op, instance) for instance in INSTANCES[op]]
-    library(kernels[0].stem).prepare([kernel.name(format, dtype) for kernel in kernels for format in FORMATS])
-    for format in FORMATS:
+    chosen = [(kernel, format) for kernel, format, its_dtype in kernels_of(op, part) if its_dtype == dtype]
+    for stem in {kernel.stem for kernel, _ in chosen}:
+        library(stem).prepare([kernel.name(format, dtype) for kernel, format in chosen])
+    for kernel, format in chosen:
         grouped = {16: 80, 32: 96, 64: 64, 128: 128}[format.group_size]
-        for kernel in kernels:
-            rows = some_rows(op) if "qmm" in op else max(1, kernel.instance - 1)
-            check(op, format, dtype, rows, 37, grouped, instance=kernel.instance)
+        rows = some_rows(op) if "qmm" in op else max(1, kernel.instance - 1)
+        check(op, format, dtype, rows, 37, grouped, instance=kernel.instance)
 
 
 @pytest.mark.parametrize("op", COLUMN_OPS)

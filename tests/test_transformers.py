@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import oracle
+from conftest import mostly_exhaustive
 from oracle import SOME_FORMATS, name_of
 from quantization_mlx import (
     QuantizedEmbedding,
@@ -611,7 +612,7 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @pytest.mark.xdist_group("real model")
-@pytest.mark.parametrize("format", REAL_FORMATS)
+@pytest.mark.parametrize("format", mostly_exhaustive(REAL_FORMATS, "4 bits", "nvfp4"))
 def test_real_model_is_that_of_mlx_lm(format: str, smollm: tuple[Path, Any], tmp_path: Path) -> None:
     """Converted by mlx-lm, loaded and saved here, loaded by mlx-lm: the same tensors, logits and greedy text."""
     from mlx_lm import load as mlx_load

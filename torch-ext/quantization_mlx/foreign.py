@@ -505,7 +505,7 @@ def _foreign_record(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     bits = record.get("bits", record.get("w_bit", 4))
     if name == "awq" and bits != 4:
-        raise ValueError(f"[convert_foreign_checkpoint] {source} is awq with {bits} bits; supported are 4")
+        raise ValueError(f"[convert_foreign_checkpoint] {source} is awq with {bits!r} bits; supported are 4")
     return {"method": name, "variant": variant, "bits": bits}
 
 

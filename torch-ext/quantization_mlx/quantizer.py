@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .checkpoint import _replace_layers, _shell, quantize_model
+from .checkpoint import _replace_layers, _shell, dequantize_model, quantize_model
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
+from .replacement import Refusal, as_linear
 from .stored import (
     MLX_METHOD,
+    Format,
     entry_format,
     find_record,
     judge,
@@ -79,9 +81,19 @@ def quantizer_classes() -> tuple[type, type]:
             )
             return False
 
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            model = dequantize_model(model)
+            # Transformers' default is the dtype that the model was loaded in, which may have changed since.
+            return model if dtype in (None, model.config.dtype) else model.to(dtype)
+
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
             if self.pre_quantized:
                 _place_layers(model, self, options.get("checkpoint_files"), options.get("dtype"))
+
+        def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+            """Spares packed words, whose layers say another shape, a check that `_place_layers` has made."""
+            path, _, name = param_name.rpartition(".")
+            return name == "weight" and isinstance(model.get_submodule(path), _QuantizedModule)
 
         def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
             from transformers.core_model_loading import PrefixChange
@@ -135,12 +147,17 @@ def _place_layers(
         for key, entry in quantizer.quantization_config.record.items()
     }
     _settle_tying(model, read_config(files[0].parent) or {}, stored)
-    _replace_layers(
+
+    def format_of(path: str, layer: nn.Module) -> Format | None:
+        return stored_format(path, as_linear(layer), record, stored)
+
+    done = _replace_layers(
         model,
-        lambda path, layer: stored_format(path, layer, record, stored),
+        lambda path, layer: format_of(path, layer) or Refusal("not quantized in the checkpoint", is_asked_for=True),
         lambda layer, format: _shell(layer, format, dtype),
     )
-    place_routers(model, lambda path, router: stored_format(path, router, record, stored))
+    place_routers(model, format_of)
+    _refuse_obstacles(model, done.refusals, format_of, files[0].parent)
     for target, source in list(model.all_tied_weights_keys.items()):
         layer_path, _, attribute = target.rpartition(".")
         if not isinstance(layer := model.get_submodule(layer_path), _QuantizedModule):
@@ -151,7 +168,29 @@ def _place_layers(
         for name in ("scales", "biases"):
             if getattr(layer, name) is not None:
                 model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if source not in stored and target in stored:  # or Transformers would make a weight for the source
+            model.all_tied_weights_keys[source] = target
+            del model.all_tied_weights_keys[target]
     judge(model, _without_ignored(model, stored), str(files[0].parent), converted | _may_be_missing(model))
+
+
+def _refuse_obstacles(
+    model: nn.Module,
+    refusals: Mapping[str, Refusal],
+    format_of: Callable[[str, nn.Module], Format | None],
+    directory: Path,
+) -> None:
+    """Raises ValueError for layers that the checkpoint has quantized and that cannot be so in `model`, with reasons."""
+    obstructed = [
+        f"{path}: {refusal.reason}"
+        for path, refusal in refusals.items()
+        if not refusal.is_asked_for
+        and not hasattr(layer := model.get_submodule(path), "_packed")
+        and format_of(path, layer) is not None
+    ]
+    if obstructed:
+        raise ValueError(f"[from_pretrained] {directory} has layers quantized that cannot be: {listed(obstructed)}")
 
 
 def check_checkpoint(directory: Path) -> None:
@@ -288,8 +327,8 @@ def _finish_layers(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, _QuantizedModule):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if name == "bias" or parameter.is_meta:
+        for name in module.packed_names:
+            if (parameter := module._parameters[name]) is None or parameter.is_meta:
                 continue
             parameter.requires_grad_(False)
             if name != "weight" and not _is_finite(parameter, module.mode):

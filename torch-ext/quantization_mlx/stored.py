@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compat import TESTED, check_version
 from .modules import SUPPORTED, complete_format
 
 Format = dict[str, Any]  # keyword arguments group_size, bits and mode of the quantized modules
@@ -27,6 +28,7 @@ MARLIN_METHOD = "quantization_mlx_marlin"  # that of Marlin's formats
 # where it would pass over a method that it does not know and make random layers.
 MARLIN_RECORD = {"format": "marlin"}
 WEIGHT_FILES = "model*.safetensors"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _SHOWN_NAMES = 8  # as many tensor names as an error message lists
 
 _DTYPES = {
@@ -50,13 +52,16 @@ def require(name: str, extra: str = "transformers") -> Any:
     """Imports an optional package, which `extra` of this package has.
 
     Raises:
-        ImportError: it is not installed; the message names the extra.
+        ImportError: it is not installed, and then the message names the extra, or older than what is supported.
     """
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
         raise ImportError(f'this needs the package {package}: pip install "quantization-mlx[{extra}]"') from error
+    if name in TESTED:
+        check_version(name)
+    return module
 
 
 # The record of formats
@@ -189,6 +194,11 @@ def read_config(directory: Path, op: str = "from_pretrained") -> dict[str, Any] 
     """
     file = directory / "config.json"
     return read_json(file, op) if file.exists() else None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether any file of a tokenizer is there: of some models, Transformers would make one without a vocabulary."""
+    return any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def read_json(file: Path, op: str = "from_pretrained") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import ops
+from . import compat, ops
 from .checkpoint import write_checkpoint
 from .modules import _QuantizedModule
 from .quantizer import quantizer_classes
@@ -79,7 +79,8 @@ def patch_transformers() -> None:
     - Models with the `MetalConfig` of Transformers run on this package's kernels, on any device.
 
     Raises:
-        ImportError: transformers or safetensors is not installed.
+        ImportError: transformers or safetensors is not installed, or transformers is older than the tested versions or
+            lacks a name that is needed.
     """
     with _patch.lock:
         if not _patch.permanent:
@@ -111,6 +112,7 @@ def _apply(stack: contextlib.ExitStack) -> None:
     """Patches; `stack` gets what undoes it."""
     require("transformers")
     require("safetensors")
+    compat.check("patch_transformers")
     from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils, quantizers
     from transformers.integrations import metal_quantization
     from transformers.quantizers import auto
@@ -230,15 +232,17 @@ def _takes_all_weight_files(original: Any) -> Any:
     Raises:
         ValueError: config.json has a record of formats, and the config of the model has none.
     """
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
-        source = kwargs.get("pretrained_model_name_or_path")
-        plain = not any(kwargs.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
+        given = signature.bind(*args, **kwargs).arguments
+        source = given.get("pretrained_model_name_or_path")
+        plain = not any(given.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
         named = plain and source is not None and not os.path.isfile(source)
-        options = kwargs.get("download_kwargs") or {}
+        options = given.get("download_kwargs") or {}
         if named and (method := own_method(_stored_config(source, options))) is not None:
-            chosen = (kwargs.get("user_agent") or {}).get("quant")
+            chosen = (given.get("user_agent") or {}).get("quant")
             if chosen != method:
                 raise ValueError(
                     f"[from_pretrained] config.json of {source} says that the weights are quantized, which the config "
@@ -299,7 +303,7 @@ def _writes_quantized_models(original: Any) -> Any:
         **kwargs: Any,
     ) -> None:
         options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
-        write = None if getattr(self, "_hf_peft_config_loaded", False) else _writer(self)
+        write = None if self._hf_peft_config_loaded else _writer(self)
         if write is None:
             return original(self, save_directory, **options, **_given({"max_shard_size": max_shard_size}))
         max_shard_size = max_shard_size or "5GB"

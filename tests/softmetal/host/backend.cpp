@@ -7,16 +7,19 @@
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/_local_scalar_dense_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
+#include <ATen/ops/zeros_like.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "device.h"
@@ -159,6 +162,29 @@ at::Scalar local_scalar_dense(const Tensor& self) {
   return at::native::_local_scalar_dense_cpu(host_view(self));
 }
 
+// --- Attention ------------------------------------------------------------------------------------------------------
+
+// torch looks for its own attention kernel for MPS, and a build that has none ends there. These are the ops of which
+// that kernel is made, with gradients.
+Tensor attention(
+    const Tensor& query,
+    const Tensor& key,
+    const Tensor& value,
+    const std::optional<Tensor>& mask,
+    double dropout,
+    bool is_causal,
+    std::optional<double> scale,
+    bool enable_gqa) {
+  std::optional<Tensor> added = mask;
+  if (mask.has_value() && mask->scalar_type() == at::kBool) {
+    added = at::zeros_like(*mask, query.options()).masked_fill_(mask->logical_not(), -INFINITY);
+  }
+  return std::get<0>(at::_scaled_dot_product_attention_math(
+      query, key, value, added, dropout, is_causal, std::nullopt, scale, enable_gqa));
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradMPS, m) { m.impl("scaled_dot_product_attention", attention); }
+
 // --- All other ops --------------------------------------------------------------------------------------------------
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -188,6 +214,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar_dense);
+  m.impl("scaled_dot_product_attention", attention);
 }
 
 // --- The device -----------------------------------------------------------------------------------------------------
@@ -202,8 +229,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getDefaultStream(at::Device) const override { return c10::Stream(c10::Stream::DEFAULT, mps); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
   at::DeviceIndex deviceCount() const noexcept override { return 1; }
-  // Commands are done when they are given.
+  // Commands are done when they are given, and so is whatever an event marks.
   void record(void**, const c10::Stream&, const at::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeEvent(void*) const override { softmetal::add_synchronization(); }
   void synchronizeStream(const c10::Stream&) const override { softmetal::add_synchronization(); }
   void synchronizeDevice(const at::DeviceIndex) const override { softmetal::add_synchronization(); }
 };

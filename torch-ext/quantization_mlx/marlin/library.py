@@ -24,7 +24,7 @@ class MetalKernelLibrary:
     def __init__(self, device: torch.device | str | None = None) -> None:
         self.device = torch.device(device or ("mps" if torch.backends.mps.is_available() else "cpu"))
         if self.device.type not in ("cpu", "mps"):
-            raise ValueError(f"[MetalKernelLibrary] device {self.device} is not supported; supported are mps and cpu")
+            raise ValueError(f"[MetalKernelLibrary] device is {str(self.device)!r}; supported are 'mps' and 'cpu'")
 
     def __repr__(self) -> str:
         return f"MetalKernelLibrary(device={str(self.device)!r})"

@@ -4,7 +4,7 @@ A saved directory holds `config.json`, `model*.safetensors` with an index, `gene
 one, and `quantization_config.json`:
 
     {"format": "marlin",
-     "layers": {path: {"class": "MarlinLinear" or "MetalQuantizedLinear", "mode": …, "group_size": …, "bits": …}},
+     "layers": {path: {"class": the name of one of the classes below, "mode": …, "group_size": …, "bits": …}},
      "tied": {name of a tensor: name that the same tensor is stored under}}
 
 The tensors of a layer are stored as `<path>.weight_packed`, `<path>.scales`, `<path>.zeros` in mode "marlin_int4", and
@@ -23,9 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..checkpoint import config_record, distinct_tensors, write_directory
+from ..experts import SwitchLinear, fuse, unfuse
 from ..modules import _QuantizedModule
 from ..quantizer import align_parameters
+from ..replacement import as_linear, is_conv1d, move_hooks, why_not
 from ..stored import (
     MARLIN_METHOD,
     MARLIN_RECORD,
@@ -39,7 +42,8 @@ from ..stored import (
     require,
     weight_files,
 )
-from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
+from .experts import ColumnPackedSwitchLinear
+from .layers import ColumnPackedModule, MarlinLinear, MetalQuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,9 +52,10 @@ RECORD = "quantization_config.json"
 FORMAT = "marlin"  # what the record says
 
 # What a layer's constructor takes besides its sizes, its bias, its device and its dtype; by the name of its class.
-_CLASSES: dict[str, tuple[type[ColumnPackedLinear], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+_CLASSES: dict[str, tuple[type[ColumnPackedModule], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "MarlinLinear": (MarlinLinear, lambda entry: {"quant_type": str(entry["mode"]).removeprefix("marlin_")}),
     "MetalQuantizedLinear": (MetalQuantizedLinear, lambda entry: {"bits": entry["bits"]}),
+    "ColumnPackedSwitchLinear": (ColumnPackedSwitchLinear, lambda entry: {"mode": entry["mode"]}),
 }
 
 
@@ -104,8 +109,9 @@ def write_quantized(
     op = "save_quantized"
     transformers = require("transformers")
     require("safetensors")
+    compat.check(op)
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {path: module for path, module in modules.items() if isinstance(module, ColumnPackedLinear)}
+    layers = {path: module for path, module in modules.items() if isinstance(module, ColumnPackedModule)}
     if not layers:
         raise ValueError(
             f"[{op}] the model has no layers of Marlin; quantize_model and replace_linear_layers make them"
@@ -147,7 +153,7 @@ def mark_configs(model: nn.Module) -> None:
     What Transformers' own `save_pretrained` writes has no record of the layers; with this, loading it raises.
     """
     for path, module in list(model.named_modules()):
-        if isinstance(module, ColumnPackedLinear):
+        if isinstance(module, ColumnPackedModule):
             components = path.split(".")
             for length in range(len(components)):
                 config = getattr(model.get_submodule(".".join(components[:length])), "config", None)
@@ -164,7 +170,7 @@ def _copy_remote_code(model: PreTrainedModel, directory: Path) -> None:
             custom_object_save(each, directory, config=model.config)
 
 
-def entry_of(layer: ColumnPackedLinear) -> dict[str, Any]:
+def entry_of(layer: ColumnPackedModule) -> dict[str, Any]:
     """What the record says of a layer."""
     format = {"mode": layer.mode, "group_size": layer.group_size, "bits": layer.bits}
     return {"class": type(layer).__name__, **format}
@@ -214,6 +220,7 @@ def load_quantized(
     device = usable_device(device, op)
     require("transformers")
     require("safetensors")
+    compat.check("patch_transformers")
     directory = Path(path)
     record = _read_record(directory, op)
     files = weight_files(directory, op)
@@ -255,10 +262,12 @@ def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: st
     """
     load_file = require("safetensors.torch").load_file
     directory, ties = files[0].parent, record["tied"]
-    shells = _shells(model, record, op, directory / RECORD)
-    originals = {path: model.get_submodule(path) for path in shells}
-    _put(model, shells)
+    unfuse(model, record["layers"])
+    originals: dict[str, nn.Module] = {}
     try:
+        shells = _shells(model, record, op, directory / RECORD)
+        originals = {path: model.get_submodule(path) for path in shells}
+        _put(model, shells)
         tensors = model.state_dict(keep_vars=True)
         _check_ties(tensors, ties, op, directory / RECORD)
         judge(model, read_headers(files, op), str(directory), ties, _packed_names(shells), op)
@@ -268,11 +277,16 @@ def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: st
                 _check_finite(f"{path}.{name}", state.get(f"{path}.{name}"), op)
     except Exception:
         _put(model, originals)
+        fuse(model)
         raise
+    for path, layer in shells.items():
+        move_hooks(originals[path], layer)
+        layer.follow_dtype(layer.weight.dtype, "cpu")  # a buffer that is not stored
     state |= {alias: state[name] for alias, name in ties.items()}
     model.load_state_dict(state, assign=True)
     _share(model, ties)
     align_parameters(model)
+    fuse(model)
     mark_configs(model)
     model.eval()
 
@@ -379,6 +393,7 @@ def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
     record = _read_record(directory, op)
     if set(files) != set(weight_files(directory, op)):
         raise ValueError(f"[{op}] {directory}: the index does not name the weight files that are there")
+    unfuse(model, record["layers"])
     shells = _shells(model, record, op, directory / RECORD)
     _put(model, shells)
     for path in shells:
@@ -391,17 +406,23 @@ def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
     judge(model, read_headers(files, op), str(directory), exact=_packed_names(shells), op=op)
 
 
-def _shells(model: nn.Module, record: Mapping[str, Any], op: str, file: Path) -> dict[str, ColumnPackedLinear]:
+def _shells(model: nn.Module, record: Mapping[str, Any], op: str, file: Path) -> dict[str, ColumnPackedModule]:
     """Layers that wait for their tensors, by the paths that the record has them under.
 
     Raises:
         ValueError: the record has layers that the model has not, or in formats that are not supported.
     """
-    linear = {path: layer for path, layer in model.named_modules(remove_duplicate=False) if type(layer) is nn.Linear}
+    linear = {
+        path: as_linear(layer)
+        for path, layer in model.named_modules(remove_duplicate=False)
+        if type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer)
+    }
     if unknown := [path for path in record["layers"] if path not in linear]:
         raise ValueError(f"[{op}] {file} has layers that the model has not: {listed(unknown)}")
     shells = {}
     for path, entry in record["layers"].items():
+        if (reason := why_not(path, linear[path])) is not None:
+            raise ValueError(f"[{op}] {file} has {path} as a packed layer, which it cannot be: {reason}")
         try:
             shells[path] = shell(linear[path], entry)
         except (KeyError, TypeError, ValueError) as error:
@@ -414,11 +435,11 @@ def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         model.set_submodule(path, layer)
 
 
-def _packed_names(layers: Mapping[str, ColumnPackedLinear]) -> list[str]:
+def _packed_names(layers: Mapping[str, ColumnPackedModule]) -> list[str]:
     return [f"{path}.{name}" for path, layer in layers.items() for name in layer.state_dict() if name != "bias"]
 
 
-def shell(layer: nn.Linear, entry: Mapping[str, Any]) -> ColumnPackedLinear:
+def shell(layer: nn.Module, entry: Mapping[str, Any]) -> ColumnPackedModule:
     """A layer of the same sizes that waits for its tensors.
 
     Raises:
@@ -426,7 +447,9 @@ def shell(layer: nn.Linear, entry: Mapping[str, Any]) -> ColumnPackedLinear:
     """
     layer_class, options = _CLASSES[entry["class"]]
     dtype = layer.weight.dtype if layer.bias is None else layer.bias.dtype
+    experts = (layer.num_experts,) if isinstance(layer, SwitchLinear) else ()
     made = layer_class(
+        *experts,
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -463,10 +486,11 @@ def _finish_layers(model: nn.Module) -> None:
     """
     align_parameters(model)
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False) if isinstance(module, ColumnPackedLinear) else ():
+        for name, parameter in module.named_parameters(recurse=False) if isinstance(module, ColumnPackedModule) else ():
             if name != "bias":
                 parameter.requires_grad_(False)
                 _check_finite(f"{path}.{name}", parameter, "load_quantized")
+    fuse(model)
 
 
 def _check_finite(name: str, tensor: torch.Tensor | None, op: str) -> None:
