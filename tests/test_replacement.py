@@ -33,6 +33,7 @@ from quantization_mlx import (
     load_checkpoint,
     marlin,
     patch_transformers,
+    prepare_for_generation,
     quantize_model,
     save_checkpoint,
     unpatch_transformers,
@@ -348,6 +349,38 @@ def test_the_bias_stays_the_parameter_that_an_optimizer_knows(way: str) -> None:
     bias = model[0].bias
     WAYS[way](model)
     assert model[0].bias is bias
+
+
+def test_hooks_of_llama4_experts_run_and_their_handles_remove_them() -> None:
+    model = mixture("Llama4")
+    calls = []
+    experts = model.model.layers[0].feed_forward.experts
+    handle = experts.register_forward_hook(lambda module, arguments, output: calls.append(type(module)))
+    quantize_model(model)
+    logits(model)
+    assert calls == [Llama4Experts]
+    handle.remove()
+    logits(model)
+    assert calls == [Llama4Experts]
+
+
+LARGER_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # as the fused ops want them
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_prepared_decoders_call_projections_with_hooks(quantized: bool) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**DECODER, **LARGER_HEADS})).eval()
+    if quantized:
+        quantize_model(model)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    attention.q_proj.register_forward_hook(lambda module, arguments, output: 2 * output)
+    mlp.up_proj.register_forward_pre_hook(lambda module, arguments: (3 * arguments[0],))
+    original = mlp.down_proj.forward
+    mlp.down_proj.forward = lambda x: original(x) + 1
+    expected = logits(model)
+    ours = logits(prepare_for_generation(model))
+    oracle.assert_within(ours, expected.double(), 1e-4 * expected.abs().max())
 
 
 # --- Conv1D -----------------------------------------------------------------------------------------------------------
