@@ -33,13 +33,16 @@ from quantization_mlx import (
     load_checkpoint,
     marlin,
     patch_transformers,
+    prepare_for_generation,
     quantize_model,
     save_checkpoint,
+    unpatch_peft,
     unpatch_transformers,
 )
 from quantization_mlx.experts import Llama4Experts, QuantizedSwitchLinear, SwitchLinear
 from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, load_quantized, save_quantized
 from quantization_mlx.marlin.experts import ColumnPackedSwitchLinear
+from quantization_mlx.metal_checkpoint import metal_to_mlx, mlx_to_metal
 from quantization_mlx.quantizer import MLXConfig
 from quantization_mlx.recipes import QuantizationReport
 
@@ -348,6 +351,72 @@ def test_the_bias_stays_the_parameter_that_an_optimizer_knows(way: str) -> None:
     bias = model[0].bias
     WAYS[way](model)
     assert model[0].bias is bias
+
+
+def test_hooks_of_llama4_experts_run_and_their_handles_remove_them() -> None:
+    model = mixture("Llama4")
+    calls = []
+    experts = model.model.layers[0].feed_forward.experts
+    handle = experts.register_forward_hook(lambda module, arguments, output: calls.append(type(module)))
+    quantize_model(model)
+    logits(model)
+    assert calls == [Llama4Experts]
+    handle.remove()
+    logits(model)
+    assert calls == [Llama4Experts]
+
+
+def test_hooks_go_to_metal_layers_and_back() -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DECODER)
+    model = quantize_model(transformers.LlamaForCausalLM(config).eval(), predicate=lambda path, _: "proj" in path)
+    layer = model.model.layers[0].mlp.down_proj
+    handle = layer.register_forward_hook(lambda module, arguments, output: 2 * output)
+    expected = logits(model)
+    metal_to_mlx(mlx_to_metal(model))
+    assert model.model.layers[0].mlp.down_proj is not layer
+    oracle.assert_within(logits(model), expected.double(), 1e-5 * expected.abs().max())
+    handle.remove()
+    assert relative_error(logits(model), expected) > 1e-3
+
+
+def test_hooks_stay_when_an_adapter_is_merged() -> None:
+    import peft
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).eval()
+    quantize_model(model, predicate=lambda path, _: "proj" in path)
+    calls = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, *_: calls.append(type(module)))
+    patch_peft()
+    try:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    finally:
+        unpatch_peft()
+    adapted.merge_adapter()
+    logits(adapted)
+    adapted.unmerge_adapter()
+    logits(adapted)
+    assert calls == [QuantizedLinear] * 2
+
+
+LARGER_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # as the fused ops want them
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_prepared_decoders_call_projections_with_hooks(quantized: bool) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**DECODER, **LARGER_HEADS})).eval()
+    if quantized:
+        quantize_model(model)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    attention.q_proj.register_forward_hook(lambda module, arguments, output: 2 * output)
+    mlp.up_proj.register_forward_pre_hook(lambda module, arguments: (3 * arguments[0],))
+    original = mlp.down_proj.forward
+    mlp.down_proj.forward = lambda x: original(x) + 1
+    expected = logits(model)
+    ours = logits(prepare_for_generation(model))
+    oracle.assert_within(ours, expected.double(), 1e-4 * expected.abs().max())
 
 
 # --- Conv1D -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import nn
 from . import compat
 from .experts import QuantizedSwitchLinear, SwitchLinear, fuse, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
+from .obstacles import move_hooks
 from .packed_weight import PackedModule
 from .recipes import QuantizationReport, mixed_recipe
 from .replacement import (
@@ -31,7 +32,6 @@ from .replacement import (
     as_linear,
     float_weights,
     is_conv1d,
-    move_hooks,
     parameter_count,
     reason_of_class,
     replace_layers,

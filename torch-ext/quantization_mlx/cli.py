@@ -137,7 +137,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: QuantizationReport) -> None:
     quantized: list[str] = []
-    format = _wanted_format(arguments)
+    format = _requested_format(arguments)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"\[quantize_model\] .* in floating point")  # a line of the output says it
         quantize_model(
@@ -154,7 +154,7 @@ def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: Qua
         )
 
 
-def _wanted_format(arguments: argparse.Namespace) -> dict[str, Any]:
+def _requested_format(arguments: argparse.Namespace) -> dict[str, Any]:
     return complete_format(arguments.q_group_size, arguments.q_bits, arguments.q_mode or "affine")
 
 
@@ -174,7 +174,7 @@ def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
     if not arguments.quantize:
         refuse(quantizing.items(), "without -q, which quantizes")
     try:
-        _wanted_format(arguments)
+        _requested_format(arguments)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if arguments.quant_predicate and (arguments.q_mode not in (None, "affine") or arguments.q_bits is not None):

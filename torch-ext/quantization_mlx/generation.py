@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from . import compat
 from ._ops import ops
 from .modules import SUPPORTED, QuantizedLinear
+from .obstacles import HOOKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,8 +58,9 @@ def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
     Results are those of the unprepared model up to rounding: sums are float32, and there are fewer roundings between.
     Steps of one token with quantized layers, a cache that keeps all positions and no padding are fastest. In padded
     batches, with sliding windows and with a static cache, attention is the layer's own; with gradients, on other
-    devices, under `torch.autocast` and under `torch.compile` everything is. Hooks on modules inside of a decoder layer
-    run only where that module is called.
+    devices, under `torch.autocast` and under `torch.compile` everything is. Projections that have hooks or a forward of
+    their own by now are called; hooks on other modules inside of a decoder layer, and later ones, run only where that
+    module is called.
 
     `forward` of the prepared model raises TypeError for keyword arguments that Transformers does not document.
 
@@ -201,17 +203,23 @@ def _joined(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 
 
 def _joint_key(layer: nn.Module) -> tuple:
-    """What neighbours that can be joined have in common; a layer of an unknown kind has it with none."""
-    if type(layer) not in (nn.Linear, QuantizedLinear):
+    """What neighbours that can be joined have in common; a layer that has to be called has it with none."""
+    if not _is_plain(layer):
         return (id(layer),)
     parameters = tuple((name, each.dtype, each.device, each.requires_grad) for name, each in layer.named_parameters())
     format = (layer.group_size, layer.bits, layer.mode) if type(layer) is QuantizedLinear else ()
     return (type(layer), layer.in_features, format, parameters)
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes what its class does with its parameters, without hooks and a forward of its own."""
+    known = type(layer) in (nn.Linear, QuantizedLinear) and "forward" not in vars(layer)
+    return known and not any(getattr(layer, table) for table in HOOKS)
+
+
 def _join(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
     first = layers[0]
-    if type(first) not in (nn.Linear, QuantizedLinear):
+    if not _is_plain(first):
         return first
     joint = {name: parameter.detach() for name, parameter in first.named_parameters()}
     for name in joint if len(layers) > 1 else ():

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import compat
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule
+from .obstacles import move_hooks
 from .stored import listed, require
 
 if TYPE_CHECKING:
@@ -98,7 +99,9 @@ def _convert(model: nn.Module, convert: Callable[[str, Any], nn.Module | None]) 
     """Puts what `convert` makes of a layer in its place; returns of how many."""
     made = {path: new for path, layer in model.named_modules() if (new := convert(path, layer)) is not None}
     for path, layer in made.items():
-        model.set_submodule(path, layer.train(model.get_submodule(path).training))
+        replaced = model.get_submodule(path)
+        move_hooks(replaced, layer)
+        model.set_submodule(path, layer.train(replaced.training))
     return len(made)
 
 

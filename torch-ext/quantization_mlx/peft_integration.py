@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import compat
 from .modules import QuantizedEmbedding, QuantizedLinear
+from .obstacles import move_hooks
 from .packed_weight import PackedLinear
 
 # Other ways to initialise an adapter start from the float weight, of which there is none.
@@ -133,6 +134,7 @@ def _lora_layer_class() -> type:
             if not self.merged_adapters:
                 self.unmerged_layer = [base]  # a list, so that it is no submodule and not saved
             self.base_layer = _quantized_like(base, merged)
+            move_hooks(base, self.base_layer)
             self.merged_adapters.extend(names)
 
         def unmerge(self) -> None:

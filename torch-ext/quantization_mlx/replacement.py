@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .experts import SwitchLinear
-from .obstacles import HOOKS, copy_hooks, obstacle
+from .obstacles import copy_hooks, move_hooks, obstacle
 from .packed_weight import PackedModule
 from .stored import listed
 
@@ -129,15 +129,6 @@ def replace_layers(
                 return Replacement(made[id(layer)], replaced, refusals)
             model.set_submodule(path, made[id(layer)])
     return Replacement(model, replaced, refusals)
-
-
-def move_hooks(layer: nn.Module, made: nn.Module) -> None:
-    """Gives `made`, which takes the place of `layer`, its very tables of hooks, so that their handles remove them."""
-    for table in HOOKS:
-        if held := getattr(layer, table):
-            held.update({key: hook for key, hook in getattr(made, table).items() if key not in held})
-            setattr(made, table, held)
-    made._is_full_backward_hook = layer._is_full_backward_hook
 
 
 def _hand_over(layer: nn.Module, made: nn.Module) -> None:

@@ -27,8 +27,9 @@ from .. import compat
 from ..checkpoint import config_record, distinct_tensors, write_directory
 from ..experts import SwitchLinear, fuse, unfuse
 from ..modules import _QuantizedModule
+from ..obstacles import move_hooks
 from ..quantizer import align_parameters
-from ..replacement import as_linear, is_conv1d, move_hooks, why_not
+from ..replacement import as_linear, is_conv1d, why_not
 from ..stored import (
     MARLIN_METHOD,
     MARLIN_RECORD,
