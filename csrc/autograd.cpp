@@ -49,6 +49,12 @@ const Tensor* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? &*tensor : &none;
 }
 
+// A backward pass computes with exact activations and, under autocast, in the dtypes that the forward pass had.
+class BackwardScope {
+  const cpu::ExactActivations exact_;
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast_{c10::autocast_dispatch_keyset};
+};
+
 // The weights of a product, as a backward pass needs them back.
 struct Weights {
   Tensor w;
@@ -198,7 +204,7 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const cpu::ExactActivations exact;
+    const BackwardScope scope;
     const auto saved = context->get_saved_variables();
     const Weights weights = Weights::load(context, saved);
     const auto x_sizes = context->saved_data["x_sizes"].toSymIntVector();
@@ -206,7 +212,7 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
     const bool vector = x_sizes.size() == 1;
     const Tensor gradient = vector ? gradients[0].unsqueeze(-2) : gradients[0];
     variable_list result(5);
-    if (gradients[0].sym_numel() == 0) {
+    if (is_known(gradients[0].sym_numel().sym_eq(0))) {
       return zero_gradients(context, weights, x_sizes, gradients[0], std::move(result));
     }
     if (context->needs_input_grad(0)) {
@@ -312,7 +318,7 @@ struct GatherQmm : torch::autograd::Function<GatherQmm> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const cpu::ExactActivations exact;
+    const BackwardScope scope;
     const auto saved = context->get_saved_variables();
     const Weights weights = Weights::load(context, saved);
     const auto x_sizes = context->saved_data["x_sizes"].toSymIntVector();
@@ -323,7 +329,7 @@ struct GatherQmm : torch::autograd::Function<GatherQmm> {
     const Tensor rhs = flat_indices(optional(saved[6]), w_batch, batch, gradients[0].device());
     const Tensor gradient = matrices(gradients[0]);
     variable_list result(8);
-    if (gradients[0].sym_numel() == 0) {
+    if (is_known(gradients[0].sym_numel().sym_eq(0))) {
       return zero_gradients(context, weights, x_sizes, gradients[0], std::move(result));
     }
     if (context->needs_input_grad(0)) {
