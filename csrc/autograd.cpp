@@ -155,10 +155,12 @@ constexpr int64_t unpacked_elements = 1 << 22;
 // gradient [.., N] @ dequantize(w).T of column-packed weights [.., K, N], some of whose rows are unpacked at a time:
 // all of them where a compiler traces weights of unknown sizes, which nothing can loop over.
 Tensor column_packed_x_gradient(const Tensor& gradient, const Weights& weights) {
+  // A weight may be beyond the range of float16.
+  const at::ScalarType dtype = gradient.scalar_type() == at::kHalf ? at::kFloat : gradient.scalar_type();
   const auto product = [&](const Tensor& w, const Tensor& scales, const OptionalTensor& zeros) {
-    const Tensor rows = ops::dequantize(
-        w, scales, zeros, weights.group_size, weights.bits, weights.mode, std::nullopt, gradient.scalar_type());
-    return at::matmul(gradient, rows.mT());
+    const Tensor rows =
+        ops::dequantize(w, scales, zeros, weights.group_size, weights.bits, weights.mode, std::nullopt, dtype);
+    return at::matmul(gradient.to(dtype), rows.mT()).to(gradient.scalar_type());
   };
   const auto& [w, scales, zeros] = std::tie(weights.w, weights.scales, weights.biases);
   if (w.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||

@@ -487,6 +487,85 @@ def test_tiny_scales(device: str, dtype: torch.dtype, transpose: bool) -> None:
             assert_multiplies(x, weights, device, transpose)
 
 
+# --- Weights beyond the range of float16 ------------------------------------------------------------------------------
+
+LARGE_FORMATS = (
+    Format("affine", 64, 4),
+    Format("affine", 32, 2),
+    Format("affine", 128, 3),
+    Format("affine", 32, 8),
+    *FLOAT_FORMATS,
+    *(Format(mode, 32, bits) for mode, bits in oracle.MARLIN_BITS.items()),
+    Format("marlin_fp8", 128, 8),
+)
+# Around where "mps" goes from matvecs to tiles, and to larger tiles.
+LARGE_ROWS = (1, 8, 9, 12, 13, 16, 17, 32, 33, 64)
+
+
+@pytest.mark.parametrize("format", LARGE_FORMATS, ids=name_of)
+def test_weights_beyond_float16(device: str, format: Format) -> None:
+    """Float16 rows meet weights that float16 has no room for: right in every kernel, whatever the number of rows, and
+    columns of usual weights beside them lose nothing."""
+    packed_columns = format.is_column_packed
+    for transpose in (False,) if packed_columns else (True, False):
+        shape = (2 * max(format.group_size, 64), 70) if packed_columns else (70, 2 * format.group_size)
+        weights = oracle.random_large(format, *shape)
+        matrix = weights.matrix(transpose)
+        assert format == NVFP4 or matrix.abs().max() > 70000
+        x = oracle.small_x(matrix, max(LARGE_ROWS), matrix.shape[0])
+        for rows in LARGE_ROWS if packed_columns or format in LARGE_FORMATS[:1] + FLOAT_FORMATS[:1] else (8, 16, 64):
+            y = multiply(x[:rows], weights, device, transpose)
+            oracle.assert_float16_terms(y, x[:rows], matrix, f"{format} {rows} rows, transpose={transpose}")
+
+
+def test_weights_beyond_float16_in_parts_of_k(device: str) -> None:
+    """Parts of a product that is cut along K have ranges of their own."""
+    for format in (Format("mxfp4", 32, 4), Format("marlin_fp4", 32, 4)):
+        packed_columns = format.is_column_packed
+        weights = oracle.random_large(format, *((1088, 9) if packed_columns else (9, 1088)))
+        if not packed_columns:
+            weights.scales[:, :16] -= 12  # of the first part alone, they are in range
+        matrix = weights.matrix(not packed_columns)
+        x = oracle.small_x(matrix, 2, 20, 1088)
+        oracle.assert_float16_terms(multiply(x, weights, device, not packed_columns), x, matrix, str(format))
+
+
+def test_weights_beyond_float16_and_a_global_scale(device: str) -> None:
+    weights = oracle.random_quantized(NVFP4, 70, 128)
+    weights = Quantized(NVFP4, weights.w, weights.scales, None, torch.tensor(2688 * 50000.0))
+    for transpose in (True, False):
+        matrix = weights.matrix(transpose)
+        assert matrix.abs().max() > 70000
+        x = oracle.small_x(matrix, 33, matrix.shape[0])
+        for rows in (8, 16, 33):
+            oracle.assert_float16_terms(multiply(x[:rows], weights, device, transpose), x[:rows], matrix)
+
+
+def test_infinite_weights_stay_in_their_column(device: str) -> None:
+    """E8M0's last scale is infinity, and what is finite beside it stays so."""
+    weights = oracle.random_large(Format("mxfp4", 32, 4), 70, 128)
+    matrix = weights.matrix(True)
+    weights.scales[4, 1] = 255
+    x = oracle.small_x(matrix, 64, 128)
+    others = [n for n in range(70) if n != 4]
+    for rows in (8, 16, 64):
+        y = multiply(x[:rows], weights, device)
+        assert not y[:, 4].isfinite().any()
+        oracle.assert_float16_terms(y[:, others], x[:rows], matrix[:, others], f"{rows} rows")
+
+
+@pytest.mark.parametrize("format", (*LARGE_FORMATS[:1], *FLOAT_FORMATS[:1], Format("marlin_fp8", 32, 8)), ids=name_of)
+def test_gradients_through_weights_beyond_float16(device: str, format: Format) -> None:
+    packed_columns = format.is_column_packed
+    weights = oracle.random_large(format, *((128, 70) if packed_columns else (128, 128)))
+    matrix = weights.matrix(not packed_columns)
+    x = oracle.small_x(matrix, 20, 128).to(device).requires_grad_()
+    y = multiply(x, weights, device, not packed_columns)
+    upstream = oracle.small_x(matrix.mT, *y.shape, seed=3)
+    (gradient,) = torch.autograd.grad(y, x, upstream.to(device))
+    oracle.assert_float16_terms(gradient, upstream, matrix.mT, str(format))
+
+
 # --- The explicit ops -------------------------------------------------------------------------------------------------
 
 AFFINE_T = ("affine_qmv", "affine_qmm_t", "affine_qmm_t_nax")

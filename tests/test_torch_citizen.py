@@ -20,7 +20,13 @@ import oracle
 import quantization_mlx as qm
 from conftest import NATIVE_DEVICES
 from oracle import DTYPES, FLOAT_FORMATS, SOME_FORMATS, Format, Quantized, name_of
-from quantization_mlx.marlin import MetalKernelLibrary, dispatch_gemm_fp4, marlin_gemm_int4
+from quantization_mlx.marlin import (
+    MetalKernelLibrary,
+    dispatch_gemm_fp4,
+    get_default_library,
+    library,
+    marlin_gemm_int4,
+)
 from test_marlin_functions import BITS, random_packed
 
 TRANSPOSE = pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "no-transpose"])
@@ -301,6 +307,22 @@ def test_compile_of_a_training_step(device: str) -> None:
         for eager, traced in zip(*results, strict=True):
             torch.testing.assert_close(traced, eager)
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["first call", "later call"])
+def test_compile_with_the_default_library(made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_default", {})
+    if made:
+        get_default_library()
+    w, scales, _ = random_packed("fp4", 64, 24, 32)
+
+    def product(x: Tensor) -> Tensor:
+        return dispatch_gemm_fp4(get_default_library(), x, w, scales, len(x), 24, 64, 32)
+
+    torch._dynamo.reset()
+    x = oracle.random_x(3, 64)
+    oracle.assert_identical(torch.compile(product, backend="aot_eager", fullgraph=True)(x), product(x))
+    assert get_default_library() is get_default_library()
 
 
 class Layer(nn.Module):
