@@ -318,17 +318,34 @@ Tensor with_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
 }
 
+// The stride of all leading sizes seen as one; nothing where they have no common one.
+std::optional<int64_t> leading_stride(const Tensor& tensor) {
+  int64_t count = 1;
+  int64_t stride = 0;
+  for (int64_t i = tensor.dim() - 3; i >= 0; --i) {
+    if (tensor.size(i) == 1) {
+      continue;
+    }
+    if (count > 1 && tensor.stride(i) != count * stride) {
+      return std::nullopt;
+    }
+    stride = count > 1 ? stride : tensor.stride(i);
+    count *= tensor.size(i);
+  }
+  return stride;
+}
+
+// Copies only what has gaps within a matrix or, between matrices, gaps of several sizes.
 Matrices weight_matrices(const Tensor& tensor) {
   const int64_t rows = tensor.size(-2);
   const int64_t columns = tensor.size(-1);
+  const int64_t count = product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2));
   const bool dense_matrix = (tensor.stride(-1) == 1 || columns <= 1) && (tensor.stride(-2) == columns || rows <= 1);
-  if (dense_matrix && tensor.dim() == 2) {
-    return {tensor, 1, 0, columns};
+  const std::optional<int64_t> stride = dense_matrix ? leading_stride(tensor) : std::nullopt;
+  if (stride.has_value()) {
+    return {tensor, count, *stride, columns};
   }
-  if (dense_matrix && tensor.dim() == 3) {
-    return {tensor, tensor.size(0), tensor.stride(0), columns};
-  }
-  return {tensor.contiguous(), product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2)), rows * columns, columns};
+  return {tensor.contiguous(), count, rows * columns, columns};
 }
 
 QuantizedMatrices matrices_of(const WeightArguments& arguments, Format format) {

@@ -253,6 +253,57 @@ def vars_of(weights: Quantized) -> dict[str, Any]:
     return {"format": weights.format, "w": weights.w, "scales": weights.scales, "biases": weights.biases}
 
 
+# What is taken of tensors [2, 3, rows, columns]: the gaps between their matrices have one size, or several.
+MERGEABLE = {
+    "all": lambda t: t,
+    "sliced rows": lambda t: t[:, :, :7],
+    "one matrix": lambda t: t[1:, 2:, :7],
+    "one outer": lambda t: t[1:, :, :7],
+    "every second inner": lambda t: t[:1, ::2, :7],
+    "one inner": lambda t: t[:, 1:2, :7],
+    "one for all": lambda t: t[:1, :1, :7].expand(2, 3, 7, -1),
+    "three leading sizes": lambda t: t[:, None, :, :7],
+}
+SEPARATE = {
+    "sliced inner": lambda t: t[:, :2, :7],
+    "swapped": lambda t: t.transpose(0, 1),
+    "one for each outer": lambda t: t[:, :1].expand(2, 3, -1, -1),
+}
+
+
+def copies(profile: Any) -> list[str]:
+    return [
+        event.key for event in profile.key_averages() if event.key in ("aten::clone", "aten::copy_", "aten::_to_copy")
+    ]
+
+
+def multiply_all(x: Tensor, weights: Quantized, gathered: bool) -> Tensor:
+    """x [M, K] with every matrix of the weights."""
+    if not gathered:
+        return qm.quantized_matmul(x, *weights.tensors, **weights.format.options)
+    indices = torch.arange(weights.w[..., 0, 0].numel(), device=x.device)
+    return qm.gather_qmm(x[None], *weights.tensors, torch.zeros_like(indices), indices, **weights.format.options)
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["matmul", "gather"])
+@pytest.mark.parametrize("format", [SOME_FORMATS[0], NVFP4], ids=name_of)
+def test_sliced_batches_are_not_copied(device: str, format: Format, gathered: bool) -> None:
+    """Leading sizes merge wherever one stride leads through all matrices, as torch.Tensor.view finds out."""
+    buffers = oracle.random_quantized(format, 2, 3, 10, 64)
+    x = oracle.random_x(4, 64)
+    for name, take in (MERGEABLE | SEPARATE).items():
+        matrix = Quantized(format, *(None if t is None else take(t) for t in buffers.tensors)).matrix(True)
+        taken = Quantized(format, *(None if t is None else take(t.to(device)) for t in buffers.tensors))
+        on = x.to(device)
+        multiply_all(on, taken, gathered)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            y = multiply_all(on, taken, gathered)
+        reference = (x.double() @ matrix).reshape(y.shape)
+        oracle.assert_within(y, reference, batched_bound(x, matrix, torch.float32), name)
+        copied = "aten::clone" in {event.key for event in profile.key_averages()}
+        assert copied == (name in SEPARATE), name
+
+
 @TRANSPOSE
 @pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)
 def test_expanded_operands(device: str, format: Format, transpose: bool) -> None:
