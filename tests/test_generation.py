@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from peft import LoraConfig, get_peft_model
 from quantization_mlx._ops import ops
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +34,7 @@ import oracle
 from conftest import mostly_exhaustive
 from oracle import DTYPES, name_of
 from quantization_mlx import generation
-from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx.checkpoint import dequantize_model, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.compat import cache_name
 from quantization_mlx.generation import prepare_for_generation
 
@@ -418,6 +419,27 @@ def test_autocast_gives_what_it_gives_unprepared() -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         ours, expected = (logits_of(each, tokens(1, 9), 5) for each in (prepared, model))
     assert torch.equal(ours, expected) and ours.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", ["adapters", "dequantized", "another layer"])
+def test_what_takes_the_place_of_projections_is_called(change: str) -> None:
+    """Also where no gradients are wanted, in steps and in prompts."""
+    _, prepared = pair(FAMILIES["llama"])
+    before = logits_of(prepared, tokens(1, 9), 5)
+    if change == "adapters":
+        config = LoraConfig(target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+        prepared = get_peft_model(prepared, config).eval()
+    elif change == "dequantized":
+        dequantize_model(prepared)
+        prepared.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+    else:
+        linear = nn.Linear(*prepared.model.layers[1].self_attn.o_proj.weight.shape, bias=False)
+        prepared.model.layers[1].self_attn.o_proj = linear
+    with torch.enable_grad():  # by Transformers' own code
+        expected = logits_of(prepared, tokens(1, 9), 5).detach()
+    ours = logits_of(prepared, tokens(1, 9), 5)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(ours, before, rtol=1e-2, atol=1e-2)
 
 
 def test_second_call_changes_nothing() -> None:

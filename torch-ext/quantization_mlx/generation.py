@@ -240,14 +240,21 @@ class _FastLayer(_Forward):
     parameters = ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings")
 
     def join_projections(self) -> None:
-        attention, mlp = self.self_attn, self.mlp
-        inputs = (
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            [attention.o_proj],
-            [mlp.gate_proj, mlp.up_proj],
-            [mlp.down_proj],
-        )
-        self.products = [_joined(layers) for layers in inputs]
+        query, key, value, output, gate, up, down = projections = self._projections()
+        inputs = [query, key, value], [output], [gate, up], [down]
+        self._joined = projections, [_joined(layers) for layers in inputs]
+
+    def _projections(self) -> tuple[nn.Module, ...]:
+        attention, mlp = self._modules["self_attn"]._modules, self._modules["mlp"]._modules
+        names = (attention, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))
+        return tuple(modules[name] for modules, each in names for name in each)
+
+    @property
+    def products(self) -> list[Callable[[Tensor], Tensor]]:
+        """Those of the projections, of modules that have taken their places since, such as adapters, as well."""
+        if self._joined[0] != self._projections():
+            self.join_projections()
+        return self._joined[1]
 
     def norms(self) -> list[nn.Module]:
         """Those before attention and before the MLP, and of queries and keys where they have one."""
