@@ -32,6 +32,7 @@ from quantization_mlx import (
     dequantize_model,
     load_checkpoint,
     marlin,
+    patch_peft,
     patch_transformers,
     prepare_for_generation,
     quantize_model,
