@@ -525,7 +525,7 @@ def test_same_greedy_text_on_a_real_model(dtype: torch.dtype) -> None:
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
     tokenizer, model = demo.load_gguf()
-    quantize_model(model.to(dtype))
+    quantize_model(model.to(dtype), group_size=demo.GROUP_SIZE)
     prompt = demo.chat(tokenizer, "What is the capital of France?")
     texts = [
         each.generate(prompt, max_new_tokens=48, do_sample=False)[0]

@@ -213,6 +213,10 @@ DECODERS = {
 # The attributes of a cache's layer that holds all positions. Another one would not be kept up to date.
 CACHE_STATE = ("keys", "values", "is_initialized", "device", "dtype")
 
+# Attributes of a quantized model that Transformers has loaded. The package assigns to these, too, which in a version
+# that knows them by other names would go unnoticed; a test compares.
+LOADED_MODEL = ("_is_hf_initialized", "all_tied_weights_keys", "hf_quantizer", "is_quantized", "quantization_method")
+
 
 @functools.cache
 def check(op: str) -> None:
