@@ -32,6 +32,7 @@ from quantization_mlx import (
     dequantize_model,
     load_checkpoint,
     marlin,
+    patch_peft,
     patch_transformers,
     prepare_for_generation,
     quantize_model,
@@ -508,12 +509,21 @@ DECODER = {
 }
 
 
-def mixture(family: str) -> PreTrainedModel:
+LLAMA4 = {
+    **DECODER,
+    "intermediate_size_mlp": 128,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 1,
+    "attn_temperature_tuning": False,
+    "attention_chunk_size": 64,
+}
+
+
+def mixture(family: str, **options: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     if family == "Llama4":
-        config = transformers.Llama4TextConfig(
-            **DECODER, intermediate_size_mlp=128, head_dim=16, num_local_experts=4, interleave_moe_layer_step=1
-        )
+        config = transformers.Llama4TextConfig(**{**LLAMA4, **options})
     elif family == "Glm4MoeLite":
         config = transformers.Glm4MoeLiteConfig(
             **{**DECODER, "num_key_value_heads": 4},
@@ -663,6 +673,25 @@ def test_llama4_of_mlx_lm_loads(tmp_path: Path) -> None:
     save_file({f"language_model.{name}": each for name, each in stored.items()}, tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path)
     oracle.assert_within(logits(loaded), logits(model).double(), 1e-5 * logits(model).abs().max())
+
+
+def test_mlx_lm_computes_the_same_from_llama4(tmp_path: Path) -> None:
+    """Of what mlx_lm reads, a model with images around this one, whose config is written here."""
+    from mlx_lm.utils import load_model
+
+    model = quantize_model(mixture("Llama4", num_hidden_layers=4), bits=8)
+    save_checkpoint(model, tmp_path)
+    stored = {f"language_model.{name}": each for name, each in load_file(tmp_path / "model.safetensors").items()}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "mlx"})
+    config = {**json.loads((tmp_path / "config.json").read_text()), "rope_scaling": None, "attention_bias": False}
+    config.update(attn_scale=0.1, floor_scale=8192, num_hidden_layers=4)
+    quantization = config.pop("quantization")
+    whole = {"model_type": "llama4", "text_config": config, "quantization": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    theirs, _ = load_model(tmp_path)
+    mx = oracle.mlx()
+    expected = oracle.from_mlx(theirs(oracle.to_mlx(TOKENS)).astype(mx.float32))
+    oracle.assert_within(logits(model), expected.double(), 1e-4 * expected.abs().max())
 
 
 def as_plain_linear(router: nn.Linear) -> nn.Linear:
