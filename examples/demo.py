@@ -178,11 +178,11 @@ def decoding_speeds(contestants: dict[str, Callable[[int], list[float]]]) -> tup
 
 def processor_share() -> float:
     """The part of the time of torch's threads that this process gets, from work that keeps all of them busy."""
-    x = torch.rand(1 << 20)
-    x.sin()  # wakes the threads
+    x = torch.rand(1 << 23)  # so much that the threads hardly ever wait for each other
+    y = x.sin()
     start, used = time.perf_counter(), time.process_time()
     while (passed := time.perf_counter() - start) < 0.5:
-        x.sin()
+        torch.sin(x, out=y)
     return (time.process_time() - used) / (passed * torch.get_num_threads())
 
 

@@ -56,6 +56,10 @@ def test_demo_answers_and_compares(
         assert re.search(rf"^{step}.* \.\.\.$", output, re.MULTILINE)
 
 
+def test_processor_share_is_a_part_of_the_whole(demo: ModuleType) -> None:
+    assert 0 < demo.processor_share() < 1.1  # the clock of the process is coarser
+
+
 def test_figures_of_a_busy_machine_are_not_compared(demo: ModuleType) -> None:
     speeds = {"torch": 10.0, "as it is": 30.0, "prepared": 80.0, "mlx-lm": 4.0}
     assert "decodes 8.0 times as fast as float32 torch, and 20.0 times as fast as mlx-lm" in demo.verdict(speeds, 0.95)
