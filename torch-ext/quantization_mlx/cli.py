@@ -533,7 +533,7 @@ class _Summary:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 parts.setdefault(dtype, _Part(dtype)).add(tensor.shape, [tensor])
             elif kind == "weight":
-                format = _format_of(path, columns.get(path), find_record(config) or {}, stored)
+                format = _format_of_layer(path, columns.get(path), find_record(config) or {}, stored)
                 shape = (*tensor.shape[:-1], scales.shape[-1] * format["group_size"])
                 biases = stored.get(f"{path}.biases")
                 together = [tensor, scales] + ([] if biases is None else [biases])
@@ -558,7 +558,7 @@ class _Summary:
         }
 
 
-def _format_of(
+def _format_of_layer(
     path: str, columns: int | None, record: Mapping[str, Any], stored: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The format of a layer whose scales are stored, as loading finds it.
