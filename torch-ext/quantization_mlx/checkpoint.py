@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -463,9 +464,11 @@ def _harmless(
 
     def read(record: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
-            config = reader.from_dict(copy.deepcopy(dict(record)))
-            config.standardize_rope_params()  # as models do when they are made
-            return config.to_dict()
+            with warnings.catch_warnings():  # of names that are out of use
+                warnings.simplefilter("ignore")
+                config = reader.from_dict(copy.deepcopy(dict(record)))
+                config.standardize_rope_params()  # as models do when they are made
+                return config.to_dict()
         except Exception:  # whatever the class has against it
             return None
 

@@ -28,7 +28,13 @@ TESTED = {
 # By the functions that rely on them: names, the parameters or keys of each that are relied on, and what it is for.
 PRIVATE = {
     "patch_transformers": (
-        ("transformers.modeling_utils:get_hf_quantizer", ("config",), "patched: finds the quantizer of a config"),
+        (
+            "transformers.modeling_utils:get_hf_quantizer",
+            ("config", "user_agent"),
+            "patched: finds the quantizer of a config; notes its name as quant in user_agent",
+        ),
+        ("transformers:PreTrainedConfig.get_config_dict", (), "patched: gives parts of a config the record of formats"),
+        ("transformers:PreTrainedConfig.base_config_key", (), "which part a class reads"),
         (
             "transformers.modeling_utils:_get_resolved_checkpoint_files",
             (
@@ -37,8 +43,9 @@ PRIVATE = {
                 "gguf_file",
                 "transformers_explicit_filename",
                 "download_kwargs",
+                "user_agent",
             ),
-            "patched: finds the weight files",
+            "patched: finds the weight files; quant in user_agent names the quantizer",
         ),
         (
             "transformers.utils.hub:DownloadKwargs",
@@ -138,6 +145,11 @@ PRIVATE = {
         ("transformers:LlamaConfig", ("rope_parameters", "tie_word_embeddings"), "what MLX reads at the top"),
         ("transformers:Gemma3TextConfig", ("rope_parameters", "layer_types"), "what MLX reads at the top"),
         ("transformers:PreTrainedConfig.attribute_map", (), "names that MLX does not know"),
+        (
+            "transformers:PreTrainedConfig.standardize_rope_params",
+            (),
+            "what models make of rope_parameters beside MLX's names",
+        ),
     ),
     "save_quantized": (
         (
