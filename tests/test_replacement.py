@@ -44,7 +44,7 @@ from quantization_mlx.experts import Llama4Experts, QuantizedSwitchLinear, Switc
 from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, load_quantized, save_quantized
 from quantization_mlx.marlin.experts import ColumnPackedSwitchLinear
 from quantization_mlx.metal_checkpoint import metal_to_mlx, mlx_to_metal
-from quantization_mlx.quantizer import MLXConfig
+from quantization_mlx.quantizer import MLXConfig, columns_of_layers
 from quantization_mlx.recipes import QuantizationReport
 
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
@@ -53,6 +53,10 @@ TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model(TOKENS).logits.float()
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    oracle.assert_within(ours, expected.double(), 1e-4 * expected.abs().max())
 
 
 def relative_error(ours: Tensor, expected: Tensor) -> float:
@@ -465,13 +469,94 @@ def test_gpt2_is_quantized_saved_and_loaded(tmp_path: Path) -> None:
     assert relative_error(logits(model), logits(dense)) < 0.05
     save_checkpoint(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (
-        256,
-        64 * 8 // 32,
-    )  # rows are outputs, as mlx_lm has them
+    assert stored["model.h.0.mlp.c_fc.weight"].shape == (256, 64 * 8 // 32)  # rows are outputs
     loaded = load_checkpoint(tmp_path)
     assert type(loaded.transformer.h[0].mlp.c_fc) is QuantizedLinear
     assert torch.equal(logits(loaded), logits(model))
+
+
+def mlx_logits(directory: Path) -> Tensor:
+    from mlx_lm.utils import load_model
+
+    mx = oracle.mlx()
+    theirs, _ = load_model(directory)
+    return oracle.from_mlx(theirs(oracle.to_mlx(TOKENS)).astype(mx.float32))
+
+
+@pytest.mark.parametrize("left", ["", "c_"], ids=["quantized", "dense"])
+def test_mlx_lm_computes_the_same_from_gpt2(left: str, tmp_path: Path) -> None:
+    """Also from layers in floating point, of which the square one would not show by its shape how it lies."""
+    model = quantize_model(gpt2(), predicate=lambda path, _: not left or left not in path)
+    save_checkpoint(model, tmp_path)
+    assert_close(mlx_logits(tmp_path), logits(model))
+    loaded = load_checkpoint(tmp_path)
+    assert [type(layer) for layer in loaded.modules()] == [type(layer) for layer in model.modules()]
+    assert_close(logits(loaded), logits(model))
+    patch_transformers()
+    try:
+        bare = transformers.GPT2Model.from_pretrained(tmp_path)
+    finally:
+        unpatch_transformers()
+    with torch.no_grad():
+        assert_close(bare(TOKENS).last_hidden_state, model.transformer(TOKENS).last_hidden_state)
+
+
+def test_gpt2_that_mlx_lm_has_quantized_is_read(tmp_path: Path) -> None:
+    from mlx_lm import utils
+
+    def predicate(path: str, layer: Any) -> bool:
+        return hasattr(layer, "to_quantized") and "1.attn" not in path
+
+    save_checkpoint(gpt2(), tmp_path / "dense")
+    model, config = utils.load_model(tmp_path / "dense")
+    model, config = utils.quantize_model(model, config, 64, 8, quant_predicate=predicate)
+    utils.save_model(tmp_path / "theirs", model)
+    utils.save_config(config, tmp_path / "theirs" / "config.json")
+    loaded = load_checkpoint(tmp_path / "theirs")
+    assert type(loaded.transformer.h[0].attn.c_proj) is QuantizedLinear
+    assert type(loaded.transformer.h[1].attn.c_proj) is Conv1D
+    assert_close(logits(loaded), mlx_logits(tmp_path / "theirs"))
+
+
+def test_gpt2_with_the_names_of_transformers_has_its_layout(tmp_path: Path) -> None:
+    model = quantize_model(gpt2(), predicate=lambda path, _: "attn" not in path)
+    save_checkpoint(model, tmp_path)
+    stored = {name: each.contiguous() for name, each in model.state_dict().items() if name.startswith("transformer.")}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "mlx"})
+    assert_close(logits(load_checkpoint(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("way", ["mlx", "marlin"])
+def test_gpt2_comes_back_to_floating_point_as_it_was(way: str, tmp_path: Path) -> None:
+    model = gpt2()
+    classes = [type(layer) for layer in model.modules()]
+    if way == "mlx":
+        save_checkpoint(quantize_model(model, bits=8), tmp_path / "packed")
+        loaded = load_checkpoint(tmp_path / "packed")
+    else:
+        marlin.replace_linear_layers(model, 8, 64)
+        save_quantized(model, tmp_path / "packed")
+        loaded = load_quantized(tmp_path / "packed", "cpu")
+    for each in (model, loaded):
+        expected = logits(each)
+        dequantize_model(each)
+        assert [type(layer) for layer in each.modules()] == classes
+        assert_close(logits(each), expected)
+    if way == "mlx":
+        model.save_pretrained(tmp_path / "dense")
+        assert_close(logits(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")), logits(model))
+
+
+def test_gpt2_does_not_become_metal_layers() -> None:
+    model = quantize_model(gpt2(), predicate=lambda path, _: "c_" in path)
+    with pytest.raises(ValueError, match=r"layers of other kinds: transformer\.h\.0\.attn\.c_attn"):
+        mlx_to_metal(model)
+
+
+def test_info_knows_the_columns_of_gpt2(tmp_path: Path) -> None:
+    save_checkpoint(quantize_model(gpt2(), 32, 8), tmp_path)
+    columns = columns_of_layers(tmp_path)
+    assert (columns["model.h.0.mlp.c_fc"], columns["model.h.0.mlp.c_proj"]) == (64, 256)
 
 
 def test_gpt2_in_marlin_s_formats_is_saved_and_loaded(tmp_path: Path) -> None:
