@@ -21,6 +21,7 @@ from quantization_mlx._ops import ops
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -487,6 +488,30 @@ def test_the_cache_by_either_name() -> None:
         assert cache.get_seq_length() == 8
     with pytest.raises(TypeError, match="the cache twice, as cache and as past_key_values"):
         prepared.model(ids, cache=cache, past_key_values=cache)
+
+
+def test_continuous_batching() -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 5)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    texts = []
+    for each in (model, prepared):
+        results = each.generate_batch(inputs=prompts, generation_config=config).values()
+        texts.append(sorted((result.prompt_ids, result.generated_tokens) for result in results))
+    assert texts[0] == texts[1]
+    alone = [model.generate(torch.tensor([prompt]), generation_config=config)[0].tolist() for prompt in prompts]
+    assert sorted(prompt + text for prompt, text in texts[1]) == sorted(alone)
+
+
+def test_prepared_modules_are_modules() -> None:
+    """Nothing of theirs has another meaning in their new class."""
+    for module in pair(FAMILIES["llama"])[1].modules():
+        changed = [
+            name
+            for name in dir(nn.Module)
+            if callable(getattr(nn.Module, name)) and not callable(getattr(module, name))
+        ]
+        assert changed == []
 
 
 OPTIONS = {

@@ -33,7 +33,9 @@ OLDEST = ROOT / "build" / "oldest"
 # What runs on the oldest versions, too: loading, saving, generation, experts and adapters; as pytest's option -k.
 ON_THE_OLDEST = {
     "test_versions": "private or installed",
-    "test_generation": "same_logits and 1-quantized or greedy or beams or others_change or refused or either or count",
+    "test_generation": (
+        "same_logits and 1-quantized or greedy or beams or others_change or continuous or refused or either or count"
+    ),
     "test_transformers": "idempotent or there_and_back or without_head or metal_config_runs or repository_of_the_hub",
     "test_experts": "mlx_lm_computes_the_same or run_as_before",
     "test_cli": "bounded or adapters_add",

@@ -133,14 +133,14 @@ def _mixed(mixin: type, kind: type, **attributes: Any) -> type:
 
 def _mixed_module(mixin: type[_FastLayer | _FastStack], kind: type[nn.Module]) -> type:
     """The same for a module, whose `forward` goes by the names of the one that it overrides."""
-    options = compat.forward_options(kind.forward, mixin.parameters)
+    options = compat.forward_options(kind.forward, mixin.overridden)
     return _mixed(mixin, kind, cache_name=compat.cache_name(kind.forward), option_names=options)
 
 
 class _Forward:
     """What the `forward` of a prepared module knows of its keyword arguments."""
 
-    parameters: tuple[str, ...]  # the overridden ones, but for the cache
+    overridden: tuple[str, ...]  # the parameters of the class before, but for the cache
     cache_name: str
     option_names: frozenset[str]  # of the others, which `forward` of the class before takes
 
@@ -153,12 +153,12 @@ class _Forward:
         if unknown := sorted(options.keys() - self.option_names):
             raise TypeError(
                 f"{type(self).__name__}.forward() got unexpected keyword arguments: {', '.join(unknown)}; supported "
-                f"are {', '.join(sorted({*self.parameters, self.cache_name, *self.option_names}))}"
+                f"are {', '.join(sorted({*self.overridden, self.cache_name, *self.option_names}))}"
             )
         if cache is not None and past_key_values is not None:
             raise TypeError(f"{type(self).__name__}.forward() got the cache twice, as cache and as past_key_values")
         cache = past_key_values if cache is None else cache
-        return cache, {**options, self.cache_name: cache}
+        return cache, {**options, compat.PAGED_CACHE_NAME if compat.are_paged(options) else self.cache_name: cache}
 
     @staticmethod
     def are_ordinary(options: Mapping[str, Any]) -> bool:
@@ -237,7 +237,7 @@ def _join(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 class _FastLayer(_Forward):
     """What a decoder layer's class has in front of its own `forward`."""
 
-    parameters = ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings")
+    overridden = ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings")
 
     def join_projections(self) -> None:
         query, key, value, output, gate, up, down = projections = self._projections()
@@ -366,7 +366,7 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
 class _FastStack(_Forward):
     """What the class of a stack of decoder layers, with embedding and last norm, has in front of its own `forward`."""
 
-    parameters = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
+    overridden = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
     def forward(
         self,
