@@ -353,6 +353,21 @@ def test_export(device: str, format: Format) -> None:
         oracle.assert_identical(loaded(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_jit_trace() -> None:
+    """A linear layer's trace serves any number of rows; an embedding says what else there is."""
+    linear = qm.QuantizedLinear.from_linear(nn.Linear(64, 8))
+    x = oracle.random_x(5, 64)
+    oracle.assert_identical(torch.jit.trace(linear, (x[:2],))(x), linear(x))
+    embedding = qm.QuantizedEmbedding.from_embedding(nn.Embedding(9, 64))
+    with pytest.raises(
+        NotImplementedError, match=r"torch\.jit\.trace is not supported; supported are torch\.export and"
+    ):
+        torch.jit.trace(embedding, (torch.tensor([1, 2]),))
+    indices = torch.tensor([1, 8, 0])
+    oracle.assert_identical(torch.export.export(embedding, (indices,)).module()(indices), embedding(indices))
+
+
 # --- Sizes that depend on data ----------------------------------------------------------------------------------------
 
 
