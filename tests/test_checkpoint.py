@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
+import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,18 @@ from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import oracle
 from conftest import fill_disk
 from oracle import FLOAT_FORMATS, SOME_FORMATS, name_of
+from quantization_mlx import cli
 from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.modules import QuantizedEmbedding, QuantizedLinear
+from quantization_mlx.staging import staged
+from quantization_mlx.stored import format_of_tensors
 
 VOCABULARY = 96
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
@@ -69,6 +76,80 @@ def tiny_model(dtype: torch.dtype = torch.float32, **options: Any) -> LlamaForCa
     return model
 
 
+TEXT = {
+    "hidden_size": 64,  # whose square root has few bits: mlx-lm rounds the scale of Gemma's embeddings to bfloat16
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+QWEN_VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+LINEAR |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32}
+GEMMA4_VISION = {**VISION, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
+LLAMA4_VISION = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+# Models that see images: the class, the options of its config, and the class that is its text alone.
+WRAPPERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {"text_config": {**TEXT, **TWO_KINDS, "sliding_window_pattern": 2}, "vision_config": VISION},
+        "Gemma3ForCausalLM",
+    ),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        {"text_config": {**TEXT, **TWO_KINDS, **PER_LAYER}, "vision_config": GEMMA4_VISION},
+        "Gemma4ForCausalLM",
+    ),
+    "llama4": (
+        "Llama4ForConditionalGeneration",
+        {
+            "text_config": {**TEXT, "num_local_experts": 2, "intermediate_size_mlp": 128},
+            "vision_config": {**VISION, **LLAMA4_VISION, "intermediate_size": 128},
+        },
+        "Llama4ForCausalLM",
+    ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        {
+            "text_config": {**TEXT, "model_type": "mistral", "tie_word_embeddings": True},
+            "vision_config": {**VISION, "model_type": "pixtral"},
+            "tie_word_embeddings": True,
+        },
+        "MistralForCausalLM",
+    ),
+    "qwen3_5": (
+        "Qwen3_5ForConditionalGeneration",
+        {"text_config": {**TEXT, **LINEAR}, "vision_config": QWEN_VISION},
+        "Qwen3_5ForCausalLM",
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        {"text_config": TEXT, "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]}},
+        "Qwen3VLTextModel",
+    ),
+}
+
+
+def wrapper(name: str) -> tuple[PreTrainedModel, type[PreTrainedModel]]:
+    """A random model that sees images, and the class of its text."""
+    class_name, options, text_name = WRAPPERS[name]
+    whole, text = (getattr(transformers, each) for each in (class_name, text_name))
+    torch.manual_seed(0)
+    model = whole(whole.config_class(**copy.deepcopy(options))).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model, text
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word "w0", "w1", ..."""
@@ -103,6 +184,16 @@ def mlx_logits(directory: Path, dtype: torch.dtype | None = None) -> Tensor:
         # The rows of floating-point formats come out as bfloat16, which holds them exactly, and would set the dtype.
         rows = model.model.embed_tokens(tokens).astype(getattr(mx, name_of(dtype)))
     return oracle.from_mlx(model(tokens, input_embeddings=rows).astype(mx.float32))
+
+
+def mlx_logits_of_tokens(directory: Path) -> Tensor:
+    """As `mlx_logits` in float32, of models whose mlx-lm class takes tokens alone."""
+    from mlx_lm import load
+
+    mx = oracle.mlx()
+    model, _ = load(str(directory))
+    model.set_dtype(mx.float32)
+    return oracle.from_mlx(model(oracle.to_mlx(TOKENS)).astype(mx.float32))
 
 
 def assert_close(ours: Tensor, reference: Tensor, relative: float = 1e-4) -> None:
@@ -225,6 +316,75 @@ def test_unquantized_conversions_load_too(tmp_path: Path, tokenizer: PreTrainedT
     assert torch.equal(logits(load_checkpoint(tmp_path / "mlx")), logits(model))
 
 
+# --- Other families ---------------------------------------------------------------------------------------------------
+
+SMALL = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
+GPT2 = {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}
+# Each has something that stood in the way of reading back what was written.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": GPT2,  # ignores stored tensors by a pattern that c_attn.bias matches
+    "GPTJForCausalLM": {**GPT2, "rotary_dim": 16},  # the same, of which mlx-lm knows the family
+    "Llama4ForCausalLM": {**TEXT, "intermediate_size_mlp": 128, "num_local_experts": 2},  # is its own base model
+    "Gemma4ForCausalLM": {**TEXT, **TWO_KINDS, **PER_LAYER},  # a scaling of rotary embeddings for one kind of layers
+    "XLMRobertaForCausalLM": {**{**TEXT, **SMALL}, "is_decoder": True, "max_position_embeddings": 32},  # a tied bias
+    "InklingForCausalLM": {
+        **TEXT,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },  # a config silent about tying
+}
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_there_and_back(
+    family: str, quantized: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model_class = getattr(transformers, family)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**copy.deepcopy(FAMILIES[family]))).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    if quantized:
+        quantize_model(model, group_size=32)
+    save_checkpoint(model, tmp_path, tokenizer)
+    loaded = load_checkpoint(tmp_path)
+    assert type(loaded) is model_class
+    assert loaded.config.to_dict().get("rope_parameters") == model.config.to_dict().get("rope_parameters")
+    if quantized:
+        assert torch.equal(logits(loaded), logits(model))
+    else:  # Transformers computes experts in another order where their weights lie otherwise
+        assert_close(logits(loaded), logits(model), 1e-5)
+    if family in ("GPTJForCausalLM", "Gemma4ForCausalLM"):
+        assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["generate", "perplexity", "benchmark"])
+def test_activations_beyond_float16_are_an_error_of_the_command(
+    command: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of Gemma 3, whose weights after the normalisation of each block are as large as here."""
+    model_class = transformers.Gemma3ForCausalLM
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**TEXT, **TWO_KINDS)).eval()
+    for layer in model.model.layers:
+        nn.init.constant_(layer.post_feedforward_layernorm.weight, 60_000.0)
+    save_checkpoint(quantize_model(model), tmp_path, tokenizer)
+    (tmp_path / "text").write_text("w3 w4 w5 w6 w7 w8 w9")
+    flags = {
+        "generate": ["-p", "w3 w4", "-m", "2"],
+        "perplexity": ["--data-path", str(tmp_path / "text"), "--sequence-length", "6"],
+        "benchmark": ["-p", "4", "-g", "2", "-n", "1"],
+    }[command]
+    assert cli.main([command, "--model", str(tmp_path), "--dtype", "float16", *flags]) == 1
+    assert "computes NaN or infinity in float16; its activations are too large for it" in capsys.readouterr().err
+    assert cli.main([command, "--model", str(tmp_path), "--dtype", "bfloat16", *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.strip() and "nan" not in out
+
+
 # --- The rule of which layers are quantized ---------------------------------------------------------------------------
 
 
@@ -254,6 +414,55 @@ def test_mode_and_exceptions_may_be_absent(saved: Path) -> None:
     assert torch.equal(logits(load_checkpoint(saved)), expected)
     edit_config(saved, lambda config: config.pop("quantization"))
     assert torch.equal(logits(load_checkpoint(saved)), expected)
+
+
+@pytest.mark.parametrize(
+    "default, other",
+    [
+        ({"bits": 4, "group_size": 32}, {"bits": 8, "group_size": 64}),
+        ({"bits": 4, "group_size": 64}, {"bits": 8, "group_size": 32}),
+        ({"bits": 8, "group_size": 32}, {"bits": 2, "group_size": 128}),
+        ({"mode": "mxfp8"}, {"mode": "nvfp4"}),
+    ],
+    ids=str,
+)
+def test_formats_without_an_entry_are_found_by_loading_and_by_info_alike(
+    default: dict[str, Any], other: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = quantize_model(tiny_model(), **default, predicate=lambda path, _: other if "embed" in path else True)
+    save_checkpoint(model, tmp_path)
+    edit_config(
+        tmp_path, lambda c: [c[name].pop("model.embed_tokens") for name in ("quantization", "quantization_config")]
+    )
+    loaded = load_checkpoint(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert cli.main(["info", "--model", str(tmp_path), "--json"]) == 0
+    formats = {
+        (part["mode"], part["bits"], part["group_size"]): part["tensors"]
+        for part in json.loads(capsys.readouterr().out)["parts"]
+        if "mode" in part
+    }
+    expected = Counter(
+        (module.mode, module.bits, module.group_size)
+        for module in model.modules()
+        if isinstance(module, (QuantizedEmbedding, QuantizedLinear))
+    )
+    assert formats == expected and len(expected) == 2
+
+
+@pytest.mark.parametrize("default, found", [({"bits": 4, "group_size": 64}, 4), ({"bits": 3, "group_size": 32}, None)])
+def test_formats_of_a_model_that_transformers_does_not_know(default: dict[str, Any], found: int | None) -> None:
+    """8 bits in groups of 32 have the shapes of 4 bits in groups of 64, which a default of that decides."""
+    stored = {
+        "head.weight": torch.empty(8, 32, dtype=torch.uint32, device="meta"),
+        "head.scales": torch.empty(8, 4, device="meta"),
+    }
+    assert format_of_tensors("head", 128, default, stored) == {"group_size": 32, "bits": 8, "mode": "affine"}
+    if found is not None:
+        assert format_of_tensors("head", None, default, stored) == {"group_size": 64, "bits": 4, "mode": "affine"}
+    else:
+        with pytest.raises(ValueError, match=r"^head: its tensors have the shapes of several formats, .*'bits': 4"):
+            format_of_tensors("head", None, default, stored)
 
 
 def test_false_leaves_a_layer_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -328,8 +537,19 @@ def test_answers_of_the_predicate() -> None:
         assert type(quantized(no)) is nn.Linear
     assert quantized(re.match("a", "a")).bits == 4
     assert quantized({"bits": 8}).bits == 8
-    with pytest.raises(TypeError, match="bit"):
+    where = r"^\[quantize_model\] the predicate's dict for '0': "
+    with pytest.raises(TypeError, match=rf"{where}unknown key 'bit'; supported are 'group_size', 'bits' and 'mode'$"):
         quantized({"bit": 8})
+    with pytest.raises(ValueError, match=rf"{where}mode 'affine' with group_size 64 and bits '8' is not supported"):
+        quantized({"bits": "8"})
+    with pytest.raises(ValueError, match=rf"{where}mode None is not supported"):
+        quantized({"mode": None})
+    with pytest.raises(TypeError, match=r"^\[quantize_model\] the predicate gives 'mxfp4' for '0'; wanted"):
+        quantized("mxfp4")
+    with pytest.raises(TypeError, match=r"^\[quantize_model\] predicate is 5; it must be a function"):
+        quantize_model(nn.Linear(64, 8), predicate=5)
+    with pytest.raises(ValueError, match=r"^\[quantize_model\] mode 'affine' with group_size '64' and bits 4 is not"):
+        quantize_model(nn.Linear(64, 8), "64")
 
 
 def test_a_format_that_is_refused_changes_nothing() -> None:
@@ -502,3 +722,67 @@ def test_new_checkpoint_replaces_the_weights_and_nothing_else(tmp_path: Path) ->
     assert [file.name for file in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert torch.equal(logits(load_checkpoint(tmp_path)), logits(model))
+
+
+def save_and_be_told_to_end(model: nn.Module, directory: Path, number: signal.Signals) -> None:
+    """Saves in another process, which gets the signal when the first weight file is half written."""
+
+    def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+        Path(file).write_bytes(b"half of a")
+        os.kill(os.getpid(), number)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            if number != signal.SIGKILL:
+                signal.signal(number, signal.SIG_DFL)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("safetensors.torch.save_file", save)
+                save_checkpoint(model, directory)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
+@pytest.mark.parametrize("old", [True, False], ids=["over an older one", "new"])
+def test_a_signal_leaves_the_old_checkpoint_and_nothing_in_the_way(
+    old: bool, name: str, saved: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """SIGKILL leaves no chance to clean up: what it leaves is no obstacle, and goes with the next save."""
+    target = saved if old else tmp_path / "new"
+    before = contents(target) if old else {}
+    save_and_be_told_to_end(quantize_model(tiny_model()), target, getattr(signal, name))
+    left = list(target.glob(".save-*"))
+    assert bool(left) == (name == "SIGKILL")
+    assert {path: content for path, content in contents(target).items() if not path.startswith(".save-")} == before
+    if old:
+        save_checkpoint(quantize_model(tiny_model(), bits=8), target)
+        assert contents(target).keys() == before.keys()
+    else:
+        save_checkpoint(tiny_model(), tmp_path / "dense")
+        tokenizer.save_pretrained(tmp_path / "dense")
+        assert cli.main(["convert", "--hf-path", str(tmp_path / "dense"), "--mlx-path", str(target), "-q"]) == 0
+    assert not list(target.glob(".save-*"))
+    assert load_checkpoint(target).lm_head.bits == (8 if old else 4)
+
+
+def test_what_another_process_is_writing_is_left_alone(saved: Path) -> None:
+    with staged(saved) as scratch:
+        (scratch / "file").write_text("mine")
+        save_checkpoint(quantize_model(tiny_model()), saved)
+        assert (scratch / "file").exists()
+    assert (saved / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_leaves(umask: int, mode: int, tmp_path: Path) -> None:
+    old = os.umask(umask)
+    try:
+        save_checkpoint(quantize_model(tiny_model()), tmp_path / "made")
+    finally:
+        os.umask(old)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "made").iterdir()} == {
+        name: mode
+        for name in ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
+    }

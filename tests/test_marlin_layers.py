@@ -99,7 +99,7 @@ def test_holds_what_the_formulas_give(kind: Kind, device: str) -> None:
         expected = reference(kind.format, linear.weight.T, group_size)
         for ours, theirs in zip((t for t in packed(layer) if t is not None), expected.tensors, strict=True):
             oracle.assert_identical(ours, theirs, f"{kind}, groups of {group_size}")
-        assert layer.bias is linear.bias
+        assert torch.equal(layer.bias, linear.bias)
         y = layer(x.to(device)) - linear.bias
         oracle.assert_within(y, x.double() @ exact_weight(kind, layer), 1e-4)
 
@@ -331,7 +331,7 @@ def test_takes_over_what_the_linear_layer_is(kind: Kind, bias: bool, device: str
     for training in (True, False):
         layer = kind.quantized(linear.train(training), **kind.options)
         assert layer.training == training
-        assert layer.bias is linear.bias
+        assert torch.equal(layer.bias, linear.bias) if bias else layer.bias is None
         assert (layer.in_features, layer.out_features) == (IN, OUT)
         assert layer.weight_packed.device.type == device
         assert layer.scales.dtype == torch.float16
@@ -392,6 +392,19 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "[MarlinLinear] quant_type is 'nf4'; supported are fp4, int4, int4_sym",
     ),
     "bits": (lambda: MetalQuantizedLinear(IN, OUT, bits=3), ValueError, "bits is 3; supported are [2, 4, 8]"),
+    "text as bits": (lambda: MetalQuantizedLinear(IN, OUT, bits="4"), ValueError, "bits is '4'; supported are [2, 4"),
+    "fraction as bits": (lambda: MetalQuantizedLinear(IN, OUT, bits=4.0), ValueError, "bits is 4.0; supported are"),
+    "text as group_size": (lambda: MarlinLinear(IN, OUT, group_size="64"), ValueError, "group_size is '64'; supported"),
+    "text as size": (
+        lambda: MarlinLinear("256", OUT),
+        TypeError,
+        "[MarlinLinear] in_features is '256'; it must be a whole number",
+    ),
+    "text as out size": (
+        lambda: MarlinLinear(IN, "64"),
+        TypeError,
+        "[MarlinLinear] out_features is '64'; it must be a whole number",
+    ),
     "bits of from_float": (
         lambda: MetalQuantizedLinear.from_float(dense(), bits=16),
         ValueError,
@@ -422,7 +435,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not finite": (
         lambda: MetalQuantizedLinear.from_float(nn.Linear(IN, OUT).requires_grad_(False).apply(_spoil)),
         ValueError,
-        "[MetalQuantizedLinear.from_float] weights has infinities or NaN",
+        "[MetalQuantizedLinear.from_float] linear.weight has infinities or NaN",
     ),
     "size of x": (lambda: MarlinLinear(IN, OUT)(torch.zeros(2, 128)), ValueError, "[quantized_matmul]"),
     "dtype of x": (lambda: MarlinLinear(IN, OUT)(torch.zeros(2, IN).int()), TypeError, "[quantized_matmul]"),

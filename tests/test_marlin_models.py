@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     GenerationConfig,
@@ -34,10 +36,11 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 import oracle
 from conftest import fill_disk
-from quantization_mlx import load_checkpoint, save_checkpoint
+from quantization_mlx import load_checkpoint, patch_transformers, save_checkpoint, unpatch_transformers
 from quantization_mlx import quantize_model as quantize_to_mlx
 from quantization_mlx.marlin import (
     ColumnPackedLinear,
@@ -50,6 +53,7 @@ from quantization_mlx.marlin import (
     replace_linear_layers,
     save_quantized,
 )
+from test_checkpoint import wrapper
 
 VOCABULARY = 96
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
@@ -95,7 +99,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-tied": {"tie_word_embeddings": True},
     "qwen2": {"family": "qwen2"},
     "qwen2-tied": {"family": "qwen2", "tie_word_embeddings": True},
-    "gpt2-untied": {"family": "gpt2"},  # of its layers only the head is an nn.Linear
+    "gpt2-untied": {"family": "gpt2"},  # whose layers are Conv1D, but for the head
 }
 
 
@@ -123,13 +127,15 @@ def dequantized(model: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedMod
     for path, layer in model.named_modules():
         if isinstance(layer, ColumnPackedLinear):
             twin = dense.get_submodule(path)
-            assert twin.weight.shape == (layer.out_features, layer.in_features)
-            twin.weight = nn.Parameter(decoded(layer).T.to(twin.weight.dtype))
+            weight = decoded(layer) if isinstance(twin, Conv1D) else decoded(layer).T
+            assert twin.weight.shape == weight.shape
+            twin.weight = nn.Parameter(weight.to(twin.weight.dtype))
     return dense
 
 
 def layers_of(model: nn.Module, kind: type = ColumnPackedLinear) -> set[str]:
-    return {path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)}
+    kinds = (MarlinLinear, MetalQuantizedLinear) if kind is ColumnPackedLinear else (kind,)
+    return {path for path, module in model.named_modules(remove_duplicate=False) if type(module) in kinds}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -186,8 +192,10 @@ def test_skip_layers_are_whole_components_of_paths(skip_layers: Any, left: set[s
     stats = replace_linear_layers(model, skip_layers=skip_layers)
     assert layers_of(model, nn.Linear) == left
     assert layers_of(model, MetalQuantizedLinear) == everything - left == set(stats.replaced)
+    table = stats.skipped.pop("model.embed_tokens")
+    assert table == "in skip_layers" if "embed_tokens" in (skip_layers or ()) else table.startswith("an embedding")
     assert stats.skipped == dict.fromkeys(left, "in skip_layers")
-    assert stats == {"replaced_count": len(everything) - len(left), "skipped_count": len(left)}
+    assert stats == {"replaced_count": len(everything) - len(left), "skipped_count": len(left) + 1}
     assert layers_of(quantize_model(tiny_model(), skip_layers=skip_layers), MarlinLinear) == everything - left
 
 
@@ -232,11 +240,13 @@ class Zoo(nn.Module):
 
 
 REASONS = {
+    "table": "an embedding; Marlin's formats are for linear layers",
+    "convolution": "a Conv1d, which has no quantized form",
     "ragged": "in_features 100 is not divisible by group_size 128",
     "sub": "a subclass of Linear: NonDynamicallyQuantizableLinear",
     "head": "shares its weight with table",
     "integer": "its weight is int8",
-    "computed": "has no parameter as its weight",
+    "computed": "has parametrizations of weight",
     "skipped": "in skip_layers",
     "refused": "refused by layer_filter",
     "one": "shares its weight with other",
@@ -540,10 +550,10 @@ def test_new_model_replaces_the_weights_and_nothing_else(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(128, 8))
-    replace_linear_layers(model)
-    with pytest.raises(TypeError, match=r"\[save_quantized\] model is of type Sequential"):
-        save_quantized(model, tmp_path)
+    with pytest.raises(
+        TypeError, match=r"\[save_quantized\] model is of type OrderedDict; it must be a torch\.nn\.Module"
+    ):
+        save_quantized(tiny_model().state_dict(), tmp_path)
     with pytest.raises(ValueError, match="no layers of Marlin"):
         save_quantized(tiny_model(), tmp_path)
     mixed = quantize_to_mlx(tiny_model(), predicate=lambda path, _: "layers.0" in path)
@@ -556,7 +566,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
 
     model = quantized()
     model.lm_head = Own(128, VOCABULARY)
-    with pytest.raises(ValueError, match=r"MarlinLinear or MetalQuantizedLinear: lm_head"):
+    with pytest.raises(ValueError, match=r"MetalQuantizedLinear or ColumnPackedSwitchLinear: lm_head"):
         save_quantized(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -569,37 +579,6 @@ def test_mlx_checkpoints_have_no_layers_of_marlin(tmp_path: Path) -> None:
         ):
             write(model, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "make, readers",
-    [
-        (lambda: nn.TransformerEncoderLayer(128, 4, 256, batch_first=True), {"linear1", "linear2"}),
-        (
-            lambda: transformers.T5EncoderModel(
-                transformers.T5Config(vocab_size=VOCABULARY, d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4)
-            ),
-            {"wo"},
-        ),
-    ],
-    ids=["torch", "t5"],
-)
-def test_layers_whose_weight_others_read_can_be_skipped(make: Callable[[], nn.Module], readers: set[str]) -> None:
-    torch.manual_seed(0)
-    dense = make().eval()
-    x = torch.randn(2, 5, 128) if isinstance(dense, nn.TransformerEncoderLayer) else TOKENS
-    with torch.no_grad():
-        with pytest.raises(AttributeError, match="has no attribute 'weight'"):
-            made = copy.deepcopy(dense)
-            replace_linear_layers(made)
-            made(x)
-        made = copy.deepcopy(dense)
-        stats = replace_linear_layers(made, 8, skip_layers=readers)
-        assert {path.split(".")[-1] for path, why in stats.skipped.items() if why == "in skip_layers"} == readers
-        ours, expected = made(x), dense(x)
-    if not isinstance(expected, Tensor):
-        ours, expected = ours.last_hidden_state, expected.last_hidden_state
-    assert (ours - expected).norm() < 0.1 * expected.norm()
 
 
 # --- Damaged directories and other ones -------------------------------------------------------------------------------
@@ -750,6 +729,180 @@ def test_missing_package_names_the_extra(package: str, saved: Path, monkeypatch:
             call()
 
 
+# --- Transformers' own loading and saving -----------------------------------------------------------------------------
+
+NO_METHOD = "quantization config .* has no `quant_method`"
+
+
+@pytest.fixture
+def patched() -> Iterator[None]:
+    patch_transformers()
+    yield
+    unpatch_transformers()
+
+
+def test_transformers_by_itself_refuses_a_saved_directory(saved: Path) -> None:
+    """Its own code makes random layers of a method that it does not know, and raises where there is none."""
+    for _ in range(2):
+        for each in (AutoModelForCausalLM, AutoModel, Qwen2ForCausalLM):
+            with pytest.raises(ValueError, match=NO_METHOD):
+                each.from_pretrained(saved)
+        load_quantized(saved, "cpu")  # changes nothing about that
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("older", [False, True], ids=["as saved", "with the name of an older version"])
+def test_after_the_patch_a_saved_directory_loads(older: bool, saved: Path, tmp_path: Path) -> None:
+    if older:
+        method = {"quant_method": "quantization_mlx_marlin"}
+        edit_record(saved, lambda c: c.update(quantization_config=method), "config.json")
+    expected = load_quantized(saved, "cpu")
+    for each in (AutoModelForCausalLM, Qwen2ForCausalLM):
+        loaded = each.from_pretrained(saved)
+        assert_same_state(loaded, expected)
+        assert torch.equal(logits(loaded), logits(expected))
+        assert layers_of(loaded) == layers_of(expected)
+    loaded.save_pretrained(tmp_path / "again")
+    save_quantized(expected, tmp_path / "expected")
+    assert contents(tmp_path / "again") == contents(tmp_path / "expected")
+    with pytest.raises(ValueError, match=r"config\.json of .* says that the weights are quantized"):
+        Qwen2ForCausalLM.from_pretrained(saved, config=tiny_model("qwen2").config)
+
+
+@pytest.mark.usefixtures("patched")
+def test_after_the_patch_save_pretrained_is_save_quantized(tmp_path: Path) -> None:
+    model = quantized("qwen2-tied", "int4")
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    for loaded in (load_quantized(tmp_path, "cpu"), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [lambda model: model, lambda model: model.model, lambda model: model.model.layers[1]],
+    ids=["all", "base", "layer"],
+)
+def test_what_transformers_saves_by_itself_is_refused(part: Callable[[Any], nn.Module], tmp_path: Path) -> None:
+    """Its save_pretrained has no record of the layers, whatever part of the model they are in."""
+    model = tiny_model("qwen2")
+    replace_linear_layers(part(model))
+    model.save_pretrained(tmp_path / "made")
+    save_quantized(model, tmp_path / "quantized")
+    load_quantized(tmp_path / "quantized", "cpu").save_pretrained(tmp_path / "loaded")
+    model.model.save_pretrained(tmp_path / "base")
+    for name in ("made", "loaded", "base"):
+        with pytest.raises(ValueError, match=NO_METHOD):
+            AutoModel.from_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=r"has no quantization_config\.json"):
+            load_quantized(tmp_path / name, "cpu")
+    patch_transformers()
+    try:
+        with pytest.raises(ValueError, match=r"has no quantization_config\.json"):
+            AutoModel.from_pretrained(tmp_path / "made")
+    finally:
+        unpatch_transformers()
+
+
+def test_the_class_of_a_part_never_makes_random_layers(tmp_path: Path) -> None:
+    model, text = wrapper("gemma3")
+    replace_linear_layers(model, group_size=32)
+    save_quantized(model, tmp_path)
+    with pytest.raises(ValueError, match=NO_METHOD):
+        text.from_pretrained(tmp_path)
+    patch_transformers()
+    try:
+        with pytest.raises(ValueError, match="has layers that the model has not"):
+            text.from_pretrained(tmp_path)
+    finally:
+        unpatch_transformers()
+    loaded = load_quantized(tmp_path, "cpu")
+    assert type(loaded) is type(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+# --- Models that are none of Transformers -----------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A module with a tied layer, layers that stay, buffers and tensors of several dtypes."""
+
+    def __init__(self, outputs: int = 8) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 128)
+        self.inner = nn.Sequential(nn.Linear(128, 64), nn.BatchNorm1d(64), nn.Linear(64, 128))
+        self.twin = nn.Linear(64, 128)
+        self.twin.weight = self.inner[2].weight
+        self.head = nn.Linear(128, outputs, dtype=torch.bfloat16)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        x = self.inner[:2](self.table(indices))
+        return self.head((self.inner[2](x) + self.twin(x)).to(torch.bfloat16))
+
+
+def plain(seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    model = Plain(**options)
+    model.inner[1].running_mean.uniform_()
+    return model.eval()
+
+
+@pytest.mark.parametrize("way", ["int4", "bits-8"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_any_module_is_saved_and_loaded_into_one_like_it(device: str, way: str, tmp_path: Path) -> None:
+    model = plain()
+    QUANTIZED[way](model, group_size=64)
+    save_quantized(model, tmp_path, max_shard_bytes=10_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    other = plain(seed=1).train().to(device)
+    loaded = load_quantized(tmp_path, "cpu", model=other)
+    assert loaded is other and not loaded.training
+    assert layers_of(loaded) == {"inner.0", "inner.2", "twin", "head"}
+    assert_same_state(loaded, model)
+    assert loaded.twin.weight_packed is loaded.inner[2].weight_packed
+    indices = torch.arange(5)
+    with torch.no_grad():
+        assert torch.equal(loaded(indices), model(indices))
+
+
+def test_a_model_of_transformers_can_be_filled_too(saved: Path) -> None:
+    loaded = load_quantized(saved, "cpu", model=tiny_model(**MODELS["qwen2-tied"]))
+    expected = load_quantized(saved, "cpu")
+    assert_same_state(loaded, expected)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_module_that_is_not_the_saved_one_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    model = plain()
+    replace_linear_layers(model, group_size=64)
+    save_quantized(model, tmp_path)
+    with pytest.raises(ValueError, match="a model of the class Plain, which is none of Transformers; make one"):
+        load_quantized(tmp_path, "cpu")
+    with pytest.raises(ValueError, match=NO_METHOD + "|model_type"):
+        AutoModel.from_pretrained(tmp_path)
+    smaller = nn.ModuleDict({"inner": plain().inner})
+    for other, message in ((plain(outputs=9), r"wrong tensors: head\.weight_packed"), (smaller, "the model has not: ")):
+        before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        with pytest.raises(ValueError, match=rf"\[load_quantized\] .*{message}"):
+            load_quantized(tmp_path, "cpu", model=other)
+        assert not layers_of(other)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    edit_tensors(tmp_path, lambda tensors: tensors["head.scales"].fill_(torch.inf))
+    with pytest.raises(ValueError, match=r"head\.scales has values that are not finite"):
+        load_quantized(tmp_path, "cpu", model=plain())
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    class Stateful(Plain):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"steps": 3}
+
+    model = Stateful()
+    replace_linear_layers(model, group_size=64)
+    with pytest.raises(ValueError, match="state is no tensor and cannot be written: _extra_state"):
+        save_quantized(model, tmp_path)
+
+
 # --- Loading and quantizing -------------------------------------------------------------------------------------------
 
 
@@ -758,7 +911,7 @@ def test_load_and_quantize_is_loading_and_quantizing(bits: int, tmp_path: Path) 
     tiny_model(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path)
     model, stats = load_and_quantize(str(tmp_path), bits, 64, "cpu")
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert stats == replace_linear_layers(expected, bits, 64) == {"replaced_count": 14, "skipped_count": 1}
+    assert stats == replace_linear_layers(expected, bits, 64) == {"replaced_count": 14, "skipped_count": 2}
     assert_same_state(model, expected)
     assert not model.training
     assert model.dtype == torch.bfloat16

@@ -194,13 +194,17 @@ def test_generate_is_that_of_the_model(pipeline: TransformersMarlinPipeline) -> 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number of at least 1"),
         ({"temperature": -0.1}, "temperature is -0.1; it must be a finite number of at least 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
-        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be a number above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"top_k": -1}, "top_k is -1; it must be at least 0"),
+        ({"top_k": -1}, "top_k is -1; it must be a whole number of at least 0"),
+        ({"max_tokens": "5"}, "max_tokens is '5'; it must be a whole number"),
+        ({"max_tokens": 5.0}, "max_tokens is 5.0; it must be a whole number"),
+        ({"temperature": "1"}, "temperature is '1'; it must be a finite number"),
+        ({"top_k": None}, "top_k is None; it must be a whole number"),
         ({"num_return_sequences": 2}, "num_return_sequences is 2; a pipeline returns one text for each prompt"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate is True; a pipeline returns one text"),
     ],
@@ -433,7 +437,7 @@ def test_documented_examples(saved: Path, tmp_path: Path, capsys: pytest.Capture
     model = AutoModelForCausalLM.from_pretrained(model_id)
     stats = replace_linear_layers(model, bits=4, group_size=128)
     print(stats)
-    assert capsys.readouterr().out == "{'replaced_count': 15, 'skipped_count': 0}\n"
+    assert capsys.readouterr().out == "{'replaced_count': 15, 'skipped_count': 1}\n"
 
     model = AutoModelForCausalLM.from_pretrained(model_id)
     tokenizer = AutoTokenizer.from_pretrained(model_id)

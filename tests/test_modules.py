@@ -33,7 +33,7 @@ def embedding(format: Format, device: str, dtype: torch.dtype = torch.float32) -
 def exact_weight(module: QuantizedLinear | QuantizedEmbedding) -> Tensor:
     """float64 [rows, columns]."""
     format = Format(module.mode, module.group_size, module.bits)
-    return oracle.dequantize(module.weight, module.scales, module.biases, format)
+    return oracle.dequantize(module.weight_packed, module.scales, module.biases, format)
 
 
 # --- Values -----------------------------------------------------------------------------------------------------------
@@ -60,13 +60,24 @@ def test_linear_adds_its_bias(format: Format, device: str) -> None:
 
 
 @FORMAT
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast_gives_what_it_gives_for_a_linear_layer(bias: bool, format: Format) -> None:
+    module, x = linear(format, "cpu", bias=bias), oracle.random_x(3, IN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x).dtype == nn.Linear(IN, OUT, bias)(x).dtype == torch.bfloat16
+        total = torch.zeros(4, OUT, dtype=torch.bfloat16).index_add_(0, torch.tensor([0, 3, 0]), module(x))
+    exact = x.double() @ exact_weight(module).mT + (module.bias.double() if bias else 0)
+    oracle.assert_within(total, exact.new_zeros(4, OUT).index_add_(0, torch.tensor([0, 3, 0]), exact), 0.1)
+
+
+@FORMAT
 def test_from_linear_holds_what_mlx_quantize_gives(format: Format, device: str) -> None:
     dense = nn.Linear(IN, OUT, device=device)
     module = QuantizedLinear.from_linear(dense, **format.options)
-    tensors = (module.weight, module.scales) + ((module.biases,) if format.is_affine else ())
+    tensors = (module.weight_packed, module.scales) + ((module.biases,) if format.is_affine else ())
     for ours, expected in zip(tensors, oracle.mlx_quantize(dense.weight, format), strict=True):
         oracle.assert_identical(ours, expected, str(format))
-    assert module.bias is dense.bias
+    assert torch.equal(module.bias, dense.bias) and module.bias.data_ptr() != dense.bias.data_ptr()
 
 
 @FORMAT
@@ -122,7 +133,7 @@ def test_scales_and_biases_of_an_embedding_can_be_trained(device: str) -> None:
     module.scales.requires_grad_()
     module.biases.requires_grad_()
     module(torch.tensor([1, 1, 4], device=device)).sum().backward()
-    codes = torch.from_numpy(oracle.unpack(module.weight, AFFINE.bits)).reshape(OUT, -1, AFFINE.group_size)
+    codes = torch.from_numpy(oracle.unpack(module.weight_packed, AFFINE.bits)).reshape(OUT, -1, AFFINE.group_size)
     times = torch.zeros(OUT, 1, dtype=torch.float64)
     times[1], times[4] = 2, 1
     oracle.assert_within(module.scales.grad, codes.sum(-1) * times, 1e-3)
@@ -152,7 +163,7 @@ def test_state_dict_has_the_names_of_mlx_and_round_trips(make, format: Format, d
 def test_change_of_dtype_leaves_integers_alone(make, dtype: torch.dtype, format: Format, device: str) -> None:
     module = make(format, device).to(dtype)
     before = make(format, device)
-    oracle.assert_identical(module.weight, before.weight)
+    oracle.assert_identical(module.weight_packed, before.weight_packed)
     if format.is_affine:
         assert module.scales.dtype == module.biases.dtype == dtype
     else:
@@ -204,11 +215,16 @@ def test_mode_decides_what_is_not_given(mode: str, expected: tuple[int, int]) ->
 
 @pytest.mark.parametrize(
     "format",
-    [{"bits": 7}, {"bits": 0}, {"group_size": 16}, {"group_size": -64}, {"mode": "mxfp4", "bits": 8}],
+    [
+        *({"bits": bits} for bits in (7, 0, "4", 4.0)),
+        *({"group_size": size} for size in (16, -64, "64", 64.0)),
+        {"mode": "mxfp4", "bits": 8},
+    ],
     ids=str,
 )
 def test_constructor_refuses_unknown_formats(format: dict) -> None:
-    with pytest.raises(ValueError, match="is not supported; it takes"):
+    name, value = list(format.items())[-1]
+    with pytest.raises(ValueError, match=rf"^\[QuantizedLinear\] .*{name} {value!r}.* is not supported; it takes"):
         QuantizedLinear(64, 8, **format)
 
 
@@ -217,6 +233,10 @@ def test_constructor_refuses_what_cannot_be() -> None:
         QuantizedLinear(100, 8)
     with pytest.raises(ValueError, match="'int4' is not supported; supported are affine, mxfp4"):
         QuantizedEmbedding(8, 64, mode="int4")
+    with pytest.raises(ValueError, match=r"mode \['affine'\] is not supported"):
+        QuantizedEmbedding(8, 64, mode=["affine"])
+    with pytest.raises(TypeError, match=r"^\[QuantizedLinear\] sizes must be whole numbers, not '64'"):
+        QuantizedLinear("64", 8)
 
 
 @FORMAT

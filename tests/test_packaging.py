@@ -365,6 +365,32 @@ def test_kernelized_layer_of_this_package(pip, hub, repository):
         assert torch.equal(layer(x), expected)
 
 
+# --- Environment variables -------------------------------------------------------------------------------------------
+
+
+def test_empty_variables_are_unset(tmp_path):
+    """The variables that the CPU reads; those of "mps" are read by the same function."""
+    code = f"""
+import torch, {PACKAGE} as package
+y = package.quantized_matmul(torch.ones(64), *package.quantize(torch.ones(2, 64)))
+[plan] = package.explain(package.quantized_matmul, torch.ones(64), *package.quantize(torch.ones(2, 64)))
+print(y.tolist(), package.get_cpu_activations(), plan.instruction_set)
+"""
+    names = ("QUANTIZATION_MLX_CPU", "QUANTIZATION_MLX_CPU_ACTIVATIONS")
+    unset = {name: value for name, value in os.environ.items() if name not in names}
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        for env in (unset, unset | dict.fromkeys(names, ""))
+    ]
+    assert runs[1].stdout == runs[0].stdout != "", runs[1].stderr
+
+
+def test_every_variable_is_read_by_the_one_function():
+    reads = {path for path in kernel_builder.sources() if "getenv(" in (ROOT / path).read_text()}
+    assert reads == {"csrc/environment.h"}
+    assert not [path for path in PYTHON if re.search(r"\bos\.(environ|getenv)\b", path.read_text())]
+
+
 # --- Nothing but torch -----------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,7 @@ def test_unknown_recipes_and_models_without_layers_are_refused() -> None:
 
 
 def exact_error(weight: Tensor, quantized: QuantizedLinear, format: oracle.Format) -> float:
-    exact = oracle.dequantize(quantized.weight, quantized.scales, quantized.biases, format)
+    exact = oracle.dequantize(quantized.weight_packed, quantized.scales, quantized.biases, format)
     return ((exact - weight.double()).norm() / weight.double().norm()).item()
 
 
@@ -172,7 +172,7 @@ def test_the_total_is_that_of_all_layers_as_one() -> None:
     for path, module in model.named_modules():
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
             format = oracle.Format(module.mode, module.group_size, module.bits)
-            exact = oracle.dequantize(module.weight, module.scales, module.biases, format)
+            exact = oracle.dequantize(module.weight_packed, module.scales, module.biases, format)
             errors += (exact - weights[path]).square().sum().item()
             norms += weights[path].square().sum().item()
             stored += 8 * sum(parameter.nbytes for parameter in module.parameters())
@@ -188,7 +188,7 @@ def test_layers_are_reported_once_and_their_weights_let_go_one_by_one() -> None:
     seen: list[tuple[str, weakref.ref]] = []
 
     def on_layer(path: str, weight: Tensor, quantized: nn.Module) -> None:
-        assert weight.is_floating_point() and quantized.weight.dtype == torch.uint32
+        assert weight.is_floating_point() and quantized.weight_packed.dtype == torch.uint32
         # Of the layers before this one, no float weight is left but, at most, the last one's.
         assert all(reference() is None for _, reference in seen[:-1])
         seen.append((path, weakref.ref(model.get_submodule(path).weight)))
@@ -241,7 +241,7 @@ def test_scaled_rows_are_those_of_the_float_layer(dtype: torch.dtype, mode: str)
     layer = gemma(dtype).model.embed_tokens
     quantized = QuantizedEmbedding.from_embedding(layer, mode=mode)
     format = oracle.Format(mode, quantized.group_size, quantized.bits)
-    layer.weight.data = oracle.dequantize(quantized.weight, quantized.scales, quantized.biases, format).to(dtype)
+    layer.weight.data = oracle.dequantize(quantized.weight_packed, quantized.scales, quantized.biases, format).to(dtype)
     expected = layer(TOKENS).detach()
     assert quantized(TOKENS).dtype == dtype
     oracle.assert_within(
@@ -254,7 +254,7 @@ def test_scales_given_as_plain_numbers() -> None:
     layer = BartScaledWordEmbedding(16, 64, padding_idx=0, embed_scale=3.5)
     quantized = QuantizedEmbedding.from_embedding(layer, bits=8)
     layer.weight.data = oracle.dequantize(
-        quantized.weight, quantized.scales, quantized.biases, oracle.Format("affine", 64, 8)
+        quantized.weight_packed, quantized.scales, quantized.biases, oracle.Format("affine", 64, 8)
     ).float()
     expected = layer(TOKENS % 16).detach()
     oracle.assert_within(quantized(TOKENS % 16), expected.double(), ROUNDING * expected.abs().max())

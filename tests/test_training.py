@@ -27,6 +27,7 @@ from quantization_mlx import (
     dequantize,
     load_checkpoint,
     patch_peft,
+    prepare_for_ddp,
     quantize_model,
     save_checkpoint,
     unpatch_peft,
@@ -71,7 +72,7 @@ def dense_twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def values_of(layer: QuantizedLinear) -> Tensor:
-    packed = (layer.weight, layer.scales, layer.biases)
+    packed = (layer.weight_packed, layer.scales, layer.biases)
     return dequantize(*packed, layer.group_size, layer.bits, layer.mode, dtype=torch.float32)
 
 
@@ -181,7 +182,7 @@ def test_merging_rounds_to_the_layers_format_and_unmerging_is_exact(format: orac
     assert merged.scales.dtype == base.scales.dtype
     mx = oracle.mlx()
     packed = mx.quantize(oracle.to_mlx(exact.detach()), **format.options)
-    assert torch.equal(merged.weight, oracle.from_mlx(packed[0]))
+    assert torch.equal(merged.weight_packed, oracle.from_mlx(packed[0]))
     assert not torch.equal(logits(model), unmerged)
     model.unmerge_adapter()
     assert layer.base_layer is base
@@ -215,6 +216,89 @@ def test_two_adapters_on_one_layer() -> None:
         assert torch.equal(logits(model), base)
 
 
+# --- Other ways to say what is trained --------------------------------------------------------------------------------
+
+
+def trained_step(model: nn.Module) -> set[str]:
+    """Takes a step, and returns the names of the parameters that it has changed."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss_of(model).backward()
+    torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1.0).step()
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def test_all_linear_finds_all_linear_layers() -> None:
+    quantized, dense = (with_adapter(model, target_modules="all-linear") for model in (quantized_tiny(), tiny_model()))
+    targets = [name for name, _ in dense.named_modules() if name.endswith("lora_A")]
+    assert [name for name, _ in quantized.named_modules() if name.endswith("lora_A")] == targets
+    assert len(targets) == 2 * 7
+
+
+def quantized_tiny() -> LlamaForCausalLM:
+    return quantize_model(tiny_model(), bits=8)
+
+
+def test_modules_to_save_are_trained_as_floating_point_copies(tmp_path: Path) -> None:
+    base = quantized_tiny()
+    before = logits(base)
+    model = with_adapter(base, modules_to_save=["lm_head", "embed_tokens"])
+    assert_close(logits(model), before, 1e-4)
+    changed = trained_step(model)
+    assert "base_model.model.lm_head.modules_to_save.default.weight" in changed
+    assert not any("original_module" in name for name in changed)
+    expected = logits(model)
+    assert not torch.equal(expected, before)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantized_tiny(), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    merged = loaded.merge_and_unload()
+    assert type(merged.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp8"])
+def test_trainable_tokens_are_trained(mode: str) -> None:
+    base = quantize_model(tiny_model(), bits=8, mode=mode)
+    before = logits(base)
+    tokens = TOKENS.unique()[:3].tolist()
+    model = with_adapter(base, trainable_token_indices={"embed_tokens": tokens})
+    assert_close(logits(model), before, 1e-4)
+    changed = trained_step(model)
+    assert any("trainable_tokens_delta" in name for name in changed)
+    with pytest.raises(NotImplementedError, match="packed and cannot be written to"):
+        model.merge_adapter()
+
+
+def test_embeddings_take_adapters() -> None:
+    base = quantized_tiny()
+    before = logits(base)
+    model = with_adapter(base, target_modules=["embed_tokens"])
+    assert torch.equal(logits(model), before)
+    assert any("lora_embedding_B" in name or "lora_embedding_A" in name for name in trained_step(model))
+
+
+def train_in_a_process(rank: int, directory: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
+    model = prepare_for_ddp(with_adapter(quantized_tiny()))
+    randomise_adapter(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    loss_of(parallel, TOKENS.chunk(2, 1)[rank]).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    torch.save(gradients, f"{directory}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_train_together(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_in_a_process, (str(tmp_path),), nprocs=2)
+    model = with_adapter(quantized_tiny())
+    randomise_adapter(model)
+    sum(loss_of(model, half) for half in TOKENS.chunk(2, 1)).div(2).backward()
+    for rank in range(2):
+        gradients = torch.load(tmp_path / f"{rank}.pt")
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+        assert len(gradients) == 2 * 2 * len(TARGETS)
+
+
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +308,6 @@ def test_two_adapters_on_one_layer() -> None:
         ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' needs a floating-point weight"),
-        ({"target_modules": ["embed_tokens"]}, "QuantizedEmbedding.* is not supported"),
     ],
 )
 def test_what_needs_the_float_weight_is_refused(options: dict[str, Any], message: str) -> None:
@@ -250,8 +333,10 @@ def test_the_patch_is_idempotent_and_reversible(monkeypatch: pytest.MonkeyPatch)
     unpatch_peft()
     unpatch_peft()
     assert LoraConfig.__post_init__ is patched_init.__wrapped__
-    with pytest.raises(ValueError, match=r"QuantizedLinear.* is not supported"):
-        with_adapter(quantize_model(tiny_model()))
+    model = with_adapter(quantize_model(tiny_model()))
+    assert model(TOKENS).logits.isfinite().all()
+    with pytest.raises(NotImplementedError, match="packed and cannot be written to"):
+        model.merge_adapter()
     assert with_adapter(tiny_model())(TOKENS).logits.isfinite().all()
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install \"quantization-mlx\[train\]\""):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -41,14 +42,18 @@ from quantization_mlx.quantizer import MLXConfig
 from quantization_mlx.transformers_integration import patched_transformers
 from test_checkpoint import (
     TOKENS,
+    VOCABULARY,
+    WRAPPERS,
     assert_close,
     contents,
     edit_config,
     edit_tensors,
     logits,
     mlx_logits,
+    mlx_logits_of_tokens,
     tiny_model,
     tokenizer,
+    wrapper,
 )
 
 __all__ = ["tokenizer"]  # a fixture
@@ -225,6 +230,45 @@ def test_repository_of_the_hub_in_the_cache(
     (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00099.safetensors"}}')
     loaded = load("some/model", cache_dir=tmp_path, local_files_only=True)
     assert torch.equal(logits(loaded), logits(model))
+
+
+# --- One part of a model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_class_of_a_part_loads_rightly_or_raises(name: str, tmp_path: Path) -> None:
+    """The record of formats is the whole model's, and config.json has it beside the part that the class reads."""
+    model, text = wrapper(name)
+    save_checkpoint(quantize_model(model), tmp_path)
+    assert {"quantization", "quantization_config"} <= json.loads((tmp_path / "config.json").read_text()).keys()
+    if name == "qwen3_5":  # whose class of the text knows the names of the whole
+        assert torch.equal(logits(text.from_pretrained(tmp_path)), logits(model))
+    else:
+        with pytest.raises(ValueError, match=r"\[from_pretrained\] .*(missing|unexpected) tensors: "):
+            text.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "mistral3"])
+def test_the_text_that_mlx_lm_keeps_of_a_model(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Converted by mlx-lm, which drops the vision and keeps the config of the whole."""
+    from mlx_lm.convert import convert
+
+    model, text = wrapper(name)
+    model.save_pretrained(tmp_path / "dense")
+    edit_config(tmp_path / "dense", lambda config: config.update(vocab_size=VOCABULARY))
+    request.getfixturevalue("tokenizer").save_pretrained(tmp_path / "dense")
+    convert(str(tmp_path / "dense"), str(tmp_path / "mlx"), quantize=True)
+    loaded = text.from_pretrained(tmp_path / "mlx")
+    assert type(loaded.model.layers[0].mlp.up_proj) is QuantizedLinear
+    assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path / "mlx"))
+
+
+def test_a_config_without_the_record_is_refused(saved: Path) -> None:
+    config = tiny_model(tie_word_embeddings=True).config
+    with pytest.raises(ValueError, match=r"config\.json of .* says that the weights are quantized, which the config"):
+        load(saved, config=config)
+    expected = logits(load(saved))
+    assert torch.equal(logits(load(saved, config=transformers.AutoConfig.from_pretrained(saved))), expected)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from . import layers
 from .activations import cpu_activations, get_cpu_activations, set_cpu_activations
-from .checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from .checkpoint import dequantize_model, load_checkpoint, quantize_model, save_checkpoint
+from .distributed import prepare_for_ddp
 from .experts import QuantizedSwitchLinear
 from .foreign import convert_awq, convert_compressed_tensors, convert_foreign_checkpoint, convert_gptq
 from .generation import prepare_for_generation
@@ -48,6 +49,7 @@ __all__ = [
     "convert_gptq",
     "cpu_activations",
     "dequantize",
+    "dequantize_model",
     "explain",
     "gather_qmm",
     "get_cpu_activations",
@@ -64,6 +66,7 @@ __all__ = [
     "nvfp4_qmv",
     "patch_peft",
     "patch_transformers",
+    "prepare_for_ddp",
     "prepare_for_generation",
     "quantize",
     "quantize_model",

@@ -7,9 +7,9 @@ as `<path>.weight`, `<path>.scales` and, in mode "affine", `<path>.biases`; `con
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,12 +18,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .experts import QuantizedSwitchLinear, SwitchLinear, split_experts, stored_paths, unfused
+from . import compat
+from .experts import QuantizedSwitchLinear, SwitchLinear, fuse, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
-from .recipes import mixed_recipe
+from .obstacles import move_hooks
+from .packed_weight import PackedModule
+from .recipes import QuantizationReport, mixed_recipe
+from .replacement import (
+    Left,
+    OnLayer,
+    Refusal,
+    Replacement,
+    as_linear,
+    float_weights,
+    is_conv1d,
+    parameter_count,
+    reason_of_class,
+    replace_layers,
+    shared_refusals,
+    warn_of_float_weights,
+    why_not,
+)
+from .staging import staged
 from .stored import (
     RECORDS,
-    WEIGHT_FILES,
     Format,
     listed,
     other_method,
@@ -34,11 +52,9 @@ from .stored import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Predicate = Callable[[str, nn.Module], "bool | Format"]
-OnLayer = Callable[[str, torch.Tensor, Any], None]
-
 _INDEX = "model.safetensors.index.json"
 
 
@@ -49,16 +65,22 @@ def quantize_model(
     mode: str = "affine",
     predicate: Predicate | str | None = None,
     on_layer: OnLayer | None = None,
+    report: QuantizationReport | None = None,
 ) -> nn.Module:
-    """Quantizes the `nn.Linear` and `nn.Embedding` layers and the fused experts of `model` in place, one after the
-    other, and returns it.
+    """Quantizes the `nn.Linear` and `nn.Embedding` layers, the `Conv1D` ones of Transformers and the fused experts of
+    `model` in place, one after the other, and returns it.
 
     Fused experts of Transformers count as layers `….experts.gate_proj`, `up_proj` and `down_proj`, of type
-    `SwitchLinear`, and become `QuantizedSwitchLinear`; `quantization_mlx.experts` has both. Layers whose rows do not
-    divide into groups, and subclasses of `nn.Linear` and `nn.Embedding`, which may compute something else, are left
-    alone, and so is a layer that shares its weight with one; embeddings that scale their rows, as Gemma's do, are
-    quantized. Layers that share a weight, as tied embeddings do, go on sharing one packed copy; the first decides for
-    all.
+    `SwitchLinear`, and become `QuantizedSwitchLinear`; `quantization_mlx.experts` has both. A `Conv1D` becomes a
+    `QuantizedLinear` of the transposed weight. Embeddings that scale their rows, as Gemma's do, are quantized. Layers
+    that share a weight, as tied embeddings do, go on sharing one packed copy; the first decides for all.
+
+    Forward and backward hooks move to the quantized layer. Left alone are layers whose rows do not divide into groups,
+    subclasses, which may compute something else, and layers with what a quantized one has not: `max_norm`,
+    `scale_grad_by_freq`, parametrizations, a forward of their own, hooks on the state_dict, weights of other dtypes or
+    tensor types; and so is a layer that shares its weight with one. `report.skipped` has them and all other matrices
+    that remain in floating point, with the reasons; a warning lists the first ones if they are 1 % of the parameters
+    or more, those aside that the predicate has refused.
 
     Args:
         model: any module; a layer by itself is not changed, its quantized form is returned.
@@ -67,27 +89,78 @@ def quantize_model(
             group_size, bits and mode quantizes it in that format, and any other true value in the common one. The
             name of a mixed recipe, such as "mixed_4_6", stands for `mixed_recipe(name, model, group_size)`.
         on_layer: called with the path, the weight [..., rows, columns] and the quantized module of each layer, while
-            both exist; a `QuantizationReport`'s `add` for example.
+            both exist.
+        report: gets the error of each layer, and what remains in floating point.
 
     Raises:
-        TypeError: the predicate's dict has other keys.
+        TypeError: the predicate is no function, or returns a string, or a dict with other keys; the message names the
+            layer.
         ValueError: the format or the recipe is not supported.
     """
-    default = complete_format(group_size, bits, mode)
+    default = _checked_format("[quantize_model]", {"group_size": group_size, "bits": bits, "mode": mode})
+    if predicate is not None and not isinstance(predicate, str) and not callable(predicate):
+        raise TypeError(f"[quantize_model] predicate is {predicate!r}; it must be a function or a recipe's name")
     if isinstance(predicate, str):
         if mode != "affine":
             raise ValueError(f"[quantize_model] the recipe {predicate!r} is for mode 'affine', not for {mode!r}")
         predicate = mixed_recipe(predicate, model, default["group_size"])
 
-    def format_of(path: str, layer: nn.Module) -> Format | None:
+    def format_of(path: str, layer: nn.Module) -> Format | Refusal:
         choice = True if predicate is None else predicate(path, layer)
         if not choice:
-            return None
-        chosen = complete_format(**{"mode": mode, **choice}) if isinstance(choice, Mapping) else default
-        return chosen if layer.weight.shape[-1] % chosen["group_size"] == 0 else None
+            return Refusal("refused by the predicate", is_asked_for=True)
+        if isinstance(choice, str):
+            raise TypeError(f"[quantize_model] the predicate gives {choice!r} for {path!r}; wanted: a truth or a dict")
+        chosen = default
+        if isinstance(choice, Mapping):
+            chosen = _checked_format(f"[quantize_model] the predicate's dict for {path!r}:", {"mode": mode, **choice})
+        columns = as_linear(layer).weight.shape[-1]
+        if columns % chosen["group_size"]:
+            return Refusal(f"a row of {columns} values does not divide into groups of {chosen['group_size']}")
+        return chosen
+
+    def collect(path: str, weight: torch.Tensor, quantized: nn.Module) -> None:
+        for each in (on_layer, report.add if report is not None and report.with_errors else None):
+            if each is not None:
+                each(path, weight, quantized)
 
     with unfused(model):
-        return _replace_layers(model, format_of, _quantized, on_layer)
+        done = _replace_layers(model, format_of, _quantized, collect)
+        left, parameters = float_weights(done.model, done.refusals), parameter_count(done.model)
+    if report is not None:
+        report.skip(left, parameters)
+    warn_of_float_weights("quantize_model", left, parameters)
+    return done.model
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Puts floating-point layers in the place of the quantized ones of `model`, in place, and returns it.
+
+    Layers that share a packed weight share the floating-point one.
+
+    Args:
+        model: with layers of `quantize_model` or of `quantization_mlx.marlin`; a layer by itself is not changed, its
+            floating-point form is returned.
+        dtype: of the weights that are made; that of each layer's `weight` if None.
+    """
+    dense: dict[int, nn.Parameter] = {}  # by the identity of the packed words
+    for path, layer in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, PackedModule):
+            continue
+        bias, made = getattr(layer, "bias", None), layer.dequantize()
+        if dtype not in (None, made.weight.dtype):  # rounded once, from the packed values
+            packed = layer.packed()
+            values = packed.dequantize(dtype).detach()
+            made.weight = nn.Parameter(values.mT.contiguous() if packed.by_columns else values)
+        made.weight = dense.setdefault(id(layer.packed().words), made.weight)
+        if not path:
+            return made
+        if bias is not None:
+            made.bias = bias
+        move_hooks(layer, made)
+        model.set_submodule(path, made)
+    fuse(model)
+    return model
 
 
 def save_checkpoint(
@@ -118,6 +191,7 @@ def load_checkpoint(
     directory: str | os.PathLike[str],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Reads an MLX checkpoint as a Transformers model in eval mode.
 
@@ -132,6 +206,7 @@ def load_checkpoint(
         directory: holds config.json and the weights.
         device: where the model is put; the CPU if None.
         dtype: what floating-point tensors are converted to; None takes that of the first one stored.
+        trust_remote_code: whether Python code that comes with the model may run.
 
     Raises:
         FileNotFoundError: config.json or the weights are missing.
@@ -149,13 +224,14 @@ def load_checkpoint(
         raise FileNotFoundError(f"[load_checkpoint] {directory} has no config.json")
     if (method := other_method(stored_config)) is not None:
         raise ValueError(f"[load_checkpoint] {directory} is quantized by {method!r}, which is not the MLX format")
-    config = transformers.AutoConfig.from_pretrained(directory)
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     mark_as_mlx(config, always=True)
     if dtype is None:
         stored = read_headers(weight_files(directory)).values()
         dtype = next((tensor.dtype for tensor in stored if tensor.is_floating_point()), None)
     with patched_transformers():
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype)
+        options = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
     return model if device is None else model.to(device)
 
 
@@ -169,6 +245,17 @@ def _progress(items: list[Any], what: str) -> Iterable[Any]:
 
 
 # Formats
+
+
+def _checked_format(where: str, given: Mapping[str, Any]) -> Format:
+    """The format that is given in part; errors begin with `where`."""
+    if unknown := [key for key in given if key not in ("group_size", "bits", "mode")]:
+        keys = ", ".join(map(repr, unknown))
+        raise TypeError(f"{where} unknown key {keys}; supported are 'group_size', 'bits' and 'mode'")
+    try:
+        return complete_format(**given)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
 
 
 def _format_of(module: _QuantizedModule) -> Format:
@@ -201,67 +288,29 @@ def _shell(
 
 def _replace_layers(
     model: nn.Module,
-    format_of: Callable[[str, nn.Module], Format | None],
+    format_of: Callable[[str, nn.Module], Format | Refusal],
     convert: Callable[[Any, Format], _QuantizedModule],
     on_layer: OnLayer | None = None,
-) -> nn.Module:
-    """Puts convert(layer, format) in the place of every layer that has a format; returns the model."""
+) -> Replacement:
+    """Puts convert(layer, format) in the place of every layer that has a format and can be replaced."""
 
-    def choose(holders: Mapping[str, nn.Module]) -> Format | None:
-        plain = all(
-            type(layer) in (nn.Linear, SwitchLinear) or row_scale(layer) is not None for layer in holders.values()
-        )
-        return format_of(*next(iter(holders.items()))) if plain else None
+    def choose(holders: Mapping[str, nn.Module]) -> Format | Left:
+        reasons = {path: _refusal(path, layer) for path, layer in holders.items()}
+        if (left := shared_refusals(holders, reasons)) is not None:
+            return left
+        format = format_of(*next(iter(holders.items())))
+        return Left(dict.fromkeys(holders, format)) if isinstance(format, Refusal) else format
 
-    return replace_layers(model, choose, convert, _tied, on_layer)
-
-
-def replace_layers(
-    model: nn.Module,
-    choose: Callable[[Mapping[str, nn.Module]], Any],
-    convert: Callable[[Any, Any], nn.Module],
-    tie: Callable[[Any, Any], nn.Module],
-    on_layer: OnLayer | None = None,
-) -> nn.Module:
-    """Puts other modules in the place of layers of `model`, one weight after the other; returns the model.
-
-    All choices are made before the first layer changes. A float weight is let go once its last layer is replaced.
-
-    Args:
-        model: changed in place; a layer by itself is not changed, what takes its place is returned.
-        choose: called for each weight with the modules that hold it, by their paths; returns what `convert` is to make
-            of them, None to leave them alone.
-        convert: called with the first of them and that choice; returns what takes its place.
-        tie: called with each further one and what took the place of the first; returns what takes its place.
-        on_layer: called with the path, the weight and what takes its layer's place, while both exist.
-    """
-    plan = _plan(model, choose)
-    for paths, choice in _progress(plan, "Quantizing"):
-        layers = [model.get_submodule(path) for path in paths]  # that share this weight, or are one and the same
-        replaced: dict[int, nn.Module] = {}
-        for path, layer in zip(paths, layers, strict=True):
-            if id(layer) not in replaced:
-                twin = next(iter(replaced.values()), None)
-                replaced[id(layer)] = convert(layer, choice) if twin is None else tie(layer, twin)
-                if twin is None and on_layer is not None:
-                    on_layer(path, layer.weight.detach(), replaced[id(layer)])
-            if not path:
-                return replaced[id(layer)]
-            model.set_submodule(path, replaced[id(layer)])
-    return model
+    return replace_layers(model, choose, convert, _tied, on_layer, _progress)
 
 
-def _plan(model: nn.Module, choose: Callable[[Mapping[str, nn.Module]], Any]) -> list[tuple[list[str], Any]]:
-    """The paths of the layers to replace, those together that share a weight, and what was chosen for them.
-
-    A function of its own, because a weight that a variable still names is not let go.
-    """
-    holders: dict[int, dict[str, nn.Module]] = {}  # all modules with a weight, by the weight's identity
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            holders.setdefault(id(weight), {})[path] = module
-    choices = [(list(layers), choose(layers)) for layers in holders.values()]
-    return [(paths, choice) for paths, choice in choices if choice is not None]
+def _refusal(path: str, layer: nn.Module) -> Refusal | None:
+    """Why a module that holds a weight is left alone whatever its format would be."""
+    if type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer) or row_scale(layer) is not None:
+        reason = why_not(path, layer)
+    else:
+        reason = reason_of_class(path, layer)
+    return None if reason is None else Refusal(reason)
 
 
 def _tied(
@@ -272,8 +321,6 @@ def _tied(
     tied.share(twin)
     if isinstance(tied, QuantizedLinear):
         tied.bias = layer.bias
-    else:
-        tied.follow_dtype(layer.weight)
     return tied.train(layer.training)
 
 
@@ -288,9 +335,9 @@ def write_checkpoint(
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """`save_checkpoint`, where a size may be a string such as "5GB", and the model's tensors may be given."""
-    from .marlin.layers import ColumnPackedLinear  # its package imports this module
+    from .marlin.layers import ColumnPackedModule  # its package imports this module
 
-    if marlin := [path for path, module in model.named_modules() if isinstance(module, ColumnPackedLinear)]:
+    if marlin := [path for path, module in model.named_modules() if isinstance(module, ColumnPackedModule)]:
         raise ValueError(
             f"[save_checkpoint] layers are of Marlin's formats, which marlin.save_quantized writes: {listed(marlin)}"
         )
@@ -318,21 +365,14 @@ def write_directory(
         format: what the weight files say that their format is.
         max_shard_size: tensors beyond this size are split over several files; in bytes, or a string such as "5GB".
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    # Inside the directory, because a rename cannot leave its file system.
-    with tempfile.TemporaryDirectory(prefix=".save-", dir=directory) as scratch:
-        staged = Path(scratch)
-        weight_files = _write_weights(tensors, staged, max_shard_size, format)
-        for name, record in records(staged).items():
-            _write_json(staged / name, record)
+    with staged(directory) as scratch:
+        _write_weights(tensors, scratch, max_shard_size, format)
+        for name, record in records(scratch).items():
+            _write_json(scratch / name, record)
         if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(staged)
+            model.generation_config.save_pretrained(scratch)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
-        _move_files(staged, directory)
-    for file in directory.glob(WEIGHT_FILES):
-        if file.name not in weight_files:
-            file.unlink()
+            tokenizer.save_pretrained(scratch)
 
 
 def distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -345,8 +385,8 @@ def distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | 
 
 def _write_weights(
     tensors: Mapping[str, torch.Tensor], directory: Path, max_shard_size: int | str, format: str
-) -> set[str]:
-    """Writes the weight files and their index, and returns the names of the files."""
+) -> None:
+    """Writes the weight files and their index."""
     save_file = require("safetensors.torch").save_file
     split = require("huggingface_hub").split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -359,27 +399,25 @@ def _write_weights(
     _write_json(
         directory / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    return set(split.filename_to_tensors)
 
 
 def config_record(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of `model` in Transformers' terms, without a record of quantization."""
     config = model.config.to_diff_dict()
-    for name in ("_name_or_path", *RECORDS):
-        config.pop(name, None)
+    config.pop("_name_or_path", None)
+    for part in (config, *config.values()):
+        for name in RECORDS if isinstance(part, dict) else ():
+            part.pop(name, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
+    config["tie_word_embeddings"] = bool(getattr(model.config, "tie_word_embeddings", False))
     return config
 
 
 def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of `model` in an MLX checkpoint."""
+    compat.check("save_checkpoint")
     config = config_record(model)
-    # Transformers knows some of these by other names than MLX.
-    for name, own_name in model.config.attribute_map.items():
-        if own_name in config:
-            config.setdefault(name, config[own_name])
     names_of = stored_paths(model)
     formats = {
         stored: _format_of(module)
@@ -387,17 +425,56 @@ def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
         if isinstance(module, _QuantizedModule)
         for stored in names_of(path)
     }
-    return _in_mlx_terms(config, formats)
+    return _in_mlx_terms(config, formats, type(model.config))
 
 
-def _in_mlx_terms(config: dict[str, Any], formats: Mapping[str, Format]) -> dict[str, Any]:
-    """`config` with what MLX looks for in it, among that the formats by the paths of the layers."""
-    config.update(_attention_record(config))
+def _in_mlx_terms(
+    config: dict[str, Any], formats: Mapping[str, Format], reader: type[PreTrainedConfig] | None
+) -> dict[str, Any]:
+    """`config` with what MLX looks for in it, among that the formats by the paths of the layers.
+
+    Args:
+        config: the content of config.json in Transformers' terms.
+        formats: by the paths of the layers in the checkpoint.
+        reader: the class by which Transformers reads `config`; None if it is not known.
+    """
+    # Transformers knows some of these by other names than MLX.
+    for name, own_name in getattr(reader, "attribute_map", {}).items():
+        if own_name in config:
+            config.setdefault(name, config[own_name])
+    config.update(_harmless(_attention_record(config), config, reader))
     if formats:
         (common, _), *_ = Counter(tuple(format.items()) for format in formats.values()).most_common(1)
         exceptions = {path: format for path, format in formats.items() if tuple(format.items()) != common}
         config.update({name: {**dict(common), **exceptions} for name in RECORDS})
     return dict(sorted(config.items()))
+
+
+def _harmless(
+    added: Mapping[str, Any], config: Mapping[str, Any], reader: type[PreTrainedConfig] | None
+) -> dict[str, Any]:
+    """Those entries of `added` beside which Transformers reads the others of `config` as they are.
+
+    Some classes read what MLX calls rope_scaling or partial_rotary_factor as the rope_parameters of every layer.
+    """
+    if reader is None:
+        nested = any(isinstance(value, dict) for value in (config.get("rope_parameters") or {}).values())
+        return {name: value for name, value in added.items() if not nested or "rope" not in name}
+
+    def read(record: Mapping[str, Any]) -> dict[str, Any] | None:
+        try:
+            config = reader.from_dict(copy.deepcopy(dict(record)))
+            config.standardize_rope_params()  # as models do when they are made
+            return config.to_dict()
+        except Exception:  # whatever the class has against it
+            return None
+
+    kept: dict[str, Any] = {}
+    for name, value in added.items():
+        expected, found = read({**config, **kept}), read({**config, **kept, name: value})
+        if expected is None or (found is not None and {**found, name: value} == {**expected, name: value}):
+            kept[name] = value
+    return kept
 
 
 def _attention_record(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -418,10 +495,3 @@ def _attention_record(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_files(source: Path, target: Path) -> None:
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)

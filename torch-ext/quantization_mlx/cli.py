@@ -13,7 +13,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,26 +23,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checkpoint import _progress, load_checkpoint, quantize_model, save_checkpoint
+from .bounded_cache import bounded_cache
+from .checkpoint import _progress, quantize_model, save_checkpoint
+from .cli_arguments import (
+    COMMANDS_NOT_HERE,
+    GPU,
+    PLOTS,
+    PROGRAM,
+    SAMPLING,
+    Commands,
+    UsageError,
+    check_output_directory,
+    check_output_file,
+    parser_of,
+    refuse,
+)
+from .cli_models import (
+    copy_code,
+    load_model,
+    load_tokenizer,
+    read_mlx_directory,
+    read_source,
+    read_text,
+)
 from .generation import prepare_for_generation
-from .modules import SUPPORTED, complete_format
+from .modules import complete_format
 from .ops import quantize, quantized_matmul
 from .plans import explain
-from .recipes import RECIPES, QuantizationReport, format_name
-from .stored import find_record, other_method, read_config, read_headers, require, weight_files
+from .quantizer import columns_of_layers
+from .recipes import QuantizationReport, format_name
+from .staging import is_vacant
+from .stored import find_record, format_of_tensors, read_headers, require, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROGRAM = "quantization-mlx"
-_DTYPES = ("float32", "float16", "bfloat16")
-_PLOTS = (".png", ".svg", ".pdf")
 _ROWS = (1, 512)  # of x, for which `info` shows kernels: a step of generation and a prompt
-_GPU = "applegpu_g16s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments, those of the process if None, and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and (advice := COMMANDS_NOT_HERE.get(argv[0])):
+        return _fail(argv[0], UsageError(f"mlx_lm's command is not here: {advice}"), 2)
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as exit:  # argparse has said why
@@ -53,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except _UsageError as error:
+    except UsageError as error:
         return _fail(arguments.command, error, 2)
     except Exception as error:
         if arguments.debug:
@@ -62,12 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _UsageError(Exception):
-    """Arguments that are right one by one and make no sense together."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command, with one subparser for each of COMMANDS."""
+    return parser_of(COMMANDS)
+
+
+# Errors whose text is the value that was wrong.
+_BARE = (KeyError, IndexError, AttributeError, AssertionError)
 
 
 def _fail(command: str, error: Exception, code: int) -> int:
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split())
+    if not message or isinstance(error, _BARE):
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
     print(f"{PROGRAM} {command}: error: {message}", file=sys.stderr)
     return code
 
@@ -76,214 +107,90 @@ def _note(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# Arguments
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, the same from every version of Python."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        value = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
-        return ", ".join(action.option_strings) + value
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        hidden = action.default is None or isinstance(action.default, bool) or action.required
-        return action.help if hidden else super()._get_help_string(action)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command, with one subparser for each of COMMANDS."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="MLX-format quantized models in PyTorch.", formatter_class=_Formatter
-    )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (run, describe, text) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=text, description=run.__doc__, formatter_class=_Formatter)
-        subparser.set_defaults(run=run)
-        describe(subparser)
-        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="directory of an MLX checkpoint")
-    parser.add_argument("--device", default="cpu", help="where the model runs: cpu or mps")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of activations; as stored if left out")
-
-
-def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--hf-path",
-        "--model",
-        dest="hf_path",
-        required=True,
-        metavar="PATH",
-        help="directory of a Transformers model, its id on the Hub, or a GGUF file",
-    )
-    parser.add_argument("--gguf-file", metavar="NAME", help="GGUF file inside of --hf-path to read")
-    parser.add_argument("--mlx-path", default="mlx_model", metavar="DIR", help="directory to write, not there yet")
-    parser.add_argument("-q", "--quantize", action="store_true", help="quantize linear layers and embeddings")
-    parser.add_argument("--q-bits", type=int, metavar="BITS", help="bits of a code; 4 for affine if left out")
-    parser.add_argument("--q-group-size", type=int, metavar="SIZE", help="weights that share a scale; 64 for affine")
-    parser.add_argument("--q-mode", default="affine", choices=list(SUPPORTED), help="kind of the format")
-    parser.add_argument("--quant-predicate", choices=list(RECIPES), help="recipe that mixes two numbers of bits")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of what stays in floating point; as stored, GGUF: bfloat16")
-    parser.add_argument("--report", metavar="FILE", help="write bits per weight and error of each layer, in Markdown")
-    parser.add_argument("--plot", metavar="FILE", help="draw the error of each layer, as .png, .svg or .pdf")
-
-
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    parser.add_argument("-p", "--prompt", default="hello", metavar="TEXT", help="what to answer; - reads stdin")
-    parser.add_argument("--system-prompt", metavar="TEXT", help="system message of the chat template")
-    parser.add_argument("--ignore-chat-template", action="store_true", help="continue the bare prompt")
-    parser.add_argument("-m", "--max-tokens", type=_positive, default=100, metavar="N", help="tokens at most")
-    parser.add_argument("--temp", type=float, default=0.0, help="temperature; 0 takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from tokens of this joint probability")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from that many tokens; 0: from all")
-    parser.add_argument("--min-p", type=float, default=0.0, help="least probability relative to the likeliest token's")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the random numbers")
-    parser.add_argument("--verbose", type=_truth, default=True, metavar="T|F", help="figures about the run on stderr")
-
-
-def _perplexity_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    parser.add_argument("--data-path", required=True, metavar="FILE", help="text file in UTF-8; - reads stdin")
-    parser.add_argument("--sequence-length", type=_positive, default=512, metavar="N", help="tokens of a sequence")
-    parser.add_argument("--num-samples", type=int, default=-1, metavar="N", help="sequences to use; -1: all")
-    parser.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="sequences at once")
-
-
-def _benchmark_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    parser.add_argument("-p", "--prompt-tokens", type=_positive, default=512, metavar="N", help="length of the prompt")
-    parser.add_argument(
-        "-g", "--generation-tokens", type=_positive, default=128, metavar="N", help="tokens to generate"
-    )
-    parser.add_argument("-b", "--batch-size", type=_positive, default=1, metavar="N", help="sequences at once")
-    parser.add_argument("-n", "--num-trials", type=_positive, default=5, metavar="N", help="timed runs")
-
-
-def _info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="directory of an MLX checkpoint")
-    parser.add_argument("--gpu", default=_GPU, metavar="NAME", help="Metal's name of the Apple GPU to plan for")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
-def _truth(text: str) -> bool:
-    truths = {"t": True, "true": True, "f": False, "false": False}
-    if text.lower() not in truths:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither T nor F")
-    return truths[text.lower()]
-
-
-def _transformers() -> Any:
-    """The package, whose progress bars are for people."""
-    transformers = require("transformers")
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
 # Convert
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Writes a Transformers model, or a GGUF file, as an MLX checkpoint, quantized with -q."""
-    _check_conversion(arguments)
+    """Writes a Transformers model, or a GGUF file, as an MLX checkpoint, quantized with -q; -d does the reverse."""
     target = Path(arguments.mlx_path)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target} already exists; choose another --mlx-path or remove it")
-    model, tokenizer = _read_source(arguments)
-    report = QuantizationReport() if arguments.report or arguments.plot else None
+    _check_conversion(arguments, target)
+    model, tokenizer = read_source(arguments)
+    with_errors = not (arguments.report is None and arguments.plot is None)
+    report = QuantizationReport(with_errors)
     if arguments.quantize:
-        quantize_model(
-            model,
-            arguments.q_group_size,
-            arguments.q_bits,
-            arguments.q_mode,
-            arguments.quant_predicate,
-            report.add if report else None,
-        )
+        _quantize(model, arguments, report)
     save_checkpoint(model, target, tokenizer)
+    if arguments.trust_remote_code:
+        copy_code(arguments.hf_path, target)
     summary = _Summary.read(target)
     print(f"{target}: {summary.headline()}")
-    if report is not None:
+    if report.skipped:
+        print(f"left in floating point: {report.skipped_summary()}" + ("" if with_errors else "; --report names them"))
+    if with_errors:
         print(f"relative error of the quantized weights: {report.relative_error:.2%}")
-        if arguments.report:
+        if arguments.report is not None:
             Path(arguments.report).write_text(report.table() + "\n", encoding="utf-8")
-        if arguments.plot:
+        if arguments.plot is not None:
             report.plot(arguments.plot)
     _note(_peak_memory())
 
 
-def _check_conversion(arguments: argparse.Namespace) -> None:
+def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: QuantizationReport) -> None:
+    quantized: list[str] = []
+    format = _requested_format(arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\[quantize_model\] .* in floating point")  # a line of the output says it
+        quantize_model(
+            model,
+            **format,
+            predicate=arguments.quant_predicate,
+            on_layer=lambda path, *_: quantized.append(path),
+            report=report,
+        )
+    if not quantized:
+        raise ValueError(
+            f"{arguments.hf_path} has no layer that can be quantized: linear layers and embeddings whose rows divide "
+            f"into groups of {format['group_size']}"
+        )
+
+
+def _requested_format(arguments: argparse.Namespace) -> dict[str, Any]:
+    return complete_format(arguments.q_group_size, arguments.q_bits, arguments.q_mode or "affine")
+
+
+def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
     """Looks at all that can be wrong with the flags before anything is loaded."""
+    quantizing = {
+        "--q-mode": arguments.q_mode,
+        "--q-bits": arguments.q_bits,
+        "--q-group-size": arguments.q_group_size,
+        "--quant-predicate": arguments.quant_predicate,
+        "--report": arguments.report,
+        "--plot": arguments.plot,
+    }
+    if arguments.dequantize:
+        refuse([("-q", arguments.quantize), *quantizing.items()], "with -d, which dequantizes")
+        refuse([("--gguf-file", arguments.gguf_file)], "with -d, which reads MLX checkpoints")
     if not arguments.quantize:
-        given = [
-            flag
-            for flag, value in (
-                ("--q-bits", arguments.q_bits),
-                ("--q-group-size", arguments.q_group_size),
-                ("--quant-predicate", arguments.quant_predicate),
-                ("--report", arguments.report),
-                ("--plot", arguments.plot),
-            )
-            if value is not None
-        ]
-        if given:
-            raise _UsageError(f"{', '.join(given)} without -q, which quantizes")
+        refuse(quantizing.items(), "without -q, which quantizes")
     try:
-        complete_format(arguments.q_group_size, arguments.q_bits, arguments.q_mode)
+        _requested_format(arguments)
     except ValueError as error:
-        raise _UsageError(str(error)) from error
-    if arguments.quant_predicate and (arguments.q_mode != "affine" or arguments.q_bits is not None):
-        raise _UsageError(f"--quant-predicate {arguments.quant_predicate} decides the bits, of mode affine")
-    if arguments.plot:
-        if Path(arguments.plot).suffix not in _PLOTS:
-            raise _UsageError(f"--plot {arguments.plot} should end with one of {', '.join(_PLOTS)}")
+        raise UsageError(str(error)) from error
+    if arguments.quant_predicate and (arguments.q_mode not in (None, "affine") or arguments.q_bits is not None):
+        raise UsageError(f"--quant-predicate {arguments.quant_predicate} decides the bits, of mode affine")
+    if arguments.plot is not None and Path(arguments.plot).suffix.lower() not in PLOTS:
+        raise UsageError(f"--plot {arguments.plot!r} should end with one of {', '.join(PLOTS)}")
+    files = {flag: file for flag in ("--report", "--plot") if (file := quantizing[flag]) is not None}
+    if len({Path(file).resolve() for file in files.values()}) < len(files):
+        raise UsageError(f"--report and --plot name the same file, {arguments.plot}")
+    if not is_vacant(target):
+        raise FileExistsError(f"{target} already exists; choose another --mlx-path or remove it")
+    check_output_directory("--mlx-path", target)
+    for flag, file in files.items():
+        check_output_file(flag, file, target)
+    if arguments.plot is not None:
         require("matplotlib", "plot")
-
-
-def _read_source(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in floating point and its tokenizer."""
-    transformers = _transformers()
-    source, gguf = arguments.hf_path, arguments.gguf_file
-    if gguf is None and source.endswith(".gguf"):
-        source, gguf = str(Path(source).parent), Path(source).name
-    is_hub_id = source.count("/") <= 1 and not source.startswith((".", "~", "/")) and gguf is None
-    if not Path(source).is_dir() and not is_hub_id:
-        raise FileNotFoundError(f"there is no directory {source}")
-    options: dict[str, Any] = {"dtype": arguments.dtype or "auto"}
-    files: dict[str, Any] = {}
-    if gguf is not None:
-        if not (Path(source) / gguf).is_file():
-            raise FileNotFoundError(f"there is no file {gguf} in {source}")
-        require("gguf", "cli")
-        files = {"gguf_file": gguf}
-        dtype = getattr(torch, arguments.dtype or "bfloat16")
-        options = {"dtype": dtype, "quantization_config": transformers.GgufConfig(dequantize=True)}
-    elif Path(source).is_dir():
-        _check_float(_read_config(Path(source)), source)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **files)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, **files, **options)
-    return model.eval(), tokenizer
-
-
-def _check_float(config: Mapping[str, Any], source: str) -> None:
-    if find_record(config) is not None:
-        raise ValueError(f"{source} is a quantized MLX checkpoint already; convert the original")
-    if (method := other_method(config)) is not None:
-        raise ValueError(f"{source} is quantized already, by {method!r}; convert the original")
 
 
 # Generate, perplexity, benchmark
@@ -291,40 +198,91 @@ def _check_float(config: Mapping[str, Any], source: str) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Answers a prompt, as the text comes; figures about the run go to stderr."""
-    model, tokenizer = _load(arguments)
+    _check_generation(arguments)
+    tokenizer = load_tokenizer(arguments)
+    extra = [_token_of(tokenizer, text) for text in arguments.extra_eos_token or ()]
+    tokens = _encode(tokenizer, _prompt(arguments.prompt), arguments).to(arguments.device)
+    model = load_model(arguments)
     from transformers import TextStreamer
 
     way = _prepare(model)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    tokens = _encode(tokenizer, prompt, arguments).to(arguments.device)
+    _set_ends(model, tokenizer, extra)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     streamer = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     options = {"max_new_tokens": arguments.max_tokens, "streamer": streamer, **_sampling(arguments)}
+    if arguments.max_kv_size is not None:
+        options.update(bounded_cache(model, arguments.max_kv_size))
     _run_generate(model, tokens, options)
     if arguments.verbose:
         _note("=" * 10)
         _note(f"Prompt: {tokens.shape[1]} tokens, {tokens.shape[1] / streamer.prompt_seconds:.3f} tokens-per-sec")
-        _note(f"Generation: {streamer.count} tokens, {streamer.tokens_per_second:.3f} tokens-per-sec")
+        _note(f"Generation: {streamer.count} tokens{_rate(streamer)}")
         _note(f"Decoder: {way}")
         _note(_peak_memory())
+
+
+def _check_generation(arguments: argparse.Namespace) -> None:
+    if arguments.temp == 0:
+        sampling = [(f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in (*SAMPLING, "seed")]
+        refuse(sampling, "without --temp above 0: otherwise the likeliest token is taken")
+    if arguments.ignore_chat_template:
+        refuse(_template_flags(arguments), "with --ignore-chat-template")
+
+
+def _template_flags(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
+    return [
+        ("--system-prompt", arguments.system_prompt),
+        ("--chat-template-config", arguments.chat_template_config),
+    ]
+
+
+def _prompt(text: str) -> str:
+    r"""The prompt that was typed, where \n and \t stand for what a shell makes hard to type."""
+    return read_text("-", "--prompt") if text == "-" else text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+# How a chat template's result comes.
+_RESULT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, arguments: argparse.Namespace) -> Tensor:
     """The prompt's tokens [1, length]."""
     if tokenizer.chat_template is None or arguments.ignore_chat_template:
-        if arguments.system_prompt is not None:
-            raise _UsageError("--system-prompt needs a model with a chat template, and that it is not ignored")
+        refuse(_template_flags(arguments), "needs a model with a chat template, which this one has not")
         tokens = tokenizer(prompt, return_tensors="pt").input_ids
     else:
-        system = [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
+        system = [] if arguments.system_prompt is None else [{"role": "system", "content": arguments.system_prompt}]
         messages = [*system, {"role": "user", "content": prompt}]
-        tokens = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        variables = {"add_generation_prompt": True, **(arguments.chat_template_config or {})}
+        if taken := sorted(variables.keys() & _RESULT):
+            raise UsageError(f"--chat-template-config sets variables of the template, and {taken[0]!r} is none")
+        tokens = tokenizer.apply_chat_template(messages, **variables, **_RESULT)["input_ids"]
     if tokens.shape[1] == 0:
         raise ValueError("the prompt has no tokens")
     return tokens
+
+
+def _token_of(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """The token that is written so, or that has this number."""
+    known = tokenizer.get_vocab()
+    if text in known:
+        return known[text]
+    if text.isdecimal() and int(text) < len(tokenizer):
+        return int(text)
+    raise ValueError(f"--extra-eos-token {text!r} is no token of this model's tokenizer")
+
+
+def _set_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, extra: Iterable[int] = ()) -> None:
+    """Lets generation end at the tokens that the checkpoint, or else its model, names, and at the tokenizer's."""
+    config = model.generation_config
+    named = config.eos_token_id
+    if named is None:
+        named = model.config.get_text_config(decoder=True).eos_token_id
+    found = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id, *extra]
+    config.eos_token_id = list(dict.fromkeys(int(token) for token in found if token is not None)) or None
+    if config.eos_token_id is None:
+        _note("neither the checkpoint nor its tokenizer names a token that ends a text; --extra-eos-token does")
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -334,8 +292,8 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "do_sample": True,
         "temperature": arguments.temp,
-        "top_p": arguments.top_p,
-        "top_k": arguments.top_k,
+        "top_p": 1.0 if arguments.top_p is None else arguments.top_p,
+        "top_k": arguments.top_k or 0,
         "min_p": arguments.min_p or None,
     }
 
@@ -346,10 +304,10 @@ def perplexity(arguments: argparse.Namespace) -> None:
     The text is cut into sequences, of which a remainder is left out. Each begins with the token that the tokenizer puts
     in front of a text, if it does.
     """
-    from_stdin = arguments.data_path == "-"
-    text = sys.stdin.read() if from_stdin else Path(arguments.data_path).read_text(encoding="utf-8")
-    model, tokenizer = _load(arguments)
-    sequences = _sequences(tokenizer, text, arguments.sequence_length)[: max(arguments.num_samples, 0) or None]
+    text = read_text(arguments.data_path, "--data-path")
+    wanted = None if arguments.num_samples == -1 else arguments.num_samples
+    sequences = _sequences(load_tokenizer(arguments), text, arguments.sequence_length)[:wanted]
+    model = load_model(arguments)
     start = time.perf_counter()
     losses = torch.cat(
         [
@@ -359,8 +317,8 @@ def perplexity(arguments: argparse.Namespace) -> None:
     )
     seconds = time.perf_counter() - start
     mean = losses.mean().item()
-    error = math.exp(mean) * losses.std().item() / math.sqrt(losses.numel())
-    print(f"Perplexity: {math.exp(mean):.3f} ± {error:.3f}")
+    spread = losses.std().item() if losses.numel() > 1 else math.inf  # one token tells nothing about others
+    print(f"Perplexity: {math.exp(mean):.3f} ± {math.exp(mean) * spread / math.sqrt(losses.numel()):.3f}")
     _note(f"{losses.numel()} tokens in {len(sequences)} sequences, {losses.numel() / seconds:.1f} tokens-per-sec")
     _note(_peak_memory())
 
@@ -371,7 +329,7 @@ def _sequences(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Te
     first = tokens[:1] if len(tokens) and tokens[0].item() == tokenizer.bos_token_id else tokens[:0]
     body, step = tokens[len(first) :], length - len(first)
     count = len(body) // step if step > 0 else 0
-    if count == 0 or length < 2:
+    if count == 0:
         raise ValueError(f"a text of {len(tokens)} tokens has no sequence of {length}; see --sequence-length")
     body = body[: count * step].view(count, step)
     return torch.cat([first.expand(count, -1), body], 1)
@@ -381,6 +339,7 @@ def _sequences(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Te
 def _token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     """The negative log-likelihoods [batch, length - 1] of each token after the first of sequences [batch, length]."""
     logits = model(sequences[:, :-1], use_cache=False).logits
+    _check_numbers(logits, model.dtype)
     # One sequence at a time in float32: with large vocabularies, logits take more memory than all else.
     return torch.stack(
         [
@@ -392,12 +351,12 @@ def _token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
 
 def benchmark(arguments: argparse.Namespace) -> None:
     """Times prompts of random tokens, and greedy generation after them."""
-    model, _ = _load(arguments, with_tokenizer=False)
+    model = load_model(arguments)
     way = _prepare(model)
     shape = (arguments.batch_size, arguments.prompt_tokens)
     tokens = torch.randint(0, model.config.get_text_config().vocab_size, shape, device=arguments.device)
     count = arguments.generation_tokens
-    prompt_rates, rates = [], []
+    rates: dict[str, list[float]] = {"prompt_tps": [], "generation_tps": []}
     _note(f"{_peak_memory()} after loading; decoder: {way}")
     for trial in _progress(list(range(arguments.num_trials + 1)), "Timing"):
         clock = _Clock()
@@ -405,11 +364,21 @@ def benchmark(arguments: argparse.Namespace) -> None:
         _run_generate(model, tokens, new)
         if trial == 0:  # warms up
             continue
-        prompt_rates.append(tokens.numel() / clock.prompt_seconds)
-        rates.append(arguments.batch_size * clock.tokens_per_second)
-        print(f"Trial {trial}: prompt_tps={prompt_rates[-1]:.3f}, generation_tps={rates[-1]:.3f}", flush=True)
-    print(f"Medians: prompt_tps={statistics.median(prompt_rates):.3f}, generation_tps={statistics.median(rates):.3f}")
+        rates["prompt_tps"].append(tokens.numel() / clock.prompt_seconds)
+        if clock.tokens_per_second is not None:
+            rates["generation_tps"].append(arguments.batch_size * clock.tokens_per_second)
+        print(f"Trial {trial}: {_listed({name: values[-1] for name, values in rates.items() if values})}", flush=True)
+    print(f"Medians: {_listed({name: statistics.median(values) for name, values in rates.items() if values})}")
     _note(_peak_memory())
+
+
+def _listed(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={rate:.3f}" for name, rate in rates.items())
+
+
+def _rate(clock: _Clock) -> str:
+    """Of generation, to follow the number of tokens; nothing for one token, whose time is the prompt's."""
+    return "" if clock.tokens_per_second is None else f", {clock.tokens_per_second:.3f} tokens-per-sec"
 
 
 class _Clock:
@@ -439,20 +408,9 @@ class _Clock:
         return self._times[1] - self._times[0]
 
     @property
-    def tokens_per_second(self) -> float:
-        """After the first token; NaN if there is no other one."""
-        return (self.count - 1) / (self._times[-1] - self._times[1]) if self.count > 1 else math.nan
-
-
-def _load(
-    arguments: argparse.Namespace, with_tokenizer: bool = True
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    directory = Path(arguments.model)
-    _read_mlx_config(directory)
-    transformers = _transformers()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory) if with_tokenizer else None
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    return load_checkpoint(directory, arguments.device, dtype), tokenizer
+    def tokens_per_second(self) -> float | None:
+        """After the first token; None if there is no other one."""
+        return (self.count - 1) / (self._times[-1] - self._times[1]) if self.count > 1 else None
 
 
 def _prepare(model: PreTrainedModel) -> str:
@@ -470,8 +428,21 @@ def _run_generate(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any
     if model.generation_config.pad_token_id is None:
         ends = model.generation_config.eos_token_id
         model.generation_config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+
+    def check(_: Tensor, scores: Tensor) -> Tensor:
+        _check_numbers(scores, model.dtype)
+        return scores
+
     with torch.inference_mode():
-        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), logits_processor=[check], **options)
+
+
+def _check_numbers(logits: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError if `logits`, of which excluded tokens may have -inf, are no numbers."""
+    if not logits.max().isfinite():
+        name = str(dtype).removeprefix("torch.")
+        advice = "; its activations are too large for it, --dtype bfloat16 has their range" if name == "float16" else ""
+        raise ValueError(f"the model computes NaN or infinity in {name}{advice}")
 
 
 def _peak_memory() -> str:
@@ -490,7 +461,11 @@ def _peak_memory() -> str:
 def info(arguments: argparse.Namespace) -> None:
     """Describes a checkpoint from its headers, without loading weights: formats, sizes, and which kernels would run."""
     summary = _Summary.read(Path(arguments.model))
-    kernels = {format_name(**each.format): _kernels(each, arguments.gpu) for each in summary.quantized}
+    if not summary.quantized:
+        refuse(
+            [("--gpu", arguments.gpu)], f"plans products with quantized weights, of which {arguments.model} has none"
+        )
+    kernels = {format_name(**each.format): _kernels(each, arguments.gpu or GPU) for each in summary.quantized}
     if arguments.json:
         print(json.dumps({**summary.record(), "kernels": kernels}, indent=2))
         return
@@ -512,22 +487,6 @@ def _print_table(rows: Iterable[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"there is no directory {directory}")
-    config = read_config(directory)
-    if config is None:
-        raise FileNotFoundError(f"{directory} has no config.json and so is no checkpoint")
-    return config
-
-
-def _read_mlx_config(directory: Path) -> dict[str, Any]:
-    config = _read_config(directory)
-    if (method := other_method(config)) is not None:
-        raise ValueError(f"{directory} is quantized by {method!r} and no MLX checkpoint")
-    return config
 
 
 @dataclass
@@ -563,10 +522,11 @@ class _Summary:
     @classmethod
     def read(cls, directory: Path) -> _Summary:
         """Raises FileNotFoundError and ValueError, which name the directory."""
-        config = _read_mlx_config(directory)
+        config = read_mlx_directory(directory)
         model = (config.get("architectures") or [config.get("model_type", "a model of an unknown kind")])[0]
         files = weight_files(directory)
         stored = read_headers(files)
+        columns = columns_of_layers(directory) if find_record(config) is not None else {}
         parts: dict[str, _Part] = {}
         for name, tensor in stored.items():
             path, _, kind = name.rpartition(".")
@@ -575,7 +535,7 @@ class _Summary:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 parts.setdefault(dtype, _Part(dtype)).add(tensor.shape, [tensor])
             elif kind == "weight":
-                format = _stored_format(path, find_record(config) or {}, tensor, scales)
+                format = _stored_format(path, columns.get(path), find_record(config) or {}, stored)
                 shape = (*tensor.shape[:-1], scales.shape[-1] * format["group_size"])
                 biases = stored.get(f"{path}.biases")
                 together = [tensor, scales] + ([] if biases is None else [biases])
@@ -600,17 +560,23 @@ class _Summary:
         }
 
 
-def _stored_format(path: str, record: Mapping[str, Any], weight: Tensor, scales: Tensor) -> dict[str, Any]:
-    """The format of a layer: that of its entry, or else the common one, but with as many bits as the shapes tell."""
-    own = record.get(path)
-    entry = own if isinstance(own, Mapping) else record
-    format = (entry.get("group_size"), entry.get("bits"), entry.get("mode") or "affine")
-    try:
-        format = complete_format(*format)
-        columns = scales.shape[-1] * format["group_size"]
-        return complete_format(**{**format, "bits": weight.shape[-1] * 32 // columns})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+def _stored_format(
+    path: str, columns: int | None, record: Mapping[str, Any], stored: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The format of a layer whose scales are stored, as loading finds it.
+
+    Raises:
+        ValueError: the stored tensors cannot be of that format.
+    """
+    format = format_of_tensors(path, columns, record, stored)
+    if format is None:
+        raise ValueError(f"{path}: config.json says that it is not quantized, and scales are stored")
+    weight, scales = stored[f"{path}.weight"], stored[f"{path}.scales"]
+    if weight.shape[-1] * 32 != scales.shape[-1] * format["group_size"] * format["bits"]:
+        raise ValueError(
+            f"{path}: weight {list(weight.shape)} and scales {list(scales.shape)} are not of {format_name(**format)}"
+        )
+    return format
 
 
 def _kernels(part: _Part, gpu: str) -> list[tuple[str, int, str]]:
@@ -633,11 +599,11 @@ def _small_product(format: dict[str, Any]) -> tuple[Tensor | None, ...]:
     return (x, *(*quantize(x.expand(2, -1).contiguous(), **format), None)[:3])
 
 
-# name -> (what it does, what describes its arguments, one line of help)
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None], str]] = {
-    "convert": (convert, _convert_arguments, "write a model as an MLX checkpoint, quantized or not"),
-    "generate": (generate, _generate_arguments, "answer a prompt"),
-    "perplexity": (perplexity, _perplexity_arguments, "measure how well a model predicts a text"),
-    "benchmark": (benchmark, _benchmark_arguments, "time prompts and generation"),
-    "info": (info, _info_arguments, "describe a checkpoint without loading it"),
+# name -> (what it does, one line of help)
+COMMANDS: Commands = {
+    "convert": (convert, "write a model as an MLX checkpoint, quantized or not"),
+    "generate": (generate, "answer a prompt"),
+    "perplexity": (perplexity, "measure how well a model predicts a text"),
+    "benchmark": (benchmark, "time prompts and generation"),
+    "info": (info, "describe a checkpoint without loading it"),
 }

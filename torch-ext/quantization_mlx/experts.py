@@ -16,10 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
+from . import compat
 from ._ops import ops
-from .modules import _frozen, _QuantizedModule
+from .modules import _QuantizedModule
+from .obstacles import check_class, check_state, copy_hooks, hooks_that_stay, move_hooks
 from .ops import dequantize, quantize
+from .packed_weight import frozen, own
+from .stored import require
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
 
@@ -35,6 +40,8 @@ class SwitchLinear(nn.Module):
     Args:
         weight, bias: the parameters; they may be views of fused ones.
     """
+
+    _origin: Mapping[str, nn.Parameter] = {}  # the fused ones by their names
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -102,18 +109,28 @@ class QuantizedSwitchLinear(_QuantizedModule):
     def from_switch_linear(
         cls, linear: SwitchLinear, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedSwitchLinear:
-        """Quantizes `linear`, one expert after the other; a bias is copied."""
+        """Quantizes `linear`, one expert after the other; a bias and hooks are copied.
+
+        Raises:
+            TypeError, ValueError: as in `QuantizedLinear.from_linear`.
+        """
+        check_class("QuantizedSwitchLinear.from_switch_linear", linear, SwitchLinear)
+        check_state("QuantizedSwitchLinear.from_switch_linear", linear)
         module = cls.shell(linear, group_size=group_size, bits=bits, mode=mode)
         module._pack(linear.weight)
-        if linear.bias is not None:
-            module.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+        module.bias = own(linear.bias)
+        copy_hooks(linear, module)
         return module.train(linear.training)
 
     def _pack(self, weight: torch.Tensor) -> None:
         # One at a time, because quantizing copies what is not contiguous.
         packed = [quantize(matrix, self.group_size, self.bits, self.mode) for matrix in weight.detach()]
         for name, tensors in zip(("weight", "scales", "biases"), zip(*packed, strict=True), strict=False):
-            setattr(self, name, _frozen(torch.stack(tensors)))
+            setattr(self, name, frozen(torch.stack(tensors)))
+
+    def dequantize(self) -> SwitchLinear:
+        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
+        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
 
     def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
         """Row i of x times the matrix of expert indices[i].
@@ -124,11 +141,11 @@ class QuantizedSwitchLinear(_QuantizedModule):
             sorted_indices: a promise that indices ascend, as in `gather_qmm`.
 
         Returns:
-            [*indices.shape, out_features], of x's dtype promoted with that of the scales and the bias.
+            [*indices.shape, out_features], of x's dtype promoted with that of affine scales.
         """
         y = _gather_qmm(
             x.unsqueeze(-2),
-            self.weight,
+            self.weight_packed,
             self.scales,
             self.biases,
             None,
@@ -140,7 +157,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
             None,
             sorted_indices=sorted_indices,
         ).squeeze(-2)
-        return y if self.bias is None else y + self.bias[indices]
+        return y if self.bias is None else y + self.bias[indices].to(y.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -167,7 +184,11 @@ def use_experts(model: nn.Module) -> None:
     To be called when all layers are in place; `fuse` does. Other experts modules of the model run as Transformers
     runs them by default.
     """
-    ours = [module for _, module in _experts_modules(model) if isinstance(module.down_proj, nn.Module)]
+    ours = [
+        module
+        for _, module in _experts_modules(model)
+        if isinstance(module.down_proj, nn.Module) and not isinstance(module, Llama4Experts)
+    ]
     if not ours:
         return
     register_experts()
@@ -226,10 +247,10 @@ def _sorting_pays(hidden_states: torch.Tensor, indices: torch.Tensor, num_expert
 
 
 def _transformers_experts() -> Any:
-    try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError as error:
-        raise ImportError('experts need transformers: pip install "quantization-mlx[transformers]"') from error
+    require("transformers")
+    compat.check("experts")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     return ALL_EXPERTS_FUNCTIONS
 
 
@@ -250,11 +271,67 @@ def _halves(tensor: torch.Tensor, in_turns: bool) -> tuple[torch.Tensor, torch.T
     return gate, up
 
 
+class Llama4Experts(nn.Module):
+    """Stands in for the `Llama4TextExperts` of Transformers, whose forward pass reads its fused parameters, while the
+    projections are layers.
+
+    Args:
+        experts: the module whose place it takes; its parameters move over, until `give_back`.
+    """
+
+    is_transposed = is_concatenated = has_gate = True
+    has_post_expert_norm = False
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_size, self.act_fn = experts.num_experts, experts.hidden_size, experts.act_fn
+        for name in _FUSED:
+            self.register_parameter(name, experts._parameters.pop(name))
+        move_hooks(experts, self)  # which shares the tables
+        self._stood_in_for = (experts,)  # in a tuple, so that it is no child
+        self.train(experts.training)
+
+    def give_back(self) -> nn.Module:
+        """The module whose place this one took, with its parameters."""
+        (experts,) = self._stood_in_for
+        for name in _FUSED:
+            experts.register_parameter(name, self._parameters.pop(name))
+        return experts
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate) * up
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[num_experts * tokens, hidden_size] -> the same shape: every token once for each expert, multiplied by the
+        router's score. Where that is 0, so is the result, and the expert is not read, but for a compiled graph."""
+        rows = hidden_states.view(-1, self.hidden_size)
+        indices = torch.arange(self.num_experts, device=rows.device).repeat_interleave(len(rows) // self.num_experts)
+        if torch.compiler.is_compiling():
+            return _mlp(self, rows, indices, sorted_indices=True).to(rows.dtype)
+        chosen = rows.detach().any(-1).nonzero().squeeze(-1)
+        y = _mlp(self, rows[chosen], indices[chosen], sorted_indices=True).to(rows.dtype)
+        return torch.zeros_like(rows).index_copy(0, chosen, y)
+
+
 def _experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The paths of the modules that Transformers' decorator for experts has marked, and these."""
     for path, module in model.named_modules():
         if all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate", "down_proj")):
             yield path, module
+
+
+def _is_llama4(module: nn.Module) -> bool:
+    return type(module).__name__ == "Llama4TextExperts"
+
+
+def _can_be_unfused(experts: nn.Module) -> bool:
+    """Whether its fused parameters are ordinary ones, and its forward is that of its class."""
+    names = _fused_names(experts) if not _is_llama4(experts) else _FUSED
+    held = [experts._parameters.get(name) for name in names]
+    ordinary = all(type(each) is nn.Parameter and each.layout is torch.strided for each in held)
+    as_its_class = "forward" not in vars(experts) and not parametrize.is_parametrized(experts)
+    return ordinary and as_its_class and hooks_that_stay(experts) is None
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -275,14 +352,30 @@ def unfused(model: nn.Module) -> Iterator[None]:
         fuse(model)
 
 
-def unfuse(model: nn.Module) -> None:
+def unfuse(model: nn.Module, among: Iterable[str] | None = None) -> None:
     """Puts a `SwitchLinear` in the place of each projection of the fused experts in `model`, to be replaced.
 
     The paths are `….experts.gate_proj`, `up_proj` and `down_proj`; the weights are views of the fused parameters,
     [num_experts, out_features, in_features] however these are stored. `fuse` has to follow.
+
+    Args:
+        among: names of projections; experts without one of them stay fused. None unfuses all.
+
+    Raises:
+        ImportError: Transformers marks experts in another way than in the tested versions.
     """
-    for _, experts in _experts_modules(model):
-        if isinstance(experts.down_proj, nn.Parameter):
+    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        compat.check("experts")
+    wanted = None if among is None else set(among)
+
+    def is_wanted(path: str) -> bool:
+        return wanted is None or any(f"{path}.{name}" in wanted for name in _PROJECTIONS)
+
+    for path, module in list(model.named_modules()):
+        if path and _is_llama4(module) and is_wanted(path) and _can_be_unfused(module):
+            model.set_submodule(path, Llama4Experts(module))
+    for path, experts in _experts_modules(model):
+        if is_wanted(path) and _can_be_unfused(experts):
             _unfuse(experts)
 
 
@@ -291,10 +384,15 @@ def fuse(model: nn.Module) -> None:
 
     The others run through `experts_forward` from now on.
     """
-    for _, experts in _experts_modules(model):
-        layers = {name: experts._modules[name] for name in _PROJECTIONS if name in experts._modules}
+    for path, experts in list(_experts_modules(model)):
+        names = dict.fromkeys((*_PROJECTIONS, *_FUSED))
+        layers = {name: experts._modules[name] for name in names if name in experts._modules}
+        if not layers:
+            continue
         if all(type(layer) is SwitchLinear for layer in layers.values()):
             _fuse(experts, layers)
+            if isinstance(experts, Llama4Experts):
+                model.set_submodule(path, experts.give_back())
         else:
             for layer in layers.values():
                 if type(layer) is SwitchLinear:
@@ -327,7 +425,7 @@ def _fuse(experts: nn.Module, layers: Mapping[str, SwitchLinear]) -> None:
     for name in layers:
         del experts._modules[name]
     for name in _fused_names(experts):
-        parts = [layers[part] for part in (("gate_proj", "up_proj") if name == "gate_up_proj" else (name,))]
+        parts = [layers[part] for part in ((name,) if name in layers else ("gate_proj", "up_proj"))]
         for key, parameter in (parts[0]._origin or _joined_parameters(experts, name, parts)).items():
             experts.register_parameter(key, parameter)
 
@@ -396,10 +494,18 @@ def place_experts(model: nn.Module, stored: Iterable[str]) -> None:
     for path, experts in _experts_modules(model):
         if f"{path}.gate_up_proj_blocks" in names:
             _place_blocks(experts)
-    unfuse(model)
+    layers = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+    unfuse(model, [*_projections(model), *layers])
     for path, attention in model.named_modules():
         if f"{path}.embed_q.weight" in names and isinstance(getattr(attention, "kv_b_proj", None), nn.Linear):
             _split_kv_b(attention)
+
+
+def _projections(model: nn.Module) -> Iterator[str]:
+    """The paths that the projections of experts have, but for those of Llama 4, which may be stored in fused form."""
+    for path, experts in _experts_modules(model):
+        if not isinstance(experts, Llama4Experts):
+            yield from (f"{path}.{name}" for name in _PROJECTIONS)
 
 
 def place_routers(model: nn.Module, format_of: Callable[[str, nn.Module], dict[str, Any] | None]) -> None:
@@ -435,8 +541,8 @@ def finish_experts(model: nn.Module) -> None:
                 raise ValueError(f"[from_pretrained] {path}.scales has values that are not finite numbers")
             del module.scales
             module.weight = nn.Parameter(weight, requires_grad=False)
-        if isinstance(module, QuantizedSwitchLinear) and module.weight.dim() == 4:
-            module.weight = _frozen(_words_of_blocks(module.weight))
+        if isinstance(module, QuantizedSwitchLinear) and module.weight_packed.dim() == 4:
+            module.weight = frozen(_words_of_blocks(module.weight_packed))
         if "_kv_b_dtype" in module.__dict__:
             _join_kv_b(module)
     fuse(model)
@@ -447,7 +553,7 @@ def _routers(model: nn.Module, experts_path: str) -> Iterator[tuple[str, nn.Modu
     block = experts_path.rpartition(".")[0]
     for name, module in model.get_submodule(block).named_children():
         weight = module._parameters.get("weight")
-        ordinary = isinstance(module, (nn.Linear, nn.Embedding, _QuantizedModule))
+        ordinary = type(module) is nn.Linear or isinstance(module, (nn.Embedding, _QuantizedModule))
         if weight is not None and weight.dim() == 2 and not ordinary:
             yield f"{block}.{name}" if block else name, module
 
@@ -457,7 +563,7 @@ def _place_blocks(experts: nn.Module) -> None:
         weight, bias = experts._parameters.pop(name), experts._parameters.pop(f"{name}_bias")
         linear = SwitchLinear(weight.mT if experts.is_transposed else weight, bias)
         layer = QuantizedSwitchLinear.shell(linear, weight.dtype, mode="mxfp4")
-        layer.weight = _frozen(torch.empty(*layer.scales.shape, 16, dtype=torch.uint8, device="meta"))
+        layer.weight = frozen(torch.empty(*layer.scales.shape, 16, dtype=torch.uint8, device="meta"))
         setattr(experts, name, layer)
     experts._is_hf_initialized = True
 
@@ -494,8 +600,7 @@ def _join_kv_b(attention: nn.Module) -> None:
 def _float_weight(layer: SwitchLinear | QuantizedSwitchLinear, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(layer, SwitchLinear):
         return layer.weight.detach()
-    packed = layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, layer.mode
-    return dequantize(*packed, dtype=dtype).detach()
+    return layer.packed().dequantize(dtype).detach()
 
 
 def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -549,7 +654,8 @@ def _stored_prefixes(model: nn.Module) -> dict[str, str]:
         outer, _, name = block.rpartition(".")
         stored = ".".join(filter(None, (outer, _BLOCKS.get(family, name) if name == "mlp" else name)))
         prefixes[block] = stored
-        prefixes[path] = ".".join(filter(None, (stored, _LAYERS.get(family, "switch_mlp"))))
+        name = "experts" if isinstance(experts, Llama4Experts) else _LAYERS.get(family, "switch_mlp")
+        prefixes[path] = ".".join(filter(None, (stored, name)))
     return prefixes
 
 

@@ -13,8 +13,8 @@ things may not carry over exactly:
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,15 +24,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import _INDEX, _in_mlx_terms, _move_files, _progress, _write_json
+from .checkpoint import _INDEX, _in_mlx_terms, _progress, _write_json
+from .experts import _LAYERS
 from .modules import SUPPORTED, complete_format
 from .ops import dequantize, quantize
-from .stored import WEIGHT_FILES, listed, read_json, require
+from .quantizer import check_checkpoint
+from .staging import staged
+from .stored import listed, read_json, require
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, that each 4-bit field of a word holds
 _GROUP_SIZES = sorted(SUPPORTED["affine"][0], reverse=True)
 _BITS = (2, 3, 4, 8)
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # beside the weights: the tokenizer and its relatives
+# A layer of one expert among the tensors of such a checkpoint, and MLX's names of the projections.
+_OF_AN_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _OLD_RECORDS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # where config.json was silent
 
 
@@ -183,15 +189,12 @@ def convert_foreign_checkpoint(
         scale_dtypes = {layer.scales.dtype for layer in layers.values()}
         if dtype is None and (len(scale_dtypes) > 1 or not all(map(_is_exact, layers.values()))):
             dtype = torch.float32
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".save-", dir=target) as scratch:
-            report, weight_map = _write_converted(source, stored, layers, Path(scratch), dtype, requantize)
-            _write_json(Path(scratch) / "config.json", _mlx_config(config, report, stored))
-            _copy_companions(source, Path(scratch))
-            _move_files(Path(scratch), target)
-    for file in target.glob(WEIGHT_FILES):
-        if file.name not in weight_map.values():
-            file.unlink()
+        experts = _Experts(stored, layers, config)
+        with staged(target) as scratch:
+            report = _write_converted(source, stored, layers, experts, scratch, dtype, requantize)
+            _write_json(scratch / "config.json", _mlx_config(config, report, stored))
+            _copy_companions(source, scratch)
+            _check_that_it_loads(scratch)
     return report
 
 
@@ -502,7 +505,7 @@ def _foreign_record(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     bits = record.get("bits", record.get("w_bit", 4))
     if name == "awq" and bits != 4:
-        raise ValueError(f"[convert_foreign_checkpoint] {source} is awq with {bits} bits; supported are 4")
+        raise ValueError(f"[convert_foreign_checkpoint] {source} is awq with {bits!r} bits; supported are 4")
     return {"method": name, "variant": variant, "bits": bits}
 
 
@@ -533,28 +536,38 @@ def _write_converted(
     source: Path,
     stored: _StoredTensors,
     layers: Mapping[str, _Layer],
+    experts: _Experts,
     directory: Path,
     dtype: torch.dtype | None,
     requantize: Mapping[str, Any] | None,
-) -> tuple[ConversionReport, dict[str, str]]:
-    """Writes the weight files and their index; returns the report and the file of each tensor."""
+) -> ConversionReport:
+    """Writes the weight files and their index."""
     save_file = require("safetensors.torch").save_file
     report = ConversionReport(dtype=dtype or next(iter(layers.values())).scales.dtype)
     left_out = _zero_biases_of_no_layer(source, stored, layers)
+
+    def floating(name: str) -> Tensor:
+        tensor = stored[name]
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    def convert(name: str) -> dict[str, Tensor]:
+        """What becomes of one stored tensor; that of the codes stands for all of its layer."""
+        path, _, attribute = name.rpartition(".")
+        if path not in layers or (attribute == "bias" and name not in left_out):
+            return {name: floating(name)}
+        if attribute not in _CODES:
+            return {}
+        try:
+            return _converted(path, layers[path], requantize, report)
+        except ValueError as error:
+            raise _of_layer(path, error) from error
+
     weight_map: dict[str, str] = {}
     total_size = 0
     for number, names in enumerate(_progress(stored.names, "Converting"), 1):
         shard: dict[str, Tensor] = {}
         for name in names:
-            path, _, attribute = name.rpartition(".")
-            if path not in layers or (attribute == "bias" and name not in left_out):
-                tensor = stored[name]
-                shard[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-            elif attribute in _CODES:
-                try:
-                    shard.update(_converted(path, layers[path], requantize, report))
-                except ValueError as error:
-                    raise _of_layer(path, error) from error
+            shard.update(experts.stacked(name, convert, report) if name in experts else convert(name))
         count = len(stored.names)
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(shard, directory / file, metadata={"format": "mlx"})
@@ -563,7 +576,68 @@ def _write_converted(
     _write_json(
         directory / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    return report, weight_map
+    return report
+
+
+class _Experts:
+    """The tensors of layers that each expert has for itself, and that MLX stacks: one layer for a projection of all."""
+
+    def __init__(self, stored: _StoredTensors, layers: Mapping[str, _Layer], config: Mapping[str, Any]) -> None:
+        """Raises ValueError if the experts of a projection are not all there, or not all of one kind."""
+        text = config.get("text_config") or {}
+        family = text.get("model_type") or config.get("model_type") or ""
+        name_of_layers = _LAYERS.get(family, "experts" if family.startswith("llama4") else "switch_mlp")
+        self._paths: dict[str, list[str]] = {}  # of the experts' layers in their order, by the path of the stacked one
+        self._place: dict[str, tuple[str, int]] = {}  # of an expert's layer: the stacked one, and the expert's number
+        found: dict[str, dict[int, str]] = {}
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in stored):
+            if (match := _OF_AN_EXPERT.fullmatch(path)) is not None:
+                block, index, projection = match.groups()
+                stacked = f"{block}.{name_of_layers}.{_PROJECTIONS.get(projection, projection)}"
+                found.setdefault(stacked, {})[int(index)] = path
+                self._place[path] = stacked, int(index)
+        for stacked, paths in found.items():
+            self._paths[stacked] = [paths.get(index, "") for index in range(max(paths) + 1)]
+            if missing := [str(index) for index, path in enumerate(self._paths[stacked]) if not path]:
+                raise ValueError(f"[convert_foreign_checkpoint] {stacked}: experts are missing: {listed(missing)}")
+            if len({path in layers for path in self._paths[stacked]}) > 1:
+                floats = [path for path in self._paths[stacked] if path not in layers]
+                raise ValueError(
+                    f"[convert_foreign_checkpoint] {stacked}: experts that are not quantized are among others, which "
+                    f"MLX checkpoints cannot express: {listed(floats)}"
+                )
+
+    def __contains__(self, name: str) -> bool:
+        return name.rpartition(".")[0] in self._place
+
+    def stacked(
+        self, name: str, convert: Callable[[str], dict[str, Tensor]], report: ConversionReport
+    ) -> dict[str, Tensor]:
+        """What `convert` makes of the tensors of that name of all experts, stacked; nothing unless it is the first's.
+
+        Raises:
+            ValueError: experts have different formats or shapes.
+        """
+        path, _, attribute = name.rpartition(".")
+        stacked, index = self._place[path]
+        if index != 0:
+            return {}
+        parts: dict[str, list[Tensor]] = {}
+        for each in self._paths[stacked]:
+            for made, tensor in convert(f"{each}.{attribute}").items():
+                parts.setdefault(made.rpartition(".")[2], []).append(tensor)
+        formats = [report.formats.pop(each) for each in self._paths[stacked] if each in report.formats]
+        shapes = {tuple(tensor.shape) for tensors in parts.values() for tensor in tensors[:1]}
+        uneven = [part for part, tensors in parts.items() if len({tensor.shape for tensor in tensors}) > 1]
+        if uneven or any(format != formats[0] for format in formats):
+            what = listed(sorted({str(format) for format in formats} or {str(shape) for shape in shapes}))
+            raise ValueError(
+                f"[convert_foreign_checkpoint] {stacked}: the experts have different formats or shapes, which MLX "
+                f"checkpoints cannot express: {what}"
+            )
+        if formats:
+            report.formats[stacked] = formats[0]
+        return {f"{stacked}.{part}": torch.stack(tensors) for part, tensors in parts.items()}
 
 
 def _converted(
@@ -608,6 +682,15 @@ def _zero_biases_of_no_layer(source: Path, stored: _StoredTensors, paths: Iterab
     return names - model.state_dict().keys()
 
 
+def _check_that_it_loads(directory: Path) -> None:
+    """Raises ValueError if Transformers knows the model, and the written tensors are not those that it wants."""
+    try:
+        check_checkpoint(directory)
+    except ValueError as error:
+        message = str(error).removeprefix(f"[from_pretrained] {directory}: ")
+        raise ValueError(f"[convert_foreign_checkpoint] the converted checkpoint would not load: {message}") from error
+
+
 def _mlx_config(config: Mapping[str, Any], report: ConversionReport, stored: _StoredTensors) -> dict[str, Any]:
     """config.json with the record of formats in MLX's place and words."""
     foreign = ("quantization_config", "compression_config", "torch_dtype", "dtype")
@@ -615,7 +698,17 @@ def _mlx_config(config: Mapping[str, Any], report: ConversionReport, stored: _St
     result["dtype"] = str(report.dtype).removeprefix("torch.")
     if "tie_word_embeddings" not in result:  # MLX ties by default
         result["tie_word_embeddings"] = not any(name.startswith("lm_head.") for name in stored)
-    return _in_mlx_terms(result, report.formats)
+    return _in_mlx_terms(result, report.formats, _config_class(config))
+
+
+def _config_class(config: Mapping[str, Any]) -> Any:
+    """The class by which Transformers reads config.json; None if that is unknown, or Transformers not installed."""
+    try:
+        from transformers import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[config["model_type"]]
+    except (ImportError, KeyError):
+        return None
 
 
 def _copy_companions(source: Path, directory: Path) -> None:

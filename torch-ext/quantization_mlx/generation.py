@@ -8,7 +8,7 @@ layers one with an op each for norms and gates. What these do not cover is left 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import compat
 from ._ops import ops
 from .modules import SUPPORTED, QuantizedLinear
+from .obstacles import HOOKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +35,8 @@ _ROW_MULTIPLE = 16  # of a row's size, in the others
 _SPARE_POSITIONS = 256  # in a cache that has to grow
 _QUERY_BLOCK = 256  # queries of a prompt that meet the same keys
 _MODES = list(SUPPORTED)  # a mode's place is its number in the op for all layers
+# Keyword arguments of forward that ask for further outputs; false is as good as none.
+_REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 # The overloads themselves: the shortest way from Python into the dispatcher.
 _add_rms_norm = ops._add_rms_norm.default
@@ -54,12 +58,18 @@ def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
     Results are those of the unprepared model up to rounding: sums are float32, and there are fewer roundings between.
     Steps of one token with quantized layers, a cache that keeps all positions and no padding are fastest. In padded
     batches, with sliding windows and with a static cache, attention is the layer's own; with gradients, on other
-    devices and under `torch.compile` everything is. Hooks on modules inside of a decoder layer run only where that
+    devices, under `torch.autocast` and under `torch.compile` everything is. Projections that have hooks or a forward of
+    their own by now are called; hooks on other modules inside of a decoder layer, and later ones, run only where that
     module is called.
 
+    `forward` of the prepared model raises TypeError for keyword arguments that Transformers does not document.
+
     Raises:
+        ImportError: transformers is older than the tested versions, or lacks a name that is needed.
+        TypeError: `forward` has other parameters in this version of Transformers than in the known ones.
         ValueError: the model has no decoder layer of a known kind.
     """
+    compat.check("prepare_for_generation")
     layers = [module for module in model.modules() if _is_known_layer(module)]
     if not layers and not any(isinstance(module, _FastLayer) for module in model.modules()):
         raise ValueError(
@@ -68,12 +78,12 @@ def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
             f"and other sizes that are multiples of {_ROW_MULTIPLE}"
         )
     for layer in layers:
-        layer.__class__ = _mixed(_FastLayer, type(layer))
+        layer.__class__ = _mixed_module(_FastLayer, type(layer))
         layer.join_projections()
         layer.register_load_state_dict_post_hook(_rejoin)
     for module in model.modules():
-        if _is_kind(module, "Model") and all(isinstance(layer, _FastLayer) for layer in module.layers):
-            module.__class__ = _mixed(_FastStack, type(module))
+        if _is_known_stack(module):
+            module.__class__ = _mixed_module(_FastStack, type(module))
     return model
 
 
@@ -93,21 +103,67 @@ def _is_kind(module: nn.Module, suffix: str) -> bool:
 def _is_known_layer(module: nn.Module) -> bool:
     return (
         _is_kind(module, "DecoderLayer")
+        and compat.is_known_part(module, "layer")
+        and compat.is_known_part(module.self_attn, "attention")
+        and compat.is_known_part(module.mlp, "mlp")
         and type(module.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and module.self_attn.head_dim % _HEAD_MULTIPLE == 0
         and all(size % _ROW_MULTIPLE == 0 for size in (module.hidden_size, module.mlp.intermediate_size))
     )
 
 
+def _is_known_stack(module: nn.Module) -> bool:
+    return (
+        _is_kind(module, "Model")
+        and compat.is_known_part(module, "model")
+        and all(isinstance(layer, _FastLayer) for layer in module.layers)
+    )
+
+
 _mixed_classes: dict[tuple[type, type], type] = {}
 
 
-def _mixed(mixin: type, kind: type) -> type:
+def _mixed(mixin: type, kind: type, **attributes: Any) -> type:
     """`kind` with `mixin` in front, under the same name, by which Transformers knows some things about a class."""
     if (mixin, kind) not in _mixed_classes:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **attributes}
         _mixed_classes[mixin, kind] = type(kind.__name__, (mixin, kind), names)
     return _mixed_classes[mixin, kind]
+
+
+def _mixed_module(mixin: type[_FastLayer | _FastStack], kind: type[nn.Module]) -> type:
+    """The same for a module, whose `forward` goes by the names of the one that it overrides."""
+    options = compat.forward_options(kind.forward, mixin.parameters)
+    return _mixed(mixin, kind, cache_name=compat.cache_name(kind.forward), option_names=options)
+
+
+class _Forward:
+    """What the `forward` of a prepared module knows of its keyword arguments."""
+
+    parameters: tuple[str, ...]  # the overridden ones, but for the cache
+    cache_name: str
+    option_names: frozenset[str]  # of the others, which `forward` of the class before takes
+
+    def own_options(self, cache: Any, past_key_values: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The cache, by whichever of its names it came, and the keyword arguments for `forward` of the class before.
+
+        Raises:
+            TypeError: an option is unknown, or the cache came by both names.
+        """
+        if unknown := sorted(options.keys() - self.option_names):
+            raise TypeError(
+                f"{type(self).__name__}.forward() got unexpected keyword arguments: {', '.join(unknown)}; supported "
+                f"are {', '.join(sorted({*self.parameters, self.cache_name, *self.option_names}))}"
+            )
+        if cache is not None and past_key_values is not None:
+            raise TypeError(f"{type(self).__name__}.forward() got the cache twice, as cache and as past_key_values")
+        cache = past_key_values if cache is None else cache
+        return cache, {**options, self.cache_name: cache}
+
+    @staticmethod
+    def are_ordinary(options: Mapping[str, Any]) -> bool:
+        """Whether these keyword arguments change nothing about what is computed."""
+        return all(value is None or (name in _REQUESTS and not value) for name, value in options.items())
 
 
 def _serves(x: Tensor, norm: nn.Module) -> bool:
@@ -116,6 +172,7 @@ def _serves(x: Tensor, norm: nn.Module) -> bool:
         x.device.type == "cpu"
         and x.dtype == norm.weight.dtype
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 
@@ -146,24 +203,30 @@ def _joined(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 
 
 def _joint_key(layer: nn.Module) -> tuple:
-    """What neighbours that can be joined have in common; a layer of an unknown kind has it with none."""
-    if type(layer) not in (nn.Linear, QuantizedLinear):
+    """What neighbours that can be joined have in common; a layer that has to be called has it with none."""
+    if not _is_plain(layer):
         return (id(layer),)
     parameters = tuple((name, each.dtype, each.device, each.requires_grad) for name, each in layer.named_parameters())
     format = (layer.group_size, layer.bits, layer.mode) if type(layer) is QuantizedLinear else ()
     return (type(layer), layer.in_features, format, parameters)
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes what its class does with its parameters, without hooks and a forward of its own."""
+    known = type(layer) in (nn.Linear, QuantizedLinear) and "forward" not in vars(layer)
+    return known and not any(getattr(layer, table) for table in HOOKS)
+
+
 def _join(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
     first = layers[0]
-    if type(first) not in (nn.Linear, QuantizedLinear):
+    if not _is_plain(first):
         return first
     joint = {name: parameter.detach() for name, parameter in first.named_parameters()}
     for name in joint if len(layers) > 1 else ():
-        joint[name] = torch.cat([layer.get_parameter(name).detach() for layer in layers])
+        joint[name] = torch.cat([layer._parameters[name].detach() for layer in layers])
         parts = joint[name].split([layer.out_features for layer in layers])
         for layer, part in zip(layers, parts, strict=True):
-            trained = layer.get_parameter(name).requires_grad
+            trained = layer._parameters[name].requires_grad
             setattr(layer, name, nn.Parameter(part, requires_grad=trained))
     return _Product(first, joint) if type(first) is QuantizedLinear else partial(F.linear, **joint)
 
@@ -171,8 +234,10 @@ def _join(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 # Decoders
 
 
-class _FastLayer:
+class _FastLayer(_Forward):
     """What a decoder layer's class has in front of its own `forward`."""
+
+    parameters = ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings")
 
     def join_projections(self) -> None:
         attention, mlp = self.self_attn, self.mlp
@@ -200,28 +265,31 @@ class _FastLayer:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        past_key_values: Any = None,
         **options: Any,
     ) -> Tensor:
-        options.update(
+        cache, own_options = self.own_options(cache, past_key_values, options)
+        own_options.update(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
         )
         first_norm, second_norm, *head_norms = self.norms()
         if not _serves(hidden_states, first_norm):
-            return super().forward(hidden_states, **options)
+            return super().forward(hidden_states, **own_options)
         project_in, project_out, gate_and_up, down = self.products
         x = _rms_norm(hidden_states, first_norm.weight, first_norm.variance_epsilon)
-        room = _room(self.self_attn, past_key_values, x) if attention_mask is None else None
-        if room is None and attention_mask is None and _is_plain_prompt(self.self_attn, past_key_values, x):
-            x = project_out(self._attend_prompt(project_in(x), *position_embeddings, past_key_values))
+        plain = attention_mask is None and self.are_ordinary(options)
+        room = _room(self.self_attn, cache, x) if plain else None
+        if room is None and plain and _is_plain_prompt(self.self_attn, cache, x):
+            x = project_out(self._attend_prompt(project_in(x), *position_embeddings, cache))
         elif room is None:
-            x, _ = self.self_attn(hidden_states=x, **options)
+            x, _ = self.self_attn(hidden_states=x, **own_options)
         else:
             y = _decode_attention(
                 project_in(x),
@@ -288,32 +356,36 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
-class _FastStack:
+class _FastStack(_Forward):
     """What the class of a stack of decoder layers, with embedding and last norm, has in front of its own `forward`."""
+
+    parameters = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        past_key_values: Any = None,
         **options: Any,
     ) -> Any:
+        cache, own_options = self.own_options(cache, past_key_values, options)
         caches = self.config.use_cache if use_cache is None else use_cache
         output = None
-        if input_ids is not None and inputs_embeds is None and caches and not any(options.values()):
-            output = self._step(input_ids, attention_mask, position_ids, past_key_values)
+        if input_ids is not None and inputs_embeds is None and caches and self.are_ordinary(options):
+            output = self._step(input_ids, attention_mask, position_ids, cache)
         if output is None:
             output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
-                **options,
+                **own_options,
             )
         return output
 
@@ -348,7 +420,8 @@ class _FastStack:
         )
         for room in rooms:
             room.length += 1
-        return self._output_class(last_hidden_state=_rms_norm(x, self.norm.weight, epsilon), past_key_values=cache)
+        x = _rms_norm(x, self.norm.weight, epsilon)
+        return self._output_class(last_hidden_state=x, **{self.cache_name: cache})
 
     @property
     def _output_class(self) -> type:
@@ -448,7 +521,8 @@ def _room(attention: nn.Module, cache: Any, x: Tensor) -> _RoomyLayer | None:
         return None
     layer = layers[index]
     if not isinstance(layer, _RoomyLayer):
-        if type(layer).__name__ != "DynamicLayer" or layer.get_seq_length() == 0:
+        known = type(layer).__name__ == "DynamicLayer" and all(name in compat.CACHE_STATE for name in vars(layer))
+        if not known or layer.get_seq_length() == 0:
             return None
         roomy = object.__new__(_mixed(_RoomyLayer, type(layer)))
         roomy.__dict__.update(layer.__dict__, _states=[layer.keys, layer.values])

@@ -34,7 +34,7 @@ class MetalLinear(nn.Module):
         output = quantized_matmul(
             input, self.weight, self.scales, self.qbiases, group_size=self.group_size, bits=self.bits
         ).to(input.dtype)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
 class QuantizedLinear(nn.Module):
@@ -57,7 +57,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
+        words = self._parameters["weight"]  # as an attribute, some layers give it in floating point
         output = quantized_matmul(
-            x, self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+            x, words, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
         )
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import compat
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule
-from .ops import dequantize
+from .obstacles import move_hooks
 from .stored import listed, require
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def metal_to_mlx(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model has no quantized layers of `MetalConfig`, or a group_size that MLX does not know.
     """
     require("transformers")
+    compat.check("metal_to_mlx")
     from transformers.integrations.metal_quantization import MetalLinear
 
     if not _convert(model, lambda path, layer: _mlx_linear(layer) if isinstance(layer, MetalLinear) else None):
@@ -57,12 +59,13 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model has no quantized layers, or ones that `MetalConfig` cannot have; the message names them.
     """
     require("transformers")
+    compat.check("metal_to_mlx")
     from transformers import MetalConfig
     from transformers.quantizers.quantizer_metal import MetalHfQuantizer
 
     quantized = {path: layer for path, layer in model.named_modules() if isinstance(layer, _QuantizedModule)}
-    tied = {id(layer.weight) for layer in quantized.values() if isinstance(layer, QuantizedEmbedding)}
-    linear = {path: layer for path, layer in quantized.items() if id(layer.weight) not in tied}
+    tied = {id(layer.weight_packed) for layer in quantized.values() if isinstance(layer, QuantizedEmbedding)}
+    linear = {path: layer for path, layer in quantized.items() if id(layer.weight_packed) not in tied}
     scaled = [path for path, layer in quantized.items() if getattr(layer, "scale", 1) != 1]
     formats = {(layer.mode, layer.group_size, layer.bits) for layer in linear.values()}
     strange = [path for path, layer in linear.items() if type(layer) is not QuantizedLinear] + scaled
@@ -72,7 +75,7 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
     ((mode, group_size, bits),) = formats
     if mode != "affine" or bits not in _BITS:
         raise ValueError(
-            f"[mlx_to_metal] mode {mode!r} with {bits} bits is not supported by MetalConfig; it takes 'affine' with "
+            f"[mlx_to_metal] mode {mode!r} with {bits!r} bits is not supported by MetalConfig; it takes 'affine' with "
             f"bits of {list(_BITS)}"
         )
     dense: dict[int, nn.Parameter] = {}  # what takes the place of packed weights, by their identity
@@ -96,7 +99,9 @@ def _convert(model: nn.Module, convert: Callable[[str, Any], nn.Module | None]) 
     """Puts what `convert` makes of a layer in its place; returns of how many."""
     made = {path: new for path, layer in model.named_modules() if (new := convert(path, layer)) is not None}
     for path, layer in made.items():
-        model.set_submodule(path, layer.train(model.get_submodule(path).training))
+        replaced = model.get_submodule(path)
+        move_hooks(replaced, layer)
+        model.set_submodule(path, layer.train(replaced.training))
     return len(made)
 
 
@@ -114,23 +119,15 @@ def _metal_linear(layer: QuantizedLinear) -> nn.Module:
 
     with torch.device("meta"):
         made = MetalLinear(layer.in_features, layer.out_features, bits=layer.bits, group_size=layer.group_size)
-    made.weight, made.scales, made.qbiases, made.bias = layer.weight, layer.scales, layer.biases, layer.bias
+    made.weight, made.scales, made.qbiases = layer.weight_packed, layer.scales, layer.biases
+    made.bias = layer.bias
     return made
 
 
 def _dense(layer: QuantizedEmbedding | QuantizedLinear, known: dict[int, nn.Parameter]) -> nn.Module:
     """The layer in floating point; layers with one packed weight go on sharing."""
-    weight = known.get(id(layer.weight))
-    if weight is None:
-        parts = layer.weight, layer.scales, layer.biases
-        dtype = layer._like.dtype if layer.mode != "affine" and isinstance(layer, QuantizedEmbedding) else None
-        values = dequantize(*parts, group_size=layer.group_size, bits=layer.bits, mode=layer.mode, dtype=dtype)
-        weight = known[id(layer.weight)] = nn.Parameter(values)
-    rows, columns = weight.shape
-    if isinstance(layer, QuantizedEmbedding):
-        made: nn.Module = nn.Embedding(rows, columns, device="meta")
-    else:
-        made = nn.Linear(columns, rows, bias=False, device="meta")
+    made = layer.dequantize()
+    made.weight = known.setdefault(id(layer.weight_packed), made.weight)
+    if isinstance(layer, QuantizedLinear):
         made.bias = layer.bias
-    made.weight = weight
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._ops import ops
+from .obstacles import check_class, check_state, copy_hooks
 from .ops import quantize
+from .packed_weight import PackedLinear, PackedModule, frozen, own
 
 # mode -> (group sizes, bits) that it knows, the default first.
 SUPPORTED = {
@@ -32,7 +35,7 @@ def complete_format(group_size: int | None = None, bits: int | None = None, mode
     Raises:
         ValueError: the mode is unknown, or does not know the group_size or the bits.
     """
-    if mode not in SUPPORTED:
+    if not isinstance(mode, str) or mode not in SUPPORTED:
         raise ValueError(f"mode {mode!r} is not supported; supported are {', '.join(SUPPORTED)}")
     group_sizes, widths = SUPPORTED[mode]
     format = {
@@ -40,12 +43,17 @@ def complete_format(group_size: int | None = None, bits: int | None = None, mode
         "bits": widths[0] if bits is None else bits,
         "mode": mode,
     }
-    if format["group_size"] not in group_sizes or format["bits"] not in widths:
+    if not _is_one_of(format["group_size"], group_sizes) or not _is_one_of(format["bits"], widths):
         raise ValueError(
-            f"mode {mode!r} with group_size {format['group_size']} and bits {format['bits']} is not supported; "
+            f"mode {mode!r} with group_size {format['group_size']!r} and bits {format['bits']!r} is not supported; "
             f"it takes a group_size of {sorted(group_sizes)} and bits of {sorted(widths)}"
         )
     return format
+
+
+def _is_one_of(value: Any, supported: tuple[int, ...]) -> bool:
+    """Whether it is one of these whole numbers, and not only equal to one, as 64.0 is."""
+    return value in supported and not isinstance(value, float)
 
 
 def row_scale(layer: nn.Module) -> float | None:
@@ -68,21 +76,38 @@ def _rounded(scale: float, dtype: torch.dtype) -> float:
     return torch.tensor(scale, dtype=dtype).item()
 
 
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+class ScaledWordEmbedding(nn.Embedding):
+    """`nn.Embedding` whose rows are multiplied by `embed_scale`, rounded to their dtype, as those of Gemma are.
+
+    Args:
+        num_embeddings, embedding_dim: the two sizes; there is no memory for the weight.
+        embed_scale: the factor.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float) -> None:
+        super().__init__(num_embeddings, embedding_dim, device="meta")
+        self.embed_scale = embed_scale
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return super().forward(indices) * _rounded(self.embed_scale, self.weight.dtype)
 
 
-class _QuantizedModule(nn.Module):
+class _QuantizedModule(PackedModule):
     """Packed matrices [..., rows, columns], grouped along their columns, as the parameters of an MLX checkpoint:
 
-    - `weight`: uint32 [..., rows, columns * bits / 32];
-    - `scales`: [..., rows, columns / group_size], of the model's dtype in mode "affine" and uint8 otherwise;
-    - `biases`: as `scales`; None but in mode "affine".
+    - "weight": uint32 [..., rows, columns * bits / 32], as the attribute `weight_packed`;
+    - "scales": [..., rows, columns / group_size], of the model's dtype in mode "affine" and uint8 otherwise;
+    - "biases": as `scales`; None but in mode "affine".
 
     All three are frozen; `scales` and `biases` of affine layers may be trained after `requires_grad_()`. Being
-    parameters, they move between devices with the module and may be shared; being integers, `weight` and the uint8
+    parameters, they move between devices with the module and may be shared; being integers, the words and the uint8
     scales ignore a change of dtype. A module made by the constructor holds zeros.
+
+    The attribute `weight` is a `PackedWeight`: the floating-point matrices that they stand for, for code that asks a
+    layer for its weight.
     """
+
+    packed_names = ("weight", "scales", "biases")
 
     def __init__(
         self,
@@ -93,12 +118,14 @@ class _QuantizedModule(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__()
         *rows, columns = shape
-        format = complete_format(group_size, bits, mode)
-        self.group_size: int = format["group_size"]
-        self.bits: int = format["bits"]
-        self.mode = mode
+        if wrong := [size for size in shape if not isinstance(size, Integral)]:
+            raise TypeError(f"[{type(self).__name__}] sizes must be whole numbers, not {wrong[0]!r}")
+        try:
+            format = complete_format(group_size, bits, mode)
+        except ValueError as error:
+            raise ValueError(f"[{type(self).__name__}] {error}") from error
+        super().__init__(**format)
         if columns % self.group_size:
             raise ValueError(
                 f"[{type(self).__name__}] a row of {columns} values does not divide into groups of {self.group_size}"
@@ -106,17 +133,27 @@ class _QuantizedModule(nn.Module):
         groups = (*rows, columns // self.group_size)
         affine = mode == "affine"
         scale_dtype = (dtype or torch.get_default_dtype()) if affine else torch.uint8
-        self.weight = _frozen(torch.zeros(*rows, columns * self.bits // 32, dtype=torch.uint32, device=device))
-        self.scales = _frozen(torch.zeros(groups, dtype=scale_dtype, device=device))
+        words = torch.zeros(*rows, columns * self.bits // 32, dtype=torch.uint32, device=device)
+        self._parameters["weight"] = frozen(words)  # register_parameter refuses the name of a property
+        self.scales = frozen(torch.zeros(groups, dtype=scale_dtype, device=device))
         self.register_parameter(
-            "biases", _frozen(torch.zeros(groups, dtype=scale_dtype, device=device)) if affine else None
+            "biases", frozen(torch.zeros(groups, dtype=scale_dtype, device=device)) if affine else None
         )
+        if not affine:
+            self.follow_dtype(dtype, device)
+
+    @property
+    def weight_packed(self) -> nn.Parameter:
+        """The words, uint32 [..., rows, columns * bits / 32]."""
+        return self._parameters["weight"]
 
     def _pack(self, weight: torch.Tensor) -> None:
         """Quantizes weight [..., rows, columns] into this module's parameters."""
         packed = quantize(weight.detach(), self.group_size, self.bits, self.mode)
-        for name, tensor in zip(("weight", "scales", "biases"), packed, strict=False):
-            setattr(self, name, _frozen(tensor))
+        for name, tensor in zip(self.packed_names, packed, strict=False):
+            setattr(self, name, frozen(tensor))
+        if self.mode != "affine":
+            self.follow_dtype(weight.dtype, weight.device)
 
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., columns] -> [..., rows]."""
@@ -125,19 +162,11 @@ class _QuantizedModule(nn.Module):
         try:
             packed = held["weight"], held["scales"], held["biases"]
         except KeyError:  # a parametrization has taken one's place
-            packed = self.weight, self.scales, self.biases
+            packed = held["weight"], self.scales, self.biases
         return _quantized_matmul(x, *packed, True, self.group_size, self.bits, self.mode)
 
-    def share(self, other: _QuantizedModule) -> None:
-        """Makes `weight`, `scales` and `biases` the very parameters of `other`, which has the same shape and format."""
-        for name in ("weight", "scales", "biases"):
-            setattr(self, name, getattr(other, name))
 
-    def extra_repr(self) -> str:
-        return f"group_size={self.group_size}, bits={self.bits}, mode={self.mode!r}"
-
-
-class QuantizedLinear(_QuantizedModule):
+class QuantizedLinear(_QuantizedModule, PackedLinear):
     """`torch.nn.Linear` on a packed weight: y = x @ dequantize(weight).T + bias.
 
     Args:
@@ -148,6 +177,7 @@ class QuantizedLinear(_QuantizedModule):
         device, dtype: where the parameters live, and the dtype of the floating-point ones.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: the format is not supported, or in_features does not divide into groups.
     """
 
@@ -173,29 +203,31 @@ class QuantizedLinear(_QuantizedModule):
     def from_linear(
         cls, linear: nn.Linear, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedLinear:
-        """Quantizes `linear`; a bias is shared with it, not copied."""
+        """Quantizes `linear`, which shares nothing with the layer that is returned; hooks are copied.
+
+        Raises:
+            TypeError: it is no `nn.Linear`, or of a subclass with a forward of its own.
+            ValueError: an option or a state of it, such as a parametrization, cannot be kept.
+        """
+        check_class("QuantizedLinear.from_linear", linear, nn.Linear)
+        check_state("QuantizedLinear.from_linear", linear)
         module = cls(linear.in_features, linear.out_features, False, group_size, bits, mode, device="meta")
         module._pack(linear.weight)
-        module.bias = linear.bias
+        module.bias = own(linear.bias)
+        copy_hooks(linear, module)
         return module.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of the scales and the bias."""
+        """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of affine scales."""
         y = self._matmul(x)
         try:
             bias = self._parameters["bias"]
         except KeyError:
             bias = self.bias
-        return y if bias is None else y + bias
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{super().extra_repr()}"
-        )
+        return y if bias is None else y + bias.to(y.dtype)
 
 
-class QuantizedEmbedding(_QuantizedModule):
+class QuantizedEmbedding(_QuantizedModule, nn.Embedding):
     """`torch.nn.Embedding` on a packed table; only the rows that are looked up are dequantized.
 
     Args:
@@ -205,8 +237,14 @@ class QuantizedEmbedding(_QuantizedModule):
         scale: what the rows are multiplied by, rounded to their dtype, as Gemma does; `as_linear` leaves it out.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: the format is not supported, or embedding_dim does not divide into groups.
     """
+
+    # Options of nn.Embedding that this layer does without.
+    padding_idx = max_norm = None
+    norm_type = 2.0
+    scale_grad_by_freq = sparse = False
 
     def __init__(
         self,
@@ -224,32 +262,33 @@ class QuantizedEmbedding(_QuantizedModule):
         self.embedding_dim = embedding_dim
         self.scale = scale
         self._is_scaled = scale != 1  # torch.compile takes a float attribute that is read for a variable
-        # uint8 scales cannot tell the model's dtype; an empty buffer follows `.to(dtype)` and can.
-        like = None if mode == "affine" else torch.empty(0, dtype=dtype, device=device)
-        self.register_buffer("_like", like, persistent=False)
 
     @classmethod
     def from_embedding(
         cls, embedding: nn.Embedding, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedEmbedding:
-        """Quantizes `embedding`.
+        """Quantizes `embedding`; hooks are copied.
 
         Raises:
             TypeError: it is of a subclass of `nn.Embedding` that may do more than scale its rows.
+            ValueError: an option or a state of it, such as `max_norm`, cannot be kept.
         """
         scale = row_scale(embedding)
         if scale is None:
             raise TypeError(f"[QuantizedEmbedding] {type(embedding).__name__} may do more than look up and scale rows")
+        check_state("QuantizedEmbedding.from_embedding", embedding)
         sizes = (embedding.num_embeddings, embedding.embedding_dim)
         module = cls(*sizes, group_size, bits, mode, device="meta", scale=scale)
         module._pack(embedding.weight)
-        module.follow_dtype(embedding.weight)
+        copy_hooks(embedding, module)
         return module.train(embedding.training)
 
-    def follow_dtype(self, weight: torch.Tensor) -> None:
-        """Makes the rows come out in the dtype of `weight` where the scales do not tell one."""
-        if self._like is not None:
-            self._like = weight.new_empty(0)
+    def dequantize(self) -> nn.Embedding:
+        """A floating-point layer with the values of `weight`, of its dtype."""
+        sizes = self.num_embeddings, self.embedding_dim
+        layer = ScaledWordEmbedding(*sizes, self.scale) if self._is_scaled else nn.Embedding(*sizes, device="meta")
+        layer.weight = nn.Parameter(self.weight.dequantize().detach())
+        return layer.train(self.training)
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """indices of any shape, int32 or int64, -> indices.shape + [embedding_dim].
@@ -259,7 +298,7 @@ class QuantizedEmbedding(_QuantizedModule):
         """
         flat = indices.reshape(-1)
         # Torch has no gather of uint32 rows on the CPU; int32 has the same bits.
-        words = F.embedding(flat, self.weight.view(torch.int32))
+        words = F.embedding(flat, self.weight_packed.view(torch.int32))
         scales = F.embedding(flat, self.scales)
         biases = None if self.biases is None else F.embedding(flat, self.biases)
         dtype = None if self._like is None else self._like.dtype

@@ -1,56 +1,89 @@
-"""LoRA adapters of PEFT on quantized linear layers."""
+"""Adapters of PEFT on quantized layers.
+
+PEFT takes quantized layers for the `nn.Linear` and `nn.Embedding` ones that they are, and trains adapters on them as
+they come. What it does with a layer's own weight, to merge an adapter or to train a copy of the layer, is here.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .modules import QuantizedLinear
-from .ops import dequantize
+from . import compat
+from .modules import QuantizedEmbedding, QuantizedLinear
+from .obstacles import move_hooks
+from .packed_weight import PackedLinear
 
 # Other ways to initialise an adapter start from the float weight, of which there is none.
 _INITIALISATIONS = ("gaussian", "orthogonal")
 
-_original_post_init: Any = None
+_patched = contextlib.ExitStack()  # what takes the patch back; empty without it
+_is_patched = False
 
 
 def patch_peft() -> None:
-    """Makes every `peft.LoraConfig` that is created from now on accept `QuantizedLinear` layers as targets.
+    """Lets PEFT merge LoRA adapters into `QuantizedLinear` layers, and train quantized layers named in
+    `modules_to_save`, with configs and models that are made from now on.
 
-    PEFT then wraps them as it does `nn.Linear`: the packed weight stays frozen, the adapter is trained in float32.
     Merging an adapter quantizes the sum in the layer's own format, which rounds; unmerging brings back the old layer,
-    bit for bit. DoRA and the other variants of LoRA, adapter biases, and initialisations that need the float weight
-    raise a ValueError, and so do quantized embeddings as targets. Calling it again changes nothing; `unpatch_peft`
-    takes it back.
+    bit for bit. A layer in `modules_to_save` is trained as a floating-point copy. DoRA and the other variants of LoRA,
+    adapter biases, and initialisations that need the float weight raise a ValueError on these layers. Adapters on
+    embeddings and trainable tokens are trained without the patch as well; merging them raises NotImplementedError.
+    Calling it again changes nothing; `unpatch_peft` takes it back.
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or older than the tested versions, or lacks a name that is needed.
     """
-    global _original_post_init
-    if _original_post_init is not None:
+    global _is_patched
+    if _is_patched:
         return
-    config_class = _require_peft().LoraConfig
-    original = config_class.__post_init__
+    peft = _require_peft()
+    compat.check("patch_peft")
+    from peft.utils.other import ModulesToSaveWrapper
 
+    for owner, name, replacement in (
+        (peft.LoraConfig, "__post_init__", _knows_quantized_layers(peft.LoraConfig.__post_init__)),
+        (ModulesToSaveWrapper, "update", _trains_float_copies(ModulesToSaveWrapper.update)),
+    ):
+        _patched.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, replacement)
+    _is_patched = True
+
+
+def unpatch_peft() -> None:
+    """Takes back `patch_peft`; layers that have adapters keep them."""
+    global _is_patched
+    _patched.close()
+    _is_patched = False
+
+
+def _knows_quantized_layers(original: Any) -> Any:
     @functools.wraps(original)
     def post_init(config: Any) -> None:
         original(config)
         # PEFT's way to declare layers that it does not know.
         config._register_custom_module({QuantizedLinear: _lora_layer_class()})
 
-    config_class.__post_init__ = post_init
-    _original_post_init = original
+    return post_init
 
 
-def unpatch_peft() -> None:
-    """Takes back `patch_peft`; layers that have adapters keep them."""
-    global _original_post_init
-    if _original_post_init is not None:
-        _require_peft().LoraConfig.__post_init__ = _original_post_init
-        _original_post_init = None
+def _trains_float_copies(original: Any) -> Any:
+    @functools.wraps(original)
+    def update(wrapper: Any, *args: Any, **kwargs: Any) -> None:
+        layer = wrapper.original_module
+        if not isinstance(layer, PackedLinear | QuantizedEmbedding):
+            return original(wrapper, *args, **kwargs)
+        wrapper.original_module = layer.dequantize()  # which is copied
+        try:
+            return original(wrapper, *args, **kwargs)
+        finally:
+            wrapper.original_module = layer.requires_grad_(False)
+
+    return update
 
 
 def _require_peft() -> Any:
@@ -101,6 +134,7 @@ def _lora_layer_class() -> type:
             if not self.merged_adapters:
                 self.unmerged_layer = [base]  # a list, so that it is no submodule and not saved
             self.base_layer = _quantized_like(base, merged)
+            move_hooks(base, self.base_layer)
             self.merged_adapters.extend(names)
 
         def unmerge(self) -> None:
@@ -114,9 +148,7 @@ def _lora_layer_class() -> type:
 
 def _dequantized(layer: QuantizedLinear) -> Tensor:
     """The layer's values [out_features, in_features] in float32."""
-    return dequantize(
-        layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, layer.mode, dtype=torch.float32
-    )
+    return layer.packed().dequantize(torch.float32)
 
 
 def _quantized_like(layer: QuantizedLinear, values: Tensor) -> QuantizedLinear:
@@ -125,7 +157,6 @@ def _quantized_like(layer: QuantizedLinear, values: Tensor) -> QuantizedLinear:
         layer.in_features, layer.out_features, False, layer.group_size, layer.bits, layer.mode, device="meta"
     )
     quantized._pack(values)
-    if layer.mode == "affine":
-        quantized.to(layer.scales.dtype)
+    quantized.to(layer.weight.dtype)
     quantized.bias = layer.bias
     return quantized.train(layer.training)

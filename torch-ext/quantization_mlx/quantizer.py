@@ -5,22 +5,33 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .checkpoint import _replace_layers, _shell, quantize_model
+from .checkpoint import _replace_layers, _shell, dequantize_model, quantize_model
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
-from .stored import entry_format, judge, listed, read_config, read_headers, stored_format
+from .replacement import Refusal, as_linear
+from .stored import (
+    MLX_METHOD,
+    Format,
+    entry_format,
+    find_record,
+    judge,
+    listed,
+    read_config,
+    read_headers,
+    stored_format,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHOD = "mlx"  # the quantizer's name in Transformers
 # Checkpoints may hold these although models compute them.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -43,7 +54,7 @@ def quantizer_classes() -> tuple[type, type]:
         def __init__(
             self, group_size: int | None = None, bits: int | None = None, mode: str | None = None, **entries: Any
         ) -> None:
-            self.quant_method = METHOD
+            self.quant_method = MLX_METHOD
             entries.pop("quant_method", None)
             common = {"group_size": group_size, "bits": bits, "mode": mode}
             self.record = {**{name: value for name, value in common.items() if value is not None}, **entries}
@@ -70,9 +81,19 @@ def quantizer_classes() -> tuple[type, type]:
             )
             return False
 
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            model = dequantize_model(model)
+            # Transformers' default is the dtype that the model was loaded in, which may have changed since.
+            return model if dtype in (None, model.config.dtype) else model.to(dtype)
+
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
             if self.pre_quantized:
                 _place_layers(model, self, options.get("checkpoint_files"), options.get("dtype"))
+
+        def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+            """Spares packed words, whose layers say another shape, a check that `_place_layers` has made."""
+            path, _, name = param_name.rpartition(".")
+            return name == "weight" and isinstance(model.get_submodule(path), _QuantizedModule)
 
         def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
             from transformers.core_model_loading import PrefixChange
@@ -126,19 +147,102 @@ def _place_layers(
         for key, entry in quantizer.quantization_config.record.items()
     }
     _settle_tying(model, read_config(files[0].parent) or {}, stored)
-    _replace_layers(
+
+    def format_of(path: str, layer: nn.Module) -> Format | None:
+        return stored_format(path, as_linear(layer), record, stored)
+
+    done = _replace_layers(
         model,
-        lambda path, layer: stored_format(path, layer, record, stored),
+        lambda path, layer: format_of(path, layer) or Refusal("not quantized in the checkpoint", is_asked_for=True),
         lambda layer, format: _shell(layer, format, dtype),
     )
-    place_routers(model, lambda path, router: stored_format(path, router, record, stored))
+    place_routers(model, format_of)
+    _refuse_obstacles(model, done.refusals, format_of, files[0].parent)
     for target, source in list(model.all_tied_weights_keys.items()):
         layer_path, _, attribute = target.rpartition(".")
-        if attribute == "weight" and isinstance(layer := model.get_submodule(layer_path), _QuantizedModule):
-            for name in ("scales", "biases"):
-                if getattr(layer, name) is not None:
-                    model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
+        if not isinstance(layer := model.get_submodule(layer_path), _QuantizedModule):
+            continue
+        if attribute != "weight":
+            setattr(layer, attribute, model.get_parameter(source))
+            continue
+        for name in ("scales", "biases"):
+            if getattr(layer, name) is not None:
+                model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if source not in stored and target in stored:  # or Transformers would make a weight for the source
+            model.all_tied_weights_keys[source] = target
+            del model.all_tied_weights_keys[target]
     judge(model, _without_ignored(model, stored), str(files[0].parent), converted | _may_be_missing(model))
+
+
+def _refuse_obstacles(
+    model: nn.Module,
+    refusals: Mapping[str, Refusal],
+    format_of: Callable[[str, nn.Module], Format | None],
+    directory: Path,
+) -> None:
+    """Raises ValueError for layers that the checkpoint has quantized and that cannot be so in `model`, with reasons."""
+    obstructed = [
+        f"{path}: {refusal.reason}"
+        for path, refusal in refusals.items()
+        if not refusal.is_asked_for
+        and not hasattr(layer := model.get_submodule(path), "_packed")
+        and format_of(path, layer) is not None
+    ]
+    if obstructed:
+        raise ValueError(f"[from_pretrained] {directory} has layers quantized that cannot be: {listed(obstructed)}")
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Compares the headers of an MLX checkpoint with the model that config.json describes; does nothing if Transformers
+    does not know that.
+
+    Raises:
+        ValueError: the stored tensors are not those of the model.
+    """
+    if (model := _meta_model(directory)) is not None:
+        _place_layers(model, _quantizer_of(directory), [str(file) for file in weight_files(directory)], None)
+
+
+def columns_of_layers(directory: Path) -> dict[str, int]:
+    """The columns of the weights in the model that config.json describes, by their paths in the checkpoint; empty if
+    Transformers is not installed or does not know the model."""
+    if (model := _meta_model(directory)) is None:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    quantizer = _quantizer_of(directory)
+    headers = read_headers(weight_files(directory))
+    quantizer.prefix = _foreign_prefix(model, headers)
+    place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
+    names, _ = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
+    wanted = model.state_dict()
+    return {
+        name.removesuffix(".weight"): wanted[names[name]].shape[-1]
+        for name in headers
+        if name.endswith(".weight") and wanted.get(names.get(name)) is not None and wanted[names[name]].dim()
+    }
+
+
+def _meta_model(directory: Path) -> PreTrainedModel | None:
+    """The model that config.json describes, on the meta device; None if Transformers cannot make it."""
+    try:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(directory)
+        known = [name for name in config.architectures or () if hasattr(transformers, name)]
+        with torch.device("meta"):
+            if known:
+                return getattr(transformers, known[0])(config)
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except Exception:  # an unknown family, one with code of its own, or whatever the class has against the config
+        return None
+
+
+def _quantizer_of(directory: Path) -> Any:
+    config_class, quantizer_class = quantizer_classes()
+    record = find_record(read_config(directory) or {}) or {}
+    return quantizer_class(config_class(**record), pre_quantized=True)
 
 
 def _foreign_prefix(model: nn.Module, names: Iterable[str]) -> str | None:
@@ -196,14 +300,16 @@ def _settle_tying(model: PreTrainedModel, config: Mapping[str, Any], stored: Map
 
 
 def _without_ignored(model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stored tensors but those that this class of models does without."""
+    """The stored tensors but those that this class of models does without.
+
+    A pattern may match more than it means, as "attn.bias" does "c_attn.bias": what the model has is kept.
+    """
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED]
+    if model.base_model is model:
+        patterns.append(r"^lm_head\.")  # a model without head reads the checkpoint of one that has it
     ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
-    kept = {name: tensor for name, tensor in stored.items() if not ignored.search(name)}
-    if model.base_model is not model:
-        return kept
-    # A model without head reads the checkpoint of one that has it.
-    return {name: tensor for name, tensor in kept.items() if not name.startswith("lm_head.")}
+    wanted = model.state_dict().keys()
+    return {name: tensor for name, tensor in stored.items() if name in wanted or not ignored.search(name)}
 
 
 def _may_be_missing(model: PreTrainedModel) -> set[str]:
@@ -221,8 +327,8 @@ def _finish_layers(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, _QuantizedModule):
             continue
-        for name in ("weight", "scales", "biases"):
-            if (parameter := getattr(module, name)) is None or parameter.is_meta:
+        for name in module.packed_names:
+            if (parameter := module._parameters[name]) is None or parameter.is_meta:
                 continue
             parameter.requires_grad_(False)
             if name != "weight" and not _is_finite(parameter, module.mode):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .ops import dequantize
+from .replacement import FloatWeight, share
 
 # Bits of most layers and of the sensitive ones, by mlx-lm's names.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
@@ -107,22 +108,30 @@ def format_name(group_size: int, bits: int, mode: str) -> str:
 
 
 class QuantizationReport:
-    """Bits per weight and relative error of each layer, collected while `quantize_model` goes through a model:
+    """Bits per weight and relative error of each layer, and what remains in floating point, collected while
+    `quantize_model` goes through a model:
 
     >>> report = QuantizationReport()
-    >>> quantize_model(model, predicate="mixed_4_6", on_layer=report.add)  # doctest: +SKIP
+    >>> quantize_model(model, predicate="mixed_4_6", report=report)  # doctest: +SKIP
     >>> print(report.table())  # doctest: +SKIP
 
-    Each layer is compared with its original at the one moment when both exist, a few million weights at a time.
+    Each layer is compared with its original at the one moment when both exist, a few million weights at a time, unless
+    `with_errors` is false: then only what remains in floating point is collected.
+
+    layers: what was quantized. skipped: the matrices that remain in floating point, norms and biases left out, with
+    the reasons. parameters: how many the model has. The latter two are `quantize_model`'s to fill.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, with_errors: bool = True) -> None:
+        self.with_errors = with_errors
         self.layers: list[LayerError] = []
+        self.skipped: list[FloatWeight] = []
+        self.parameters = 0
 
     def add(self, path: str, weight: torch.Tensor, quantized: Any) -> None:
         """Notes a layer: weight [..., rows, columns] before, and the module that holds it packed in the same order."""
         error, norm = _error_and_norm(weight, quantized)
-        stored = [quantized.weight, quantized.scales, quantized.biases]
+        stored = [quantized.weight_packed, quantized.scales, quantized.biases]
         self.layers.append(
             LayerError(
                 path=path,
@@ -135,6 +144,20 @@ class QuantizationReport:
                 weight_norm=norm,
             )
         )
+
+    def skip(self, weights: Iterable[FloatWeight], parameters: int) -> None:
+        """Notes the matrices that remain in floating point in a model of so many parameters."""
+        self.skipped += weights
+        self.parameters += parameters
+
+    @property
+    def skipped_share(self) -> float:
+        """The part of the model's parameters that are in matrices of floating point."""
+        return share(self.skipped, self.parameters)
+
+    def skipped_summary(self) -> str:
+        """How many matrices remain in floating point, and their share of the parameters."""
+        return f"{_count(len(self.skipped), 'matrices')}, {self.skipped_share:.1%} of the parameters"
 
     @property
     def weights(self) -> int:
@@ -158,20 +181,23 @@ class QuantizationReport:
         return errors / norms if norms else errors
 
     def table(self) -> str:
-        """All layers and their total, as a table in Markdown."""
+        """All layers and their total, and what remains in floating point, as a table in Markdown."""
         rows = [("layer", "shape", "format", "bits per weight", "relative error")]
         rows += [
             (
                 layer.path,
-                " x ".join(map(str, layer.shape)),
+                _times(layer.shape),
                 layer.format,
                 f"{layer.bits_per_weight:.2f}",
                 f"{layer.relative_error:.2%}",
             )
             for layer in self.layers
         ]
-        total = f"{self.weights:,} weights".replace(",", " ")
-        rows.append(("all", total, "", f"{self.bits_per_weight:.2f}", f"{self.relative_error:.2%}"))
+        rows.append(("all", _count(self.weights), "", f"{self.bits_per_weight:.2f}", f"{self.relative_error:.2%}"))
+        rows += [(each.path, _times(each.shape), each.reason, "", "") for each in self.skipped]
+        if self.skipped:
+            count = _count(sum(each.parameters for each in self.skipped))
+            rows.append(("left in floating point", count, f"{self.skipped_share:.1%} of the parameters", "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         ruler = tuple("-" * width for width in widths)
         return "\n".join(
@@ -189,6 +215,14 @@ class QuantizationReport:
         _draw(self, file)
 
 
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _count(number: int, of: str = "weights") -> str:
+    return f"{number:,} {of}".replace(",", " ")
+
+
 def quantization_report(layers: Iterable[tuple[str, torch.Tensor, Any]]) -> QuantizationReport:
     """The report of (path, weight, quantized module) triples, as `QuantizationReport.add` takes them."""
     report = QuantizationReport()
@@ -202,7 +236,7 @@ def _error_and_norm(weight: torch.Tensor, quantized: Any) -> tuple[float, float]
     original = weight.detach().flatten(0, -2)
     packed = [
         None if tensor is None else tensor.detach().flatten(0, -2)
-        for tensor in (quantized.weight, quantized.scales, quantized.biases)
+        for tensor in (quantized.weight_packed, quantized.scales, quantized.biases)
     ]
     rows = max(1, _CHUNK // original.shape[-1])
     errors, norms = [0.0], [0.0]

@@ -16,12 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compat import TESTED, check_version
 from .modules import SUPPORTED, complete_format
 
 Format = dict[str, Any]  # keyword arguments group_size, bits and mode of the quantized modules
 
 RECORDS = ("quantization", "quantization_config")  # the names under which config.json has the formats
+MLX_METHOD = "mlx"  # the quantizer of MLX's formats by its name in Transformers
+MARLIN_METHOD = "quantization_mlx_marlin"  # that of Marlin's formats
+# What config.json has as quantization_config beside weights of Marlin. Transformers refuses what has no `quant_method`,
+# where it would pass over a method that it does not know and make random layers.
+MARLIN_RECORD = {"format": "marlin"}
 WEIGHT_FILES = "model*.safetensors"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _SHOWN_NAMES = 8  # as many tensor names as an error message lists
 
 _DTYPES = {
@@ -45,13 +52,16 @@ def require(name: str, extra: str = "transformers") -> Any:
     """Imports an optional package, which `extra` of this package has.
 
     Raises:
-        ImportError: it is not installed; the message names the extra.
+        ImportError: it is not installed, and then the message names the extra, or older than what is supported.
     """
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
         raise ImportError(f'this needs the package {package}: pip install "quantization-mlx[{extra}]"') from error
+    if name in TESTED:
+        check_version(name)
+    return module
 
 
 # The record of formats
@@ -63,7 +73,7 @@ def find_record(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     MLX writes it twice, and without the `quant_method` that Transformers' formats have.
     """
     name, record = next(((name, config[name]) for name in RECORDS if config.get(name)), ("", None))
-    if not isinstance(record, Mapping) or record.get("quant_method", "mlx") != "mlx":
+    if not isinstance(record, Mapping) or record.get("quant_method", MLX_METHOD) != MLX_METHOD:
         return None
     return record if name == "quantization" or record.keys() & {"quant_method", "group_size", "bits"} else None
 
@@ -73,7 +83,17 @@ def other_method(config: Mapping[str, Any]) -> str | None:
     record = next(filter(None, map(config.get, RECORDS)), None)
     if record is None or find_record(config) is not None:
         return None
+    if record == MARLIN_RECORD:
+        return MARLIN_METHOD
     return record.get("quant_method", "unknown") if isinstance(record, Mapping) else str(record)
+
+
+def own_method(config: Mapping[str, Any]) -> str | None:
+    """The name of this package's quantizer in Transformers that loads a checkpoint, None for a checkpoint of another
+    kind; `config` as in `find_record`."""
+    if find_record(config) is not None:
+        return MLX_METHOD
+    return MARLIN_METHOD if other_method(config) == MARLIN_METHOD else None
 
 
 def entry_format(entry: Mapping[str, Any]) -> Format:
@@ -88,13 +108,28 @@ def entry_format(entry: Mapping[str, Any]) -> Format:
 def stored_format(
     path: str, layer: nn.Module, record: Mapping[str, Any], stored: Mapping[str, torch.Tensor]
 ) -> Format | None:
+    """The format of one layer of a checkpoint, in floating point still, as `format_of_tensors` finds it."""
+    return format_of_tensors(path, layer.weight.shape[-1], record, stored)
+
+
+def format_of_tensors(
+    path: str, columns: int | None, record: Mapping[str, Any], stored: Mapping[str, torch.Tensor]
+) -> Format | None:
     """The format of one layer of a checkpoint, None if it is not quantized.
 
     An entry of the record decides, which may be false; else the layer is quantized if its scales are stored, and then
     the shapes tell more than the record's default: mixed checkpoints exist that have no entry for their exceptions.
 
+    Args:
+        path: of the layer, in the record and in the names of the tensors.
+        columns: of the layer's weight in floating point. None if they are not known: of the formats that the shapes
+            allow, the record's default is then taken for granted.
+        record: the record of formats.
+        stored: the tensors, which may be on the meta device.
+
     Raises:
-        ValueError: the entry's format is not supported.
+        ValueError: the entry's format is not supported, or the columns are not known and the shapes allow several
+            formats.
     """
     entry = record.get(path)
     if isinstance(entry, Mapping):
@@ -102,16 +137,23 @@ def stored_format(
     scales, weight = stored.get(f"{path}.scales"), stored.get(f"{path}.weight")
     if entry is False or (scales is None and entry is None):
         return None
+    default = entry_format(record)
     if scales is None or weight is None or 0 in (scales.ndim, scales.numel(), weight.ndim):
-        return entry_format(record)
-    columns = layer.weight.shape[-1]
-    group_size, bits = columns // scales.shape[-1], weight.shape[-1] * 32 // columns
-    modes = [
-        mode
+        return default
+    formats = [
+        {"group_size": group_size, "bits": bits, "mode": mode}
         for mode, (group_sizes, widths) in SUPPORTED.items()
-        if (mode == "affine") == scales.is_floating_point() and group_size in group_sizes and bits in widths
+        for group_size in group_sizes
+        for bits in widths
+        if (mode == "affine") == scales.is_floating_point()
+        and weight.shape[-1] * 32 == scales.shape[-1] * group_size * bits
+        and columns in (None, scales.shape[-1] * group_size)
     ]
-    return {"group_size": group_size, "bits": bits, "mode": modes[0]} if modes else entry_format(record)
+    if default in formats or not formats:
+        return default
+    if len(formats) > 1:
+        raise ValueError(f"{path}: its tensors have the shapes of several formats, {listed(list(map(str, formats)))}")
+    return formats[0]
 
 
 # Weight files
@@ -152,6 +194,11 @@ def read_config(directory: Path, op: str = "from_pretrained") -> dict[str, Any] 
     """
     file = directory / "config.json"
     return read_json(file, op) if file.exists() else None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether any file of a tokenizer is there: of some models, Transformers would make one without a vocabulary."""
+    return any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def read_json(file: Path, op: str = "from_pretrained") -> dict[str, Any]:

@@ -1,26 +1,38 @@
 """After `patch_transformers()`, Transformers reads and writes MLX checkpoints, and runs `MetalConfig` on any device.
 
-What loads is Transformers' own `from_pretrained`. The patch lets it find the quantizer (quantizer.py) of a config
-without `quant_method`, and all weight files of an MLX checkpoint.
+What loads is Transformers' own `from_pretrained`. The patch lets it find the quantizer (quantizer.py, or that of
+marlin/saved.py) of a config without `quant_method`, and all weight files of an MLX checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import ops
+from . import compat, ops
 from .checkpoint import write_checkpoint
 from .modules import _QuantizedModule
-from .quantizer import METHOD, quantizer_classes
-from .stored import RECORDS, WEIGHT_FILES, find_record, is_mlx_directory, read_config, require, weight_files
+from .quantizer import quantizer_classes
+from .stored import (
+    MARLIN_METHOD,
+    MLX_METHOD,
+    RECORDS,
+    WEIGHT_FILES,
+    find_record,
+    is_mlx_directory,
+    own_method,
+    read_config,
+    require,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -60,12 +72,15 @@ def patch_transformers() -> None:
     - `from_pretrained` loads MLX checkpoints, by the name of a repository or of a directory, with their layers
       quantized: config.json needs no `quant_method`, and the index of the weight files is not used.
       It raises ValueError if tensors are missing, unknown, damaged or of a wrong shape or dtype, or scales not finite.
-    - `save_pretrained` writes models that have quantized layers as MLX checkpoints, which mlx_lm loads. A save that
-      fails leaves an older checkpoint in the directory as it was.
+      Directories that `marlin.save_quantized` wrote load as well.
+    - `save_pretrained` writes models that have quantized layers as MLX checkpoints, which mlx_lm loads, and models with
+      layers of Marlin as `marlin.save_quantized` does. A save that fails leaves an older checkpoint in the directory as
+      it was.
     - Models with the `MetalConfig` of Transformers run on this package's kernels, on any device.
 
     Raises:
-        ImportError: transformers or safetensors is not installed.
+        ImportError: transformers or safetensors is not installed, or transformers is older than the tested versions or
+            lacks a name that is needed.
     """
     with _patch.lock:
         if not _patch.permanent:
@@ -97,30 +112,35 @@ def _apply(stack: contextlib.ExitStack) -> None:
     """Patches; `stack` gets what undoes it."""
     require("transformers")
     require("safetensors")
-    from transformers import PreTrainedModel, modeling_utils, quantizers
+    compat.check("patch_transformers")
+    from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils, quantizers
     from transformers.integrations import metal_quantization
     from transformers.quantizers import auto
     from transformers.quantizers.quantizer_metal import MetalHfQuantizer
 
-    config_class, quantizer_class = quantizer_classes()
-    quantizers.register_quantization_config(METHOD)(config_class)
-    stack.callback(auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop, METHOD)
-    quantizers.register_quantizer(METHOD)(quantizer_class)
-    stack.callback(auto.AUTO_QUANTIZER_MAPPING.pop, METHOD)
+    from .marlin.saved import marlin_quantizer_classes  # its package imports this one's modules
+
+    for method, classes in ((MLX_METHOD, quantizer_classes()), (MARLIN_METHOD, marlin_quantizer_classes())):
+        config_class, quantizer_class = classes
+        quantizers.register_quantization_config(method)(config_class)
+        stack.callback(auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop, method)
+        quantizers.register_quantizer(method)(quantizer_class)
+        stack.callback(auto.AUTO_QUANTIZER_MAPPING.pop, method)
 
     for target, name, replacement in (
+        (PreTrainedConfig, "get_config_dict", _gives_parts_the_record(PreTrainedConfig.get_config_dict)),
         (modeling_utils, "get_hf_quantizer", _reads_mlx_configs(modeling_utils.get_hf_quantizer)),
         (
             modeling_utils,
             "_get_resolved_checkpoint_files",
             _takes_all_weight_files(modeling_utils._get_resolved_checkpoint_files),
         ),
-        (PreTrainedModel, "save_pretrained", _writes_mlx_checkpoints(PreTrainedModel.save_pretrained)),
+        (PreTrainedModel, "save_pretrained", _writes_quantized_models(PreTrainedModel.save_pretrained)),
         (MetalHfQuantizer, "validate_environment", lambda self, *args, **kwargs: None),
         (MetalHfQuantizer, "update_device_map", _metal_device_map),
         (metal_quantization, "_metal_kernel", ops),
     ):
-        stack.callback(setattr, target, name, getattr(target, name))
+        stack.callback(setattr, target, name, inspect.getattr_static(target, name))
         setattr(target, name, replacement)
 
 
@@ -129,15 +149,46 @@ def _metal_device_map(self: Any, device_map: Any) -> Any:
     return {"": "mps"} if device_map is None and torch.backends.mps.is_available() else device_map
 
 
+def _gives_parts_the_record(original: Any) -> Any:
+    """`get_config_dict` that writes the record of formats into the parts of config.json too.
+
+    The class of a part, of the text of a model that sees images for example, is given that part alone.
+    """
+
+    @functools.wraps(original.__func__)
+    def get_config_dict(cls: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> Any:
+        config, unused = original.__func__(cls, *args, **kwargs)
+        if own_method(config) is not None:
+            record = {name: config[name] for name in RECORDS if config.get(name)}
+            for name, part in config.items():
+                if isinstance(part, dict) and (name == cls.base_config_key or part.get("model_type") == cls.model_type):
+                    config[name] = {**record, **part}
+        return config, unused
+
+    return classmethod(get_config_dict)
+
+
 def _reads_mlx_configs(original: Any) -> Any:
-    """`get_hf_quantizer` that knows the quantizer of a config without `quant_method`, as MLX writes it."""
+    """`get_hf_quantizer` that knows the quantizer of a config without `quant_method`, as MLX and Marlin write it."""
 
     @functools.wraps(original)
     def get_hf_quantizer(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
         mark_as_mlx(config)
+        _mark_as_marlin(config)
         return original(config, *args, **kwargs)
 
     return get_hf_quantizer
+
+
+def _mark_as_marlin(config: PreTrainedConfig) -> None:
+    """Gives a config that `marlin.save_quantized` wrote the `quant_method` of the quantizer."""
+    for holder in (config, config.get_text_config(decoder=True)):
+        if own_method(_records_of(holder)) == MARLIN_METHOD:
+            config.quantization_config = {"quant_method": MARLIN_METHOD}
+
+
+def _records_of(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: getattr(config, name, None) for name in RECORDS}
 
 
 def mark_as_mlx(config: PreTrainedConfig, always: bool = False) -> None:
@@ -154,7 +205,7 @@ def mark_as_mlx(config: PreTrainedConfig, always: bool = False) -> None:
         ValueError: the checkpoint quantizes activations.
     """
     for holder in (config, config.get_text_config(decoder=True)):
-        record = find_record({name: getattr(holder, name, None) for name in RECORDS}) or _gpt_oss_record(holder)
+        record = find_record(_records_of(holder)) or _gpt_oss_record(holder)
         if record is not None or always:
             break
     else:
@@ -164,7 +215,7 @@ def mark_as_mlx(config: PreTrainedConfig, always: bool = False) -> None:
     for name in RECORDS:
         if hasattr(holder, name):
             delattr(holder, name)
-    config.quantization_config = {**(record or {}), "quant_method": METHOD}
+    config.quantization_config = {**(record or {}), "quant_method": MLX_METHOD}
 
 
 def _gpt_oss_record(config: PreTrainedConfig) -> Mapping[str, Any] | None:
@@ -176,19 +227,43 @@ def _gpt_oss_record(config: PreTrainedConfig) -> Mapping[str, Any] | None:
 
 
 def _takes_all_weight_files(original: Any) -> Any:
-    """The resolver of weight files, by which MLX checkpoints are all files `model*.safetensors` that there are."""
+    """The resolver of weight files, by which MLX checkpoints are all files `model*.safetensors` that there are.
+
+    Raises:
+        ValueError: config.json has a record of formats, and the config of the model has none.
+    """
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
-        source = kwargs.get("pretrained_model_name_or_path")
-        plain = not any(kwargs.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
+        given = signature.bind(*args, **kwargs).arguments
+        source = given.get("pretrained_model_name_or_path")
+        plain = not any(given.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
         named = plain and source is not None and not os.path.isfile(source)
-        directory = _mlx_directory(source, kwargs.get("download_kwargs") or {}) if named else None
+        options = given.get("download_kwargs") or {}
+        if named and (method := own_method(_stored_config(source, options))) is not None:
+            chosen = (given.get("user_agent") or {}).get("quant")
+            if chosen != method:
+                raise ValueError(
+                    f"[from_pretrained] config.json of {source} says that the weights are quantized, which the config "
+                    "of the model does not; load with the class that config.json names, without a config of your own"
+                )
+        directory = _mlx_directory(source, options) if named else None
         if directory is None:
             return original(*args, **kwargs)
         return [str(file) for file in weight_files(directory)], None
 
     return _get_resolved_checkpoint_files
+
+
+def _stored_config(source: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json of a directory or a repository, empty if there is none."""
+    if os.path.isdir(source):
+        return read_config(Path(source, options.get("subfolder") or "")) or {}
+    from transformers.utils import cached_file
+
+    file = cached_file(str(source), "config.json", _raise_exceptions_for_missing_entries=False, **_given(options))
+    return {} if file is None else read_config(Path(file).parent) or {}
 
 
 def _mlx_directory(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
@@ -197,14 +272,10 @@ def _mlx_directory(source: str | os.PathLike[str], options: Mapping[str, Any]) -
     if os.path.isdir(source):
         directory = Path(source, subfolder)
         return directory if is_mlx_directory(directory) else None
-    from huggingface_hub import snapshot_download
-    from transformers.utils import cached_file
-
-    config_file = cached_file(
-        str(source), "config.json", _raise_exceptions_for_missing_entries=False, **_given(options)
-    )
-    if config_file is None or find_record(read_config(Path(config_file).parent) or {}) is None:
+    if find_record(_stored_config(source, options)) is None:
         return None
+    from huggingface_hub import snapshot_download
+
     names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
     snapshot = snapshot_download(
         str(source),
@@ -218,8 +289,8 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _writes_mlx_checkpoints(original: Any) -> Any:
-    """`save_pretrained` that writes models with quantized layers of this package as MLX checkpoints."""
+def _writes_quantized_models(original: Any) -> Any:
+    """`save_pretrained` that writes models with quantized layers of this package in their own formats."""
 
     @functools.wraps(original)
     def save_pretrained(
@@ -232,16 +303,16 @@ def _writes_mlx_checkpoints(original: Any) -> Any:
         **kwargs: Any,
     ) -> None:
         options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
-        has_adapters = getattr(self, "_hf_peft_config_loaded", False)
-        if has_adapters or not any(isinstance(module, _QuantizedModule) for module in self.modules()):
+        write = None if self._hf_peft_config_loaded else _writer(self)
+        if write is None:
             return original(self, save_directory, **options, **_given({"max_shard_size": max_shard_size}))
         max_shard_size = max_shard_size or "5GB"
         if kwargs.get("variant") is not None or kwargs.get("distributed_checkpoint"):
             raise ValueError(
-                "[save_pretrained] an MLX checkpoint is written without variant and distributed_checkpoint"
+                "[save_pretrained] a quantized model is written without variant and distributed_checkpoint"
             )
         if is_main_process:
-            write_checkpoint(self, Path(save_directory), max_shard_size=max_shard_size, state_dict=state_dict)
+            write(self, Path(save_directory), max_shard_size=max_shard_size, state_dict=state_dict)
             if push_to_hub:
                 names = ("commit_message", "private", "token", "revision", "create_pr")
                 self.push_to_hub(
@@ -251,3 +322,14 @@ def _writes_mlx_checkpoints(original: Any) -> Any:
                 )
 
     return save_pretrained
+
+
+def _writer(model: PreTrainedModel) -> Callable[..., None] | None:
+    """What writes the model with its quantized layers, None if it has none."""
+    from .marlin.layers import ColumnPackedLinear
+    from .marlin.saved import write_quantized
+
+    for kind, write in ((ColumnPackedLinear, write_quantized), (_QuantizedModule, write_checkpoint)):
+        if any(isinstance(module, kind) for module in model.modules()):
+            return write
+    return None

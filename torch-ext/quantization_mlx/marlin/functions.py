@@ -11,6 +11,7 @@ what is no tensor; the message names the function and shows what was given and w
 from __future__ import annotations
 
 import time
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .library import MetalKernelLibrary
 
 BITS = {"marlin_fp4": 4, "marlin_fp8": 8, "marlin_int2": 2, "marlin_int4": 4, "marlin_int4_sym": 4}
 GROUP_SIZES = (128, 64, 32)
+_ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 # Called with every argument in place: the shortest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
@@ -33,13 +35,22 @@ _quantized_matmul = ops.quantized_matmul.default
 
 def check_group_size(function: str, group_size: int) -> None:
     """Raises ValueError unless groups of this size are supported."""
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"[{function}] group_size is {group_size}; supported are {', '.join(map(str, GROUP_SIZES))}")
+    if group_size not in GROUP_SIZES or isinstance(group_size, float):
+        raise ValueError(f"[{function}] group_size is {group_size!r}; supported are {', '.join(map(str, GROUP_SIZES))}")
+
+
+def check_size(function: str, name: str, size: int, least: int = 0) -> None:
+    """Raises TypeError unless a size is a whole number, and ValueError if it is less than `least`."""
+    if not isinstance(size, (int, torch.SymInt)) and not isinstance(size, Integral):
+        raise TypeError(f"[{function}] {name} is {size!r}; it must be a whole number")
+    if size < least:
+        raise ValueError(f"[{function}] {name} is {size!r}; it must be at least {least}")
 
 
 def check_groups(function: str, what: str, K: int, group_size: int) -> None:
-    """Raises ValueError unless `what`, of size K, divides into groups of a size that is supported."""
+    """Raises ValueError unless `what`, of size K, divides into one or more groups of a size that is supported."""
     check_group_size(function, group_size)
+    check_size(function, what, K, 1)
     if K % group_size:
         raise ValueError(f"[{function}] {what} is {K}, which does not divide into groups of {group_size}")
 
@@ -54,6 +65,7 @@ def _check_tensor(function: str, name: str, value: Any, dimensions: int | None =
 def _check_packed(function: str, mode: str, group_size: int, K: int, N: int, **packed: Any) -> None:
     """Judges packed weights under their documented names: first the words, then scales and maybe zeros."""
     check_groups(function, "K", K, group_size)
+    check_size(function, "N", N)
     rows, dtypes = K * BITS[mode] // 32, (torch.uint32, torch.int32)
     for name, tensor in packed.items():
         _check_tensor(function, name, tensor, 2)
@@ -62,27 +74,39 @@ def _check_packed(function: str, mode: str, group_size: int, K: int, N: int, **p
                 f"[{function}] {name} has shape {list(tensor.shape)}; with K = {K}, N = {N} and group_size = "
                 f"{group_size} it must be {[rows, N]}"
             )
-        if tensor.dtype not in dtypes:
-            raise TypeError(
-                f"[{function}] {name} has dtype {tensor.dtype}; supported are {', '.join(map(str, dtypes))}"
-            )
+        _check_dtype(function, name, tensor, dtypes)
         rows, dtypes = K // group_size, (torch.float16,)
+    _check_devices(function, **packed)
+
+
+def _check_dtype(function: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"[{function}] {name} has dtype {tensor.dtype}; supported are {', '.join(map(str, dtypes))}")
+
+
+def _check_devices(function: str, **tensors: Tensor) -> None:
+    (first, one), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != one.device:
+            raise ValueError(
+                f"[{function}] {first} is on {one.device} and {name} on {tensor.device}; all must be on one device"
+            )
 
 
 # Packing
 
 
-def pack(function: str, mode: str, weights: Tensor, group_size: int) -> tuple[Tensor, ...]:
-    """`quantize` of weights [K, N] in a marlin mode; errors carry the name of `function`."""
-    _check_tensor(function, "weights", weights, 2)
+def pack(function: str, mode: str, weights: Tensor, group_size: int, name: str = "weights") -> tuple[Tensor, ...]:
+    """`quantize` of weights [K, N] in a marlin mode; errors carry the name of `function`, and that of its argument."""
+    _check_tensor(function, name, weights, 2)
     if not weights.is_floating_point():
-        raise TypeError(f"[{function}] weights has dtype {weights.dtype}; it must be a floating-point one")
-    check_groups(function, "K, the number of rows of weights,", weights.shape[0], group_size)
+        raise TypeError(f"[{function}] {name} has dtype {weights.dtype}; it must be a floating-point one")
+    check_groups(function, f"K, the number of rows of {name},", weights.shape[0], group_size)
     weights = weights.detach()
-    if weights.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if weights.dtype not in _ACTIVATIONS:
         weights = weights.float()
     if not weights.is_meta and not torch.isfinite(weights).all():
-        raise ValueError(f"[{function}] weights has infinities or NaN in float32; all values must be finite")
+        raise ValueError(f"[{function}] {name} has infinities or NaN in float32; all values must be finite")
     return quantize(weights, group_size, BITS[mode], mode)
 
 
@@ -145,7 +169,9 @@ def pack_int4_sym_weights(weights: Tensor, group_size: int = 128) -> tuple[Tenso
 def _multiply(
     function: str, mode: str, A: Tensor, group_size: int, K: int, N: int, B_packed: Tensor, **tables: Tensor
 ) -> Tensor:
+    _check_dtype(function, "A", A, _ACTIVATIONS)
     _check_packed(function, mode, group_size, K, N, B_packed=B_packed, **tables)
+    _check_devices(function, A=A, B_packed=B_packed)
     operands = A, B_packed, tables["scales"], tables.get("zeros")
     return _quantized_matmul(*operands, False, group_size, BITS[mode], mode, op=function)
 
@@ -198,6 +224,8 @@ def _dispatch(
 ) -> Tensor:
     _check_library(function, lib)
     _check_tensor(function, "A", A, 2)
+    check_size(function, "M", M)
+    check_size(function, "K", K)
     if tuple(A.shape) != (M, K):
         raise ValueError(f"[{function}] A has shape {list(A.shape)}; with M = {M} and K = {K} it must be [{M}, {K}]")
     return _multiply(function, mode, A, group_size, K, N, B_packed, scales=scales)
@@ -263,8 +291,6 @@ def dispatch_dequant_fp4(
     function, mode = "dispatch_dequant_fp4", "marlin_fp4"
     _check_library(function, lib)
     _check_packed(function, mode, group_size, K, N, packed=packed, scales=scales)
-    if packed.device != scales.device:
-        raise ValueError(f"[{function}] packed is on {packed.device} and scales on {scales.device}")
     return dequantize(packed, scales, None, group_size, BITS[mode], mode)
 
 
@@ -295,8 +321,7 @@ def benchmark_dequant_fp4(
         ("warmup_iters", warmup_iters, 0),
         ("benchmark_iters", benchmark_iters, 1),
     ):
-        if count < least:
-            raise ValueError(f"[{function}] {name} is {count}; it must be at least {least}")
+        check_size(function, name, count, least)
     words_per_group = group_size // 8
     N = min(4096, -(-num_packed // words_per_group))
     groups = -(-num_packed // (words_per_group * N))

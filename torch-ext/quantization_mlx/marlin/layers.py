@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .._ops import ops
-from .functions import BITS, check_groups, pack
+from ..obstacles import check_class, check_state, copy_hooks
+from ..packed_weight import PackedLinear, PackedModule, frozen, own
+from .functions import BITS, check_groups, check_size, pack
 
 # Called with every argument in place: the shortest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
 
 QUANT_TYPES = {"fp4": "marlin_fp4", "int4": "marlin_int4", "int4_sym": "marlin_int4_sym"}
 MODE_OF_BITS = {4: "marlin_fp4", 8: "marlin_fp8", 2: "marlin_int2"}
-_PACKED = ("weight_packed", "scales", "zeros")
 
 
 def check_quant_type(function: str, quant_type: str) -> None:
@@ -27,24 +28,81 @@ def check_quant_type(function: str, quant_type: str) -> None:
 
 def check_bits(function: str, bits: int) -> None:
     """Raises ValueError unless `MetalQuantizedLinear` has a format of so many bits."""
-    if bits not in MODE_OF_BITS:
-        raise ValueError(f"[{function}] bits is {bits}; supported are {sorted(MODE_OF_BITS)}")
+    if bits not in MODE_OF_BITS or isinstance(bits, float):
+        raise ValueError(f"[{function}] bits is {bits!r}; supported are {sorted(MODE_OF_BITS)}")
 
 
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+class ColumnPackedModule(PackedModule):
+    """W [..., in_features, out_features], packed by columns, and a bias; there is never an unpacked copy. Its tensors:
 
-
-class ColumnPackedLinear(nn.Module):
-    """y = x @ W + bias on packed W [in_features, out_features]; there is never an unpacked copy. Its tensors:
-
-    - `weight_packed`: uint32 [in_features * bits / 32, out_features];
-    - `scales`: float16 [in_features / group_size, out_features];
+    - `weight_packed`: uint32 [..., in_features * bits / 32, out_features];
+    - `scales`: float16 [..., in_features / group_size, out_features];
     - `zeros`: as `scales`; None but in mode "marlin_int4";
-    - `bias`: [out_features] or None.
+    - `bias`: [..., out_features] or None.
 
     The first three are frozen, and keep their dtypes when the module changes its own. A module made by the constructor
-    holds zeros.
+    holds zeros. The attribute `weight` is a `PackedWeight` [..., out_features, in_features]: the floating-point matrix
+    that they stand for, for code that asks a layer for its weight.
+    """
+
+    packed_names = ("weight_packed", "scales", "zeros")
+    packed_transposed = True
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        mode: str,
+        group_size: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        *batch, in_features, out_features = shape
+        if mode not in BITS:
+            raise ValueError(f"[{type(self).__name__}] mode is {mode!r}; supported are {', '.join(BITS)}")
+        check_groups(type(self).__name__, "in_features", in_features, group_size)
+        check_size(type(self).__name__, "out_features", out_features)
+        super().__init__(group_size, BITS[mode], mode)
+        self.in_features = in_features
+        self.out_features = out_features
+
+        def table() -> nn.Parameter:
+            sizes = *batch, in_features // group_size, out_features
+            return frozen(torch.zeros(sizes, dtype=torch.float16, device=device))
+
+        words = *batch, in_features * self.bits // 32, out_features
+        self.weight_packed = frozen(torch.zeros(words, dtype=torch.uint32, device=device))
+        self.scales = table()
+        self.register_parameter("zeros", table() if mode == "marlin_int4" else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(*batch, out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.follow_dtype(dtype, device)
+
+    def _take(self, packed: Iterable[torch.Tensor], layer: nn.Module) -> None:
+        """Takes the packed weight, a copy of the bias, and what else is kept of `layer`."""
+        for parameter, tensor in zip(self.packed_names, packed, strict=False):
+            setattr(self, parameter, frozen(tensor))
+        self.bias = own(layer.bias)
+        self.follow_dtype(layer.weight.dtype, layer.weight.device)
+        copy_hooks(layer, self)
+        self.train(layer.training)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ColumnPackedModule:
+        """Moves everything, but lets a change of dtype leave the packed weight alone: the format has its dtypes."""
+        packed = [self._parameters.get(name) for name in self.packed_names]
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is parameter for parameter in packed):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(apply, recurse)
+
+
+class ColumnPackedLinear(ColumnPackedModule, PackedLinear):
+    """y = x @ W + bias on packed W [in_features, out_features]; `ColumnPackedModule` has its tensors.
 
     Args:
         in_features, out_features: the two sizes; in_features is a multiple of group_size.
@@ -67,39 +125,19 @@ class ColumnPackedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if mode not in BITS:
-            raise ValueError(f"[{type(self).__name__}] mode is {mode!r}; supported are {', '.join(BITS)}")
-        check_groups(type(self).__name__, "in_features", in_features, group_size)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.group_size = group_size
-        self.bits = BITS[mode]
-        self.mode = mode
-
-        def table() -> nn.Parameter:
-            return _frozen(torch.zeros(in_features // group_size, out_features, dtype=torch.float16, device=device))
-
-        words = in_features * self.bits // 32
-        self.weight_packed = _frozen(torch.zeros(words, out_features, dtype=torch.uint32, device=device))
-        self.scales = table()
-        self.register_parameter("zeros", table() if mode == "marlin_int4" else None)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        super().__init__((in_features, out_features), mode, group_size, bias, device, dtype)
 
     @classmethod
     def _quantized(cls, function: str, linear: nn.Linear, **options: Any) -> ColumnPackedLinear:
-        """A layer with the quantized weight of `linear`; a bias is shared with it, not copied."""
+        """A layer with the quantized weight of `linear`, which shares nothing with it."""
         name = f"{cls.__name__}.{function}"
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"[{name}] linear is of type {type(linear).__name__}; it must be a torch.nn.Linear")
+        check_class(name, linear, nn.Linear)
+        check_state(name, linear)
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **options)
-        packed = pack(name, layer.mode, linear.weight.T, layer.group_size)
-        for parameter, tensor in zip(_PACKED, packed, strict=False):
-            setattr(layer, parameter, _frozen(tensor))
-        layer.bias = linear.bias
-        return layer.train(linear.training)
+        layer._take(pack(name, layer.mode, linear.weight.T, layer.group_size, "linear.weight"), linear)
+        return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] of float32, float16 or bfloat16 -> [..., out_features] of x's dtype."""
@@ -111,24 +149,6 @@ class ColumnPackedLinear(nn.Module):
             words, scales, zeros, bias = self.weight_packed, self.scales, self.zeros, self.bias
         y = _quantized_matmul(x, words, scales, zeros, False, self.group_size, self.bits, self.mode)
         return y if bias is None else y + bias.to(y.dtype)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ColumnPackedLinear:
-        """Moves everything, but lets a change of dtype leave the packed weight alone: the format has its dtypes."""
-        packed = [self._parameters.get(name) for name in _PACKED]
-
-        def apply(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if moved.dtype != tensor.dtype and any(tensor is parameter for parameter in packed):
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(apply, recurse)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"group_size={self.group_size}, bits={self.bits}, mode={self.mode!r}"
-        )
 
 
 class MarlinLinear(ColumnPackedLinear):
@@ -161,7 +181,7 @@ class MarlinLinear(ColumnPackedLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quant_type: str = "fp4", group_size: int = 128) -> MarlinLinear:
-        """Quantizes `linear`; a bias is shared with it, not copied."""
+        """Quantizes `linear`, which shares nothing with the layer that is returned."""
         return cls._quantized("from_linear", linear, quant_type=quant_type, group_size=group_size)
 
 
@@ -194,5 +214,5 @@ class MetalQuantizedLinear(ColumnPackedLinear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, bits: int = 4, group_size: int = 128) -> MetalQuantizedLinear:
-        """Quantizes `linear`; a bias is shared with it, not copied."""
+        """Quantizes `linear`, which shares nothing with the layer that is returned."""
         return cls._quantized("from_float", linear, bits=bits, group_size=group_size)

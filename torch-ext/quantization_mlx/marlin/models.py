@@ -12,11 +12,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..checkpoint import replace_layers
-from ..stored import listed, require
+from ..checkpoint import _progress
+from ..experts import SwitchLinear, unfused
+from ..replacement import (
+    FloatWeight,
+    Left,
+    Refusal,
+    as_linear,
+    float_weights,
+    is_conv1d,
+    parameter_count,
+    reason_of_class,
+    replace_layers,
+    share,
+    shared_refusals,
+    warn_of_float_weights,
+    why_not,
+)
+from ..stored import require
+from .experts import ColumnPackedSwitchLinear
 from .functions import check_group_size
-from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear, check_bits, check_quant_type
-from .saved import entry_of, is_saved, refuse_mlx, shell, usable_device
+from .layers import (
+    MODE_OF_BITS,
+    QUANT_TYPES,
+    ColumnPackedLinear,
+    ColumnPackedModule,
+    MarlinLinear,
+    MetalQuantizedLinear,
+    check_bits,
+    check_quant_type,
+)
+from .saved import entry_of, is_saved, mark_configs, refuse_mlx, shell, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,15 +56,19 @@ _IN_SKIP_LAYERS = "in skip_layers"
 
 
 class ReplacementStats(dict[str, int]):
-    """How many layers were replaced, as "replaced_count", and how many were not, as "skipped_count".
+    """How many layers were replaced, as "replaced_count", and how many matrices remain in floating point, as
+    "skipped_count".
 
     replaced: the paths of the former.
-    skipped: by the paths of the latter, the reasons.
+    skipped: by the paths of the latter, the reasons; norms and biases are not among them.
+    skipped_share: their part of the model's parameters.
     """
 
-    def __init__(self, replaced: Iterable[str], skipped: Mapping[str, str]) -> None:
+    def __init__(self, replaced: Iterable[str], skipped: Iterable[FloatWeight], parameters: int) -> None:
+        skipped = list(skipped)
         self.replaced = list(replaced)
-        self.skipped = dict(skipped)
+        self.skipped = {each.path: each.reason for each in skipped}
+        self.skipped_share = share(skipped, parameters)
         super().__init__(replaced_count=len(self.replaced), skipped_count=len(self.skipped))
 
 
@@ -48,12 +78,15 @@ def quantize_model(
     group_size: int = 128,
     skip_layers: Iterable[str] | None = _HEAD_AND_TABLE,
 ) -> nn.Module:
-    """Makes the `nn.Linear` layers of `model` `MarlinLinear` ones, in place and one after the other; returns the model.
+    """Makes the `nn.Linear` layers of `model` and the `Conv1D` ones of Transformers `MarlinLinear` ones, in place and
+    one after the other; returns the model.
 
-    Left alone, with a warning that says why, are layers whose in_features do not divide into groups, subclasses of
-    `nn.Linear`, which may compute something else, and layers that share their weight with a module of another type, as
-    a tied output head does with an embedding: they stay tied. Linear layers that share a weight go on sharing one
-    packed copy. Layers of other types, GPT-2's `Conv1D` for example, are not looked at.
+    Forward and backward hooks move to the new layer. Left alone are layers whose in_features do not divide into
+    groups, subclasses of `nn.Linear`, which may compute something else, layers with what the new ones have not, such as
+    parametrizations, hooks on the state_dict, or a forward of their own, and layers that share their weight with a
+    module of another type, as a tied output head does with an embedding: they stay tied. Linear layers that share a
+    weight go on sharing one packed copy. Embeddings stay as they are. A warning says why layers were left alone, and
+    what else remains in floating point if that is 1 % of the parameters or more, but for embeddings.
 
     Args:
         model: any module; a layer by itself is not changed, its quantized form is returned.
@@ -69,12 +102,12 @@ def quantize_model(
     """
     op = "quantize_model"
     check_quant_type(op, quant_type)
-    convert = functools.partial(MarlinLinear.from_linear, quant_type=quant_type, group_size=group_size)
-    model, stats = _replace(op, model, convert, group_size, skip_layers, None)
-    unasked = [f"{path}: {reason}" for path, reason in stats.skipped.items() if reason != _IN_SKIP_LAYERS]
-    if unasked or not stats.replaced:
-        of_which = f"; left alone: {listed(unasked)}" if unasked else ""
-        warnings.warn(f"[{op}] {len(stats.replaced)} layers were replaced{of_which}", stacklevel=2)
+    linear = functools.partial(MarlinLinear.from_linear, quant_type=quant_type, group_size=group_size)
+    convert = _converter(linear, QUANT_TYPES[quant_type], group_size)
+    model, replaced, left, parameters = _replace(op, model, convert, group_size, skip_layers, None)
+    if not replaced:
+        warnings.warn(f"[{op}] 0 layers were replaced", stacklevel=2)
+    warn_of_float_weights(op, left, parameters)
     return model
 
 
@@ -88,7 +121,8 @@ def replace_linear_layers(
     """Makes the `nn.Linear` layers of `model` `MetalQuantizedLinear` ones, in place and one after the other.
 
     Left alone are layers as `quantize_model` leaves alone, an output head that is tied to an embedding among them; the
-    result has the reason for each. Linear layers that share a weight go on sharing one packed copy.
+    result has the reason for each, and for all other matrices that remain in floating point. Linear layers that share
+    a weight go on sharing one packed copy.
 
     Args:
         model: a module with layers in it.
@@ -98,7 +132,8 @@ def replace_linear_layers(
         layer_filter: called with the path and the layer; a false value leaves the layer alone.
 
     Returns:
-        {"replaced_count": …, "skipped_count": …}, with the paths in its attributes `replaced` and `skipped`.
+        {"replaced_count": …, "skipped_count": …}, with the paths in its attributes `replaced` and `skipped`, and the
+        part of the parameters that remains in floating point in `skipped_share`.
 
     Raises:
         TypeError: model is no module, or is itself a linear layer, or skip_layers is a string.
@@ -108,68 +143,74 @@ def replace_linear_layers(
     check_bits(op, bits)
     if isinstance(model, nn.Linear):
         raise TypeError(f"[{op}] a layer by itself is not replaced in place; use MetalQuantizedLinear.from_float")
-    convert = functools.partial(MetalQuantizedLinear.from_float, bits=bits, group_size=group_size)
-    return _replace(op, model, convert, group_size, skip_layers, layer_filter)[1]
+    linear = functools.partial(MetalQuantizedLinear.from_float, bits=bits, group_size=group_size)
+    convert = _converter(linear, MODE_OF_BITS[bits], group_size)
+    _, replaced, left, parameters = _replace(op, model, convert, group_size, skip_layers, layer_filter)
+    return ReplacementStats(replaced, left, parameters)
+
+
+def _converter(
+    linear: Callable[[nn.Linear], ColumnPackedLinear], mode: str, group_size: int
+) -> Callable[[nn.Module], ColumnPackedModule]:
+    """What packs a layer: `linear` for one of a matrix, and for experts the layer that has one for each."""
+    experts = functools.partial(ColumnPackedSwitchLinear.from_switch_linear, mode=mode, group_size=group_size)
+    return lambda layer: experts(layer) if isinstance(layer, SwitchLinear) else linear(layer)
 
 
 def _replace(
     op: str,
     model: nn.Module,
-    convert: Callable[[nn.Linear], ColumnPackedLinear],
+    convert: Callable[[nn.Module], ColumnPackedModule],
     group_size: int,
     skip_layers: Iterable[str] | None,
     layer_filter: LayerFilter | None,
-) -> tuple[nn.Module, ReplacementStats]:
-    """Puts what `convert` makes of a layer in its place; returns the model, or what took its place, and the counts."""
+) -> tuple[nn.Module, list[str], list[FloatWeight], int]:
+    """Puts what `convert` makes of a layer in its place; returns the model, or what took its place, the paths of the
+    layers that were replaced, what remains in floating point, and the number of parameters."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"[{op}] model is of type {type(model).__name__}; it must be a torch.nn.Module")
     if isinstance(skip_layers, str):
         raise TypeError(f"[{op}] skip_layers is the string {skip_layers!r}; it must be a set of names")
     check_group_size(op, group_size)
     names = list(skip_layers or ())
-    replaced: list[str] = []
-    skipped: dict[str, str] = {}
 
-    def choose(holders: Mapping[str, nn.Module]) -> bool | None:
-        linear = {path: layer for path, layer in holders.items() if isinstance(layer, nn.Linear)}
-        reasons = {path: _why_not(path, layer, group_size, names, layer_filter) for path, layer in linear.items()}
-        others = [path for path in holders if path not in linear]
-        obstacles = others + [path for path, reason in reasons.items() if reason is not None]
-        if not obstacles:
-            path, layer = next(iter(linear.items()))
-            if not layer.weight.is_meta and not layer.weight.isfinite().all():
-                raise ValueError(f"[{op}] {path}.weight has values that are not finite numbers")
-            replaced.extend(linear)
-            return True
-        for path, reason in reasons.items():
-            skipped[path] = reason or f"shares its weight with {obstacles[0]}"
-        return None
+    def choose(holders: Mapping[str, nn.Module]) -> bool | Left:
+        reasons = {path: _refusal(path, layer, group_size, names, layer_filter) for path, layer in holders.items()}
+        if (left := shared_refusals(holders, reasons)) is not None:
+            return left
+        path, layer = next(iter(holders.items()))
+        if not layer.weight.is_meta and not layer.weight.isfinite().all():
+            raise ValueError(f"[{op}] {path}.weight has values that are not finite numbers")
+        return True
 
-    model = replace_layers(model, choose, lambda layer, _: convert(layer), _tied)
-    for path, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, nn.Linear):
-            skipped.setdefault(path, "has no parameter as its weight")  # a parametrization computes it, for example
-    return model, ReplacementStats(replaced, skipped)
+    with unfused(model):
+        done = replace_layers(model, choose, lambda layer, _: convert(layer), _tied, progress=_progress)
+        left = float_weights(done.model, done.refusals)
+    mark_configs(done.model)
+    return done.model, done.replaced, left, parameter_count(done.model)
 
 
-def _why_not(
-    path: str, layer: nn.Linear, group_size: int, skip_layers: list[str], layer_filter: LayerFilter | None
-) -> str | None:
-    """The reason to leave a layer alone, if there is one."""
+def _refusal(
+    path: str, layer: nn.Module, group_size: int, skip_layers: list[str], layer_filter: LayerFilter | None
+) -> Refusal | None:
+    """The reason to leave alone a module that holds a weight, if there is one."""
     if any(f".{name}." in f".{path}." for name in skip_layers):
-        return _IN_SKIP_LAYERS
-    if type(layer) is not nn.Linear:
-        return f"a subclass of Linear: {type(layer).__name__}"
-    if not layer.weight.is_floating_point():
-        return f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
-    if layer.in_features % group_size:
-        return f"in_features {layer.in_features} is not divisible by group_size {group_size}"
+        return Refusal(_IN_SKIP_LAYERS, is_asked_for=True)
+    if isinstance(layer, nn.Embedding):
+        return Refusal("an embedding; Marlin's formats are for linear layers", is_asked_for=True)
+    if type(layer) not in (nn.Linear, SwitchLinear) and not is_conv1d(layer):
+        return Refusal(reason_of_class(path, layer))
+    if (reason := why_not(path, layer)) is not None:
+        return Refusal(reason)
+    in_features = as_linear(layer).in_features
+    if in_features % group_size:
+        return Refusal(f"in_features {in_features} is not divisible by group_size {group_size}")
     if layer_filter is not None and not layer_filter(path, layer):
-        return "refused by layer_filter"
+        return Refusal("refused by layer_filter", is_asked_for=True)
     return None
 
 
-def _tied(layer: nn.Linear, twin: ColumnPackedLinear) -> ColumnPackedLinear:
+def _tied(layer: nn.Module, twin: ColumnPackedModule) -> ColumnPackedModule:
     """`layer` on the packed weight of `twin`, which had the same floating-point weight."""
     tied = shell(layer, entry_of(twin))
     for name, parameter in twin.named_parameters(recurse=False):

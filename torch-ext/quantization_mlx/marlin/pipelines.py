@@ -6,14 +6,15 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..stored import require
+from ..stored import has_tokenizer, require
 from .functions import check_group_size
 from .layers import check_bits, check_quant_type
 from .models import LayerFilter, load_dense, quantize_model, replace_linear_layers
@@ -22,7 +23,13 @@ from .saved import is_saved, load_quantized, usable_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+# name -> (what kind of number it is, whether one fits, what is wanted)
+_SAMPLING: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "max_tokens": (Integral, lambda count: count >= 1, "a whole number of at least 1"),
+    "temperature": (Real, lambda number: 0 <= number < math.inf, "a finite number of at least 0"),
+    "top_p": (Real, lambda number: 0 < number <= 1, "a number above 0 and at most 1"),
+    "top_k": (Integral, lambda count: count >= 0, "a whole number of at least 0"),
+}
 
 
 class TransformersMarlinPipeline:
@@ -185,17 +192,13 @@ class TransformersMarlinPipeline:
         for name, wanted in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
             if options.get(name, wanted) != wanted:
                 raise ValueError(
-                    f"[{type(self).__name__}] {name} is {options[name]}; a pipeline returns one text for each prompt, "
-                    "and its method generate what the model returns"
+                    f"[{type(self).__name__}] {name} is {options[name]!r}; a pipeline returns one text for each "
+                    "prompt, and its method generate what the model returns"
                 )
-        for name, value, fits, wanted in (
-            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-            ("temperature", temperature, 0 <= temperature < math.inf, "a finite number of at least 0"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-            ("top_k", top_k, top_k >= 0, "at least 0"),
-        ):
-            if not fits:
-                raise ValueError(f"[{type(self).__name__}] {name} is {value}; it must be {wanted}")
+        given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        for name, (kind, fits, wanted) in _SAMPLING.items():
+            if not isinstance(given[name], kind) or isinstance(given[name], bool) or not fits(given[name]):
+                raise ValueError(f"[{type(self).__name__}] {name} is {given[name]!r}; it must be {wanted}")
         if temperature == 0:
             return {"max_new_tokens": max_tokens, "do_sample": False, **options}
         filters = {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
@@ -349,8 +352,7 @@ def _load_saved(
 
 def _load_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool, op: str) -> PreTrainedTokenizerBase:
     directory = Path(source)
-    if directory.is_dir() and not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
-        # Of some models, Transformers would make a tokenizer without a vocabulary.
+    if directory.is_dir() and not has_tokenizer(directory):
         raise ValueError(
             f"[{op}] {source} has no tokenizer; save one there by its save_pretrained, or give it to the constructor"
         )

@@ -1,14 +1,15 @@
 """Saving models with Marlin's linear layers, and loading what was saved.
 
-A saved directory holds `config.json`, `model*.safetensors` with an index, `generation_config.json` and
-`quantization_config.json`:
+A saved directory holds `config.json`, `model*.safetensors` with an index, `generation_config.json` if the model has
+one, and `quantization_config.json`:
 
     {"format": "marlin",
-     "layers": {path: {"class": "MarlinLinear" or "MetalQuantizedLinear", "mode": …, "group_size": …, "bits": …}},
+     "layers": {path: {"class": the name of one of the classes below, "mode": …, "group_size": …, "bits": …}},
      "tied": {name of a tensor: name that the same tensor is stored under}}
 
 The tensors of a layer are stored as `<path>.weight_packed`, `<path>.scales`, `<path>.zeros` in mode "marlin_int4", and
-`<path>.bias`; all others under their names in the model.
+`<path>.bias`; all others under their names in the model. `config.json`, and each part of it, has `MARLIN_RECORD`, by
+which Transformers refuses the directory unless `patch_transformers()` or `load_quantized` lets it read the layers.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..checkpoint import config_record, distinct_tensors, write_directory
+from ..experts import SwitchLinear, fuse, unfuse
 from ..modules import _QuantizedModule
+from ..obstacles import move_hooks
 from ..quantizer import align_parameters
+from ..replacement import as_linear, is_conv1d, why_not
 from ..stored import (
+    MARLIN_METHOD,
+    MARLIN_RECORD,
     is_mlx_directory,
     judge,
     listed,
@@ -36,19 +43,20 @@ from ..stored import (
     require,
     weight_files,
 )
-from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
+from .experts import ColumnPackedSwitchLinear
+from .layers import ColumnPackedModule, MarlinLinear, MetalQuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "quantization_config.json"
 FORMAT = "marlin"  # what the record says
-METHOD = "quantization_mlx_marlin"  # the quantizer's name in Transformers, in config.json too
 
 # What a layer's constructor takes besides its sizes, its bias, its device and its dtype; by the name of its class.
-_CLASSES: dict[str, tuple[type[ColumnPackedLinear], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+_CLASSES: dict[str, tuple[type[ColumnPackedModule], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "MarlinLinear": (MarlinLinear, lambda entry: {"quant_type": str(entry["mode"]).removeprefix("marlin_")}),
     "MetalQuantizedLinear": (MetalQuantizedLinear, lambda entry: {"bits": entry["bits"]}),
+    "ColumnPackedSwitchLinear": (ColumnPackedSwitchLinear, lambda entry: {"mode": entry["mode"]}),
 }
 
 
@@ -68,9 +76,7 @@ def usable_device(device: torch.device | str | None, op: str) -> torch.device:
 # Saving
 
 
-def save_quantized(
-    model: PreTrainedModel, output_dir: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 1024**3
-) -> None:
+def save_quantized(model: nn.Module, output_dir: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 1024**3) -> None:
     """Writes a model with layers of Marlin, for `load_quantized`; the opening comment of this module has the layout.
 
     Everything is written beside its final place first and then renamed, so a save that fails leaves an older directory
@@ -78,22 +84,35 @@ def save_quantized(
     `save_pretrained(output_dir)` does that.
 
     Args:
-        model: a Transformers model after `quantize_model` or `replace_linear_layers`, or from `load_quantized`.
+        model: any module after `quantize_model` or `replace_linear_layers`, or from `load_quantized`. Only a
+            `transformers.PreTrainedModel` has a config, of which `load_quantized` makes the model again; for others it
+            has to be given one.
         output_dir: made if it does not exist.
         max_shard_bytes: weights beyond this size are split over several files.
 
     Raises:
         ImportError: transformers or safetensors is not installed.
-        TypeError: model is no `transformers.PreTrainedModel`.
-        ValueError: model has no layers of Marlin, or has layers of other quantized kinds.
+        TypeError: model is no module.
+        ValueError: model has no layers of Marlin, or layers of other quantized kinds, or state that is no tensor.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"[save_quantized] model is of type {type(model).__name__}; it must be a torch.nn.Module")
+    write_quantized(model, Path(output_dir), max_shard_bytes)
+
+
+def write_quantized(
+    model: nn.Module,
+    directory: Path,
+    max_shard_size: int | str = 5 * 1024**3,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """`save_quantized`, where a size may be a string such as "5GB", and the model's tensors may be given."""
     op = "save_quantized"
     transformers = require("transformers")
     require("safetensors")
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise TypeError(f"[{op}] model is of type {type(model).__name__}; it must be a transformers.PreTrainedModel")
+    compat.check(op)
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {path: module for path, module in modules.items() if isinstance(module, ColumnPackedLinear)}
+    layers = {path: module for path, module in modules.items() if isinstance(module, ColumnPackedModule)}
     if not layers:
         raise ValueError(
             f"[{op}] the model has no layers of Marlin; quantize_model and replace_linear_layers make them"
@@ -103,15 +122,44 @@ def save_quantized(
         raise ValueError(f"[{op}] layers are of no known class, which is {' or '.join(_CLASSES)}: {listed(strange)}")
     if mlx := [path for path, module in modules.items() if isinstance(module, _QuantizedModule)]:
         raise ValueError(f"[{op}] layers are of MLX's formats, which save_checkpoint writes: {listed(mlx)}")
+    state = model.state_dict(keep_vars=True)
+    if others := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(f"[{op}] state is no tensor and cannot be written: {listed(others)}")
 
-    def records(directory: Path) -> dict[str, dict[str, Any]]:
-        _copy_remote_code(model, directory)
-        config = {**config_record(model), "quantization_config": {"quant_method": METHOD}}
+    def records(staged: Path) -> dict[str, dict[str, Any]]:
+        config: dict[str, Any] = {"architectures": [type(model).__name__]}
+        if isinstance(model, transformers.PreTrainedModel):
+            _copy_remote_code(model, staged)
+            config = _marked(config_record(model))
         entries = {path: entry_of(layer) for path, layer in layers.items()}
         record = {"format": FORMAT, "layers": entries, "tied": _aliases(model)}
-        return {"config.json": dict(sorted(config.items())), RECORD: record}
+        return {"config.json": dict(sorted({**config, "quantization_config": MARLIN_RECORD}.items())), RECORD: record}
 
-    write_directory(model, Path(output_dir), distinct_tensors(model), records, "pt", max_shard_bytes)
+    write_directory(model, directory, distinct_tensors(model, state_dict), records, "pt", max_shard_size)
+
+
+def _marked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json with `MARLIN_RECORD` in its parts, of which the class of a part reads one alone."""
+    return {
+        name: {**value, "quantization_config": MARLIN_RECORD}
+        if isinstance(value, dict) and "model_type" in value
+        else value
+        for name, value in config.items()
+    }
+
+
+def mark_configs(model: nn.Module) -> None:
+    """Lets the configs in `model` say that it has layers of Marlin.
+
+    What Transformers' own `save_pretrained` writes has no record of the layers; with this, loading it raises.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, ColumnPackedModule):
+            components = path.split(".")
+            for length in range(len(components)):
+                config = getattr(model.get_submodule(".".join(components[:length])), "config", None)
+                if hasattr(config, "to_diff_dict"):  # of Transformers, which may not be installed
+                    config.quantization_config = dict(MARLIN_RECORD)
 
 
 def _copy_remote_code(model: PreTrainedModel, directory: Path) -> None:
@@ -123,7 +171,7 @@ def _copy_remote_code(model: PreTrainedModel, directory: Path) -> None:
             custom_object_save(each, directory, config=model.config)
 
 
-def entry_of(layer: ColumnPackedLinear) -> dict[str, Any]:
+def entry_of(layer: ColumnPackedModule) -> dict[str, Any]:
     """What the record says of a layer."""
     format = {"mode": layer.mode, "group_size": layer.group_size, "bits": layer.bits}
     return {"class": type(layer).__name__, **format}
@@ -143,16 +191,22 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 
 
 def load_quantized(
-    path: str | os.PathLike[str], device: torch.device | str = "mps", *, trust_remote_code: bool = False
-) -> PreTrainedModel:
+    path: str | os.PathLike[str],
+    device: torch.device | str = "mps",
+    *,
+    model: nn.Module | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """Reads a directory that `save_quantized` wrote, as a model in eval mode; every tensor has its stored dtype.
 
-    The model is built without memory for its floating-point weights. The index is not trusted: the tensors are those
-    that the `model*.safetensors` files hold.
+    A model of Transformers is built without memory for its floating-point weights. The index is not trusted: the
+    tensors are those that the `model*.safetensors` files hold.
 
     Args:
         path: holds config.json, quantization_config.json and the weights.
         device: where the model is put: "mps" or "cpu".
+        model: made by the code that made the saved model, with its `nn.Linear` layers, maybe on the meta device. It is
+            changed in place and returned. None builds the model of Transformers that config.json describes.
         trust_remote_code: whether Python code that config.json names may run.
 
     Raises:
@@ -160,28 +214,87 @@ def load_quantized(
         ImportError: transformers or safetensors is not installed.
         ValueError: the device is not here, or the directory is of another kind, or lacks tensors, or has unknown or
             damaged ones, or ones of a wrong shape or dtype, or scales that are not finite numbers; the message names
-            them, or the function that loads the other kind.
+            them, or the function that loads the other kind. Then `model` is as it was. Also raised if the saved model
+            was none of Transformers and `model` is None.
     """
     op = "load_quantized"
     device = usable_device(device, op)
-    transformers = require("transformers")
+    require("transformers")
     require("safetensors")
+    compat.check("patch_transformers")
     directory = Path(path)
-    _read_record(directory, op)
-    weight_files(directory, op)
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    config.quantization_config = {"quant_method": METHOD}
-    _register_quantizer()
-    model = _class_of(config, trust_remote_code).from_pretrained(
-        directory, config=config, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
-    )
-    model.hf_quantizer.remove_quantization_config(model)
+    record = _read_record(directory, op)
+    files = weight_files(directory, op)
+    if model is None:
+        model = _build(directory, trust_remote_code, op)
+    else:
+        _fill(model, record, files, op)
     return model.to(device)
+
+
+def _build(directory: Path, trust_remote_code: bool, op: str) -> PreTrainedModel:
+    """The model of Transformers that config.json describes, with its tensors."""
+    import transformers
+
+    from ..transformers_integration import patched_transformers  # imports this module
+
+    config_file = read_config(directory, op) or {}
+    if "model_type" not in config_file:
+        saved = (config_file.get("architectures") or ["unknown"])[0]
+        raise ValueError(
+            f"[{op}] {directory} holds a model of the class {saved}, which is none of Transformers; make one and give "
+            "it as model"
+        )
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with patched_transformers():
+        model = _class_of(config, trust_remote_code).from_pretrained(
+            directory, config=config, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    model.hf_quantizer.remove_quantization_config(model)
+    mark_configs(model)
+    return model
+
+
+def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: str) -> None:
+    """Puts the layers of the record and the stored tensors into `model`, in eval mode; all of them or none.
+
+    Raises:
+        ValueError: the record or the stored tensors are not those of the model, or scales are not finite numbers.
+    """
+    load_file = require("safetensors.torch").load_file
+    directory, ties = files[0].parent, record["tied"]
+    unfuse(model, record["layers"])
+    originals: dict[str, nn.Module] = {}
+    try:
+        shells = _shells(model, record, op, directory / RECORD)
+        originals = {path: model.get_submodule(path) for path in shells}
+        _put(model, shells)
+        tensors = model.state_dict(keep_vars=True)
+        _check_ties(tensors, ties, op, directory / RECORD)
+        judge(model, read_headers(files, op), str(directory), ties, _packed_names(shells), op)
+        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        for path, layer in shells.items():
+            for name in layer.state_dict():
+                _check_finite(f"{path}.{name}", state.get(f"{path}.{name}"), op)
+    except Exception:
+        _put(model, originals)
+        fuse(model)
+        raise
+    for path, layer in shells.items():
+        move_hooks(originals[path], layer)
+        layer.follow_dtype(layer.weight.dtype, "cpu")  # a buffer that is not stored
+    state |= {alias: state[name] for alias, name in ties.items()}
+    model.load_state_dict(state, assign=True)
+    _share(model, ties)
+    align_parameters(model)
+    fuse(model)
+    mark_configs(model)
+    model.eval()
 
 
 def is_saved(directory: Path) -> bool:
     """Whether `save_quantized` wrote the directory, and nothing that is of another kind since."""
-    return (directory / RECORD).exists() and other_method(read_config(directory) or {}) == METHOD
+    return (directory / RECORD).exists() and other_method(read_config(directory) or {}) == MARLIN_METHOD
 
 
 def _read_record(directory: Path, op: str) -> dict[str, Any]:
@@ -231,16 +344,19 @@ def _class_of(config: Any, trust_remote_code: bool) -> Any:
 
 
 @functools.cache
-def _register_quantizer() -> None:
-    """Lets Transformers' `from_pretrained` place the layers of a saved model before it loads the tensors."""
-    from transformers.quantizers import HfQuantizer, auto
+def marlin_quantizer_classes() -> tuple[type, type]:
+    """`MarlinConfig` and `MarlinQuantizer`, made here because their bases are Transformers'.
+
+    They let `from_pretrained` place the layers of a saved model before it loads the tensors.
+    """
+    from transformers.quantizers import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class MarlinConfig(QuantizationConfigMixin):
         """Says that quantization_config.json, beside the weights, describes the layers."""
 
         def __init__(self, **_: Any) -> None:
-            self.quant_method = METHOD
+            self.quant_method = MARLIN_METHOD
 
     class MarlinQuantizer(HfQuantizer):
         requires_calibration = False
@@ -262,8 +378,7 @@ def _register_quantizer() -> None:
         def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
             _finish_layers(model)
 
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = MarlinConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = MarlinQuantizer
+    return MarlinConfig, MarlinQuantizer
 
 
 def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
@@ -279,22 +394,53 @@ def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
     record = _read_record(directory, op)
     if set(files) != set(weight_files(directory, op)):
         raise ValueError(f"[{op}] {directory}: the index does not name the weight files that are there")
-    linear = {path: layer for path, layer in model.named_modules() if type(layer) is nn.Linear}
+    unfuse(model, record["layers"])
+    shells = _shells(model, record, op, directory / RECORD)
+    _put(model, shells)
+    for path in shells:
+        holder = model.get_submodule(path.rpartition(".")[0])
+        if not holder._parameters and not holder._buffers:
+            holder._is_hf_initialized = True  # or Transformers would initialise the float weights of its layers
+    _check_ties(model.state_dict(keep_vars=True), record["tied"], op, directory / RECORD)
+    _share(model, record["tied"])
+    model.all_tied_weights_keys = dict(record["tied"])  # Transformers ties again after loading
+    judge(model, read_headers(files, op), str(directory), exact=_packed_names(shells), op=op)
+
+
+def _shells(model: nn.Module, record: Mapping[str, Any], op: str, file: Path) -> dict[str, ColumnPackedModule]:
+    """Layers that wait for their tensors, by the paths that the record has them under.
+
+    Raises:
+        ValueError: the record has layers that the model has not, or in formats that are not supported.
+    """
+    linear = {
+        path: as_linear(layer)
+        for path, layer in model.named_modules(remove_duplicate=False)
+        if type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer)
+    }
     if unknown := [path for path in record["layers"] if path not in linear]:
-        raise ValueError(f"[{op}] {directory / RECORD} has layers that the model has not: {listed(unknown)}")
-    packed = []
+        raise ValueError(f"[{op}] {file} has layers that the model has not: {listed(unknown)}")
+    shells = {}
     for path, entry in record["layers"].items():
+        if (reason := why_not(path, linear[path])) is not None:
+            raise ValueError(f"[{op}] {file} has {path} as a packed layer, which it cannot be: {reason}")
         try:
-            layer = shell(linear[path], entry)
+            shells[path] = shell(linear[path], entry)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"[{op}] {directory / RECORD}: {path} is {entry!r}, which is not supported") from error
+            raise ValueError(f"[{op}] {file}: {path} is {entry!r}, which is not supported") from error
+    return shells
+
+
+def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for path, layer in layers.items():
         model.set_submodule(path, layer)
-        packed += [f"{path}.{name}" for name in layer.state_dict() if name != "bias"]
-    _tie(model, record["tied"], op, directory / RECORD)
-    judge(model, read_headers(files, op), str(directory), exact=packed, op=op)
 
 
-def shell(layer: nn.Linear, entry: Mapping[str, Any]) -> ColumnPackedLinear:
+def _packed_names(layers: Mapping[str, ColumnPackedModule]) -> list[str]:
+    return [f"{path}.{name}" for path, layer in layers.items() for name in layer.state_dict() if name != "bias"]
+
+
+def shell(layer: nn.Module, entry: Mapping[str, Any]) -> ColumnPackedModule:
     """A layer of the same sizes that waits for its tensors.
 
     Raises:
@@ -302,7 +448,9 @@ def shell(layer: nn.Linear, entry: Mapping[str, Any]) -> ColumnPackedLinear:
     """
     layer_class, options = _CLASSES[entry["class"]]
     dtype = layer.weight.dtype if layer.bias is None else layer.bias.dtype
+    experts = (layer.num_experts,) if isinstance(layer, SwitchLinear) else ()
     made = layer_class(
+        *experts,
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -316,15 +464,19 @@ def shell(layer: nn.Linear, entry: Mapping[str, Any]) -> ColumnPackedLinear:
     return made
 
 
-def _tie(model: PreTrainedModel, aliases: Mapping[str, str], op: str, file: Path) -> None:
-    """Makes one tensor of those that are stored once; Transformers does so again after loading."""
-    tensors = model.state_dict(keep_vars=True)
+def _check_ties(tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], op: str, file: Path) -> None:
+    """Raises ValueError unless the tensors of a model that the record has as one can be one."""
     for alias, name in aliases.items():
         if alias not in tensors or name not in tensors or tensors[alias].shape != tensors[name].shape:
             raise ValueError(f"[{op}] {file} ties {alias} to {name}, which the model cannot")
+
+
+def _share(model: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Makes one tensor of those that are stored once."""
+    tensors = model.state_dict(keep_vars=True)
+    for alias, name in aliases.items():
         path, _, attribute = alias.rpartition(".")
         setattr(model.get_submodule(path), attribute, tensors[name])
-    model.all_tied_weights_keys = dict(aliases)
 
 
 def _finish_layers(model: nn.Module) -> None:
@@ -335,9 +487,15 @@ def _finish_layers(model: nn.Module) -> None:
     """
     align_parameters(model)
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False) if isinstance(module, ColumnPackedLinear) else ():
-            if name == "bias":
-                continue
-            parameter.requires_grad_(False)
-            if parameter.is_floating_point() and not parameter.isfinite().all():
-                raise ValueError(f"[load_quantized] {path}.{name} has values that are not finite numbers")
+        for name, parameter in module.named_parameters(recurse=False) if isinstance(module, ColumnPackedModule) else ():
+            if name != "bias":
+                parameter.requires_grad_(False)
+                _check_finite(f"{path}.{name}", parameter, "load_quantized")
+    fuse(model)
+
+
+def _check_finite(name: str, tensor: torch.Tensor | None, op: str) -> None:
+    """Raises ValueError if the scales or zeros of that name have infinities or NaN."""
+    kind = name.rpartition(".")[2]
+    if kind in ("scales", "zeros") and tensor is not None and not tensor.isfinite().all():
+        raise ValueError(f"[{op}] {name} has values that are not finite numbers")

@@ -1,0 +1,89 @@
+"""Mixtures of experts whose matrices are packed by columns."""
+
+from __future__ import annotations
+
+import torch
+
+from .._ops import ops
+from ..experts import SwitchLinear
+from ..obstacles import check_class, check_state
+from ..packed_weight import own
+from .functions import pack
+from .layers import ColumnPackedModule
+
+_gather_qmm = ops.gather_qmm.default
+
+
+class ColumnPackedSwitchLinear(ColumnPackedModule):
+    """A linear map for each expert, W [num_experts, in_features, out_features]; `ColumnPackedModule` has its tensors.
+
+    Args:
+        num_experts, in_features, out_features: the sizes; in_features is a multiple of group_size.
+        mode, group_size, bias, device, dtype: as in `ColumnPackedLinear`.
+
+    Raises:
+        ValueError: the mode or the group_size is not supported, or in_features does not divide into groups.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        mode: str,
+        group_size: int = 128,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__((num_experts, in_features, out_features), mode, group_size, bias, device, dtype)
+        self.num_experts = num_experts
+
+    @classmethod
+    def from_switch_linear(cls, linear: SwitchLinear, mode: str, group_size: int = 128) -> ColumnPackedSwitchLinear:
+        """Quantizes `linear`, one expert after the other, which shares nothing with the layer that is returned; hooks
+        are copied.
+
+        Raises:
+            TypeError: it is no `SwitchLinear`, or of a subclass with a forward of its own.
+            ValueError: the format is not supported, or a weight is not finite, or a state of it cannot be kept.
+        """
+        name = f"{cls.__name__}.from_switch_linear"
+        check_class(name, linear, SwitchLinear)
+        check_state(name, linear)
+        sizes = linear.num_experts, linear.in_features, linear.out_features
+        layer = cls(*sizes, mode, group_size, device="meta")
+        packed = [pack(name, mode, matrix.T, group_size) for matrix in linear.weight.detach()]
+        layer._take((torch.stack(tensors) for tensors in zip(*packed, strict=True)), linear)
+        return layer
+
+    def dequantize(self) -> SwitchLinear:
+        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
+        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
+
+    def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
+        """Row i of x times the matrix of expert indices[i]; arguments as in `QuantizedSwitchLinear.forward`.
+
+        Returns:
+            [*indices.shape, out_features], of x's dtype.
+        """
+        packed = self.weight_packed, self.scales, self.zeros
+        y = _gather_qmm(
+            x.unsqueeze(-2),
+            *packed,
+            None,
+            indices,
+            False,
+            self.group_size,
+            self.bits,
+            self.mode,
+            None,
+            sorted_indices=sorted_indices,
+        ).squeeze(-2)
+        return y if self.bias is None else y + self.bias[indices].to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {super().extra_repr()}"
+        )
