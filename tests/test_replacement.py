@@ -542,9 +542,10 @@ def test_gpt2_comes_back_to_floating_point_as_it_was(way: str, tmp_path: Path) -
         dequantize_model(each)
         assert [type(layer) for layer in each.modules()] == classes
         assert_close(logits(each), expected)
-    if way == "mlx":
-        model.save_pretrained(tmp_path / "dense")
-        assert_close(logits(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")), logits(model))
+    model.save_pretrained(tmp_path / "dense")
+    assert_close(logits(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")), logits(model))
+    halved = dequantize_model(WAYS[way](nn.ModuleDict({"layer": Conv1D(64, 128)})), torch.float16)["layer"]
+    assert (type(halved), halved.weight.shape, halved.weight.dtype) == (Conv1D, (128, 64), torch.float16)
 
 
 def test_gpt2_does_not_become_metal_layers() -> None:

@@ -41,6 +41,7 @@ from .replacement import (
 )
 from .staging import staged
 from .stored import (
+    MARLIN_RECORD,
     RECORDS,
     Format,
     listed,
@@ -149,11 +150,11 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             continue
         bias, made = getattr(layer, "bias", None), layer.dequantize()
         made._stands_for_conv1d = stands_for_conv1d(layer)
-        made = as_conv1d(made)
         if dtype not in (None, made.weight.dtype):  # rounded once, from the packed values
             packed = layer.packed()
             values = packed.dequantize(dtype).detach()
             made.weight = nn.Parameter(values.mT.contiguous() if packed.by_columns else values)
+        made = as_conv1d(made)
         made.weight = dense.setdefault(id(layer.packed().words), made.weight)
         if not path:
             return made
@@ -162,6 +163,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         move_hooks(layer, made)
         model.set_submodule(path, made)
     fuse(model)
+    for module in model.modules():
+        if getattr(config := getattr(module, "config", None), "quantization_config", None) == MARLIN_RECORD:
+            del config.quantization_config  # what is saved from now on is in floating point
     return model
 
 

@@ -160,16 +160,14 @@ def shared_refusals(holders: Mapping[str, nn.Module], reasons: Mapping[str, Refu
         holders: as `choose` gets them.
         reasons: by the path of a holder, why it is left alone, None if it need not be.
     """
-    first = next((path for path, reason in reasons.items() if reason is not None), None)
-    if (
-        first is None and len({is_conv1d(layer) for layer in holders.values()}) == 2
-    ):  # the one's rows, the other's columns
-        first, *_ = holders
+    refused = [path for path, reason in reasons.items() if reason is not None]
+    first, *_ = refused or holders
+    if refused:
+        shared = Refusal(f"shares its weight with {first}", reasons[first].is_asked_for)
+        return Left({path: reasons[path] or shared for path in holders})
+    if len({is_conv1d(layer) for layer in holders.values()}) > 1:  # rows of the one are columns of the other
         return Left({path: Refusal(f"shares its weight with {first}, which has it transposed") for path in holders})
-    if first is None:
-        return None
-    shared = Refusal(f"shares its weight with {first}", reasons[first].is_asked_for)
-    return Left({path: reasons[path] or shared for path in holders})
+    return None
 
 
 def _joined(path: str, name: str) -> str:
