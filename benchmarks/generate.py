@@ -110,6 +110,8 @@ def unprepared(checkpoint: Path, dtype: torch.dtype, name: str) -> Contender:
 def compiled(checkpoint: Path, dtype: torch.dtype, name: str) -> Contender:
     """`torch.compile` of the unprepared model with a static cache, as Transformers offers it."""
     config = CompileConfig(mode="default", fullgraph=True, dynamic=False)
+    if not hasattr(config, "_compile_all_devices"):
+        raise AttributeError("CompileConfig has no _compile_all_devices, without which nothing is compiled on the CPU")
     config._compile_all_devices = True
     model = load_checkpoint(checkpoint, dtype=dtype)
     length = PREFILL + NEW_TOKENS  # another one would compile again

