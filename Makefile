@@ -34,7 +34,7 @@ demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
 test: $(VENV)/.with-demo $(VENV)/.with-test build/oldest/.installed build ## runs the tests
 	$(bin)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-test-all: $(VENV)/.with-demo $(VENV)/.with-test build ## runs also the tests that repeat others with other values
+test-all: $(VENV)/.with-demo $(VENV)/.with-test build/oldest/.installed build ## runs also the tests that repeat others with other values
 	$(bin)/python -m pytest --exhaustive --numprocesses $(WORKERS) --dist loadgroup
 
 sanitize: $(VENV)/.with-test ## runs the CPU kernels and all ops under sanitizers for addresses and undefined behavior

@@ -49,6 +49,12 @@ const Tensor* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? &*tensor : &none;
 }
 
+// A backward pass computes with exact activations and, under autocast, in the dtypes that the forward pass had.
+class BackwardScope {
+  const cpu::ExactActivations exact_;
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast_{c10::autocast_dispatch_keyset};
+};
+
 // The weights of a product, as a backward pass needs them back.
 struct Weights {
   Tensor w;
@@ -149,10 +155,12 @@ constexpr int64_t unpacked_elements = 1 << 22;
 // gradient [.., N] @ dequantize(w).T of column-packed weights [.., K, N], some of whose rows are unpacked at a time:
 // all of them where a compiler traces weights of unknown sizes, which nothing can loop over.
 Tensor column_packed_x_gradient(const Tensor& gradient, const Weights& weights) {
+  // A weight may be beyond the range of float16.
+  const at::ScalarType dtype = gradient.scalar_type() == at::kHalf ? at::kFloat : gradient.scalar_type();
   const auto product = [&](const Tensor& w, const Tensor& scales, const OptionalTensor& zeros) {
-    const Tensor rows = ops::dequantize(
-        w, scales, zeros, weights.group_size, weights.bits, weights.mode, std::nullopt, gradient.scalar_type());
-    return at::matmul(gradient, rows.mT());
+    const Tensor rows =
+        ops::dequantize(w, scales, zeros, weights.group_size, weights.bits, weights.mode, std::nullopt, dtype);
+    return at::matmul(gradient.to(dtype), rows.mT()).to(gradient.scalar_type());
   };
   const auto& [w, scales, zeros] = std::tie(weights.w, weights.scales, weights.biases);
   if (w.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||
@@ -198,7 +206,7 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const cpu::ExactActivations exact;
+    const BackwardScope scope;
     const auto saved = context->get_saved_variables();
     const Weights weights = Weights::load(context, saved);
     const auto x_sizes = context->saved_data["x_sizes"].toSymIntVector();
@@ -206,7 +214,7 @@ struct QuantizedMatmul : torch::autograd::Function<QuantizedMatmul> {
     const bool vector = x_sizes.size() == 1;
     const Tensor gradient = vector ? gradients[0].unsqueeze(-2) : gradients[0];
     variable_list result(5);
-    if (gradients[0].sym_numel() == 0) {
+    if (is_known(gradients[0].sym_numel().sym_eq(0))) {
       return zero_gradients(context, weights, x_sizes, gradients[0], std::move(result));
     }
     if (context->needs_input_grad(0)) {
@@ -312,7 +320,7 @@ struct GatherQmm : torch::autograd::Function<GatherQmm> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    const cpu::ExactActivations exact;
+    const BackwardScope scope;
     const auto saved = context->get_saved_variables();
     const Weights weights = Weights::load(context, saved);
     const auto x_sizes = context->saved_data["x_sizes"].toSymIntVector();
@@ -323,7 +331,7 @@ struct GatherQmm : torch::autograd::Function<GatherQmm> {
     const Tensor rhs = flat_indices(optional(saved[6]), w_batch, batch, gradients[0].device());
     const Tensor gradient = matrices(gradients[0]);
     variable_list result(8);
-    if (gradients[0].sym_numel() == 0) {
+    if (is_known(gradients[0].sym_numel().sym_eq(0))) {
       return zero_gradients(context, weights, x_sizes, gradients[0], std::move(result));
     }
     if (context->needs_input_grad(0)) {

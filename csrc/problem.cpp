@@ -10,6 +10,8 @@ namespace {
 
 using at::ScalarType;
 using at::Tensor;
+using c10::sym_eq;
+using c10::sym_ne;
 
 // --- Sizes of a tensor as the caller wants to count them -----------------------------------------------------------
 
@@ -37,6 +39,13 @@ Int product(c10::ArrayRef<Int> sizes) {
     result = result * size;
   }
   return result;
+}
+
+template <typename Int>
+bool same_sizes(c10::ArrayRef<Int> a, c10::ArrayRef<Int> b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](const Int& one, const Int& other) {
+           return holds(sym_eq(one, other));
+         });
 }
 
 template <typename Int>
@@ -129,11 +138,11 @@ void check_global_scale(
       global_scale->scalar_type() == at::kFloat, "[", op, "] global_scale has dtype ", global_scale->scalar_type(),
       "; it must be float32.");
   check_device(op, "global_scale", *global_scale, other_name, other);
-  const auto numel = global_scale->sym_numel();
   TORCH_CHECK_VALUE(
-      numel == 1 ||
-          (one_per_matrix && other.dim() > 2 &&
-           global_scale->sym_sizes() == other.sym_sizes().slice(0, other.dim() - 2)),
+      is_known(global_scale->sym_numel().sym_eq(1)) ||
+          (one_per_matrix && other.dim() > 2
+               ? same_sizes(global_scale->sym_sizes(), other.sym_sizes().slice(0, other.dim() - 2))
+               : holds(global_scale->sym_numel().sym_eq(1))),
       "[", op, "] global_scale has shape ", global_scale->sym_sizes(), "; it must have one element",
       one_per_matrix ? " or the leading shape of w." : ".");
 }
@@ -202,14 +211,15 @@ Int check_packing(const WeightArguments& arguments, Format format) {
   const Int groups = scales[scales.size() - from_last];
   const Int length = groups * group_size;
   TORCH_CHECK_VALUE(
-      w.size() == scales.size() && w.slice(0, w.size() - from_last) == scales.slice(0, scales.size() - from_last) &&
-          (!columns || w.back() == scales.back()) && words * 32 == length * bits,
+      w.size() == scales.size() &&
+          same_sizes(w.slice(0, w.size() - from_last), scales.slice(0, scales.size() - from_last)) &&
+          (!columns || holds(sym_eq(w.back(), scales.back()))) && holds(sym_eq(words * 32, length * bits)),
       "[", arguments.op, "] w of shape ", w, " and scales of shape ", scales, " do not belong together: ", bits,
       "-bit ", columns ? "columns" : "rows", " of ", words, " words hold ", words * 32, "/", bits, " elements, and ",
       groups, " groups of ", group_size, " hold ", length, ".");
   if (arguments.biases.has_value()) {
     TORCH_CHECK_VALUE(
-        sizes_of<Int>(*arguments.biases) == scales, "[", arguments.op, "] ",
+        same_sizes(sizes_of<Int>(*arguments.biases), scales), "[", arguments.op, "] ",
         has_zeros(format.mode) ? "zeros" : "biases", " of shape ", sizes_of<Int>(*arguments.biases),
         " must have the shape of scales, ", scales, ".");
   }
@@ -226,14 +236,11 @@ Sizes<Int> broadcast(std::string_view op, const char* what, c10::ArrayRef<Int> a
     if (in_a && in_b) {
       const Int& from_a = a[i + a.size() - rank];
       const Int& from_b = b[i + b.size() - rank];
-      // Asked first, because a size that depends on data equals itself but cannot be compared with 1.
-      if (from_a == from_b) {
-        result[i] = from_a;
-        continue;
-      }
+      // As in torch, a size that depends on data is taken to be other than 1.
+      result[i] = is_known(sym_eq(from_a, Int(1))) ? from_b : from_a;
       TORCH_CHECK_VALUE(
-          from_a == 1 || from_b == 1, "[", op, "] ", what, " of shapes ", a, " and ", b, " do not broadcast.");
-      result[i] = from_a == 1 ? from_b : from_a;
+          is_known(sym_eq(from_a, Int(1))) || is_known(sym_eq(from_b, Int(1))) || holds(sym_eq(from_a, from_b)), "[",
+          op, "] ", what, " of shapes ", a, " and ", b, " do not broadcast.");
     } else {
       result[i] = in_a ? a[i + a.size() - rank] : b[i + b.size() - rank];
     }
@@ -259,11 +266,12 @@ MatmulShape<Int> operand_shape(const WeightArguments& arguments, Format format, 
   shape.K = transpose || columns ? length : rows;
   shape.N = transpose ? rows : columns ? w_sizes.back() : length;
   TORCH_CHECK_VALUE(
-      x_sizes.back() == shape.K, "[", op, "] x of shape ", x_sizes, " and w of shape ", w_sizes,
+      holds(sym_eq(x_sizes.back(), shape.K)), "[", op, "] x of shape ", x_sizes, " and w of shape ", w_sizes,
       " do not fit: with transpose=", transpose ? "True" : "False", ", bits ", format.bits, " and group_size ",
       format.group_size, " the last size of x must be ", shape.K, ".");
   TORCH_CHECK_VALUE(
-      shape.K != 0, "[", op, "] the inner size K is 0: x of shape ", x_sizes, ", w of shape ", w_sizes, ".");
+      holds(sym_ne(shape.K, Int(0))), "[", op, "] the inner size K is 0: x of shape ", x_sizes, ", w of shape ",
+      w_sizes, ".");
   const auto x_leading = x_sizes.size() > 1 ? x_sizes.slice(0, x_sizes.size() - 2) : c10::ArrayRef<Int>();
   const auto w_leading = w_sizes.slice(0, w_sizes.size() - 2);
   shape.x_batch.assign(x_leading.begin(), x_leading.end());
@@ -310,17 +318,34 @@ Tensor with_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
 }
 
+// The stride of all leading sizes seen as one; nothing where they have no common one.
+std::optional<int64_t> leading_stride(const Tensor& tensor) {
+  int64_t count = 1;
+  int64_t stride = 0;
+  for (int64_t i = tensor.dim() - 3; i >= 0; --i) {
+    if (tensor.size(i) == 1) {
+      continue;
+    }
+    if (count > 1 && tensor.stride(i) != count * stride) {
+      return std::nullopt;
+    }
+    stride = count > 1 ? stride : tensor.stride(i);
+    count *= tensor.size(i);
+  }
+  return stride;
+}
+
+// Copies only what has gaps within a matrix or, between matrices, gaps of several sizes.
 Matrices weight_matrices(const Tensor& tensor) {
   const int64_t rows = tensor.size(-2);
   const int64_t columns = tensor.size(-1);
+  const int64_t count = product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2));
   const bool dense_matrix = (tensor.stride(-1) == 1 || columns <= 1) && (tensor.stride(-2) == columns || rows <= 1);
-  if (dense_matrix && tensor.dim() == 2) {
-    return {tensor, 1, 0, columns};
+  const std::optional<int64_t> stride = dense_matrix ? leading_stride(tensor) : std::nullopt;
+  if (stride.has_value()) {
+    return {tensor, count, *stride, columns};
   }
-  if (dense_matrix && tensor.dim() == 3) {
-    return {tensor, tensor.size(0), tensor.stride(0), columns};
-  }
-  return {tensor.contiguous(), product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2)), rows * columns, columns};
+  return {tensor.contiguous(), count, rows * columns, columns};
 }
 
 QuantizedMatrices matrices_of(const WeightArguments& arguments, Format format) {
@@ -419,8 +444,8 @@ QuantizedShape<Int> quantized_shape(const Tensor& w, Format format) {
   const bool columns = is_column_packed(format.mode);
   const Int length = sizes[sizes.size() - (columns ? 2 : 1)];
   TORCH_CHECK_VALUE(
-      length % group_size == 0, "[quantize] the ", columns ? "second to last" : "last", " size of w, of shape ", sizes,
-      ", must be divisible by group_size ", group_size, ".");
+      holds(sym_eq(length % group_size, Int(0))), "[quantize] the ", columns ? "second to last" : "last",
+      " size of w, of shape ", sizes, ", must be divisible by group_size ", group_size, ".");
   const Int words = length * format.bits / 32;
   const Int groups = length / group_size;
   if (columns) {

@@ -17,6 +17,15 @@ namespace quantization_mlx {
 template <typename Int>
 using Sizes = c10::SmallVector<Int, 6>;
 
+// For requirements: whether a condition holds. Of sizes that depend on data, a tracing compiler does not know: it takes
+// the condition for true, and the traced program asserts it when it runs.
+inline bool holds(bool condition) { return condition; }
+inline bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
+
+// For choices between two ways of computing the same: whether a condition is known to be true while tracing.
+inline bool is_known(bool condition) { return condition; }
+inline bool is_known(const c10::SymBool& condition) { return condition.guard_or_false(__FILE__, __LINE__); }
+
 // The arguments that every op on packed weights has in common, as the caller gave them.
 struct WeightArguments {
   std::string_view op;

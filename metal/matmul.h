@@ -83,6 +83,11 @@ inline constexpr int x_memory(int element_size, int rows) {
   return rows * (tile_k(rows, element_size) * element_size / 16 + 1);
 }
 
+// Weights that a thread takes in one step.
+inline constexpr int tile_elements(int rows, int element_size) {
+  return tile_columns() * tile_k(rows, element_size) / tile_threads;
+}
+
 // --- One step ------------------------------------------------------------------------------------------------------
 
 // Multiplies fragments [begin, end) of rows, and with `all` every one, at `x` and `weights` in threadgroup memory.
@@ -141,7 +146,7 @@ inline void clear(thread Accumulator* sums) {
 // Adds the products of rows [first_row, end_row) of the tile, along K from k_begin to k_end, to the sums. The pieces
 // know which rows of x are the tile's.
 template <Mode mode, int group_size, int bits, int rows, bool transpose, typename T, typename Scale>
-inline void multiply_tile(
+inline void add_products(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     thread RowPieces<T, rows, tile_k(rows, sizeof(T)), tile_threads>& pieces,
@@ -153,9 +158,10 @@ inline void multiply_tile(
     Position position,
     threadgroup T* weights,
     threadgroup T* x,
+    thread WeightRange& range,
     thread Accumulator* sums) {
   constexpr int depth = tile_k(rows, sizeof(T));
-  constexpr int elements = tile_columns() * depth / tile_threads;
+  constexpr int elements = tile_elements(rows, sizeof(T));
   const int simdgroup_row = first_row_of(rows, position.simdgroup);
   const int simdgroup_column = first_column_of(rows, position.simdgroup);
   const int begin = max(0, first_row - simdgroup_row) / fragment_size;
@@ -171,8 +177,11 @@ inline void multiply_tile(
   }
   for (int k = k_begin; k < k_end; k += depth) {
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the step before has been multiplied
-    store_block<transpose, tile_columns(), depth>(packed, position.thread_index, weights);
+    store_block<transpose, tile_columns(), depth>(packed, position.thread_index, weights, range);
     store_rows(pieces, position.thread_index, x);
+    if (k + depth >= k_end) {
+      share_range<transpose, tile_columns(), depth, mode>(range, position.thread_index, weights);
+    }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // this one is complete
     if (k + depth < k_end) {
       fetch_block<transpose, tile_columns(), depth>(operands, params, k + depth, column, position.thread_index, packed);
@@ -186,7 +195,38 @@ inline void multiply_tile(
   }
 }
 
-// Rows [first_row, end_row) of the tile to y, where row 0 of the tile begins.
+// The sums of the tile, of weights that may be too large for T. True where each column of them is to be multiplied by
+// a factor at `weights`.
+template <Mode mode, int group_size, int bits, int rows, bool transpose, typename T, typename Scale>
+inline bool multiply_tile(
+    thread const Operands<T, Scale>& operands,
+    constant ProductParams& params,
+    thread RowPieces<T, rows, tile_k(rows, sizeof(T)), tile_threads>& pieces,
+    int first_row,
+    int end_row,
+    int column,
+    int k_begin,
+    int k_end,
+    Position position,
+    threadgroup T* weights,
+    threadgroup T* x,
+    thread Accumulator* sums) {
+  constexpr int depth = tile_k(rows, sizeof(T));
+  constexpr int elements = tile_elements(rows, sizeof(T));
+  WeightRange range = initial_range();
+  bool scaled = false;
+  do {
+    clear<rows>(sums);
+    add_products<mode, group_size, bits, rows, transpose>(
+        operands, params, pieces, first_row, end_row, column, k_begin, k_end, position, weights, x, range, sums);
+  } while (
+      k_begin < k_end &&
+      needs_factors<transpose, tile_columns(), depth, mode, elements>(range, scaled, position.thread_index, weights));
+  return scaled;
+}
+
+// Rows [first_row, end_row) of the tile to y, where row 0 of the tile begins, times `factor` and, with `scaled`, the
+// factor of each column.
 template <int rows, typename Y>
 inline void store_sums(
     thread Accumulator* sums,
@@ -196,6 +236,8 @@ inline void store_sums(
     int end_row,
     int column,
     float factor,
+    bool scaled,
+    threadgroup const float* column_factors,
     Position position) {
   constexpr int across = fragments_across(rows);
   const FragmentPlace place = fragment_place(position.lane);
@@ -204,10 +246,16 @@ inline void store_sums(
     const int row = first_row_of(rows, position.simdgroup) + i * fragment_size + place.row;
 #pragma unroll
     for (int j = 0; j < across; ++j) {
+      const int tile_column = first_column_of(rows, position.simdgroup) + j * fragment_size + place.column;
+      const int n = column + tile_column;
       // All lanes look at their elements together, whoever has something to write.
-      const Y first = static_cast<Y>(sums[i * across + j].thread_elements()[0] * factor);
-      const Y second = static_cast<Y>(sums[i * across + j].thread_elements()[1] * factor);
-      const int n = column + first_column_of(rows, position.simdgroup) + j * fragment_size + place.column;
+      float2 pair =
+          float2(sums[i * across + j].thread_elements()[0], sums[i * across + j].thread_elements()[1]) * factor;
+      if (scaled) {
+        pair *= float2(column_factors[tile_column], column_factors[tile_column + 1]);
+      }
+      const Y first = static_cast<Y>(pair.x);
+      const Y second = static_cast<Y>(pair.y);
       device Y* target = y + row * static_cast<long>(params.n) + n;
       if (row >= first_row && row < end_row) {
         if (aligned_outputs) {
@@ -250,11 +298,12 @@ inline void matmul_tile(
     pieces.exist[i] = piece_row < end_row ? params.k : 0;
   }
   Accumulator sums[fragments_down(rows) * fragments_across(rows)];
-  clear<rows>(sums);
-  multiply_tile<mode, group_size, bits, rows, transpose>(
+  const bool scaled = multiply_tile<mode, group_size, bits, rows, transpose>(
       operands, params, pieces, 0, end_row, column, k_begin, min(params.k, k_begin + params.part_k), position,
       (threadgroup T*)weights, (threadgroup T*)x, sums);
-  store_sums<rows>(sums, y + row * static_cast<long>(params.n), params, 0, end_row, column, operands.factor, position);
+  store_sums<rows>(
+      sums, y + row * static_cast<long>(params.n), params, 0, end_row, column, operands.factor, scaled,
+      (threadgroup const float*)weights, position);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose, typename Y>
@@ -378,12 +427,12 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
       const Operands<T, typename ScaleOf<mode, T>::type> operands =
           operands_of_matrix<mode>(x, w, scales, biases, global_scale, product, matrix);
       Accumulator sums[fragments_down(rows) * fragments_across(rows)];
-      clear<rows>(sums);
-      multiply_tile<mode, group_size, bits, rows, transpose>(
+      const bool scaled = multiply_tile<mode, group_size, bits, rows, transpose>(
           operands, product, pieces, first, end, column, 0, product.k, position, (threadgroup T*)shared_weights,
           (threadgroup T*)shared_x, sums);
       store_sums<rows>(
-          sums, y + row * static_cast<long>(product.n), product, first, end, column, operands.factor, position);
+          sums, y + row * static_cast<long>(product.n), product, first, end, column, operands.factor, scaled,
+          (threadgroup const float*)shared_weights, position);
     }
     first = end;
   }

@@ -91,7 +91,8 @@ inline void clear(thread Sums& sums) {
   }
 }
 
-// Rows first_row to end_row - 1 of the tile, times `factor`. Row 0 of the tile is at y.
+// Rows first_row to end_row - 1 of the tile, times `factor` and, with `scaled`, the factor of each column. Row 0 of the
+// tile is at y.
 template <typename T, typename Sums>
 inline void store_sums(
     thread Sums& sums,
@@ -100,7 +101,9 @@ inline void store_sums(
     int first_row,
     int end_row,
     int column,
-    float factor) {
+    float factor,
+    bool scaled,
+    threadgroup const float* column_factors) {
 #pragma unroll
   for (ushort i = 0; i < sums.get_capacity(); ++i) {
     if (sums.is_valid_element(i)) {
@@ -108,7 +111,8 @@ inline void store_sums(
       const int row = place[1];
       const int n = column + place[0];
       if (row >= first_row && row < end_row && (aligned_outputs || n < params.n)) {
-        y[static_cast<long>(row) * params.n + n] = static_cast<T>(sums[i] * factor);
+        const float sum = scaled ? sums[i] * column_factors[place[0]] : sums[i];
+        y[static_cast<long>(row) * params.n + n] = static_cast<T>(sum * factor);
       }
     }
   }
@@ -133,25 +137,33 @@ inline void tensor_product(
   typedef decltype(step_of_x<whole, rows>(operands.x, 0, 0, 0)) Left;
   typedef decltype(step_in_threadgroup<whole, 64>(weights, 0, 0)) Right;
   auto sums = product.template get_destination_cooperative_tensor<Left, Right, float>();
-  clear(sums);
 
-  PackedWeights<mode, group_size, bits, run_elements> packed;
-  fetch_block<transpose, tensor_columns, tensor_depth>(operands, params, 0, column, thread_index, packed);
-  for (int k = 0; k < params.k; k += tensor_depth) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has used the weights
-    store_block<transpose, tensor_columns, tensor_depth>(packed, thread_index, weights);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (k + tensor_depth < params.k) {
-      fetch_block<transpose, tensor_columns, tensor_depth>(
-          operands, params, k + tensor_depth, column, thread_index, packed);
+  WeightRange range = initial_range();
+  bool scaled = false;
+  do {
+    clear(sums);
+    PackedWeights<mode, group_size, bits, run_elements> packed;
+    fetch_block<transpose, tensor_columns, tensor_depth>(operands, params, 0, column, thread_index, packed);
+    for (int k = 0; k < params.k; k += tensor_depth) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has used the weights
+      store_block<transpose, tensor_columns, tensor_depth>(packed, thread_index, weights, range);
+      if (k + tensor_depth >= params.k) {
+        share_range<transpose, tensor_columns, tensor_depth, mode>(range, thread_index, weights);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (k + tensor_depth < params.k) {
+        fetch_block<transpose, tensor_columns, tensor_depth>(
+            operands, params, k + tensor_depth, column, thread_index, packed);
+      }
+      const int depth = min(tensor_depth, params.k - k);
+      Left left = step_of_x<whole, rows>(operands.x + k, params.x_row_stride, depth, rows_left);
+      Right right = step_in_threadgroup<whole, 64>(
+          weights, transpose ? depth : tensor_columns, transpose ? tensor_columns : depth);
+      product.run(left, right, sums);
     }
-    const int depth = min(tensor_depth, params.k - k);
-    Left left = step_of_x<whole, rows>(operands.x + k, params.x_row_stride, depth, rows_left);
-    Right right =
-        step_in_threadgroup<whole, 64>(weights, transpose ? depth : tensor_columns, transpose ? tensor_columns : depth);
-    product.run(left, right, sums);
-  }
-  store_sums(sums, y, params, 0, rows_left, column, operands.factor);
+  } while (
+      needs_factors<transpose, tensor_columns, tensor_depth, mode, run_elements>(range, scaled, thread_index, weights));
+  store_sums(sums, y, params, 0, rows_left, column, operands.factor, scaled, (threadgroup const float*)weights);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
@@ -204,24 +216,32 @@ inline void tensor_gather_run(
   auto left = step_in_threadgroup<true, tensor_gather_rows>(activations, tensor_depth, tensor_gather_rows);
   auto right = step_in_threadgroup<true, 64>(weights, 64, 64);
   auto sums = product.template get_destination_cooperative_tensor<decltype(left), decltype(right), float>();
-  clear(sums);
 
-  PackedWeights<mode, group_size, bits, run_elements> packed;
-  fetch_block<transpose, tensor_columns, tensor_depth>(operands, params, 0, column, thread_index, packed);
-  fetch_rows(0, thread_index, pieces);
-  for (int k = 0; k < params.k; k += tensor_depth) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has used both blocks
-    store_block<transpose, tensor_columns, tensor_depth>(packed, thread_index, weights);
-    store_rows(pieces, thread_index, activations);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (k + tensor_depth < params.k) {
-      fetch_block<transpose, tensor_columns, tensor_depth>(
-          operands, params, k + tensor_depth, column, thread_index, packed);
-      fetch_rows(k + tensor_depth, thread_index, pieces);
+  WeightRange range = initial_range();
+  bool scaled = false;
+  do {
+    clear(sums);
+    PackedWeights<mode, group_size, bits, run_elements> packed;
+    fetch_block<transpose, tensor_columns, tensor_depth>(operands, params, 0, column, thread_index, packed);
+    fetch_rows(0, thread_index, pieces);
+    for (int k = 0; k < params.k; k += tensor_depth) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has used both blocks
+      store_block<transpose, tensor_columns, tensor_depth>(packed, thread_index, weights, range);
+      if (k + tensor_depth >= params.k) {
+        share_range<transpose, tensor_columns, tensor_depth, mode>(range, thread_index, weights);
+      }
+      store_rows(pieces, thread_index, activations);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (k + tensor_depth < params.k) {
+        fetch_block<transpose, tensor_columns, tensor_depth>(
+            operands, params, k + tensor_depth, column, thread_index, packed);
+        fetch_rows(k + tensor_depth, thread_index, pieces);
+      }
+      product.run(left, right, sums);
     }
-    product.run(left, right, sums);
-  }
-  store_sums(sums, y, params, first, last, column, operands.factor);
+  } while (
+      needs_factors<transpose, tensor_columns, tensor_depth, mode, run_elements>(range, scaled, thread_index, weights));
+  store_sums(sums, y, params, first, last, column, operands.factor, scaled, (threadgroup const float*)weights);
 }
 
 template <typename T, Mode mode, int group_size, int bits, bool transpose>

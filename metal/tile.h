@@ -22,6 +22,16 @@
 // There a thread's weights follow one another down a column: its words lie a row apart, and those of adjacent threads
 // side by side. Unpacked, they are a piece of a row of the transposed block, in vector stores of which eight threads
 // meet all memory banks once; so the product is the one with w transposed.
+//
+// Weights beyond 65504 do not fit into blocks of half, though the matvec kernels and the CPU, which unpack to float32,
+// take them. So a thread notes the largest magnitude that it unpacks: a few instructions for a group, and two registers
+// more. After the last step, one reduction tells whether any weight was too large; it needs no barrier of its own, and
+// no memory but what pads the block. If none was, that is all. Otherwise the tile is computed once more, with the
+// weights of each column (of w [K, N], of each thread's 16 or 32 columns) divided by a power of two, which the float32
+// sums are multiplied by in the end. Both are exact, but that weights below 2^-14 * 2^n, n being that power, lose bits:
+// at most 2^-40 of the largest weight of the column, far below the rounding of a float32 sum. The alternatives cost
+// every product something: blocks of float32 take twice the threadgroup memory, and to look for the largest scale
+// before the first step is to read all scales twice.
 #pragma once
 
 #include <metal_stdlib>
@@ -39,6 +49,57 @@ inline constexpr int padded(int elements) {
 
 inline constexpr int block_rows(bool transpose, int columns, int depth) { return transpose ? columns : depth; }
 inline constexpr int block_row_elements(bool transpose, int columns, int depth) { return transpose ? depth : columns; }
+
+// --- Weights beyond the range of half ------------------------------------------------------------------------------
+
+template <typename T>
+inline constexpr bool is_half() {
+  return false;
+}
+
+template <>
+inline constexpr bool is_half<half>() {
+  return true;
+}
+
+// Whether T may be too small for a weight of the mode. The largest of nvfp4, whose global scale is applied to sums, is
+// 6 * 448.
+template <typename T>
+inline constexpr bool may_exceed_range(Mode mode) {
+  return is_half<T>() && mode != Mode::nvfp4;
+}
+
+// Of the columns that a thread unpacks weights of. They count in units of 2^16, so that no bound of a weight overflows.
+struct WeightRange {
+  float largest;  // magnitude so far
+  float factor;  // a power of two, which the weights are multiplied by
+};
+
+inline WeightRange initial_range() {
+  WeightRange range;
+  range.largest = 0.0f;
+  range.factor = 1.0f;
+  return range;
+}
+
+static constant constexpr const float range_unit = 65536.0f;
+static constant constexpr const float largest_half = 65504.0f / 65536.0f;
+
+// The largest magnitude, in that unit, that codes of a group can stand for.
+template <Mode mode, int bits>
+inline float largest_weight(float scale, float bias) {
+  if (is_e2m1(mode) || is_e4m3(mode)) {
+    return fabs(scale) * ((is_e2m1(mode) ? 6.0f : 448.0f) / range_unit);
+  }
+  const float last = static_cast<float>((1 << bits) - 1);
+  return fmax(fabs(bias), fabs(fma(last, scale, bias))) * (1.0f / range_unit);
+}
+
+// The factor that brings weights of this magnitude below 2^15. Of infinity, any does.
+inline float range_factor(float largest) {
+  const uint exponent = min(bits_from_float(largest) >> 23, 250u);
+  return largest > largest_half ? float_from_bits((252u - exponent) << 23) : 1.0f;
+}
 
 // --- Unpacking -----------------------------------------------------------------------------------------------------
 
@@ -164,22 +225,49 @@ inline void fetch_block(
   fetch_weights(operands, row_elements, row, first, exist, packed);
 }
 
+// Where a thread's weights lie in the block: in this row, after so many pieces of as many elements.
+struct BlockPlace {
+  int row;
+  int piece;
+};
+
+template <bool transpose, int columns, int depth, Mode mode, int elements>
+inline BlockPlace block_place(int thread_index) {
+  constexpr int threads_per_row = block_row_elements(transpose, columns, depth) / elements;
+  BlockPlace place;
+  place.row = is_column_packed(mode) ? thread_index % columns : thread_index / threads_per_row;
+  place.piece = is_column_packed(mode) ? thread_index / columns : thread_index % threads_per_row;
+  return place;
+}
+
 // Unpacks them into the block in threadgroup memory, whose rows are padded<T>.
 template <bool transpose, int columns, int depth, typename T, Mode mode, int group_size, int bits, int elements>
 inline void store_block(
     thread const PackedWeights<mode, group_size, bits, elements>& packed,
     int thread_index,
-    threadgroup T* block) {
+    threadgroup T* block,
+    thread WeightRange& range) {
   constexpr int row_elements = block_row_elements(transpose, columns, depth);
-  constexpr int threads_per_row = row_elements / elements;
   constexpr int group_chunks = group_size / chunk_elements;
-  const int row = is_column_packed(mode) ? thread_index % columns : thread_index / threads_per_row;
-  const int piece = is_column_packed(mode) ? thread_index / columns : thread_index % threads_per_row;
-  threadgroup T* target = block + row * padded<T>(row_elements) + piece * elements;
+  constexpr int groups = elements > group_size ? elements / group_size : 1;
+  const BlockPlace place = block_place<transpose, columns, depth, mode, elements>(thread_index);
+  threadgroup T* target = block + place.row * padded<T>(row_elements) + place.piece * elements;
+  float scales[groups];
+  float biases[groups];
+#pragma unroll
+  for (int i = 0; i < groups; ++i) {
+    scales[i] = packed.scales[i];
+    biases[i] = packed.biases[i];
+    if (may_exceed_range<T>(mode)) {
+      range.largest = fmax(range.largest, largest_weight<mode, bits>(scales[i], biases[i]));
+      scales[i] *= range.factor;
+      biases[i] *= range.factor;
+    }
+  }
 #pragma unroll
   for (int chunk = 0; chunk < elements / chunk_elements; ++chunk) {
-    const float scale = packed.scales[chunk / group_chunks];
-    const float bias = packed.biases[chunk / group_chunks];
+    const float scale = scales[chunk / group_chunks];
+    const float bias = biases[chunk / group_chunks];
     float values[chunk_elements];
     decode_chunk<mode, bits>(packed.words, chunk, values);
 #pragma unroll
@@ -188,6 +276,83 @@ inline void store_block(
     }
     store_chunk(values, target + chunk * chunk_elements);
   }
+}
+
+// --- The range of a tile's weights ---------------------------------------------------------------------------------
+// For tiles that 128 threads compute together, by passes over K.
+
+static constant constexpr const int range_threads = 128;
+
+// What pads the block's first row: room for four floats that no product reads.
+template <bool transpose, int columns, int depth, typename T>
+inline threadgroup float* block_padding(threadgroup T* block) {
+  return (threadgroup float*)(block + block_row_elements(transpose, columns, depth));
+}
+
+// For needs_factors, before the barrier that completes the last step.
+template <bool transpose, int columns, int depth, Mode mode, typename T>
+inline void share_range(WeightRange range, int thread_index, threadgroup T* block) {
+  if (may_exceed_range<T>(mode)) {
+    const float largest = simd_max(range.largest);
+    if (thread_index % 32 == 0) {
+      block_padding<transpose, columns, depth>(block)[thread_index / 32] = largest;
+    }
+  }
+}
+
+// Sets the factor of a thread's weights: the same for all threads that unpack weights of the same columns. `memory` has
+// room for a float for each thread.
+template <bool transpose, int columns, int depth, Mode mode, int elements>
+inline void set_range_factor(thread WeightRange& range, int thread_index, threadgroup float* memory) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has been multiplied, and needs_factors has read
+  memory[thread_index] = range.largest;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const BlockPlace own = block_place<transpose, columns, depth, mode, elements>(thread_index);
+  for (int i = 0; i < range_threads; ++i) {
+    const BlockPlace place = block_place<transpose, columns, depth, mode, elements>(i);
+    if (transpose ? place.row == own.row : place.piece == own.piece) {
+      range.largest = fmax(range.largest, memory[i]);
+    }
+  }
+  range.factor = range_factor(range.largest);
+}
+
+// What the sums of each column are to be multiplied by, to the beginning of `memory`.
+template <bool transpose, int columns, int depth, Mode mode, int elements>
+inline void store_sum_factors(WeightRange range, int thread_index, threadgroup float* memory) {
+  const BlockPlace place = block_place<transpose, columns, depth, mode, elements>(thread_index);
+  const float inverse = float_from_bits((254u << 23) - bits_from_float(range.factor));
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has been multiplied
+  if (transpose) {
+    if (place.piece == 0) {
+      memory[place.row] = inverse;
+    }
+  } else if (place.row == 0) {
+    for (int i = 0; i < elements; ++i) {
+      memory[place.piece * elements + i] = inverse;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// After a pass: whether a weight was too large for T, so that another pass is needed, which has factors. After that
+// one, `scaled` is true and the factors of the sums are at `block`. The same for all threads.
+template <bool transpose, int columns, int depth, Mode mode, int elements, typename T>
+inline bool needs_factors(thread WeightRange& range, thread bool& scaled, int thread_index, threadgroup T* block) {
+  if (!may_exceed_range<T>(mode)) {
+    return false;
+  }
+  threadgroup float* memory = (threadgroup float*)block;
+  if (scaled) {
+    store_sum_factors<transpose, columns, depth, mode, elements>(range, thread_index, memory);
+    return false;
+  }
+  const threadgroup float* padding = block_padding<transpose, columns, depth>(block);
+  scaled = fmax(fmax(padding[0], padding[1]), fmax(padding[2], padding[3])) > largest_half;
+  if (scaled) {
+    set_range_factor<transpose, columns, depth, mode, elements>(range, thread_index, memory);
+  }
+  return scaled;
 }
 
 // --- Rows of x -----------------------------------------------------------------------------------------------------

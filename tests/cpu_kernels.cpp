@@ -2,7 +2,8 @@
 //
 // Small enough to compile for another architecture and run in an emulator, and to run under sanitizers: every buffer is
 // an allocation of exactly the size that the kernels may touch. Prints one line per instruction set; exits with 1 when
-// a result is outside the bound.
+// a result is outside the bound. With the argument "brief", long sums, which take most of the time, meet only the
+// fewest and the most rows.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -176,13 +177,17 @@ std::vector<Activation> int8_activations(const Case& test, const std::vector<uin
   return result;
 }
 
-// The largest error relative to the bound; at most 1 is right.
-double run(const Kernels& kernels, const Case& test, Layout layout, bool int8) {
+// The largest error relative to the bound; at most 1 is right. Of a case that is skipped only the operands are drawn,
+// so that all others have the same ones, and the result is negative.
+double run(const Kernels& kernels, const Case& test, Layout layout, bool int8, bool skipped) {
   const ProductKernels& products = int8 ? *kernels.int8 : kernels.exact;
   const Weights weights = random_weights(test, test.K * test.N);
   std::vector<uint8_t> x;
   for (int64_t i = 0; i < test.rows * test.K; ++i) {
     append_real(x, test.x_type, uniform());
+  }
+  if (skipped) {
+    return -1.0;
   }
   const auto words = exactly(weights.words);
   const auto scales = exactly(weights.scales);
@@ -324,11 +329,11 @@ std::vector<ScaleType> scale_types(Mode mode) {
   }
 }
 
-bool check(const Kernels& kernels) {
+bool check(const Kernels& kernels, bool brief) {
   int cases = 0;
   int failures = 0;
   const auto report = [&](const Kernels& kernels, const Case& test, Layout layout, double worst, const char* what) {
-    ++cases;
+    cases += worst >= 0.0 || std::isnan(worst) ? 1 : 0;
     if (!(worst <= 1.0)) {
       ++failures;
       std::printf(
@@ -343,6 +348,7 @@ bool check(const Kernels& kernels) {
       for (const Real x_type : {Real::float32, Real::float16, Real::bfloat16}) {
         for (const int64_t rows : {1, 2, 3, 4, 7, 13}) {
           for (const int64_t groups : {1, 3, 37}) {
+            const bool skipped = brief && groups == 37 && rows != 1 && rows != 13;
             const int64_t packed = groups * format.group_size;
             for (const Layout layout : {Layout::streamed, Layout::tiled, Layout::broadcast, Layout::plain}) {
               const bool columns_packed = is_column_packed(format.mode);
@@ -363,12 +369,12 @@ bool check(const Kernels& kernels) {
                                                                : 7;
               const Case test{format,   scale_type, x_type, rows, transpose ? packed : 5, transpose ? columns : packed,
                               transpose};
-              report(kernels, test, layout, run(kernels, test, layout, false), "");
+              report(kernels, test, layout, run(kernels, test, layout, false, skipped), "");
               const bool by_int8 = layout == Layout::streamed || layout == Layout::broadcast;
               if (kernels.int8 != nullptr && by_int8 && format.mode != Mode::mxfp8 && !columns_packed) {
                 Case wide = test;
                 wide.N = 45;
-                report(kernels, wide, layout, run(kernels, wide, layout, true), " int8");
+                report(kernels, wide, layout, run(kernels, wide, layout, true, skipped), " int8");
               }
             }
           }
@@ -386,10 +392,11 @@ bool check(const Kernels& kernels) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  const bool brief = count > 1 && std::strcmp(arguments[1], "brief") == 0;
   bool right = true;
   for (const Kernels* kernels : {baseline_kernels(), avx2_kernels(), avx512_kernels(), amx_kernels(), neon_kernels()}) {
-    right = (kernels == nullptr || check(*kernels)) && right;
+    right = (kernels == nullptr || check(*kernels, brief)) && right;
   }
   return right ? 0 : 1;
 }

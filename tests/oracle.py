@@ -219,6 +219,25 @@ def random_x(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> 
     return torch.randn(shape, generator=generator(seed)).to(dtype)
 
 
+def random_large(format: Format, *shape: int, seed: int = 0) -> Quantized:
+    """As random_quantized in float16, but that a third of the rows of w (of packed columns) reach beyond 65504.
+
+    Nothing does in mode nvfp4: its weights before they are multiplied by the global scale are 2688 at most.
+    """
+    base = random_quantized(format, *shape, dtype=torch.float16, seed=seed)
+    scales, biases = base.scales.clone(), base.biases
+    if format.is_column_packed:
+        scales[..., 1::3] = scales[..., 1::3].sign() * (30000 + 10000 * scales[..., 1::3].abs().clamp(max=3))
+    elif format.is_affine:
+        last = (1 << format.bits) - 1
+        scales[..., 1::3, :] = (scales[..., 1::3, :].float() * 60000 / last / scales.abs().max().float()).half()
+        biases = biases.clone()
+        biases[..., 1::3, :] = scales[..., 1::3, :].sign() * 50000
+    elif format.mode != "nvfp4":
+        scales[..., 1::3, :] += {"mxfp4": 18, "mxfp8": 20}[format.mode]
+    return Quantized(format, base.w, scales, biases)
+
+
 # --- Comparing --------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +288,23 @@ def assert_product(ours: Tensor, x: Tensor, matrix: Tensor, dtype: torch.dtype, 
     x = x.detach().cpu()
     rows = x.reshape(-1, x.shape[-1])
     assert_within(ours, x.double() @ matrix, error_bound(rows, matrix, dtype), what)
+
+
+def small_x(matrix: Tensor, *shape: int, seed: int = 1) -> Tensor:
+    """Float16 rows, normal numbers times a power of two, whose products with the matrix float16 has room for."""
+    scale = 2.0 ** math.floor(math.log2(4000 / matrix.norm(dim=-2).max()))
+    return (torch.randn(shape, generator=generator(seed)) * scale).half()
+
+
+def assert_float16_terms(ours: Tensor, x: Tensor, matrix: Tensor, what: str = "") -> None:
+    """ours, float16, equals x @ matrix up to the rounding of each weight and of the result, column by column.
+
+    So it does also where weights are beyond float16's range.
+    """
+    assert ours.dtype == torch.float16, what
+    x = x.detach().cpu().double()
+    bound = torch.finfo(torch.float16).eps * (x.abs() @ matrix.abs()) + 2.0**-24
+    assert_within(ours, x @ matrix, bound, what)
 
 
 _BIT_PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

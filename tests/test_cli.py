@@ -260,6 +260,8 @@ def test_chat_templates(converted: Path, tmp_path: Path, capsys: pytest.CaptureF
     out, err = run(capsys, *flags, "--ignore-chat-template")
     assert out.strip() == greedy(converted, "w5 w6", 6) and "Prompt: 2 tokens" in err
 
+    _, err = run(capsys, *flags, "--chat-template-config", '{"tokenize": false}', code=2)
+    assert "--chat-template-config sets variables of the template, and 'tokenize' is none" in err
     out, err = run(capsys, *flags, "--chat-template-config", '{"extra": "w8"}')
     assert out.strip() == greedy(converted, "w8 w5 w6 w91", 6) and "Prompt: 4 tokens" in err
 
@@ -303,6 +305,15 @@ def test_prompts_have_escapes(small_heads: Path, capsys: pytest.CaptureFixture[s
     flags = ["generate", "--model", small_heads, "--dtype", "float32", "-m", 4]
     out, err = run(capsys, *flags, "-p", r"w5\nw6")
     assert out.split() == continuation(small_heads, [5, 95, 6], 4) and "Prompt: 3 tokens" in err
+
+
+def test_a_gpu_that_is_not_here_is_named(
+    converted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for command in (["generate"], ["benchmark"], ["perplexity", "--data-path", converted / "config.json"]):
+        _, err = run(capsys, *command, "--model", converted, "--device", "mps", code=2)
+        assert err == f"quantization-mlx {command[0]}: error: --device mps needs the GPU of a Mac, which is not here\n"
 
 
 def test_one_token_has_no_rate(small_heads: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -626,6 +637,8 @@ ERRORS = [
         r"--report \S+: there is no directory \S+",
     ),
     ("convert --hf-path DENSE --mlx-path TMP/out -q --report TMP", 1, r"--report \S+ is a directory"),
+    ("convert --hf-path DENSE --mlx-path TMP/out -q --report=", 1, r"--report '' is a directory"),
+    ("convert --hf-path DENSE --mlx-path TMP/out -q --plot=", 2, r"--plot '' should end with one of"),
     ("convert --hf-path DENSE --mlx-path TMP/out -q --report /proc/r", 1, "--report /proc/r cannot be written"),
     ("convert --hf-path DENSE --mlx-path TMP/out -q --report TMP/a.png --plot TMP/a.png", 2, "name the same file"),
     ("convert --hf-path WIDE --mlx-path TMP/out -q", 1, "has no layer that can be quantized.* into groups of 64"),

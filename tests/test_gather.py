@@ -308,3 +308,35 @@ def test_index_into_nothing() -> None:
         gather(oracle.random_x(1, 1, 128), weights, None, torch.tensor([255], dtype=torch.uint8), "cpu")
     with pytest.raises(IndexError, match="gather_qmm"):
         gather(oracle.random_x(1, 1, 128), weights, None, torch.tensor([2**63 + 1], dtype=torch.uint64), "cpu")
+
+
+# --- Weights beyond the range of float16 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "format",
+    (PLAIN, *FLOAT_FORMATS[:2], *(Format(mode, 32, bits) for mode, bits in oracle.MARLIN_BITS.items())),
+    ids=name_of,
+)
+def test_weights_beyond_float16(device: str, format: Format) -> None:
+    """Matvecs, tiles and runs of sorted pairs, as in quantized_matmul."""
+    for transpose in (False,) if format.is_column_packed else (True, False):
+        shape = (64, 70) if format.is_column_packed else (70, 2 * format.group_size)
+        weights = oracle.random_large(format, 3, *shape)
+        if not format.is_column_packed:
+            weights.scales[1] = weights.scales[1][:1]  # an expert without large weights
+            if weights.biases is not None:
+                weights.biases[1] = weights.biases[1][:1]
+        matrices = weights.matrix(transpose)
+        assert matrices.abs().max() > 70000
+        K = matrices.shape[-2]
+        for M, rhs, options in (
+            (2, [2, 0, 1], {}),
+            (16, [2, 1, 0], {}),
+            (1, [0] * 9 + [1] * 7 + [2] * 24, {"sorted_indices": True}),
+        ):
+            x = oracle.small_x(matrices, len(rhs), M, K)
+            y = gather(x, weights, None, rhs, device, transpose, **options)
+            for i, expert in enumerate(rhs):
+                what = f"{format} transpose={transpose} M={M} pair {i}"
+                oracle.assert_float16_terms(y[i], x[i], matrices[expert], what)

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from peft import LoraConfig, get_peft_model
 from quantization_mlx._ops import ops
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -33,7 +35,7 @@ import oracle
 from conftest import mostly_exhaustive
 from oracle import DTYPES, name_of
 from quantization_mlx import generation
-from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx.checkpoint import dequantize_model, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.compat import cache_name
 from quantization_mlx.generation import prepare_for_generation
 
@@ -420,6 +422,27 @@ def test_autocast_gives_what_it_gives_unprepared() -> None:
     assert torch.equal(ours, expected) and ours.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("change", ["adapters", "dequantized", "another layer"])
+def test_what_takes_the_place_of_projections_is_called(change: str) -> None:
+    """Also where no gradients are wanted, in steps and in prompts."""
+    _, prepared = pair(FAMILIES["llama"])
+    before = logits_of(prepared, tokens(1, 9), 5)
+    if change == "adapters":
+        config = LoraConfig(target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+        prepared = get_peft_model(prepared, config).eval()
+    elif change == "dequantized":
+        dequantize_model(prepared)
+        prepared.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+    else:
+        linear = nn.Linear(*prepared.model.layers[1].self_attn.o_proj.weight.shape, bias=False)
+        prepared.model.layers[1].self_attn.o_proj = linear
+    with torch.enable_grad():  # by Transformers' own code
+        expected = logits_of(prepared, tokens(1, 9), 5).detach()
+    ours = logits_of(prepared, tokens(1, 9), 5)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(ours, before, rtol=1e-2, atol=1e-2)
+
+
 def test_second_call_changes_nothing() -> None:
     _, prepared = pair(FAMILIES["llama"])
     kinds = [type(module) for module in prepared.modules()]
@@ -465,6 +488,30 @@ def test_the_cache_by_either_name() -> None:
         assert cache.get_seq_length() == 8
     with pytest.raises(TypeError, match="the cache twice, as cache and as past_key_values"):
         prepared.model(ids, cache=cache, past_key_values=cache)
+
+
+def test_continuous_batching() -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 5)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    texts = []
+    for each in (model, prepared):
+        results = each.generate_batch(inputs=prompts, generation_config=config).values()
+        texts.append(sorted((result.prompt_ids, result.generated_tokens) for result in results))
+    assert texts[0] == texts[1]
+    alone = [model.generate(torch.tensor([prompt]), generation_config=config)[0].tolist() for prompt in prompts]
+    assert sorted(prompt + text for prompt, text in texts[1]) == sorted(alone)
+
+
+def test_prepared_modules_are_modules() -> None:
+    """Nothing of theirs has another meaning in their new class."""
+    for module in pair(FAMILIES["llama"])[1].modules():
+        changed = [
+            name
+            for name in dir(nn.Module)
+            if callable(getattr(nn.Module, name)) and not callable(getattr(module, name))
+        ]
+        assert changed == []
 
 
 OPTIONS = {
@@ -525,7 +572,7 @@ def test_same_greedy_text_on_a_real_model(dtype: torch.dtype) -> None:
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
     tokenizer, model = demo.load_gguf()
-    quantize_model(model.to(dtype))
+    quantize_model(model.to(dtype), group_size=demo.GROUP_SIZE)
     prompt = demo.chat(tokenizer, "What is the capital of France?")
     texts = [
         each.generate(prompt, max_new_tokens=48, do_sample=False)[0]

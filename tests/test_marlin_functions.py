@@ -575,7 +575,7 @@ def test_wrong_arguments_are_named(name: str) -> None:
 
 
 def test_default_library_is_one_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_default", None)
+    monkeypatch.setattr(library, "_default", {})
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: get_default_library(), range(64)))
     assert all(lib is made[0] for lib in made)

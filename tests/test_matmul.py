@@ -253,6 +253,57 @@ def vars_of(weights: Quantized) -> dict[str, Any]:
     return {"format": weights.format, "w": weights.w, "scales": weights.scales, "biases": weights.biases}
 
 
+# What is taken of tensors [2, 3, rows, columns]: the gaps between their matrices have one size, or several.
+MERGEABLE = {
+    "all": lambda t: t,
+    "sliced rows": lambda t: t[:, :, :7],
+    "one matrix": lambda t: t[1:, 2:, :7],
+    "one outer": lambda t: t[1:, :, :7],
+    "every second inner": lambda t: t[:1, ::2, :7],
+    "one inner": lambda t: t[:, 1:2, :7],
+    "one for all": lambda t: t[:1, :1, :7].expand(2, 3, 7, -1),
+    "three leading sizes": lambda t: t[:, None, :, :7],
+}
+SEPARATE = {
+    "sliced inner": lambda t: t[:, :2, :7],
+    "swapped": lambda t: t.transpose(0, 1),
+    "one for each outer": lambda t: t[:, :1].expand(2, 3, -1, -1),
+}
+
+
+def copies(profile: Any) -> list[str]:
+    return [
+        event.key for event in profile.key_averages() if event.key in ("aten::clone", "aten::copy_", "aten::_to_copy")
+    ]
+
+
+def multiply_all(x: Tensor, weights: Quantized, gathered: bool) -> Tensor:
+    """x [M, K] with every matrix of the weights."""
+    if not gathered:
+        return qm.quantized_matmul(x, *weights.tensors, **weights.format.options)
+    indices = torch.arange(weights.w[..., 0, 0].numel(), device=x.device)
+    return qm.gather_qmm(x[None], *weights.tensors, torch.zeros_like(indices), indices, **weights.format.options)
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["matmul", "gather"])
+@pytest.mark.parametrize("format", [SOME_FORMATS[0], NVFP4], ids=name_of)
+def test_sliced_batches_are_not_copied(device: str, format: Format, gathered: bool) -> None:
+    """Leading sizes merge wherever one stride leads through all matrices, as torch.Tensor.view finds out."""
+    buffers = oracle.random_quantized(format, 2, 3, 10, 64)
+    x = oracle.random_x(4, 64)
+    for name, take in (MERGEABLE | SEPARATE).items():
+        matrix = Quantized(format, *(None if t is None else take(t) for t in buffers.tensors)).matrix(True)
+        taken = Quantized(format, *(None if t is None else take(t.to(device)) for t in buffers.tensors))
+        on = x.to(device)
+        multiply_all(on, taken, gathered)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            y = multiply_all(on, taken, gathered)
+        reference = (x.double() @ matrix).reshape(y.shape)
+        oracle.assert_within(y, reference, batched_bound(x, matrix, torch.float32), name)
+        copied = "aten::clone" in {event.key for event in profile.key_averages()}
+        assert copied == (name in SEPARATE), name
+
+
 @TRANSPOSE
 @pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)
 def test_expanded_operands(device: str, format: Format, transpose: bool) -> None:
@@ -485,6 +536,85 @@ def test_tiny_scales(device: str, dtype: torch.dtype, transpose: bool) -> None:
         for rows in (1, 3, 9):
             x = (oracle.random_x(rows, weights.matrix(transpose).shape[0]) * 2.0**11).to(dtype)
             assert_multiplies(x, weights, device, transpose)
+
+
+# --- Weights beyond the range of float16 ------------------------------------------------------------------------------
+
+LARGE_FORMATS = (
+    Format("affine", 64, 4),
+    Format("affine", 32, 2),
+    Format("affine", 128, 3),
+    Format("affine", 32, 8),
+    *FLOAT_FORMATS,
+    *(Format(mode, 32, bits) for mode, bits in oracle.MARLIN_BITS.items()),
+    Format("marlin_fp8", 128, 8),
+)
+# Around where "mps" goes from matvecs to tiles, and to larger tiles.
+LARGE_ROWS = (1, 8, 9, 12, 13, 16, 17, 32, 33, 64)
+
+
+@pytest.mark.parametrize("format", LARGE_FORMATS, ids=name_of)
+def test_weights_beyond_float16(device: str, format: Format) -> None:
+    """Float16 rows meet weights that float16 has no room for: right in every kernel, whatever the number of rows, and
+    columns of usual weights beside them lose nothing."""
+    packed_columns = format.is_column_packed
+    for transpose in (False,) if packed_columns else (True, False):
+        shape = (2 * max(format.group_size, 64), 70) if packed_columns else (70, 2 * format.group_size)
+        weights = oracle.random_large(format, *shape)
+        matrix = weights.matrix(transpose)
+        assert format == NVFP4 or matrix.abs().max() > 70000
+        x = oracle.small_x(matrix, max(LARGE_ROWS), matrix.shape[0])
+        for rows in LARGE_ROWS if packed_columns or format in LARGE_FORMATS[:1] + FLOAT_FORMATS[:1] else (8, 16, 64):
+            y = multiply(x[:rows], weights, device, transpose)
+            oracle.assert_float16_terms(y, x[:rows], matrix, f"{format} {rows} rows, transpose={transpose}")
+
+
+def test_weights_beyond_float16_in_parts_of_k(device: str) -> None:
+    """Parts of a product that is cut along K have ranges of their own."""
+    for format in (Format("mxfp4", 32, 4), Format("marlin_fp4", 32, 4)):
+        packed_columns = format.is_column_packed
+        weights = oracle.random_large(format, *((1088, 9) if packed_columns else (9, 1088)))
+        if not packed_columns:
+            weights.scales[:, :16] -= 12  # of the first part alone, they are in range
+        matrix = weights.matrix(not packed_columns)
+        x = oracle.small_x(matrix, 2, 20, 1088)
+        oracle.assert_float16_terms(multiply(x, weights, device, not packed_columns), x, matrix, str(format))
+
+
+def test_weights_beyond_float16_and_a_global_scale(device: str) -> None:
+    weights = oracle.random_quantized(NVFP4, 70, 128)
+    weights = Quantized(NVFP4, weights.w, weights.scales, None, torch.tensor(2688 * 50000.0))
+    for transpose in (True, False):
+        matrix = weights.matrix(transpose)
+        assert matrix.abs().max() > 70000
+        x = oracle.small_x(matrix, 33, matrix.shape[0])
+        for rows in (8, 16, 33):
+            oracle.assert_float16_terms(multiply(x[:rows], weights, device, transpose), x[:rows], matrix)
+
+
+def test_infinite_weights_stay_in_their_column(device: str) -> None:
+    """E8M0's last scale is infinity, and what is finite beside it stays so."""
+    weights = oracle.random_large(Format("mxfp4", 32, 4), 70, 128)
+    matrix = weights.matrix(True)
+    weights.scales[4, 1] = 255
+    x = oracle.small_x(matrix, 64, 128)
+    others = [n for n in range(70) if n != 4]
+    for rows in (8, 16, 64):
+        y = multiply(x[:rows], weights, device)
+        assert not y[:, 4].isfinite().any()
+        oracle.assert_float16_terms(y[:, others], x[:rows], matrix[:, others], f"{rows} rows")
+
+
+@pytest.mark.parametrize("format", (*LARGE_FORMATS[:1], *FLOAT_FORMATS[:1], Format("marlin_fp8", 32, 8)), ids=name_of)
+def test_gradients_through_weights_beyond_float16(device: str, format: Format) -> None:
+    packed_columns = format.is_column_packed
+    weights = oracle.random_large(format, *((128, 70) if packed_columns else (128, 128)))
+    matrix = weights.matrix(not packed_columns)
+    x = oracle.small_x(matrix, 20, 128).to(device).requires_grad_()
+    y = multiply(x, weights, device, not packed_columns)
+    upstream = oracle.small_x(matrix.mT, *y.shape, seed=3)
+    (gradient,) = torch.autograd.grad(y, x, upstream.to(device))
+    oracle.assert_float16_terms(gradient, upstream, matrix.mT, str(format))
 
 
 # --- The explicit ops -------------------------------------------------------------------------------------------------

@@ -203,6 +203,19 @@ def test_variant_computes(hub, format):
 
 
 @LINUX
+def test_submodules_are_attributes_of_a_variant(repository, tmp_path):
+    """In a fresh process, whose only import is that of `kernels`."""
+    code = f"""
+import pathlib, kernels, torch
+hub = kernels.get_local_kernel(pathlib.Path({str(repository)!r}), backend="cpu")
+w, scales = hub.marlin.pack_fp4_weights(torch.eye(64), 32)
+print(hub.marlin.dispatch_gemm_fp4(hub.marlin.MetalKernelLibrary("cpu"), torch.eye(64), w, scales, 64, 64, 64).trace())
+print(hub.int4.quantize_to_int4([0.0, 15.0])[0].tolist())
+"""
+    assert run_python(code, tmp_path).splitlines() == ["tensor(64.)", "[-8, 7]"]
+
+
+@LINUX
 def test_metadata_is_what_kernels_reads(variant):
     rust = importlib.import_module("kernels._rust")
     metadata = rust.Metadata.read_from_file(variant / "metadata.json")
@@ -365,6 +378,32 @@ def test_kernelized_layer_of_this_package(pip, hub, repository):
         assert torch.equal(layer(x), expected)
 
 
+# --- Environment variables -------------------------------------------------------------------------------------------
+
+
+def test_empty_variables_are_unset(tmp_path):
+    """The variables that the CPU reads; those of "mps" are read by the same function."""
+    code = f"""
+import torch, {PACKAGE} as package
+y = package.quantized_matmul(torch.ones(64), *package.quantize(torch.ones(2, 64)))
+[plan] = package.explain(package.quantized_matmul, torch.ones(64), *package.quantize(torch.ones(2, 64)))
+print(y.tolist(), package.get_cpu_activations(), plan.instruction_set)
+"""
+    names = ("QUANTIZATION_MLX_CPU", "QUANTIZATION_MLX_CPU_ACTIVATIONS")
+    unset = {name: value for name, value in os.environ.items() if name not in names}
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        for env in (unset, unset | dict.fromkeys(names, ""))
+    ]
+    assert runs[1].stdout == runs[0].stdout != "", runs[1].stderr
+
+
+def test_every_variable_is_read_by_the_one_function():
+    reads = {path for path in kernel_builder.sources() if "getenv(" in (ROOT / path).read_text()}
+    assert reads == {"csrc/environment.h"}
+    assert not [path for path in PYTHON if re.search(r"\bos\.(environ|getenv)\b", path.read_text())]
+
+
 # --- Nothing but torch -----------------------------------------------------------------------------------------------
 
 
@@ -389,6 +428,11 @@ imported = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 assert imported <= set(sys.stdlib_module_names) | {{"torch", {PACKAGE!r}}}, imported
 w, scales, biases = package.quantize(torch.eye(64))
 assert torch.allclose(package.quantized_matmul(torch.eye(64), w, scales, biases), torch.eye(64), atol=1e-6)
+assert package.marlin.pack_fp4_weights(torch.eye(64), 32)[0].shape == (8, 64)
+try:
+    package.int4.quantize_to_int4([1.0])
+except ImportError as error:
+    assert "numpy" in str(error)
 layer = package.QuantizedLinear.from_linear(torch.nn.Linear(64, 8))
 assert layer(torch.zeros(2, 64)).shape == (2, 8)
 try:

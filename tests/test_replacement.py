@@ -32,15 +32,19 @@ from quantization_mlx import (
     dequantize_model,
     load_checkpoint,
     marlin,
+    patch_peft,
     patch_transformers,
+    prepare_for_generation,
     quantize_model,
     save_checkpoint,
+    unpatch_peft,
     unpatch_transformers,
 )
 from quantization_mlx.experts import Llama4Experts, QuantizedSwitchLinear, SwitchLinear
 from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, load_quantized, save_quantized
 from quantization_mlx.marlin.experts import ColumnPackedSwitchLinear
-from quantization_mlx.quantizer import MLXConfig
+from quantization_mlx.metal_checkpoint import metal_to_mlx, mlx_to_metal
+from quantization_mlx.quantizer import MLXConfig, columns_of_layers
 from quantization_mlx.recipes import QuantizationReport
 
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
@@ -49,6 +53,10 @@ TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model(TOKENS).logits.float()
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    oracle.assert_within(ours, expected.double(), 1e-4 * expected.abs().max())
 
 
 def relative_error(ours: Tensor, expected: Tensor) -> float:
@@ -350,6 +358,72 @@ def test_the_bias_stays_the_parameter_that_an_optimizer_knows(way: str) -> None:
     assert model[0].bias is bias
 
 
+def test_hooks_of_llama4_experts_run_and_their_handles_remove_them() -> None:
+    model = mixture("Llama4")
+    calls = []
+    experts = model.model.layers[0].feed_forward.experts
+    handle = experts.register_forward_hook(lambda module, arguments, output: calls.append(type(module)))
+    quantize_model(model)
+    logits(model)
+    assert calls == [Llama4Experts]
+    handle.remove()
+    logits(model)
+    assert calls == [Llama4Experts]
+
+
+def test_hooks_go_to_metal_layers_and_back() -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DECODER)
+    model = quantize_model(transformers.LlamaForCausalLM(config).eval(), predicate=lambda path, _: "proj" in path)
+    layer = model.model.layers[0].mlp.down_proj
+    handle = layer.register_forward_hook(lambda module, arguments, output: 2 * output)
+    expected = logits(model)
+    metal_to_mlx(mlx_to_metal(model))
+    assert model.model.layers[0].mlp.down_proj is not layer
+    oracle.assert_within(logits(model), expected.double(), 1e-5 * expected.abs().max())
+    handle.remove()
+    assert relative_error(logits(model), expected) > 1e-3
+
+
+def test_hooks_stay_when_an_adapter_is_merged() -> None:
+    import peft
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).eval()
+    quantize_model(model, predicate=lambda path, _: "proj" in path)
+    calls = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, *_: calls.append(type(module)))
+    patch_peft()
+    try:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    finally:
+        unpatch_peft()
+    adapted.merge_adapter()
+    logits(adapted)
+    adapted.unmerge_adapter()
+    logits(adapted)
+    assert calls == [QuantizedLinear] * 2
+
+
+LARGER_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # as the fused ops want them
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_prepared_decoders_call_projections_with_hooks(quantized: bool) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**DECODER, **LARGER_HEADS})).eval()
+    if quantized:
+        quantize_model(model)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    attention.q_proj.register_forward_hook(lambda module, arguments, output: 2 * output)
+    mlp.up_proj.register_forward_pre_hook(lambda module, arguments: (3 * arguments[0],))
+    original = mlp.down_proj.forward
+    mlp.down_proj.forward = lambda x: original(x) + 1
+    expected = logits(model)
+    ours = logits(prepare_for_generation(model))
+    oracle.assert_within(ours, expected.double(), 1e-4 * expected.abs().max())
+
+
 # --- Conv1D -----------------------------------------------------------------------------------------------------------
 
 GPT2 = {
@@ -395,13 +469,94 @@ def test_gpt2_is_quantized_saved_and_loaded(tmp_path: Path) -> None:
     assert relative_error(logits(model), logits(dense)) < 0.05
     save_checkpoint(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (
-        256,
-        64 * 8 // 32,
-    )  # rows are outputs, as mlx_lm has them
+    assert stored["model.h.0.mlp.c_fc.weight"].shape == (256, 64 * 8 // 32)  # rows are outputs
     loaded = load_checkpoint(tmp_path)
     assert type(loaded.transformer.h[0].mlp.c_fc) is QuantizedLinear
     assert torch.equal(logits(loaded), logits(model))
+
+
+def mlx_logits(directory: Path) -> Tensor:
+    from mlx_lm.utils import load_model
+
+    mx = oracle.mlx()
+    theirs, _ = load_model(directory)
+    return oracle.from_mlx(theirs(oracle.to_mlx(TOKENS)).astype(mx.float32))
+
+
+@pytest.mark.parametrize("left", ["", "c_"], ids=["quantized", "dense"])
+def test_mlx_lm_computes_the_same_from_gpt2(left: str, tmp_path: Path) -> None:
+    """Also from layers in floating point, of which the square one would not show by its shape how it lies."""
+    model = quantize_model(gpt2(), predicate=lambda path, _: not left or left not in path)
+    save_checkpoint(model, tmp_path)
+    assert_close(mlx_logits(tmp_path), logits(model))
+    loaded = load_checkpoint(tmp_path)
+    assert [type(layer) for layer in loaded.modules()] == [type(layer) for layer in model.modules()]
+    assert_close(logits(loaded), logits(model))
+    patch_transformers()
+    try:
+        bare = transformers.GPT2Model.from_pretrained(tmp_path)
+    finally:
+        unpatch_transformers()
+    with torch.no_grad():
+        assert_close(bare(TOKENS).last_hidden_state, model.transformer(TOKENS).last_hidden_state)
+
+
+def test_gpt2_that_mlx_lm_has_quantized_is_read(tmp_path: Path) -> None:
+    from mlx_lm import utils
+
+    def predicate(path: str, layer: Any) -> bool:
+        return hasattr(layer, "to_quantized") and "1.attn" not in path
+
+    save_checkpoint(gpt2(), tmp_path / "dense")
+    model, config = utils.load_model(tmp_path / "dense")
+    model, config = utils.quantize_model(model, config, 64, 8, quant_predicate=predicate)
+    utils.save_model(tmp_path / "theirs", model)
+    utils.save_config(config, tmp_path / "theirs" / "config.json")
+    loaded = load_checkpoint(tmp_path / "theirs")
+    assert type(loaded.transformer.h[0].attn.c_proj) is QuantizedLinear
+    assert type(loaded.transformer.h[1].attn.c_proj) is Conv1D
+    assert_close(logits(loaded), mlx_logits(tmp_path / "theirs"))
+
+
+def test_gpt2_with_the_names_of_transformers_has_its_layout(tmp_path: Path) -> None:
+    model = quantize_model(gpt2(), predicate=lambda path, _: "attn" not in path)
+    save_checkpoint(model, tmp_path)
+    stored = {name: each.contiguous() for name, each in model.state_dict().items() if name.startswith("transformer.")}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "mlx"})
+    assert_close(logits(load_checkpoint(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("way", ["mlx", "marlin"])
+def test_gpt2_comes_back_to_floating_point_as_it_was(way: str, tmp_path: Path) -> None:
+    model = gpt2()
+    classes = [type(layer) for layer in model.modules()]
+    if way == "mlx":
+        save_checkpoint(quantize_model(model, bits=8), tmp_path / "packed")
+        loaded = load_checkpoint(tmp_path / "packed")
+    else:
+        marlin.replace_linear_layers(model, 8, 64)
+        save_quantized(model, tmp_path / "packed")
+        loaded = load_quantized(tmp_path / "packed", "cpu")
+    for each in (model, loaded):
+        expected = logits(each)
+        dequantize_model(each)
+        assert [type(layer) for layer in each.modules()] == classes
+        assert_close(logits(each), expected)
+    if way == "mlx":
+        model.save_pretrained(tmp_path / "dense")
+        assert_close(logits(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")), logits(model))
+
+
+def test_gpt2_does_not_become_metal_layers() -> None:
+    model = quantize_model(gpt2(), predicate=lambda path, _: "c_" in path)
+    with pytest.raises(ValueError, match=r"layers of other kinds: transformer\.h\.0\.attn\.c_attn"):
+        mlx_to_metal(model)
+
+
+def test_info_knows_the_columns_of_gpt2(tmp_path: Path) -> None:
+    save_checkpoint(quantize_model(gpt2(), 32, 8), tmp_path)
+    columns = columns_of_layers(tmp_path)
+    assert (columns["model.h.0.mlp.c_fc"], columns["model.h.0.mlp.c_proj"]) == (64, 256)
 
 
 def test_gpt2_in_marlin_s_formats_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -439,12 +594,21 @@ DECODER = {
 }
 
 
-def mixture(family: str) -> PreTrainedModel:
+LLAMA4 = {
+    **DECODER,
+    "intermediate_size_mlp": 128,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 1,
+    "attn_temperature_tuning": False,
+    "attention_chunk_size": 64,
+}
+
+
+def mixture(family: str, **options: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     if family == "Llama4":
-        config = transformers.Llama4TextConfig(
-            **DECODER, intermediate_size_mlp=128, head_dim=16, num_local_experts=4, interleave_moe_layer_step=1
-        )
+        config = transformers.Llama4TextConfig(**{**LLAMA4, **options})
     elif family == "Glm4MoeLite":
         config = transformers.Glm4MoeLiteConfig(
             **{**DECODER, "num_key_value_heads": 4},
@@ -594,6 +758,25 @@ def test_llama4_of_mlx_lm_loads(tmp_path: Path) -> None:
     save_file({f"language_model.{name}": each for name, each in stored.items()}, tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path)
     oracle.assert_within(logits(loaded), logits(model).double(), 1e-5 * logits(model).abs().max())
+
+
+def test_mlx_lm_computes_the_same_from_llama4(tmp_path: Path) -> None:
+    """Of what mlx_lm reads, a model with images around this one, whose config is written here."""
+    from mlx_lm.utils import load_model
+
+    model = quantize_model(mixture("Llama4", num_hidden_layers=4), bits=8)
+    save_checkpoint(model, tmp_path)
+    stored = {f"language_model.{name}": each for name, each in load_file(tmp_path / "model.safetensors").items()}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "mlx"})
+    config = {**json.loads((tmp_path / "config.json").read_text()), "rope_scaling": None, "attention_bias": False}
+    config.update(attn_scale=0.1, floor_scale=8192, num_hidden_layers=4)
+    quantization = config.pop("quantization")
+    whole = {"model_type": "llama4", "text_config": config, "quantization": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    theirs, _ = load_model(tmp_path)
+    mx = oracle.mlx()
+    expected = oracle.from_mlx(theirs(oracle.to_mlx(TOKENS)).astype(mx.float32))
+    oracle.assert_within(logits(model), expected.double(), 1e-4 * expected.abs().max())
 
 
 def as_plain_linear(router: nn.Linear) -> nn.Linear:

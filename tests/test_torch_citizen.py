@@ -20,6 +20,13 @@ import oracle
 import quantization_mlx as qm
 from conftest import NATIVE_DEVICES
 from oracle import DTYPES, FLOAT_FORMATS, SOME_FORMATS, Format, Quantized, name_of
+from quantization_mlx.marlin import (
+    MetalKernelLibrary,
+    dispatch_gemm_fp4,
+    get_default_library,
+    library,
+    marlin_gemm_int4,
+)
 from test_marlin_functions import BITS, random_packed
 
 TRANSPOSE = pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "no-transpose"])
@@ -302,6 +309,22 @@ def test_compile_of_a_training_step(device: str) -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("made", [False, True], ids=["first call", "later call"])
+def test_compile_with_the_default_library(made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_default", {})
+    if made:
+        get_default_library()
+    w, scales, _ = random_packed("fp4", 64, 24, 32)
+
+    def product(x: Tensor) -> Tensor:
+        return dispatch_gemm_fp4(get_default_library(), x, w, scales, len(x), 24, 64, 32)
+
+    torch._dynamo.reset()
+    x = oracle.random_x(3, 64)
+    oracle.assert_identical(torch.compile(product, backend="aot_eager", fullgraph=True)(x), product(x))
+    assert get_default_library() is get_default_library()
+
+
 class Layer(nn.Module):
     def __init__(self, weights: Quantized) -> None:
         super().__init__()
@@ -328,6 +351,244 @@ def test_export(device: str, format: Format) -> None:
     for rows in (4, 11):
         x = oracle.random_x(rows, 128).to(device)
         oracle.assert_identical(loaded(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_jit_trace() -> None:
+    """A linear layer's trace serves any number of rows; an embedding says what else there is."""
+    linear = qm.QuantizedLinear.from_linear(nn.Linear(64, 8))
+    x = oracle.random_x(5, 64)
+    oracle.assert_identical(torch.jit.trace(linear, (x[:2],))(x), linear(x))
+    embedding = qm.QuantizedEmbedding.from_embedding(nn.Embedding(9, 64))
+    with pytest.raises(
+        NotImplementedError, match=r"torch\.jit\.trace is not supported; supported are torch\.export and"
+    ):
+        torch.jit.trace(embedding, (torch.tensor([1, 2]),))
+    indices = torch.tensor([1, 8, 0])
+    oracle.assert_identical(torch.export.export(embedding, (indices,)).module()(indices), embedding(indices))
+
+
+# --- Sizes that depend on data ----------------------------------------------------------------------------------------
+
+
+def _masked_calls(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Functions of x [6, 128] and of a mask of its rows, whose products have sizes that only the mask tells."""
+    plain = oracle.random_quantized(AFFINE, 64, 128).to(device)
+    experts = oracle.random_quantized(AFFINE, 3, 64, 128).to(device)
+    one = oracle.random_quantized(AFFINE, 1, 64, 128).to(device)
+    nvfp4 = oracle.random_quantized(NVFP4, 3, 64, 128).to(device)
+    global_scales = torch.tensor([700.0, 900.0, 800.0], device=device)
+    marlin = tuple(None if t is None else t.to(device) for t in random_packed("int4", 64, 24, 32))
+    marlin_one = tuple(t[None] for t in marlin)
+    marlin_options = {"transpose": False, "group_size": 32, "bits": 4, "mode": "marlin_int4"}
+    fp4 = tuple(t.to(device) for t in random_packed("fp4", 64, 24, 32)[:2])
+    library = MetalKernelLibrary(device)
+    pair = torch.tensor([[2, 0]], device=device)
+
+    def cycle(rows: Tensor) -> Tensor:
+        return torch.arange(rows.shape[0], device=device) % 3
+
+    def kept(mask: Tensor) -> tuple[Tensor, ...]:
+        """The experts that the mask keeps; torch has no indexing of uint32 on CPU."""
+        return tuple((t.view(torch.int32) if t.dtype == torch.uint32 else t)[mask[:3]] for t in experts.tensors)
+
+    return {
+        "rows": lambda x, m: qm.quantized_matmul(x[m], *plain.tensors),
+        "batch of one w": lambda x, m: qm.quantized_matmul(x[m][:, None], *one.tensors),
+        "batch of three w": lambda x, m: qm.quantized_matmul(x[m][:, None, None], *experts.tensors),
+        "rows of each matrix": lambda x, m: qm.quantized_matmul(x[m][None], *experts.tensors),
+        "not transposed": lambda x, m: qm.quantized_matmul(x[m][:, None, :64], *one.tensors, False),
+        "number of w": lambda x, m: qm.quantized_matmul(x, *kept(m)),
+        "marlin": lambda x, m: qm.quantized_matmul(x[m][:, None, :64], *marlin_one, **marlin_options),
+        "marlin_gemm_int4": lambda x, m: marlin_gemm_int4(x[m][:, :64], *marlin, 32),
+        "dispatch_gemm_fp4": lambda x, m: dispatch_gemm_fp4(library, x[m][:, :64], *fp4, x[m].shape[0], 24, 64, 32),
+        "gather": lambda x, m: qm.gather_qmm(x[m][:, None], *experts.tensors, rhs_indices=cycle(x[m])),
+        "gather pairs": lambda x, m: qm.gather_qmm(x[m][:, None, None], *experts.tensors, rhs_indices=pair),
+        "gather lhs": lambda x, m: qm.gather_qmm(
+            x[:, None], *experts.tensors, lhs_indices=m.nonzero(), rhs_indices=pair
+        ),
+        "gather global scales": lambda x, m: qm.gather_qmm(
+            x[m][:, None], *nvfp4.tensors, rhs_indices=cycle(x[m]), mode="nvfp4", global_scale=global_scales
+        ),
+        "gather marlin": lambda x, m: qm.gather_qmm(
+            x[m][:, None, :64], *marlin_one, rhs_indices=0 * cycle(x[m]), **marlin_options
+        ),
+        "affine_qmv": lambda x, m: qm.affine_qmv(x[m][:, None], *plain.tensors, 64, 64, 4),
+        "affine_qmm_n": lambda x, m: qm.affine_qmm_n(x[m][:, :64], *plain.tensors, 128, 64, 4),
+        "rhs_nax": lambda x, m: qm.affine_gather_qmm_rhs_nax(x[m], *experts.tensors, cycle(x[m]), 64, 64, 4),
+        "nvfp4_qmm_t": lambda x, m: qm.nvfp4_qmm_t(x[m], nvfp4.w[0], nvfp4.scales[0]),
+        "quantize": lambda x, m: qm.dequantize(*qm.quantize(x[m])),
+        "quantize marlin": lambda x, m: qm.dequantize(
+            *qm.quantize(x[m].T, 64, 4, "marlin_int4"), 64, 4, mode="marlin_int4"
+        ),
+    }
+
+
+MASKED_CALLS = tuple(_masked_calls("cpu"))
+MASKS = ([1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0])
+
+
+class Masked(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.function(x, mask)
+
+
+def _masks(name: str, device: str) -> list[Tensor]:
+    masks = [torch.tensor(mask, dtype=torch.bool, device=device) for mask in MASKS]
+    # The batches of x and w, traced as equal or as two that broadcast, remain what they were.
+    return masks[:1] if name == "number of w" else masks
+
+
+@pytest.mark.parametrize("name", MASKED_CALLS)
+def test_export_with_sizes_that_depend_on_data(device: str, name: str) -> None:
+    """As torch.matmul does: nothing is asked of a size that is not known, and the program runs with any."""
+    function = _masked_calls(device)[name]
+    x = oracle.random_x(6, 128).to(device)
+    masks = _masks(name, device)
+    program = torch.export.export(Masked(function), (x, masks[0])).module()
+    for mask in masks:
+        oracle.assert_identical(program(x, mask), function(x, mask), f"{name}, mask {mask.tolist()}")
+
+
+@pytest.mark.parametrize("name", [name for name in MASKED_CALLS if not name.startswith("quantize")])
+def test_compile_with_sizes_that_depend_on_data(device: str, name: str) -> None:
+    """Forward and backward, in one graph."""
+    function = _masked_calls(device)[name]
+
+    def gradient(function: Callable[..., Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        x = oracle.random_x(6, 128).to(device).requires_grad_()
+        y = function(x, mask)
+        return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+        for mask in _masks(name, device):
+            for ours, expected in zip(gradient(compiled, mask), gradient(function, mask), strict=True):
+                torch.testing.assert_close(ours, expected)
+
+
+def test_sizes_that_turn_out_not_to_fit_raise(device: str) -> None:
+    """What tracing took for granted is asserted when the program runs."""
+    experts = oracle.random_quantized(AFFINE, 3, 64, 128).to(device)
+    x = oracle.random_x(6, 128).to(device)
+    masks = [torch.tensor(mask, dtype=torch.bool, device=device) for mask in MASKS]
+    masked = Masked(lambda x, m: qm.quantized_matmul(x[m][:, None], *experts.tensors))
+    three = torch.tensor([1, 0, 1, 1, 0, 0], dtype=torch.bool, device=device)
+    program = torch.export.export(masked, (x, three)).module()
+    oracle.assert_identical(program(x, three), masked(x, three))
+    with pytest.raises((RuntimeError, ValueError), match=r"u0|broadcast"):
+        program(x, masks[0])
+
+
+# --- Autocast ---------------------------------------------------------------------------------------------------------
+
+PRODUCTS = [name for name, call in CALLS.items() if call.op not in ("quantize", "dequantize") and "empty" not in name]
+
+
+def _cast(call: Call, dtype: torch.dtype) -> Call:
+    """The operands as autocast gives them to a product: x and affine scales and biases in its dtype."""
+    affine = call.op.startswith("affine") or call.kwargs.get("mode") == "affine"
+    last = 4 if affine else 1
+    args = [
+        a.to(dtype) if i < last and isinstance(a, Tensor) and a.is_floating_point() else a
+        for i, a in enumerate(call.args)
+    ]
+    return Call(call.op, tuple(args), call.kwargs)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_autocast_gives_products_its_dtype(device: str, name: str) -> None:
+    """As nn.Linear: the result is that of operands in autocast's dtype, without autocast."""
+    dtype = torch.float16 if "bfloat16" in name or "batched" in name else torch.bfloat16
+    call = CALLS[name].on(device)
+    function = getattr(qm, call.op)
+    cast = _cast(call, dtype)
+    expected = function(*cast.args, **cast.kwargs)
+    assert expected.dtype == dtype
+    with torch.autocast(device, dtype=dtype):
+        oracle.assert_identical(function(*call.args, **call.kwargs), expected)
+        with torch.autocast(device, enabled=False):
+            oracle.assert_identical(
+                function(*call.args, **call.kwargs), getattr(qm, call.op)(*call.args, **call.kwargs)
+            )
+            assert function(*call.args, **call.kwargs).dtype == call.args[0].dtype
+        oracle.assert_identical(function(*call.args, **call.kwargs), expected)
+
+
+def test_autocast_leaves_conversions_alone(device: str) -> None:
+    for name, case in CALLS.items():
+        if case.op not in ("quantize", "dequantize"):
+            continue
+        call = case.on(device)
+        expected = getattr(qm, call.op)(*call.args, **call.kwargs)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            ours = getattr(qm, call.op)(*call.args, **call.kwargs)
+        pairs = zip(ours, expected, strict=True) if isinstance(ours, tuple) else [(ours, expected)]
+        for one, other in pairs:
+            oracle.assert_identical(one, other, name)
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["matmul", "gather"])
+def test_gradients_under_autocast(device: str, gathered: bool) -> None:
+    """Leaves get gradients of their own dtype, those of the product in autocast's; so also where a backward pass
+    itself runs under autocast."""
+    weights = oracle.random_quantized(AFFINE, 2, 64, 128).to(device)
+    x = oracle.random_x(5, 1, 128).to(device)
+    rhs = torch.tensor([0, 1, 0, 0, 1], device=device)
+
+    def product(x: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
+        if gathered:
+            return qm.gather_qmm(x, weights.w, scales, biases, rhs_indices=rhs)
+        return qm.quantized_matmul(x, weights.w[0], scales[0], biases[0])
+
+    def gradients(forward: bool, backward: bool, dtype: torch.dtype | None = None) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, weights.scales, weights.biases)]
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=forward):
+            y = product(*(leaf.to(dtype) for leaf in leaves) if dtype else leaves)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=backward):
+            return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    expected = gradients(False, False, torch.bfloat16)
+    assert [t.dtype for t in expected] == [torch.bfloat16, *[torch.float32] * 3]
+    for backward in (False, True):
+        for ours, reference in zip(gradients(True, backward), expected, strict=True):
+            oracle.assert_identical(ours, reference)
+    for ours, reference in zip(gradients(False, True), gradients(False, False), strict=True):
+        oracle.assert_identical(ours, reference)
+
+
+def test_autocast_and_a_buffer_of_its_dtype(device: str) -> None:
+    """What routed experts do: results are added to the rows of a buffer that has the dtype of other layers' results."""
+    weights = oracle.random_quantized(AFFINE, 64, 128).to(device)
+    x, rows = oracle.random_x(5, 128).to(device), torch.tensor([2, 0, 1, 2, 0], device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = qm.quantized_matmul(x, *weights.tensors)
+        buffer = torch.zeros(3, 64, dtype=nn.Linear(128, 64, device=device)(x).dtype, device=device)
+        buffer.index_add_(0, rows, y)
+    reference = torch.zeros(3, 64, dtype=torch.float64).index_add_(0, rows.cpu(), y.cpu().double())
+    oracle.assert_within(buffer, reference, 2 * torch.finfo(torch.bfloat16).eps * y.abs().sum().cpu())
+
+
+def test_autocast_in_traced_programs(device: str) -> None:
+    weights = oracle.random_quantized(AFFINE, 64, 128).to(device)
+    x = oracle.random_x(5, 128).to(device)
+
+    def product(x: Tensor) -> Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return qm.quantized_matmul(x, *weights.tensors) * 2
+
+    expected = product(x)
+    assert expected.dtype == torch.bfloat16
+    torch._dynamo.reset()
+    oracle.assert_identical(torch.compile(product, backend="aot_eager", fullgraph=True)(x), expected)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        plain = torch.compile(qm.affine_qmm_t, backend="aot_eager", fullgraph=True)
+        oracle.assert_identical(2 * plain(x, *weights.tensors, 64, 4), expected)
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------------

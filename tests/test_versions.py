@@ -19,7 +19,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, modeling_utils
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, modeling_utils
 from transformers.quantizers import HfQuantizer
 
 import quantization_mlx as qm
@@ -33,9 +33,12 @@ OLDEST = ROOT / "build" / "oldest"
 # What runs on the oldest versions, too: loading, saving, generation, experts and adapters; as pytest's option -k.
 ON_THE_OLDEST = {
     "test_versions": "private or installed",
-    "test_generation": "same_logits and 1-quantized or greedy or beams or others_change or refused or either or count",
+    "test_generation": (
+        "same_logits and 1-quantized or greedy or beams or others_change or continuous or refused or either or count"
+    ),
     "test_transformers": "idempotent or there_and_back or without_head or metal_config_runs or repository_of_the_hub",
     "test_experts": "mlx_lm_computes_the_same or run_as_before",
+    "test_cli": "bounded or adapters_add",
     "test_training": "merging_rounds or save_and_load or two_adapters or needs_the_float_weight",
 }
 
@@ -111,6 +114,19 @@ def test_on_the_oldest_versions() -> None:
 @pytest.mark.parametrize("op", compat.PRIVATE)
 def test_private_names_are_there(op: str) -> None:
     assert [lack for name, parameters, _ in compat.PRIVATE[op] for lack in compat.missing_parts(name, parameters)] == []
+
+
+def test_private_attributes_are_there(tmp_path: Path) -> None:
+    """Of what Transformers builds; the package assigns to them, which no version would refuse."""
+    save_checkpoint(quantize_model(tiny_model()), tmp_path)
+    model = load_checkpoint(tmp_path)
+    assert [name for name in compat.LOADED_MODEL if not hasattr(model, name)] == []
+    layer = model.model.layers[0]
+    parts = {"model": model.model, "layer": layer, "attention": layer.self_attn, "mlp": layer.mlp}
+    assert [name for name, part in parts.items() if not compat.is_known_part(part, name)] == []
+    cache = DynamicCache(config=model.config)
+    model(torch.ones(1, 3, dtype=torch.int64), **{compat.cache_name(): cache})
+    assert type(cache.layers[0]).__name__ == "DynamicLayer" and set(vars(cache.layers[0])) <= set(compat.CACHE_STATE)
 
 
 def test_private_names_that_are_missing() -> None:
@@ -238,7 +254,9 @@ def test_weight_files_are_found_however_the_resolver_is_called(tmp_path: Path) -
     save_checkpoint(quantize_model(tiny_model()), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-other.safetensors")
     with patched_transformers():
-        files, _ = modeling_utils._get_resolved_checkpoint_files(str(tmp_path), None, None, None, None, False)
+        files, _ = modeling_utils._get_resolved_checkpoint_files(
+            str(tmp_path), None, None, None, {"quant": "mlx"}, False
+        )
     assert files == [str(tmp_path / "model-other.safetensors")]
 
 

@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include "../csrc/autocast.h"
 #include "../csrc/autograd.h"
 #include "../csrc/cpu/ops.h"
 #include "../csrc/metal/plan.h"
@@ -112,8 +113,8 @@ void check_output_features(
   }
   const c10::SymInt columns = transpose ? w.sym_size(-2) : scales.sym_size(-1) * group_size;
   TORCH_CHECK_VALUE(
-      output_features == columns, "[", op, "] output_features is ", output_features, " but w of shape ", w.sym_sizes(),
-      " and scales of shape ", scales.sym_sizes(), " give ", columns, ".");
+      holds(output_features.sym_eq(columns)), "[", op, "] output_features is ", output_features, " but w of shape ",
+      w.sym_sizes(), " and scales of shape ", scales.sym_sizes(), " give ", columns, ".");
 }
 
 struct Explicit {
@@ -187,7 +188,7 @@ Tensor affine_gather_qmm_rhs_nax(
   constexpr const char* op = "affine_gather_qmm_rhs_nax";
   check_output_features(op, output_features, w, scales, transpose, group_size);
   TORCH_CHECK_VALUE(
-      x.dim() == 2 && w.dim() == 3 && indices.dim() == 1 && x.sym_size(0) == indices.sym_size(0), "[", op,
+      x.dim() == 2 && w.dim() == 3 && indices.dim() == 1 && holds(x.sym_size(0).sym_eq(indices.sym_size(0))), "[", op,
       "] x of shape ", x.sym_sizes(), ", w of shape ", w.sym_sizes(), " and indices of shape ", indices.sym_sizes(),
       " do not fit: x must be [M, K] with one index for each of its rows, and w a batch of matrices.");
   return ops::gather_qmm(
@@ -205,6 +206,13 @@ void implement_explain(torch::Library& m) {
   m.impl("explain_dequantize", adapters::explain_dequantize<explain<DequantizeProblem>>);
   m.impl("explain_quantized_matmul", adapters::explain_quantized_matmul<explain<MatmulProblem>>);
   m.impl("explain_gather_qmm", adapters::explain_gather_qmm<explain<GatherProblem>>);
+}
+
+// The ops that convert weights, and the explicit ops, which are products themselves, fall through.
+void implement_autocast(torch::Library& m) {
+  for (const char* op : {"quantized_matmul", "gather_qmm"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&autocast::product>());
+  }
 }
 
 }  // namespace
@@ -313,6 +321,10 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }
 }
+
+TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, AutocastCPU, m) { implement_autocast(m); }
+
+TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, AutocastMPS, m) { implement_autocast(m); }
 
 // Importing the extension is only there to load it: the module is empty.
 #define QUANTIZATION_MLX_MODULE(name) QUANTIZATION_MLX_MODULE_EXPANDED(name)

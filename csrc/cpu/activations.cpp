@@ -2,8 +2,8 @@
 #include <c10/util/Exception.h>
 
 #include <atomic>
-#include <cstdlib>
 
+#include "../environment.h"
 #include "kernels.h"
 #include "ops.h"
 
@@ -22,7 +22,7 @@ Activations activations_named(const char* source, std::string_view name) {
 std::atomic<Activations>& activations_of_process() {
   constexpr const char* variable = "QUANTIZATION_MLX_CPU_ACTIVATIONS";
   static std::atomic<Activations> setting = [] {
-    const char* name = std::getenv(variable);
+    const char* name = environment_variable(variable);
     return activations_named(variable, name == nullptr ? "exact" : name);
   }();
   return setting;

@@ -4,13 +4,13 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <string_view>
 #include <vector>
 
+#include "../environment.h"
 #include "kernels.h"
 #include "ops.h"
 #include "parallel.h"
@@ -377,7 +377,7 @@ Tensor empty_result(const MatmulProblem& problem) {
 
 const Kernels& kernels() {
   static const Kernels& best = []() -> const Kernels& {
-    const char* wanted = std::getenv("QUANTIZATION_MLX_CPU");
+    const char* wanted = environment_variable("QUANTIZATION_MLX_CPU");
     std::string known;
     for (const Kernels* candidate :
          {amx_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels(), baseline_kernels()}) {

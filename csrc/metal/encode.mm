@@ -8,9 +8,9 @@
 #include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
 
-#include <cstdlib>
 #include <string>
 
+#include "../environment.h"
 #include "device.h"
 #include "library.h"
 
@@ -67,7 +67,7 @@ int macos_version() {
 }
 
 GpuTraits gpu_traits() {
-  if (const char* name = std::getenv("QUANTIZATION_MLX_GPU"); name != nullptr && *name != '\0') {
+  if (const char* name = environment_variable("QUANTIZATION_MLX_GPU")) {
     return GpuTraits::parse(name, macos_version());
   }
   @autoreleasepool {

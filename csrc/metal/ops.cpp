@@ -1,9 +1,9 @@
 #include "ops.h"
 
 #include <ATen/ops/empty.h>
-#include <cstdlib>
 #include <string_view>
 
+#include "../environment.h"
 #include "encode.h"
 #include "plan.h"
 #include "self_check.h"
@@ -28,8 +28,8 @@ Tensor empty_result(const MatmulProblem& problem) {
 }
 
 bool is_debugging() {
-  const char* value = std::getenv("QUANTIZATION_MLX_DEBUG");
-  return value != nullptr && *value != '\0' && std::string_view(value) != "0";
+  const char* value = environment_variable("QUANTIZATION_MLX_DEBUG");
+  return value != nullptr && std::string_view(value) != "0";
 }
 
 }  // namespace

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <list>
 #include <mutex>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "../../torch-ext/torch_binding.h"
+#include "../environment.h"
 #include "device.h"
 #include "encode.h"
 
@@ -299,7 +299,7 @@ Families failed_families(const Subject& subject) {
 }
 
 bool is_ci() {
-  const char* value = std::getenv("CI");
+  const char* value = environment_variable("CI");
   return value != nullptr && std::string_view(value) == "true";
 }
 

@@ -1,6 +1,8 @@
 """MLX-format quantized matrix products for PyTorch."""
 
+from . import int4 as int4
 from . import layers
+from . import marlin as marlin
 from .activations import cpu_activations, get_cpu_activations, set_cpu_activations
 from .checkpoint import dequantize_model, load_checkpoint, quantize_model, save_checkpoint
 from .distributed import prepare_for_ddp

@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from . import compat
+from .conv1d import as_conv1d, as_linear, has_mlx_names, in_mlx_layout, is_conv1d, mlx_name, stands_for_conv1d
 from .experts import QuantizedSwitchLinear, SwitchLinear, fuse, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
+from .obstacles import move_hooks
 from .packed_weight import PackedModule
 from .recipes import QuantizationReport, mixed_recipe
 from .replacement import (
@@ -29,10 +31,7 @@ from .replacement import (
     OnLayer,
     Refusal,
     Replacement,
-    as_linear,
     float_weights,
-    is_conv1d,
-    move_hooks,
     parameter_count,
     reason_of_class,
     replace_layers,
@@ -149,6 +148,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         if not isinstance(layer, PackedModule):
             continue
         bias, made = getattr(layer, "bias", None), layer.dequantize()
+        made._stands_for_conv1d = stands_for_conv1d(layer)
+        made = as_conv1d(made)
         if dtype not in (None, made.weight.dtype):  # rounded once, from the packed values
             packed = layer.packed()
             values = packed.dequantize(dtype).detach()
@@ -342,7 +343,7 @@ def write_checkpoint(
         raise ValueError(
             f"[save_checkpoint] layers are of Marlin's formats, which marlin.save_quantized writes: {listed(marlin)}"
         )
-    tensors = split_experts(model, distinct_tensors(model, state_dict))
+    tensors = in_mlx_layout(model, split_experts(model, distinct_tensors(model, state_dict)))
     records = {"config.json": _mlx_config(model)}
     write_directory(model, directory, tensors, lambda staged: records, "mlx", max_shard_size, tokenizer)
 
@@ -421,11 +422,13 @@ def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
     config = config_record(model)
     names_of = stored_paths(model)
     formats = {
-        stored: _format_of(module)
+        mlx_name(model, stored): _format_of(module)
         for path, module in model.named_modules()
         if isinstance(module, _QuantizedModule)
         for stored in names_of(path)
     }
+    if has_mlx_names(model):
+        config["n_ctx"] = config["n_positions"]
     return _in_mlx_terms(config, formats, type(model.config))
 
 

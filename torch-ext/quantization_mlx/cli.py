@@ -115,28 +115,29 @@ def convert(arguments: argparse.Namespace) -> None:
     target = Path(arguments.mlx_path)
     _check_conversion(arguments, target)
     model, tokenizer = read_source(arguments)
-    with_errors = bool(arguments.report or arguments.plot)
+    with_errors = not (arguments.report is None and arguments.plot is None)
     report = QuantizationReport(with_errors)
     if arguments.quantize:
         _quantize(model, arguments, report)
     save_checkpoint(model, target, tokenizer)
-    copy_code(arguments.hf_path, target)
+    if arguments.trust_remote_code:
+        copy_code(arguments.hf_path, target)
     summary = _Summary.read(target)
     print(f"{target}: {summary.headline()}")
     if report.skipped:
         print(f"left in floating point: {report.skipped_summary()}" + ("" if with_errors else "; --report names them"))
     if with_errors:
         print(f"relative error of the quantized weights: {report.relative_error:.2%}")
-        if arguments.report:
+        if arguments.report is not None:
             Path(arguments.report).write_text(report.table() + "\n", encoding="utf-8")
-        if arguments.plot:
+        if arguments.plot is not None:
             report.plot(arguments.plot)
     _note(_peak_memory())
 
 
 def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: QuantizationReport) -> None:
     quantized: list[str] = []
-    format = _format_of(arguments)
+    format = _requested_format(arguments)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"\[quantize_model\] .* in floating point")  # a line of the output says it
         quantize_model(
@@ -153,7 +154,7 @@ def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: Qua
         )
 
 
-def _format_of(arguments: argparse.Namespace) -> dict[str, Any]:
+def _requested_format(arguments: argparse.Namespace) -> dict[str, Any]:
     return complete_format(arguments.q_group_size, arguments.q_bits, arguments.q_mode or "affine")
 
 
@@ -173,14 +174,14 @@ def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
     if not arguments.quantize:
         refuse(quantizing.items(), "without -q, which quantizes")
     try:
-        _format_of(arguments)
+        _requested_format(arguments)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if arguments.quant_predicate and (arguments.q_mode not in (None, "affine") or arguments.q_bits is not None):
         raise UsageError(f"--quant-predicate {arguments.quant_predicate} decides the bits, of mode affine")
-    if arguments.plot and Path(arguments.plot).suffix.lower() not in PLOTS:
-        raise UsageError(f"--plot {arguments.plot} should end with one of {', '.join(PLOTS)}")
-    files = {flag: file for flag in ("--report", "--plot") if (file := quantizing[flag])}
+    if arguments.plot is not None and Path(arguments.plot).suffix.lower() not in PLOTS:
+        raise UsageError(f"--plot {arguments.plot!r} should end with one of {', '.join(PLOTS)}")
+    files = {flag: file for flag in ("--report", "--plot") if (file := quantizing[flag]) is not None}
     if len({Path(file).resolve() for file in files.values()}) < len(files):
         raise UsageError(f"--report and --plot name the same file, {arguments.plot}")
     if not is_vacant(target):
@@ -188,7 +189,7 @@ def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
     check_output_directory("--mlx-path", target)
     for flag, file in files.items():
         check_output_file(flag, file, target)
-    if arguments.plot:
+    if arguments.plot is not None:
         require("matplotlib", "plot")
 
 
@@ -241,6 +242,10 @@ def _prompt(text: str) -> str:
     return read_text("-", "--prompt") if text == "-" else text.replace("\\n", "\n").replace("\\t", "\t")
 
 
+# How a chat template's result comes.
+_RESULT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, arguments: argparse.Namespace) -> Tensor:
     """The prompt's tokens [1, length]."""
     if tokenizer.chat_template is None or arguments.ignore_chat_template:
@@ -249,13 +254,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, arguments: argparse
     else:
         system = [] if arguments.system_prompt is None else [{"role": "system", "content": arguments.system_prompt}]
         messages = [*system, {"role": "user", "content": prompt}]
-        tokens = tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-            **(arguments.chat_template_config or {}),
-        )["input_ids"]
+        variables = {"add_generation_prompt": True, **(arguments.chat_template_config or {})}
+        if taken := sorted(variables.keys() & _RESULT):
+            raise UsageError(f"--chat-template-config sets variables of the template, and {taken[0]!r} is none")
+        tokens = tokenizer.apply_chat_template(messages, **variables, **_RESULT)["input_ids"]
     if tokens.shape[1] == 0:
         raise ValueError("the prompt has no tokens")
     return tokens
@@ -533,7 +535,7 @@ class _Summary:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 parts.setdefault(dtype, _Part(dtype)).add(tensor.shape, [tensor])
             elif kind == "weight":
-                format = _format_of_layer(path, columns.get(path), find_record(config) or {}, stored)
+                format = _stored_format(path, columns.get(path), find_record(config) or {}, stored)
                 shape = (*tensor.shape[:-1], scales.shape[-1] * format["group_size"])
                 biases = stored.get(f"{path}.biases")
                 together = [tensor, scales] + ([] if biases is None else [biases])
@@ -558,7 +560,7 @@ class _Summary:
         }
 
 
-def _format_of_layer(
+def _stored_format(
     path: str, columns: int | None, record: Mapping[str, Any], stored: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The format of a layer whose scales are stored, as loading finds it.

@@ -316,7 +316,7 @@ def check_output_file(flag: str, name: str, made_later: Path) -> None:
     """
     file = Path(name)
     if file.is_dir():
-        raise IsADirectoryError(f"{flag} {name} is a directory; it takes the name of a file")
+        raise IsADirectoryError(f"{flag} {name!r} is a directory; it takes the name of a file")
     if file.parent.resolve() == made_later.resolve():
         return
     if not file.parent.is_dir():

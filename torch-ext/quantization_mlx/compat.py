@@ -15,8 +15,8 @@ import importlib.util
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, is_typeddict
 
 # The oldest and the newest minor version; pyproject.toml admits these, and `make test` installs the oldest ones, too.
 TESTED = {
@@ -172,6 +172,11 @@ PRIVATE = {
             "overridden, and those of the other kinds",
         ),
         ("transformers.utils:TransformersKwargs", ("is_causal", "position_ids"), "documented options of forward"),
+        (
+            "transformers.generation.continuous_batching.input_outputs:PagedAttentionArgs",
+            ("read_index", "write_index", "logits_indices"),
+            "further ones, of continuous batching",
+        ),
         ("transformers.modeling_outputs:BaseModelOutputWithPast", ("last_hidden_state",), "the output"),
         ("transformers.cache_utils:Cache.update", ("key_states", "value_states", "layer_idx"), "takes a prompt's"),
         ("transformers.cache_utils:Cache.get_seq_length", ("layer_idx",), "how many positions are taken"),
@@ -225,6 +230,10 @@ DECODERS = {
 # The attributes of a cache's layer that holds all positions. Another one would not be kept up to date.
 CACHE_STATE = ("keys", "values", "is_initialized", "device", "dtype")
 
+# Attributes of a quantized model that Transformers has loaded. The package assigns to these, too, which in a version
+# that knows them by other names would go unnoticed; a test compares.
+LOADED_MODEL = ("_is_hf_initialized", "all_tied_weights_keys", "hf_quantizer", "is_quantized", "quantization_method")
+
 
 @functools.cache
 def check(op: str) -> None:
@@ -273,8 +282,7 @@ def missing_parts(name: str, parameters: Iterable[str]) -> list[str]:
         return [f"{module}.{path}"]
     if not parameters:
         return []
-    is_dict = isinstance(found, type) and issubclass(found, dict) and not hasattr(found, "__dataclass_fields__")
-    known = found.__annotations__ if is_dict else inspect.signature(found).parameters
+    known = found.__annotations__ if is_typeddict(found) else inspect.signature(found).parameters
     return [f"the parameter {each!r} of {module}.{path}" for each in parameters if each not in known]
 
 
@@ -304,6 +312,13 @@ def _tested(library: str) -> str:
 # The keyword argument that carries the cache in `forward` of models, decoder layers and attention: its name today,
 # and the one before Transformers 5.24.
 _CACHE_NAMES = ("cache", "past_key_values")
+# That of the cache of continuous batching, in every version.
+PAGED_CACHE_NAME = "cache"
+
+
+def are_paged(options: Mapping[str, Any]) -> bool:
+    """Whether these are keyword arguments of `forward` in continuous batching."""
+    return "read_index" in options
 
 
 def cache_name(forward: Callable[..., Any] | None = None) -> str:
@@ -338,10 +353,12 @@ def forward_options(forward: Callable[..., Any], overridden: Iterable[str]) -> f
     Raises:
         TypeError: `forward` has other parameters than those and the cache.
     """
+    from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
     from transformers.utils import TransformersKwargs
 
     parameters = inspect.signature(forward).parameters.values()
     named = {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"self"}
     if different := named ^ {*overridden, cache_name(forward)}:
         raise TypeError(f"{forward.__qualname__} differs from the known one in the parameters {sorted(different)}")
-    return frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
+    options = {"return_dict", *TransformersKwargs.__annotations__, *PagedAttentionArgs.__annotations__}
+    return frozenset(options.difference(named, _CACHE_NAMES))

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from . import compat
 from ._ops import ops
 from .modules import _QuantizedModule
-from .obstacles import check_class, check_state, copy_hooks
+from .obstacles import check_class, check_state, copy_hooks, hooks_that_stay, move_hooks
 from .ops import dequantize, quantize
 from .packed_weight import frozen, own
 from .stored import require
@@ -287,7 +287,7 @@ class Llama4Experts(nn.Module):
         self.num_experts, self.hidden_size, self.act_fn = experts.num_experts, experts.hidden_size, experts.act_fn
         for name in _FUSED:
             self.register_parameter(name, experts._parameters.pop(name))
-        copy_hooks(experts, self)
+        move_hooks(experts, self)  # which shares the tables
         self._stood_in_for = (experts,)  # in a tuple, so that it is no child
         self.train(experts.training)
 
@@ -330,7 +330,8 @@ def _can_be_unfused(experts: nn.Module) -> bool:
     names = _fused_names(experts) if not _is_llama4(experts) else _FUSED
     held = [experts._parameters.get(name) for name in names]
     ordinary = all(type(each) is nn.Parameter and each.layout is torch.strided for each in held)
-    return ordinary and "forward" not in vars(experts) and not parametrize.is_parametrized(experts)
+    as_its_class = "forward" not in vars(experts) and not parametrize.is_parametrized(experts)
+    return ordinary and as_its_class and hooks_that_stay(experts) is None
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from . import compat
 from ._ops import ops
 from .modules import SUPPORTED, QuantizedLinear
+from .obstacles import HOOKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,8 +58,9 @@ def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
     Results are those of the unprepared model up to rounding: sums are float32, and there are fewer roundings between.
     Steps of one token with quantized layers, a cache that keeps all positions and no padding are fastest. In padded
     batches, with sliding windows and with a static cache, attention is the layer's own; with gradients, on other
-    devices, under `torch.autocast` and under `torch.compile` everything is. Hooks on modules inside of a decoder layer
-    run only where that module is called.
+    devices, under `torch.autocast` and under `torch.compile` everything is. Projections that have hooks or a forward of
+    their own by now are called; hooks on other modules inside of a decoder layer, and later ones, run only where that
+    module is called.
 
     `forward` of the prepared model raises TypeError for keyword arguments that Transformers does not document.
 
@@ -131,14 +133,14 @@ def _mixed(mixin: type, kind: type, **attributes: Any) -> type:
 
 def _mixed_module(mixin: type[_FastLayer | _FastStack], kind: type[nn.Module]) -> type:
     """The same for a module, whose `forward` goes by the names of the one that it overrides."""
-    options = compat.forward_options(kind.forward, mixin.parameters)
+    options = compat.forward_options(kind.forward, mixin.overridden)
     return _mixed(mixin, kind, cache_name=compat.cache_name(kind.forward), option_names=options)
 
 
 class _Forward:
     """What the `forward` of a prepared module knows of its keyword arguments."""
 
-    parameters: tuple[str, ...]  # the overridden ones, but for the cache
+    overridden: tuple[str, ...]  # the parameters of the class before, but for the cache
     cache_name: str
     option_names: frozenset[str]  # of the others, which `forward` of the class before takes
 
@@ -151,12 +153,12 @@ class _Forward:
         if unknown := sorted(options.keys() - self.option_names):
             raise TypeError(
                 f"{type(self).__name__}.forward() got unexpected keyword arguments: {', '.join(unknown)}; supported "
-                f"are {', '.join(sorted({*self.parameters, self.cache_name, *self.option_names}))}"
+                f"are {', '.join(sorted({*self.overridden, self.cache_name, *self.option_names}))}"
             )
         if cache is not None and past_key_values is not None:
             raise TypeError(f"{type(self).__name__}.forward() got the cache twice, as cache and as past_key_values")
         cache = past_key_values if cache is None else cache
-        return cache, {**options, self.cache_name: cache}
+        return cache, {**options, compat.PAGED_CACHE_NAME if compat.are_paged(options) else self.cache_name: cache}
 
     @staticmethod
     def are_ordinary(options: Mapping[str, Any]) -> bool:
@@ -201,17 +203,23 @@ def _joined(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 
 
 def _joint_key(layer: nn.Module) -> tuple:
-    """What neighbours that can be joined have in common; a layer of an unknown kind has it with none."""
-    if type(layer) not in (nn.Linear, QuantizedLinear):
+    """What neighbours that can be joined have in common; a layer that has to be called has it with none."""
+    if not _is_plain(layer):
         return (id(layer),)
     parameters = tuple((name, each.dtype, each.device, each.requires_grad) for name, each in layer.named_parameters())
     format = (layer.group_size, layer.bits, layer.mode) if type(layer) is QuantizedLinear else ()
     return (type(layer), layer.in_features, format, parameters)
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes what its class does with its parameters, without hooks and a forward of its own."""
+    known = type(layer) in (nn.Linear, QuantizedLinear) and "forward" not in vars(layer)
+    return known and not any(getattr(layer, table) for table in HOOKS)
+
+
 def _join(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
     first = layers[0]
-    if type(first) not in (nn.Linear, QuantizedLinear):
+    if not _is_plain(first):
         return first
     joint = {name: parameter.detach() for name, parameter in first.named_parameters()}
     for name in joint if len(layers) > 1 else ():
@@ -229,17 +237,24 @@ def _join(layers: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 class _FastLayer(_Forward):
     """What a decoder layer's class has in front of its own `forward`."""
 
-    parameters = ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings")
+    overridden = ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings")
 
     def join_projections(self) -> None:
-        attention, mlp = self.self_attn, self.mlp
-        inputs = (
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            [attention.o_proj],
-            [mlp.gate_proj, mlp.up_proj],
-            [mlp.down_proj],
-        )
-        self.products = [_joined(layers) for layers in inputs]
+        query, key, value, output, gate, up, down = projections = self._projections()
+        inputs = [query, key, value], [output], [gate, up], [down]
+        self._joined = projections, [_joined(layers) for layers in inputs]
+
+    def _projections(self) -> tuple[nn.Module, ...]:
+        attention, mlp = self._modules["self_attn"]._modules, self._modules["mlp"]._modules
+        names = (attention, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))
+        return tuple(modules[name] for modules, each in names for name in each)
+
+    @property
+    def products(self) -> list[Callable[[Tensor], Tensor]]:
+        """Those of the projections, of modules that have taken their places since, such as adapters, as well."""
+        if self._joined[0] != self._projections():
+            self.join_projections()
+        return self._joined[1]
 
     def norms(self) -> list[nn.Module]:
         """Those before attention and before the MLP, and of queries and keys where they have one."""
@@ -351,7 +366,7 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
 class _FastStack(_Forward):
     """What the class of a stack of decoder layers, with embedding and last norm, has in front of its own `forward`."""
 
-    parameters = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
+    overridden = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
     def forward(
         self,

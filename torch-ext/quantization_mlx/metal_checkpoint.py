@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from . import compat
+from .conv1d import stands_for_conv1d
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule
+from .obstacles import move_hooks
 from .stored import listed, require
 
 if TYPE_CHECKING:
@@ -67,7 +69,9 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
     linear = {path: layer for path, layer in quantized.items() if id(layer.weight_packed) not in tied}
     scaled = [path for path, layer in quantized.items() if getattr(layer, "scale", 1) != 1]
     formats = {(layer.mode, layer.group_size, layer.bits) for layer in linear.values()}
-    strange = [path for path, layer in linear.items() if type(layer) is not QuantizedLinear] + scaled
+    strange = [
+        path for path, layer in linear.items() if type(layer) is not QuantizedLinear or stands_for_conv1d(layer)
+    ] + scaled
     if not linear or strange or len(formats) > 1:
         what = f"layers of other kinds: {listed(strange)}" if strange else f"the formats {sorted(formats)}"
         raise ValueError(f"[mlx_to_metal] MetalConfig has linear layers of one format, and this model has {what}")
@@ -98,7 +102,9 @@ def _convert(model: nn.Module, convert: Callable[[str, Any], nn.Module | None]) 
     """Puts what `convert` makes of a layer in its place; returns of how many."""
     made = {path: new for path, layer in model.named_modules() if (new := convert(path, layer)) is not None}
     for path, layer in made.items():
-        model.set_submodule(path, layer.train(model.get_submodule(path).training))
+        replaced = model.get_submodule(path)
+        move_hooks(replaced, layer)
+        model.set_submodule(path, layer.train(replaced.training))
     return len(made)
 
 

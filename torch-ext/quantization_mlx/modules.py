@@ -295,7 +295,12 @@ class QuantizedEmbedding(_QuantizedModule, nn.Embedding):
 
         Raises:
             IndexError: an index is negative or not below num_embeddings (on the CPU).
+            NotImplementedError: `torch.jit.trace`, which cannot record that words are seen as int32.
         """
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                "[QuantizedEmbedding] torch.jit.trace is not supported; supported are torch.export and torch.compile"
+            )
         flat = indices.reshape(-1)
         # Torch has no gather of uint32 rows on the CPU; int32 has the same bits.
         words = F.embedding(flat, self.weight_packed.view(torch.int32))

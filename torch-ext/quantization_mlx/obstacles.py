@@ -88,7 +88,8 @@ _FIXED_HOOKS = {
 }
 
 
-def _hooks_that_stay(layer: nn.Module) -> str | None:
+def hooks_that_stay(layer: nn.Module) -> str | None:
+    """Which hooks of a module cannot go with it, if it has such."""
     for table, name in _FIXED_HOOKS.items():
         if getattr(layer, table):
             return f"has {name}"
@@ -103,7 +104,7 @@ _CHECKS: tuple[Callable[[nn.Module], str | None], ...] = (
     _forward_of_its_own,
     _options,
     _further_state,
-    _hooks_that_stay,
+    hooks_that_stay,
 )
 
 # Hooks
@@ -123,4 +124,13 @@ def copy_hooks(layer: nn.Module, made: nn.Module) -> None:
     """Gives `made`, which stands beside `layer`, its forward and backward hooks."""
     for table in HOOKS:
         getattr(made, table).update(getattr(layer, table))
+    made._is_full_backward_hook = layer._is_full_backward_hook
+
+
+def move_hooks(layer: nn.Module, made: nn.Module) -> None:
+    """Gives `made`, which takes the place of `layer`, its very tables of hooks, so that their handles remove them."""
+    for table in HOOKS:
+        if held := getattr(layer, table):
+            held.update({key: hook for key, hook in getattr(made, table).items() if key not in held})
+            setattr(made, table, held)
     made._is_full_backward_hook = layer._is_full_backward_hook

@@ -26,6 +26,14 @@ The marlin modes are not MLX's. Their weights are packed by columns: words run a
 along K, so that word ``(r, n)`` of ``w`` ``[K * bits / 32, N]`` has rows ``r * 32 / bits`` and on of column ``n``, the
 first in the lowest bits; ``scales`` (and the zeros, which take the place of ``biases``) are ``[K / group_size, N]``.
 
+Under ``torch.autocast`` the products, the explicit ops included, compute as ``nn.Linear`` does: ``x`` and affine scales
+and biases are cast to autocast's dtype for their device, which is that of the result. The other modes' scales and the
+zeros keep their dtypes, and so do the operands and results of ``quantize`` and ``dequantize``. Gradients reach each
+argument in its own dtype; a backward pass computes in the dtypes of its forward pass.
+
+Sizes that depend on data, as of ``x[mask]``, can be traced by ``torch.export`` and ``torch.compile`` in every op: such
+a size is taken for other than 1, and that it fits is asserted when the program runs.
+
 Every op raises ``ValueError`` for shapes, devices or options that do not fit, ``TypeError`` for dtypes, and
 ``IndexError`` for an index out of range on CPU. The message names the op and shows what was given and what is
 supported.

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from . import compat
+from .conv1d import stands_for_conv1d
 from .modules import QuantizedEmbedding, QuantizedLinear
+from .obstacles import move_hooks
 from .packed_weight import PackedLinear
 
 # Other ways to initialise an adapter start from the float weight, of which there is none.
@@ -133,6 +135,8 @@ def _lora_layer_class() -> type:
             if not self.merged_adapters:
                 self.unmerged_layer = [base]  # a list, so that it is no submodule and not saved
             self.base_layer = _quantized_like(base, merged)
+            self.base_layer._stands_for_conv1d = stands_for_conv1d(base)
+            move_hooks(base, self.base_layer)
             self.merged_adapters.extend(names)
 
         def unmerge(self) -> None:

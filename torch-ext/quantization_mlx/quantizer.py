@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from .checkpoint import _replace_layers, _shell, dequantize_model, quantize_model
+from .conv1d import MLX_PREFIX, as_linear, finish_conv1d, has_mlx_names, place_linear
 from .experts import expert_renamings, finish_experts, place_experts, place_routers
 from .modules import _QuantizedModule
-from .replacement import Refusal, as_linear
+from .replacement import Refusal
 from .stored import (
     MLX_METHOD,
     Format,
@@ -137,6 +138,8 @@ def _place_layers(
     files = [Path(file) for file in checkpoint_files]
     headers = read_headers(files)
     quantizer.prefix = _foreign_prefix(model, headers)
+    if quantizer.prefix == MLX_PREFIX:
+        place_linear(model)
     place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
     names, converted = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
     if twice := sorted(name for name, count in Counter(names.values()).items() if count > 1):
@@ -214,6 +217,7 @@ def columns_of_layers(directory: Path) -> dict[str, int]:
     quantizer = _quantizer_of(directory)
     headers = read_headers(weight_files(directory))
     quantizer.prefix = _foreign_prefix(model, headers)
+    place_linear(model)
     place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
     names, _ = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
     layers = dict(model.named_modules(remove_duplicate=False))
@@ -248,8 +252,11 @@ def _quantizer_of(directory: Path) -> Any:
 
 
 def _foreign_prefix(model: nn.Module, names: Iterable[str]) -> str | None:
-    """The first part of all stored names that a language model does not have: that of the model with other parts."""
+    """The first part of all stored names that a language model does not have: that of the model with other parts; or
+    the one that MLX gives to the model without its head, and Transformers does not."""
     first = {name.partition(".")[0] for name in names}
+    if has_mlx_names(model):
+        return MLX_PREFIX if MLX_PREFIX in first else None
     return "language_model" if first == {"language_model"} and not hasattr(model, "language_model") else None
 
 
@@ -336,6 +343,7 @@ def _finish_layers(model: nn.Module) -> None:
             if name != "weight" and not _is_finite(parameter, module.mode):
                 raise ValueError(f"[from_pretrained] {path}.{name} has values that are not finite numbers")
     finish_experts(model)
+    finish_conv1d(model)
 
 
 def align_parameters(model: nn.Module) -> None:

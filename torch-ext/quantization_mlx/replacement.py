@@ -15,35 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .conv1d import as_linear, is_conv1d, stands_for_conv1d
 from .experts import SwitchLinear
-from .obstacles import HOOKS, copy_hooks, obstacle
+from .obstacles import move_hooks, obstacle
 from .packed_weight import PackedModule
 from .stored import listed
 
 OnLayer = Callable[[str, torch.Tensor, Any], None]
 
 _NOTICEABLE = 0.01  # share of the parameters whose staying in floating point is worth a warning
-
-# Layers in other forms
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is the `Conv1D` of Transformers, a linear layer whose weight is [in_features, out_features]."""
-    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
-
-
-def as_linear(layer: nn.Module) -> nn.Module:
-    """For a `Conv1D`, an `nn.Linear` on its transposed weight and its bias, which are not copied, with its hooks; any
-    other layer as it is."""
-    if not is_conv1d(layer):
-        return layer
-    in_features, out_features = layer.weight.shape
-    linear = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=layer.weight.requires_grad)
-    linear.bias = layer.bias
-    copy_hooks(layer, linear)
-    return linear.train(layer.training)
-
 
 # Replacing
 
@@ -119,6 +99,7 @@ def replace_layers(
                 linear = as_linear(layer)
                 twin = next(iter(made.values()), None)
                 made[id(layer)] = convert(linear, choice) if twin is None else tie(linear, twin)
+                made[id(layer)]._stands_for_conv1d = stands_for_conv1d(linear)
                 if path:  # a layer by itself keeps its own
                     _hand_over(layer, made[id(layer)])
                 if twin is None and on_layer is not None:
@@ -129,15 +110,6 @@ def replace_layers(
                 return Replacement(made[id(layer)], replaced, refusals)
             model.set_submodule(path, made[id(layer)])
     return Replacement(model, replaced, refusals)
-
-
-def move_hooks(layer: nn.Module, made: nn.Module) -> None:
-    """Gives `made`, which takes the place of `layer`, its very tables of hooks, so that their handles remove them."""
-    for table in HOOKS:
-        if held := getattr(layer, table):
-            held.update({key: hook for key, hook in getattr(made, table).items() if key not in held})
-            setattr(made, table, held)
-    made._is_full_backward_hook = layer._is_full_backward_hook
 
 
 def _hand_over(layer: nn.Module, made: nn.Module) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
+
+
+def _default_device() -> torch.device:
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 class MetalKernelLibrary:
@@ -22,22 +24,28 @@ class MetalKernelLibrary:
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
-        self.device = torch.device(device or ("mps" if torch.backends.mps.is_available() else "cpu"))
-        if self.device.type not in ("cpu", "mps"):
-            raise ValueError(f"[MetalKernelLibrary] device is {str(self.device)!r}; supported are 'mps' and 'cpu'")
+        if device is None and not torch.compiler.is_compiling():
+            device = _default_device()
+        self._device = None if device is None else torch.device(device)
+        if self._device is not None and self._device.type not in ("cpu", "mps"):
+            raise ValueError(f"[MetalKernelLibrary] device is {str(self._device)!r}; supported are 'mps' and 'cpu'")
+
+    @property
+    def device(self) -> torch.device:
+        """Where work without tensors of its own runs."""
+        # torch.compile cannot trace whether there is a GPU: a library made while it traces asks later.
+        return _default_device() if self._device is None else self._device
 
     def __repr__(self) -> str:
         return f"MetalKernelLibrary(device={str(self.device)!r})"
 
 
-_lock = threading.Lock()
-_default: MetalKernelLibrary | None = None
+_default: dict[str, MetalKernelLibrary] = {}
 
 
 def get_default_library() -> MetalKernelLibrary:
-    """The process's one library for the default device, made by the first call; any thread may call."""
-    global _default
-    with _lock:
-        if _default is None:
-            _default = MetalKernelLibrary()
-        return _default
+    """The process's one library for the default device, made by the first call; any thread may call, and so may code
+    that torch.compile traces."""
+    library = _default.get("library")
+    # Of several threads that come first, one has its library kept: no lock, which could not be traced.
+    return _default.setdefault("library", MetalKernelLibrary()) if library is None else library

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from ..checkpoint import _progress
+from ..conv1d import as_linear, is_conv1d
 from ..experts import SwitchLinear, unfused
 from ..replacement import (
     FloatWeight,
     Left,
     Refusal,
-    as_linear,
     float_weights,
-    is_conv1d,
     parameter_count,
     reason_of_class,
     replace_layers,

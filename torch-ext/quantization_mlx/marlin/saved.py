@@ -25,10 +25,12 @@ from torch import nn
 
 from .. import compat
 from ..checkpoint import config_record, distinct_tensors, write_directory
+from ..conv1d import as_linear, is_conv1d, stands_for_conv1d
 from ..experts import SwitchLinear, fuse, unfuse
 from ..modules import _QuantizedModule
+from ..obstacles import move_hooks
 from ..quantizer import align_parameters
-from ..replacement import as_linear, is_conv1d, move_hooks, why_not
+from ..replacement import why_not
 from ..stored import (
     MARLIN_FILE,
     MARLIN_METHOD,
@@ -428,6 +430,7 @@ def _shells(model: nn.Module, record: Mapping[str, Any], op: str, file: Path) ->
             raise ValueError(f"[{op}] {file} has {path} as a packed layer, which it cannot be: {reason}")
         try:
             shells[path] = shell(linear[path], entry)
+            shells[path]._stands_for_conv1d = stands_for_conv1d(linear[path])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"[{op}] {file}: {path} is {entry!r}, which is not supported") from error
     return shells
