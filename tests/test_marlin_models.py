@@ -770,6 +770,17 @@ def test_after_the_patch_a_saved_directory_loads(older: bool, saved: Path, tmp_p
 
 
 @pytest.mark.usefixtures("patched")
+def test_after_the_patch_a_repository_of_the_hub_loads(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some--model"
+    save_quantized(quantized(), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    loaded = AutoModelForCausalLM.from_pretrained("some/model", cache_dir=tmp_path, local_files_only=True)
+    assert torch.equal(logits(loaded), logits(quantized()))
+
+
+@pytest.mark.usefixtures("patched")
 def test_after_the_patch_save_pretrained_is_save_quantized(tmp_path: Path) -> None:
     model = quantized("qwen2-tied", "int4")
     model.save_pretrained(tmp_path, max_shard_size="40KB")

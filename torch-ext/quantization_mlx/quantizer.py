@@ -220,12 +220,14 @@ def columns_of_layers(directory: Path) -> dict[str, int]:
     place_linear(model)
     place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
     names, _ = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
-    wanted = model.state_dict()
-    return {
-        name.removesuffix(".weight"): wanted[names[name]].shape[-1]
-        for name in headers
-        if name.endswith(".weight") and wanted.get(names.get(name)) is not None and wanted[names[name]].dim()
-    }
+    layers = dict(model.named_modules(remove_duplicate=False))
+    columns = {}
+    for name in headers:
+        if name.endswith(".weight") and name in names:
+            weight = getattr(as_linear(layers.get(names[name].removesuffix(".weight"))), "weight", None)
+            if weight is not None and weight.dim():
+                columns[name.removesuffix(".weight")] = weight.shape[-1]
+    return columns
 
 
 def _meta_model(directory: Path) -> PreTrainedModel | None:

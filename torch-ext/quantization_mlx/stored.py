@@ -27,6 +27,7 @@ MARLIN_METHOD = "quantization_mlx_marlin"  # that of Marlin's formats
 # What config.json has as quantization_config beside weights of Marlin. Transformers refuses what has no `quant_method`,
 # where it would pass over a method that it does not know and make random layers.
 MARLIN_RECORD = {"format": "marlin"}
+MARLIN_FILE = "quantization_config.json"  # has the layers of Marlin, beside the weights
 WEIGHT_FILES = "model*.safetensors"
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _SHOWN_NAMES = 8  # as many tensor names as an error message lists

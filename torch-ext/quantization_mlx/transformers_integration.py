@@ -22,6 +22,7 @@ from .checkpoint import write_checkpoint
 from .modules import _QuantizedModule
 from .quantizer import quantizer_classes
 from .stored import (
+    MARLIN_FILE,
     MARLIN_METHOD,
     MLX_METHOD,
     RECORDS,
@@ -248,6 +249,8 @@ def _takes_all_weight_files(original: Any) -> Any:
                     f"[from_pretrained] config.json of {source} says that the weights are quantized, which the config "
                     "of the model does not; load with the class that config.json names, without a config of your own"
                 )
+            if method == MARLIN_METHOD and not os.path.isdir(source):
+                _cached(source, MARLIN_FILE, options)  # comes to lie beside the weights
         directory = _mlx_directory(source, options) if named else None
         if directory is None:
             return original(*args, **kwargs)
@@ -260,10 +263,15 @@ def _stored_config(source: str | os.PathLike[str], options: Mapping[str, Any]) -
     """The content of config.json of a directory or a repository, empty if there is none."""
     if os.path.isdir(source):
         return read_config(Path(source, options.get("subfolder") or "")) or {}
+    file = _cached(source, "config.json", options)
+    return {} if file is None else read_config(Path(file).parent) or {}
+
+
+def _cached(source: str | os.PathLike[str], name: str, options: Mapping[str, Any]) -> str | None:
+    """The path of a repository's file, after its download; None if there is none of that name."""
     from transformers.utils import cached_file
 
-    file = cached_file(str(source), "config.json", _raise_exceptions_for_missing_entries=False, **_given(options))
-    return {} if file is None else read_config(Path(file).parent) or {}
+    return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **_given(options))
 
 
 def _mlx_directory(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:

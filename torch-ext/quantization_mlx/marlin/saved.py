@@ -32,6 +32,7 @@ from ..obstacles import move_hooks
 from ..quantizer import align_parameters
 from ..replacement import why_not
 from ..stored import (
+    MARLIN_FILE,
     MARLIN_METHOD,
     MARLIN_RECORD,
     is_mlx_directory,
@@ -50,7 +51,6 @@ from .layers import ColumnPackedModule, MarlinLinear, MetalQuantizedLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RECORD = "quantization_config.json"
 FORMAT = "marlin"  # what the record says
 
 # What a layer's constructor takes besides its sizes, its bias, its device and its dtype; by the name of its class.
@@ -134,7 +134,10 @@ def write_quantized(
             config = _marked(config_record(model))
         entries = {path: entry_of(layer) for path, layer in layers.items()}
         record = {"format": FORMAT, "layers": entries, "tied": _aliases(model)}
-        return {"config.json": dict(sorted({**config, "quantization_config": MARLIN_RECORD}.items())), RECORD: record}
+        return {
+            "config.json": dict(sorted({**config, "quantization_config": MARLIN_RECORD}.items())),
+            MARLIN_FILE: record,
+        }
 
     write_directory(model, directory, distinct_tensors(model, state_dict), records, "pt", max_shard_size)
 
@@ -267,11 +270,11 @@ def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: st
     unfuse(model, record["layers"])
     originals: dict[str, nn.Module] = {}
     try:
-        shells = _shells(model, record, op, directory / RECORD)
+        shells = _shells(model, record, op, directory / MARLIN_FILE)
         originals = {path: model.get_submodule(path) for path in shells}
         _put(model, shells)
         tensors = model.state_dict(keep_vars=True)
-        _check_ties(tensors, ties, op, directory / RECORD)
+        _check_ties(tensors, ties, op, directory / MARLIN_FILE)
         judge(model, read_headers(files, op), str(directory), ties, _packed_names(shells), op)
         state = {name: tensor for file in files for name, tensor in load_file(file).items()}
         for path, layer in shells.items():
@@ -295,7 +298,7 @@ def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: st
 
 def is_saved(directory: Path) -> bool:
     """Whether `save_quantized` wrote the directory, and nothing that is of another kind since."""
-    return (directory / RECORD).exists() and other_method(read_config(directory) or {}) == MARLIN_METHOD
+    return (directory / MARLIN_FILE).exists() and other_method(read_config(directory) or {}) == MARLIN_METHOD
 
 
 def _read_record(directory: Path, op: str) -> dict[str, Any]:
@@ -311,12 +314,12 @@ def _read_record(directory: Path, op: str) -> dict[str, Any]:
     if config is None:
         raise FileNotFoundError(f"[{op}] {directory} has no config.json")
     refuse_mlx(directory, op)
-    file = directory / RECORD
+    file = directory / MARLIN_FILE
     if not file.exists():
         method = other_method(config)
         loader = "load_and_quantize loads and quantizes it" if method is None else "Transformers' from_pretrained may"
         what = "is not quantized" if method is None else f"is quantized by {method!r}"
-        raise ValueError(f"[{op}] {directory} has no {RECORD} and {what}; {loader}")
+        raise ValueError(f"[{op}] {directory} has no {MARLIN_FILE} and {what}; {loader}")
     record = read_json(file, op)
     if record.get("format") != FORMAT:
         raise ValueError(f"[{op}] {file} has the format {record.get('format')!r}; supported is {FORMAT!r}")
@@ -396,13 +399,13 @@ def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
     if set(files) != set(weight_files(directory, op)):
         raise ValueError(f"[{op}] {directory}: the index does not name the weight files that are there")
     unfuse(model, record["layers"])
-    shells = _shells(model, record, op, directory / RECORD)
+    shells = _shells(model, record, op, directory / MARLIN_FILE)
     _put(model, shells)
     for path in shells:
         holder = model.get_submodule(path.rpartition(".")[0])
         if not holder._parameters and not holder._buffers:
             holder._is_hf_initialized = True  # or Transformers would initialise the float weights of its layers
-    _check_ties(model.state_dict(keep_vars=True), record["tied"], op, directory / RECORD)
+    _check_ties(model.state_dict(keep_vars=True), record["tied"], op, directory / MARLIN_FILE)
     _share(model, record["tied"])
     model.all_tied_weights_keys = dict(record["tied"])  # Transformers ties again after loading
     judge(model, read_headers(files, op), str(directory), exact=_packed_names(shells), op=op)
