@@ -187,7 +187,10 @@ def test_a_layer_with_what_a_quantized_one_has_not_is_left_alone(kind: str) -> N
     assert reason in report.table()
 
 
-@pytest.mark.parametrize("kind", LEFT_LINEAR)
+NOT_MARLINS = [kind for kind in LEFT_LINEAR if kind != "float64"]  # which its packers take
+
+
+@pytest.mark.parametrize("kind", NOT_MARLINS)
 def test_marlin_leaves_the_same_layers_alone(kind: str) -> None:
     make, reason = LEFT_LINEAR[kind]
     for replace in (marlin.replace_linear_layers, marlin.quantize_model):
@@ -206,9 +209,17 @@ def test_marlin_leaves_the_same_layers_alone(kind: str) -> None:
 def test_converting_such_a_layer_by_itself_is_refused(kind: str) -> None:
     make, reason = {**LEFT_LINEAR, **LEFT_EMBEDDING}[kind]
     ways = (QuantizedLinear.from_linear, MarlinLinear.from_linear, MetalQuantizedLinear.from_float)
+    ways = ways[:1] if kind not in NOT_MARLINS else ways
     for way in (QuantizedEmbedding.from_embedding,) if kind in LEFT_EMBEDDING else ways:
         with pytest.raises(ValueError, match=rf"\[\w+\.from_\w+\] this \w+ cannot be quantized: .*{reason}"):
             way(make())
+
+
+def test_marlin_packs_float64() -> None:
+    layer = linear().double()
+    exact = MarlinLinear.from_linear(linear()).weight.dequantize()
+    for made in (MarlinLinear.from_linear(layer), marlin.quantize_model(nn.Sequential(layer))[0]):
+        assert torch.equal(made.weight.dequantize().float(), exact.float())
 
 
 def test_subclasses_with_a_forward_of_their_own_are_refused() -> None:

@@ -9,13 +9,20 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # that `quantize` takes
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # that `quantize` takes
 
 
-def obstacle(layer: nn.Module) -> str | None:
+def obstacle(layer: nn.Module, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
     """Why a quantized layer, which takes over weight, bias and hooks, would not compute what `layer` does; None if it
-    would. The class of the layer is not looked at."""
-    return next((reason for check in _CHECKS if (reason := check(layer)) is not None), None)
+    would. The class of the layer is not looked at.
+
+    Args:
+        dtypes: that the weight may have.
+    """
+    if (reason := next((reason for check in _CHECKS if (reason := check(layer)) is not None), None)) is not None:
+        return reason
+    dtype = layer._parameters["weight"].dtype
+    return None if dtype in dtypes else f"its weight is {_short(dtype)}"
 
 
 def check_class(op: str, layer: nn.Module, base: type[nn.Module]) -> None:
@@ -27,9 +34,10 @@ def check_class(op: str, layer: nn.Module, base: type[nn.Module]) -> None:
         raise TypeError(f"[{op}] {name} has a forward of its own and may compute something else than {base.__name__}")
 
 
-def check_state(op: str, layer: nn.Module) -> None:
-    """Raises ValueError, which names it, if an option or a state of `layer` cannot be kept; `op` as in check_class."""
-    if (reason := obstacle(layer)) is not None:
+def check_state(op: str, layer: nn.Module, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Raises ValueError, which names it, if an option or a state of `layer` cannot be kept; `op` as in check_class,
+    `dtypes` as in obstacle."""
+    if (reason := obstacle(layer, dtypes)) is not None:
         raise ValueError(f"[{op}] this {type(layer).__name__} cannot be quantized: {reason}")
 
 
@@ -48,9 +56,7 @@ def _weight_of_another_kind(layer: nn.Module) -> str | None:
         return "has no weight"
     if type(weight) is not nn.Parameter:
         return f"its weight is of type {type(weight).__name__}"
-    if weight.layout is not torch.strided:
-        return f"its weight is {_short(weight.layout)}"
-    return None if weight.dtype in _FLOATS else f"its weight is {_short(weight.dtype)}"
+    return None if weight.layout is torch.strided else f"its weight is {_short(weight.layout)}"
 
 
 def _short(of_torch: Any) -> str:

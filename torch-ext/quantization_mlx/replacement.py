@@ -17,7 +17,7 @@ from torch import nn
 
 from .conv1d import as_linear, is_conv1d, stands_for_conv1d
 from .experts import SwitchLinear
-from .obstacles import move_hooks, obstacle
+from .obstacles import FLOATS, move_hooks, obstacle
 from .packed_weight import PackedModule
 from .stored import listed
 
@@ -146,11 +146,12 @@ def _plan(
     return plan, refusals
 
 
-def why_not(path: str, layer: nn.Module) -> str | None:
-    """Why a layer of a class that is replaced has to be left alone; None if it need not be."""
+def why_not(path: str, layer: nn.Module, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
+    """Why a layer of a class that is replaced has to be left alone; None if it need not be. `dtypes` are those that its
+    weight may have."""
     if path.rpartition(".")[2] == "_orig_mod":
         return "is compiled by torch.compile"  # whose code would go on calling the layer itself
-    return obstacle(layer)
+    return obstacle(layer, dtypes)
 
 
 def shared_refusals(holders: Mapping[str, nn.Module], reasons: Mapping[str, Refusal | None]) -> Left | None:

@@ -9,7 +9,7 @@ from ..experts import SwitchLinear
 from ..obstacles import check_class, check_state
 from ..packed_weight import own
 from .functions import pack
-from .layers import ColumnPackedModule
+from .layers import DTYPES, ColumnPackedModule
 
 _gather_qmm = ops.gather_qmm.default
 
@@ -50,7 +50,7 @@ class ColumnPackedSwitchLinear(ColumnPackedModule):
         """
         name = f"{cls.__name__}.from_switch_linear"
         check_class(name, linear, SwitchLinear)
-        check_state(name, linear)
+        check_state(name, linear, DTYPES)
         sizes = linear.num_experts, linear.in_features, linear.out_features
         layer = cls(*sizes, mode, group_size, device="meta")
         packed = [pack(name, mode, matrix.T, group_size) for matrix in linear.weight.detach()]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .._ops import ops
-from ..obstacles import check_class, check_state, copy_hooks
+from ..obstacles import FLOATS, check_class, check_state, copy_hooks
 from ..packed_weight import PackedLinear, PackedModule, frozen, own
 from .functions import BITS, check_groups, check_size, pack
 
@@ -17,6 +17,7 @@ from .functions import BITS, check_groups, check_size, pack
 _quantized_matmul = ops.quantized_matmul.default
 
 QUANT_TYPES = {"fp4": "marlin_fp4", "int4": "marlin_int4", "int4_sym": "marlin_int4_sym"}
+DTYPES = (*FLOATS, torch.float64)  # of weights that can be packed
 MODE_OF_BITS = {4: "marlin_fp4", 8: "marlin_fp8", 2: "marlin_int2"}
 
 
@@ -134,7 +135,7 @@ class ColumnPackedLinear(ColumnPackedModule, PackedLinear):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"[{name}] linear is of type {type(linear).__name__}; it must be a torch.nn.Linear")
         check_class(name, linear, nn.Linear)
-        check_state(name, linear)
+        check_state(name, linear, DTYPES)
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **options)
         layer._take(pack(name, layer.mode, linear.weight.T, layer.group_size, "linear.weight"), linear)
         return layer

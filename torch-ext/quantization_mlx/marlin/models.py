@@ -32,6 +32,7 @@ from ..stored import require
 from .experts import ColumnPackedSwitchLinear
 from .functions import check_group_size
 from .layers import (
+    DTYPES,
     MODE_OF_BITS,
     QUANT_TYPES,
     ColumnPackedLinear,
@@ -199,7 +200,7 @@ def _refusal(
         return Refusal("an embedding; Marlin's formats are for linear layers", is_asked_for=True)
     if type(layer) not in (nn.Linear, SwitchLinear) and not is_conv1d(layer):
         return Refusal(reason_of_class(path, layer))
-    if (reason := why_not(path, layer)) is not None:
+    if (reason := why_not(path, layer, DTYPES)) is not None:
         return Refusal(reason)
     in_features = as_linear(layer).in_features
     if in_features % group_size:

@@ -46,7 +46,7 @@ from ..stored import (
     weight_files,
 )
 from .experts import ColumnPackedSwitchLinear
-from .layers import ColumnPackedModule, MarlinLinear, MetalQuantizedLinear
+from .layers import DTYPES, ColumnPackedModule, MarlinLinear, MetalQuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -426,7 +426,7 @@ def _shells(model: nn.Module, record: Mapping[str, Any], op: str, file: Path) ->
         raise ValueError(f"[{op}] {file} has layers that the model has not: {listed(unknown)}")
     shells = {}
     for path, entry in record["layers"].items():
-        if (reason := why_not(path, linear[path])) is not None:
+        if (reason := why_not(path, linear[path], DTYPES)) is not None:
             raise ValueError(f"[{op}] {file} has {path} as a packed layer, which it cannot be: {reason}")
         try:
             shells[path] = shell(linear[path], entry)
