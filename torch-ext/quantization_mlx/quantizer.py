@@ -217,7 +217,6 @@ def columns_of_layers(directory: Path) -> dict[str, int]:
     quantizer = _quantizer_of(directory)
     headers = read_headers(weight_files(directory))
     quantizer.prefix = _foreign_prefix(model, headers)
-    place_linear(model)
     place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
     names, _ = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
     layers = dict(model.named_modules(remove_duplicate=False))
