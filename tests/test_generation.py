@@ -32,7 +32,6 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import oracle
-from conftest import mostly_exhaustive
 from oracle import DTYPES, name_of
 from quantization_mlx import generation
 from quantization_mlx.checkpoint import dequantize_model, load_checkpoint, quantize_model, save_checkpoint
@@ -565,7 +564,8 @@ def test_further_submodules_are_refused(part: str) -> None:
 # --- The demo's model -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", mostly_exhaustive([torch.float32, torch.bfloat16], torch.bfloat16), ids=name_of)
+@pytest.mark.exhaustive  # the demo, which test_demo.py runs, compares the two answers as well
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_same_greedy_text_on_a_real_model(dtype: torch.dtype) -> None:
     """Up to ties: where the two first differ, the unprepared model takes both tokens for about equally likely."""
     spec = importlib.util.spec_from_file_location("demo", DEMO)

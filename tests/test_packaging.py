@@ -208,11 +208,11 @@ def test_submodules_are_attributes_of_a_variant(repository, tmp_path):
     code = f"""
 import pathlib, kernels, torch
 hub = kernels.get_local_kernel(pathlib.Path({str(repository)!r}), backend="cpu")
-w, scales = hub.marlin.pack_fp4_weights(torch.eye(64), 32)
+w, scales = hub.marlin.pack_fp4_weights(6 * torch.eye(64), 32)
 print(hub.marlin.dispatch_gemm_fp4(hub.marlin.MetalKernelLibrary("cpu"), torch.eye(64), w, scales, 64, 64, 64).trace())
 print(hub.int4.quantize_to_int4([0.0, 15.0])[0].tolist())
 """
-    assert run_python(code, tmp_path).splitlines() == ["tensor(64.)", "[-8, 7]"]
+    assert run_python(code, tmp_path).splitlines() == ["tensor(384.)", "[-8, 7]"]
 
 
 @LINUX
