@@ -85,7 +85,8 @@ class ColumnPackedModule(PackedModule):
         for parameter, tensor in zip(self.packed_names, packed, strict=False):
             setattr(self, parameter, frozen(tensor))
         self.bias = own(layer.bias)
-        self.follow_dtype(layer.weight.dtype, layer.weight.device)
+        dtype = layer.weight.dtype if layer.weight.dtype in FLOATS else torch.float32  # of what a product can take
+        self.follow_dtype(dtype, layer.weight.device)
         copy_hooks(layer, self)
         self.train(layer.training)
 
