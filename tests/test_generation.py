@@ -364,7 +364,7 @@ def test_parameters_keep_names_and_values_and_share_memory() -> None:
         oracle.assert_identical(tensor, before[name], name)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
     attention = model.model.layers[0].self_attn
-    storages = {layer.weight.untyped_storage().data_ptr() for layer in (attention.q_proj, attention.v_proj)}
+    storages = {layer.weight_packed.untyped_storage().data_ptr() for layer in (attention.q_proj, attention.v_proj)}
     assert len(storages) == 1
 
 
