@@ -354,6 +354,15 @@ def test_switch_linear(format: Format) -> None:
         assert_close(layer(x, indices), expected)
 
 
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_switch_linear_has_the_dtype_and_device_of_its_weight(mode: str) -> None:
+    linear = SwitchLinear(oracle.random_x(3, 5, 64, dtype=torch.bfloat16))
+    layer = QuantizedSwitchLinear.from_switch_linear(linear, mode=mode)
+    assert layer.weight.dtype == torch.bfloat16 and layer.weight.shape == (3, 5, 64)
+    assert not any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
+    assert layer.to("cpu", torch.float32).weight.dtype == torch.float32
+
+
 def test_rows_of_experts_divide_into_groups() -> None:
     with pytest.raises(ValueError, match=r"\[QuantizedSwitchLinear\].*96 values.*groups of 64"):
         QuantizedSwitchLinear(2, 96, 8)

@@ -80,6 +80,7 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "batch": lambda w, x: w @ x.T.expand(2, -1, -1),
     "rows": lambda w, x: x[:, :OUT] @ w,
     "index": lambda w, x: w[torch.tensor([[1, 0], [5, 5]])],
+    "list": lambda w, x: w[[3, 1]],
     "one row": lambda w, x: w[-3],
     "slice": lambda w, x: w[4:9],
     "element": lambda w, x: w[3, 7],

@@ -23,7 +23,7 @@ from ._ops import ops
 from .modules import _QuantizedModule
 from .obstacles import check_class, check_state, copy_hooks, hooks_that_stay, move_hooks
 from .ops import dequantize, quantize
-from .packed_weight import frozen, own
+from .packed_weight import PackedModule, frozen, own
 from .stored import require
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
@@ -64,7 +64,52 @@ class SwitchLinear(nn.Module):
         return f"{self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
-class QuantizedSwitchLinear(_QuantizedModule):
+class PackedSwitchLinear(PackedModule):
+    """What layers with a packed matrix for each expert have in common."""
+
+    num_experts: int
+    in_features: int
+    out_features: int
+
+    def dequantize(self) -> SwitchLinear:
+        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
+        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
+
+    def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
+        """Row i of x times the matrix of expert indices[i].
+
+        Args:
+            x: [*batch, in_features], whose batch broadcasts with the shape of indices and has as many dimensions.
+            indices: the experts, int32 or int64.
+            sorted_indices: a promise that indices ascend, as in `gather_qmm`.
+
+        Returns:
+            [*indices.shape, out_features], of x's dtype promoted with that of affine scales.
+        """
+        words, scales, biases, *format = self.packed()
+        transpose = not self.packed_transposed
+        y = _gather_qmm(
+            x.unsqueeze(-2),
+            words,
+            scales,
+            biases,
+            None,
+            indices,
+            transpose,
+            *format,
+            None,
+            sorted_indices=sorted_indices,
+        ).squeeze(-2)
+        return y if self.bias is None else y + self.bias[indices].to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {super().extra_repr()}"
+        )
+
+
+class QuantizedSwitchLinear(PackedSwitchLinear, _QuantizedModule):
     """A linear map for each expert on packed weights, as `QuantizedLinear` is one: `weight` uint32 [num_experts,
     out_features, in_features * bits / 32], `scales` and `biases` [num_experts, out_features, in_features / group_size],
     `bias` [num_experts, out_features] or None.
@@ -125,45 +170,7 @@ class QuantizedSwitchLinear(_QuantizedModule):
     def _pack(self, weight: torch.Tensor) -> None:
         # One at a time, because quantizing copies what is not contiguous.
         packed = [quantize(matrix, self.group_size, self.bits, self.mode) for matrix in weight.detach()]
-        for name, tensors in zip(("weight", "scales", "biases"), zip(*packed, strict=True), strict=False):
-            setattr(self, name, frozen(torch.stack(tensors)))
-
-    def dequantize(self) -> SwitchLinear:
-        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
-        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
-
-    def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
-        """Row i of x times the matrix of expert indices[i].
-
-        Args:
-            x: [*batch, in_features], whose batch broadcasts with the shape of indices and has as many dimensions.
-            indices: the experts, int32 or int64.
-            sorted_indices: a promise that indices ascend, as in `gather_qmm`.
-
-        Returns:
-            [*indices.shape, out_features], of x's dtype promoted with that of affine scales.
-        """
-        y = _gather_qmm(
-            x.unsqueeze(-2),
-            self.weight_packed,
-            self.scales,
-            self.biases,
-            None,
-            indices,
-            True,
-            self.group_size,
-            self.bits,
-            self.mode,
-            None,
-            sorted_indices=sorted_indices,
-        ).squeeze(-2)
-        return y if self.bias is None else y + self.bias[indices].to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {super().extra_repr()}"
-        )
+        self._hold([torch.stack(tensors) for tensors in zip(*packed, strict=True)], weight)
 
 
 # The forward pass in Transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from numbers import Integral
 from typing import Any
@@ -149,7 +150,10 @@ class _QuantizedModule(PackedModule):
 
     def _pack(self, weight: torch.Tensor) -> None:
         """Quantizes weight [..., rows, columns] into this module's parameters."""
-        packed = quantize(weight.detach(), self.group_size, self.bits, self.mode)
+        self._hold(quantize(weight.detach(), self.group_size, self.bits, self.mode), weight)
+
+    def _hold(self, packed: Iterable[torch.Tensor], weight: torch.Tensor) -> None:
+        """Takes packed tensors, which were made of `weight`."""
         for name, tensor in zip(self.packed_names, packed, strict=False):
             setattr(self, name, frozen(tensor))
         if self.mode != "affine":

@@ -147,10 +147,7 @@ class PackedWeight(torch.Tensor):
         return self.to(torch.bfloat16)
 
     def __getitem__(self, index: Any) -> Tensor:
-        by_rows = isinstance(index, slice) or (
-            type(index) is Tensor and index.dim() > 0 and not index.is_floating_point()
-        )
-        if not by_rows or self.transposed or self.packed.by_columns:
+        if self.transposed or self.packed.by_columns or not _chooses_rows(index):
             return self.dequantize()[index]
         words, scales, biases, *format = self.packed
         # Torch cannot gather uint32; int32 has the same bits.

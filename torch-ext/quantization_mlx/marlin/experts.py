@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .._ops import ops
-from ..experts import SwitchLinear
+from ..experts import PackedSwitchLinear, SwitchLinear
 from ..obstacles import check_class, check_state
-from ..packed_weight import own
 from .functions import pack
 from .layers import DTYPES, ColumnPackedModule
 
-_gather_qmm = ops.gather_qmm.default
 
-
-class ColumnPackedSwitchLinear(ColumnPackedModule):
+class ColumnPackedSwitchLinear(PackedSwitchLinear, ColumnPackedModule):
     """A linear map for each expert, W [num_experts, in_features, out_features]; `ColumnPackedModule` has its tensors.
 
     Args:
@@ -56,34 +52,3 @@ class ColumnPackedSwitchLinear(ColumnPackedModule):
         packed = [pack(name, mode, matrix.T, group_size) for matrix in linear.weight.detach()]
         layer._take((torch.stack(tensors) for tensors in zip(*packed, strict=True)), linear)
         return layer
-
-    def dequantize(self) -> SwitchLinear:
-        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
-        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
-
-    def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
-        """Row i of x times the matrix of expert indices[i]; arguments as in `QuantizedSwitchLinear.forward`.
-
-        Returns:
-            [*indices.shape, out_features], of x's dtype.
-        """
-        packed = self.weight_packed, self.scales, self.zeros
-        y = _gather_qmm(
-            x.unsqueeze(-2),
-            *packed,
-            None,
-            indices,
-            False,
-            self.group_size,
-            self.bits,
-            self.mode,
-            None,
-            sorted_indices=sorted_indices,
-        ).squeeze(-2)
-        return y if self.bias is None else y + self.bias[indices].to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {super().extra_repr()}"
-        )
