@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,6 +82,9 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rows": lambda w, x: x[:, :OUT] @ w,
     "index": lambda w, x: w[torch.tensor([[1, 0], [5, 5]])],
     "list": lambda w, x: w[[3, 1]],
+    "full mask": lambda w, x: w[torch.arange(OUT * IN).view(OUT, IN) % 7 == 0],
+    "keywords": lambda w, x: torch.matmul(input=x, other=w.T) + torch.mm(x, mat2=w.T),
+    "copy": lambda w, x: F.linear(x, w.to(torch.float32, copy=True)),
     "one row": lambda w, x: w[-3],
     "slice": lambda w, x: w[4:9],
     "element": lambda w, x: w[3, 7],
@@ -168,7 +172,7 @@ def test_assigning_a_weight_ties_layers(name: str) -> None:
     first, second = layer_of(name), copy.deepcopy(layer_of(name))
     assert second.weight is not first.weight
     second.weight = first.weight
-    assert second.weight is first.weight and second.weight.data_ptr() == first.weight.data_ptr()
+    assert second.weight is first.weight
     assert all(second._parameters[key] is first._parameters[key] for key in first.packed_names)
 
 
@@ -178,6 +182,19 @@ def test_assignments_that_do_not_fit_are_refused() -> None:
         layer.weight = nn.Parameter(torch.ones(OUT, IN))
     with pytest.raises(ValueError, match=r"\[QuantizedLinear\] weight is assigned PackedWeight.*mxfp4"):
         layer.weight = QuantizedLinear(IN, OUT, mode="mxfp4").weight
+    square = QuantizedLinear(IN, IN)
+    with pytest.raises(ValueError, match=r"\[QuantizedLinear\] weight is assigned PackedWeight"):
+        square.weight = QuantizedLinear(IN, IN).weight.T
+    with pytest.raises(NotImplementedError, match=r"\[data_ptr\].*no memory of its own"):
+        save({"weight": layer.weight})
+
+
+def test_a_weight_follows_the_tensors_of_its_layer() -> None:
+    layer, other = (layer_of(name_of(SOME_FORMATS[0])) for _ in range(2))
+    held = layer.weight
+    layer.biases = nn.Parameter(other.biases.detach() + 1, requires_grad=False)
+    assert layer.weight is not held
+    assert torch.equal(layer.weight + 0, qm.dequantize(*layer.packed()))
 
 
 def test_ties_survive_tie_weights_and_state_dicts() -> None:
@@ -434,6 +451,39 @@ def test_loaded_models_change_their_dtype_and_are_dequantized_by_transformers(dt
         dense = loaded.dequantize()
         assert type(dense.lm_head) is nn.Linear and not getattr(dense.config, "quantization_config", None)
         assert_near(dense(TOKENS).logits, expected, 1e-2)
+
+
+def test_dequantized_models_are_ordinary_ones(tmp_path) -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
+    model.twice = model.lm_head
+    qm.save_checkpoint(
+        quantize_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))), tmp_path / "mlx"
+    )
+    loaded = dequantize_model(qm.load_checkpoint(tmp_path / "mlx"))
+    loaded.half().save_pretrained(tmp_path / "dense")
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").lm_head) is nn.Linear
+    dequantize_model(quantize_model(model))
+    assert model.twice is model.lm_head
+
+
+@pytest.mark.parametrize("quantize", [quantize_model, replace_groups_of_64])
+def test_accelerate_offloads_quantized_layers(quantize: Callable[[nn.Module], object], tmp_path) -> None:
+    import accelerate
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, tie_word_embeddings=True)).eval()
+    quantize(model)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        on_cpu = accelerate.cpu_offload(copy.deepcopy(model), "cpu")
+        assert torch.equal(on_cpu(TOKENS).logits, expected)
+        on_disk = accelerate.disk_offload(copy.deepcopy(model), tmp_path, "cpu")
+        assert torch.equal(on_disk(TOKENS).logits, expected)
+
+
+def test_lazy_layers_stay() -> None:
+    model = quantize_model(nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(64)))
+    assert [type(layer) for layer in model] == [QuantizedLinear, nn.LazyLinear]
 
 
 def test_embeddings_of_quantized_models_are_not_resized() -> None:

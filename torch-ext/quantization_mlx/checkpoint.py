@@ -23,7 +23,7 @@ from . import compat
 from .conv1d import as_conv1d, as_linear, has_mlx_names, in_mlx_layout, is_conv1d, mlx_name, stands_for_conv1d
 from .experts import QuantizedSwitchLinear, SwitchLinear, fuse, split_experts, stored_paths, unfused
 from .modules import QuantizedEmbedding, QuantizedLinear, _QuantizedModule, complete_format, row_scale
-from .obstacles import move_hooks
+from .obstacles import copy_hooks, move_hooks
 from .packed_weight import PackedModule
 from .recipes import QuantizationReport, mixed_recipe
 from .replacement import (
@@ -41,7 +41,9 @@ from .replacement import (
 )
 from .staging import staged
 from .stored import (
+    MARLIN_METHOD,
     MARLIN_RECORD,
+    MLX_METHOD,
     RECORDS,
     Format,
     listed,
@@ -145,8 +147,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         dtype: of the weights that are made; that of each layer's `weight` if None.
     """
     dense: dict[int, nn.Parameter] = {}  # by the identity of the packed words
+    done: dict[int, nn.Module] = {}  # by the identity of the layer, which may have several paths
     for path, layer in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(layer, PackedModule):
+            continue
+        if id(layer) in done:
+            model.set_submodule(path, done[id(layer)])
             continue
         bias, made = getattr(layer, "bias", None), layer.dequantize()
         made._stands_for_conv1d = stands_for_conv1d(layer)
@@ -156,13 +162,18 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             made.weight = nn.Parameter(values.mT.contiguous() if packed.by_columns else values)
         made = as_conv1d(made)
         made.weight = dense.setdefault(id(layer.packed().words), made.weight)
+        done[id(layer)] = made
         if not path:
+            copy_hooks(layer, made)
             return made
         if bias is not None:
             made.bias = bias
         move_hooks(layer, made)
         model.set_submodule(path, made)
     fuse(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method in (MLX_METHOD, MARLIN_METHOD):
+        quantizer.remove_quantization_config(model)
     for module in model.modules():
         if getattr(config := getattr(module, "config", None), "quantization_config", None) == MARLIN_RECORD:
             del config.quantization_config  # what is saved from now on is in floating point

@@ -2,8 +2,8 @@
 beyond what they document.
 
 Nothing else in the package knows of versions. What a function needs is looked up when it is first called, so that a
-name which another version lacks is an error there and not a wrong result later. Of accelerate, the package calls
-nothing; Transformers does.
+name which another version lacks is an error there and not a wrong result later. Accelerate is called
+by Transformers alone, and patched so that it moves packed words.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import importlib.metadata
 import importlib.util
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, is_typeddict
 
 # The oldest and the newest minor version; pyproject.toml admits these, and `make test` installs the oldest ones, too.
@@ -134,6 +136,8 @@ PRIVATE = {
         ),
         ("transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.register", ("key", "value"), "adds ours"),
         ("transformers:PreTrainedModel.set_experts_implementation", (), "chooses it"),
+        ("transformers:PreTrainedConfig._experts_implementation", (), "which one is chosen"),
+        ("transformers.integrations.moe:_default_apply_gate", (), "what experts without a gate of their own call"),
         (
             "transformers.models.llama4.modeling_llama4:Llama4TextExperts.forward",
             ("hidden_states",),
@@ -183,6 +187,14 @@ PRIVATE = {
         ("transformers.cache_utils:DynamicLayer.get_seq_length", (), "overridden: the same of one layer"),
         ("transformers.cache_utils:DynamicLayer.update", ("key_states", "value_states"), "assigns keys and values"),
         ("transformers:MistralConfig", ("sliding_window",), "the keys that attention sees"),
+    ),
+    "offload": (
+        (
+            "accelerate.utils.modeling:set_module_tensor_to_device",
+            ("module", "tensor_name"),
+            "patched: moves a parameter by the attribute of its name",
+        ),
+        ("accelerate.hooks:set_module_tensor_to_device", ("module", "tensor_name"), "patched: the same function"),
     ),
     "patch_peft": (
         ("peft:LoraConfig.__post_init__", (), "patched: declares our layer"),
@@ -362,3 +374,33 @@ def forward_options(forward: Callable[..., Any], overridden: Iterable[str]) -> f
         raise TypeError(f"{forward.__qualname__} differs from the known one in the parameters {sorted(different)}")
     options = {"return_dict", *TransformersKwargs.__annotations__, *PagedAttentionArgs.__annotations__}
     return frozenset(options.difference(named, _CACHE_NAMES))
+
+
+# What accelerate does with packed words
+
+
+def adapt_accelerate() -> None:
+    """Lets accelerate, where it is loaded, move the packed words of layers between devices and to disk: it takes the
+    attribute `weight` of a layer for the parameter of that name."""
+    if "accelerate.hooks" not in sys.modules:
+        return
+    from accelerate import hooks
+    from accelerate.utils import modeling
+
+    if hasattr(hooks.set_module_tensor_to_device, "__wrapped__"):
+        return
+    check("offload")
+    hooks.set_module_tensor_to_device = _showing_words(hooks.set_module_tensor_to_device)
+    modeling.set_module_tensor_to_device = _showing_words(modeling.set_module_tensor_to_device)
+
+
+def _showing_words(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def set_module_tensor_to_device(module: Any, tensor_name: str, *args: Any, **kwargs: Any) -> Any:
+        path, _, name = tensor_name.rpartition(".")
+        layer = module.get_submodule(path)
+        shows = layer.showing_words() if name == "weight" and hasattr(layer, "showing_words") else nullcontext()
+        with shows:
+            return original(module, tensor_name, *args, **kwargs)
+
+    return set_module_tensor_to_device

@@ -7,7 +7,8 @@ stands for, dequantized for that one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -51,7 +52,8 @@ class Packed(NamedTuple):
         return Packed(*(None if each is None else each.to(device) for each in self[:3]), *self[3:])
 
 
-_known: WeakValueDictionary[tuple[int, torch.dtype, bool], PackedWeight] = WeakValueDictionary()
+# By the identities of the tensors, which a weight keeps alive, and what else tells weights apart.
+_known: WeakValueDictionary[tuple[Any, ...], PackedWeight] = WeakValueDictionary()
 
 
 def packed_weight(packed: Packed, dtype: torch.dtype, transposed: bool = False) -> Tensor:
@@ -60,9 +62,9 @@ def packed_weight(packed: Packed, dtype: torch.dtype, transposed: bool = False) 
     if torch.compiler.is_compiling():
         values = packed.dequantize(dtype)
         return values.mT if transposed else values
-    key = id(packed.words), dtype, transposed
+    key = *map(id, packed[:3]), packed.scales.device, dtype, transposed
     weight = _known.get(key)
-    if weight is None or weight.packed.scales is not packed.scales:
+    if weight is None:
         weight = _known[key] = PackedWeight(packed, dtype, transposed)
     return weight
 
@@ -80,7 +82,7 @@ class PackedWeight(torch.Tensor):
         transposed: whether the values are those of `packed` with the last two dimensions swapped.
     """
 
-    _is_param = True  # an nn.Parameter to isinstance: it may be tied, by assigning it to another layer's `weight`
+    _is_param = True  # an nn.Parameter to isinstance: it may be tied, by assigning it to a quantized layer's `weight`
     _is_hf_initialized = True  # Transformers must not initialise it
 
     def __new__(cls, packed: Packed, dtype: torch.dtype, transposed: bool = False) -> PackedWeight:
@@ -101,6 +103,11 @@ class PackedWeight(torch.Tensor):
     # What keeps it packed
 
     def detach(self) -> PackedWeight:
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
+        if requires_grad:
+            raise _cannot_be_written("requires_grad_")
         return self
 
     @property
@@ -132,6 +139,7 @@ class PackedWeight(torch.Tensor):
         like = args[0] if args else kwargs.get("other")
         if isinstance(like, Tensor):
             args, kwargs = (like.device, like.dtype), {}
+        kwargs = {name: value for name, value in kwargs.items() if name != "copy"}  # it cannot be written to
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and not dtype.is_floating_point:
             return self.dequantize().to(*args, **kwargs)
@@ -157,8 +165,10 @@ class PackedWeight(torch.Tensor):
     # How others see it
 
     def data_ptr(self) -> int:
-        """Of the packed words, by which tied weights are known."""
-        return self.packed.words.data_ptr()
+        raise NotImplementedError(
+            "[data_ptr] the weight of a quantized layer is packed and has no memory of its own; save the layer's "
+            "state_dict(), or what its dequantize() returns"
+        )
 
     def __repr__(self, **_: Any) -> str:
         _, _, _, group_size, bits, mode = self.packed
@@ -198,7 +208,11 @@ def _unpacked(func: Any, arguments: Any) -> Any:
 
 
 def _chooses_rows(index: Any) -> bool:
-    return isinstance(index, slice | list) or (isinstance(index, Tensor) and index.dim() > 0)
+    if isinstance(index, list):
+        return all(isinstance(each, int) for each in index)
+    if not isinstance(index, Tensor):
+        return isinstance(index, slice)
+    return index.dim() == 1 or (index.dim() > 1 and index.dtype not in (torch.bool, torch.uint8))
 
 
 # Metadata and writing
@@ -230,8 +244,8 @@ def _cannot_be_written(name: str) -> NotImplementedError:
 
 def _writes_to_it(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
-    if func in (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__):
-        return args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    if func == torch.Tensor.requires_grad.__set__:
+        return args[1]
     in_place = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
     target = (args[:1] or kwargs) if in_place else kwargs.get("out")
     return tree_any(lambda each: isinstance(each, PackedWeight), target)
@@ -240,9 +254,9 @@ def _writes_to_it(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
 # Products
 
 
-def _matmul(left: Any, right: Any, **options: Any) -> Any:
+def _matmul(left: Any = None, right: Any = None, **options: Any) -> Any:
     """left @ right, of which one is a packed weight."""
-    if options:
+    if options or right is None:
         return NotImplemented
     if not isinstance(right, PackedWeight):  # weight @ x = (x.mT @ weight.mT).mT
         is_vector = right.dim() == 1
@@ -303,6 +317,7 @@ class PackedModule(nn.Module):
     group_size: int
     bits: int
     mode: str
+    _shows_words = False
 
     def __init__(self, group_size: int, bits: int, mode: str) -> None:
         nn.Module.__init__(self)  # and not that of nn.Linear, which would make a floating-point weight
@@ -316,6 +331,8 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The floating-point matrix [..., rows, columns], a `PackedWeight` of the model's dtype."""
+        if self._shows_words:
+            return self._parameters["weight"]
         packed = self.packed()
         return packed_weight(
             packed, (packed.scales if self._like is None else self._like).dtype, self.packed_transposed
@@ -326,6 +343,15 @@ class PackedModule(nn.Module):
         # The words' name may be that of the property above.
         tensors = self._parameters[words], *(getattr(self, name) for name in tables)
         return Packed(*tensors, self.group_size, self.bits, self.mode)
+
+    @contextmanager
+    def showing_words(self) -> Iterator[None]:
+        """For code that takes the attribute `weight` for the parameter of that name: while within, it is that."""
+        self._shows_words = True
+        try:
+            yield
+        finally:
+            del self._shows_words
 
     def share(self, other: PackedModule) -> None:
         """Makes the packed parameters those of `other`, which has the same shape and format."""
@@ -345,7 +371,7 @@ class PackedModule(nn.Module):
 
     def _share(self, weight: PackedWeight) -> None:
         own, other = self.packed(), weight.packed
-        if own.shape != other.shape or own[3:] != other[3:]:
+        if own.shape != other.shape or own[3:] != other[3:] or weight.transposed != self.packed_transposed:
             raise ValueError(
                 f"[{type(self).__name__}] weight is assigned {weight!r}, which is not of its shape and format"
             )

@@ -83,9 +83,7 @@ def quantizer_classes() -> tuple[type, type]:
             return False
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-            model = dequantize_model(model)
-            # Transformers' default is the dtype that the model was loaded in, which may have changed since.
-            return model if dtype in (None, model.config.dtype) else model.to(dtype)
+            return dequantize_loaded(model, dtype)
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
             if self.pre_quantized:
@@ -343,6 +341,13 @@ def _finish_layers(model: nn.Module) -> None:
                 raise ValueError(f"[from_pretrained] {path}.{name} has values that are not finite numbers")
     finish_experts(model)
     finish_conv1d(model)
+
+
+def dequantize_loaded(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """What `model.dequantize(dtype)` of Transformers does; without a dtype, each layer keeps its own."""
+    model = dequantize_model(model)
+    # Transformers' default is the dtype that the model was loaded in, which may have changed since.
+    return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
 
 def align_parameters(model: nn.Module) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from . import compat
 from .conv1d import as_linear, is_conv1d, stands_for_conv1d
 from .experts import SwitchLinear
 from .obstacles import FLOATS, move_hooks, obstacle
@@ -89,6 +91,7 @@ def replace_layers(
             exist.
         progress: called with a list and a title; returns what to iterate over instead of the list.
     """
+    compat.adapt_accelerate()
     plan, refusals = _plan(model, choose)
     replaced: list[str] = []
     for paths, choice in progress(plan, "Quantizing"):
@@ -184,7 +187,7 @@ def parameter_count(model: nn.Module) -> int:
     for module in model.modules():
         packed = module.packed_names if isinstance(module, PackedModule) else ()
         for name, parameter in module._parameters.items():
-            if parameter is not None and name not in packed[1:]:
+            if parameter is not None and name not in packed[1:] and not is_lazy(parameter):
                 count = parameter.numel()
                 counts[id(parameter)] = count * 32 // module.bits if name in packed else count
     return sum(counts.values())
@@ -222,7 +225,7 @@ def _matrices(model: nn.Module, refusals: Mapping[str, Refusal]) -> Iterator[tup
         if isinstance(module, PackedModule) or "norm" in type(module).__name__.lower():
             continue
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter.ndim < 2 or "bias" in name:
+            if parameter is None or is_lazy(parameter) or parameter.ndim < 2 or "bias" in name:
                 continue
             if parameter.is_floating_point() or (name == "weight" and path in refusals):
                 yield path, name, module, parameter

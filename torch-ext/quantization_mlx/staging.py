@@ -16,7 +16,7 @@ from typing import Any
 from .stored import WEIGHT_FILES
 
 _PREFIX = ".save-"  # of the directories in which files are gathered
-_SIGNALS = ("SIGTERM", "SIGHUP")  # by which a process is told to end, where the system has them
+_SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT")  # by which a process is told to end, where the system has them
 
 
 @contextlib.contextmanager
@@ -122,27 +122,31 @@ class _Signals:
     """
 
     def __init__(self) -> None:
-        self._handled: list[signal.Signals] = []
+        self._handled: dict[signal.Signals, Any] = {}  # and what handled them before
         self._is_held = False
         self._received: int | None = None
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            known = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
-            self._handled = [each for each in known if signal.getsignal(each) is signal.SIG_DFL]
+            known = {each: signal.getsignal(each) for name in _SIGNALS if (each := getattr(signal, name, None))}
+            by_default = (signal.SIG_DFL, signal.default_int_handler)
+            self._handled = {each: handler for each, handler in known.items() if handler in by_default}
             for each in self._handled:
                 signal.signal(each, self._receive)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        for each in self._handled:
-            signal.signal(each, signal.SIG_DFL)
-        if self._received is not None:
+        for each, handler in self._handled.items():
+            signal.signal(each, handler)
+        if self._received not in (None, signal.SIGINT):
             os.kill(os.getpid(), self._received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         if not self._is_held:
-            raise _Ended
+            self._end()
+
+    def _end(self) -> None:
+        raise KeyboardInterrupt if self._received == signal.SIGINT else _Ended
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -153,4 +157,4 @@ class _Signals:
         finally:
             self._is_held = False
         if self._received is not None:
-            raise _Ended
+            self._end()

@@ -29,7 +29,7 @@ from ..conv1d import as_linear, is_conv1d, stands_for_conv1d
 from ..experts import SwitchLinear, fuse, unfuse
 from ..modules import _QuantizedModule
 from ..obstacles import move_hooks
-from ..quantizer import align_parameters
+from ..quantizer import align_parameters, dequantize_loaded
 from ..replacement import why_not
 from ..stored import (
     MARLIN_FILE,
@@ -284,9 +284,12 @@ def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: st
         _put(model, originals)
         fuse(model)
         raise
+    packed = set(_packed_names(shells))
+    dtypes = (tensor.dtype for name, tensor in state.items() if tensor.is_floating_point() and name not in packed)
+    dtype = next(dtypes, None)
     for path, layer in shells.items():
         move_hooks(originals[path], layer)
-        layer.follow_dtype(layer.weight.dtype, "cpu")  # a buffer that is not stored
+        layer.follow_dtype(dtype or layer.weight.dtype, "cpu")  # a buffer that is not stored
     state |= {alias: state[name] for alias, name in ties.items()}
     model.load_state_dict(state, assign=True)
     _share(model, ties)
@@ -369,6 +372,9 @@ def marlin_quantizer_classes() -> tuple[type, type]:
 
         def is_serializable(self) -> bool:
             return False
+
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            return dequantize_loaded(model, dtype)
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
             _place_layers(model, [Path(file) for file in options.get("checkpoint_files") or ()])
@@ -492,6 +498,9 @@ def _finish_layers(model: nn.Module) -> None:
     """
     align_parameters(model)
     for path, module in model.named_modules():
+        if isinstance(module, ColumnPackedModule):
+            # Tensors keep the dtype that they are stored in, whatever was asked for.
+            module.follow_dtype(model.dtype, module.scales.device)
         for name, parameter in module.named_parameters(recurse=False) if isinstance(module, ColumnPackedModule) else ():
             if name != "bias":
                 parameter.requires_grad_(False)
