@@ -778,6 +778,20 @@ def test_a_signal_leaves_the_old_checkpoint_and_nothing_in_the_way(
     assert load_checkpoint(target).lm_head.bits == (8 if old else 4)
 
 
+def test_an_interrupt_waits_until_all_files_are_in_place(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def interrupted(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        replace(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        save_checkpoint(quantize_model(tiny_model(), bits=8), saved)
+    assert load_checkpoint(saved).lm_head.bits == 8
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_what_another_process_is_writing_is_left_alone(saved: Path) -> None:
     with staged(saved) as scratch:
         (scratch / "file").write_text("mine")
