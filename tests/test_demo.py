@@ -68,6 +68,7 @@ def test_figures_of_a_busy_machine_are_not_compared(demo: ModuleType) -> None:
         assert "The machine was busy" in text and "times as fast" not in text
 
 
+@pytest.mark.exhaustive
 def test_the_command_line_gives_the_right_answer(
     demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

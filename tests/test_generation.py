@@ -489,6 +489,7 @@ def test_the_cache_by_either_name() -> None:
         prepared.model(ids, cache=cache, past_key_values=cache)
 
 
+@pytest.mark.exhaustive
 def test_continuous_batching() -> None:
     model, prepared = pair(FAMILIES["llama"])
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 5)]

@@ -1003,6 +1003,7 @@ REAL_WAYS = ("bits-8", "bits-4", "int4", "int4_sym", "fp4")
 TWO_BITS = "model.layers.20.mlp.up_proj"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.xdist_group("real model")
 def test_real_model_with_layers_of_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
