@@ -51,9 +51,9 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     made.directory = tmp_path_factory.mktemp("gemma") / "checkpoint"
     file = weights.assemble(made.directory.parent / "gemma.gguf")
 
-    def quantized(model: PreTrainedModel, *arguments: object) -> PreTrainedModel:
+    def quantized(model: PreTrainedModel, *arguments: object, **options: object) -> PreTrainedModel:
         made.dense = copy.deepcopy(model)
-        return quantize_model(model, *arguments)
+        return quantize_model(model, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         # Transformers reads the file three times, and gguf takes each word of the vocabulary out of a memmap: that is
