@@ -24,8 +24,7 @@ from transformers import (
 )
 
 import oracle
-from quantization_mlx import QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.quantization.model import dequantize_model
+from quantization_mlx import QuantizedLinear, dequantize_model, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.nn.module import QuantizedModule
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96}

@@ -38,8 +38,8 @@ from quantization_mlx import (
     unpatch_transformers,
 )
 from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
-from quantization_mlx.hf.quantizer import MLXConfig
 from quantization_mlx.hf.patch import patched_transformers
+from quantization_mlx.hf.quantizer import MLXConfig
 from test_checkpoint import (
     TOKENS,
     VOCABULARY,

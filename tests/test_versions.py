@@ -24,11 +24,8 @@ from transformers.quantizers import HfQuantizer
 
 import quantization_mlx as qm
 from kernel_builder import ROOT, tomllib
-from quantization_mlx import marlin
+from quantization_mlx import load_checkpoint, marlin, quantize_model, save_checkpoint
 from quantization_mlx.hf import compat
-from quantization_mlx.hf.load import load_checkpoint
-from quantization_mlx.hf.save import save_checkpoint
-from quantization_mlx.quantization.model import quantize_model
 from quantization_mlx.hf.metal_config import metal_to_mlx
 from quantization_mlx.hf.patch import patched_transformers
 

@@ -18,10 +18,8 @@ from torch.nn import functional as F
 import oracle
 import quantization_mlx as qm
 from oracle import SOME_FORMATS, name_of
-from quantization_mlx.quantization.model import dequantize_model, quantize_model
+from quantization_mlx import QuantizedEmbedding, QuantizedLinear, dequantize_model, quantize_model
 from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, replace_linear_layers
-from quantization_mlx.nn.embedding import QuantizedEmbedding
-from quantization_mlx.nn.linear import QuantizedLinear
 from quantization_mlx.nn.linear import PackedLinear
 from quantization_mlx.nn.module import PackedModule
 from quantization_mlx.nn.packed_weight import PackedWeight

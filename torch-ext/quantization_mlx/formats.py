@@ -1,12 +1,22 @@
-"""The formats of MLX checkpoints: what there is, and the defaults of what is left open."""
-
-from __future__ import annotations
+"""The formats of packed weights: what there is, and the defaults of what is left open."""
 
 from typing import Any
 
-Format = dict[str, Any]  # the keyword arguments group_size, bits and mode of ops and layers
+import torch
 
-# mode -> (group sizes, bits) that it knows, the default first.
+Format = dict[str, Any]  # group_size, bits and mode, as keyword arguments
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of activations and of weights to quantize
+
+# mode -> (group sizes, bits), the default first. Marlin's modes, whose words run along columns.
+COLUMN_PACKED = {
+    "marlin_fp4": ((128, 64, 32), (4,)),
+    "marlin_fp8": ((128, 64, 32), (8,)),
+    "marlin_int2": ((128, 64, 32), (2,)),
+    "marlin_int4": ((128, 64, 32), (4,)),
+    "marlin_int4_sym": ((128, 64, 32), (4,)),
+}
+# MLX's modes.
 SUPPORTED = {
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
     "mxfp4": ((32,), (4,)),

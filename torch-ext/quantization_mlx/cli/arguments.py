@@ -1,7 +1,5 @@
 """What may be typed after `quantization-mlx`: its commands' flags, and the flags of mlx_lm that it does not have."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
@@ -30,16 +28,14 @@ class UsageError(Exception):
     """Arguments that are right one by one and make no sense together."""
 
 
-# mlx_lm's flags and commands that are not here, with what to do instead.
+# Flags and commands of mlx_lm that are not supported -> what to do instead.
 
 _QUANTIZED_ACTIVATIONS = "activations stay in --dtype"
 _WHOLE_PROMPT = "a prompt is processed as a whole"
 _PLAIN_CACHE = "keys and values are cached in --dtype"
 _ONE_MODEL = "there is no speculative decoding"
 _NOT_HERE: dict[str, dict[tuple[str, ...], str]] = {
-    "convert": {
-        ("--upload-repo",): "convert writes a directory; upload it with: hf upload REPO DIR",
-    },
+    "convert": {("--upload-repo",): "convert writes a directory; upload it with: hf upload REPO DIR"},
     "generate": {
         ("--image",): "prompts are text",
         ("--prefill-response",): "a reply begins with the model's own first token",
@@ -56,9 +52,7 @@ _NOT_HERE: dict[str, dict[tuple[str, ...], str]] = {
         ("--draft-model",): _ONE_MODEL,
         ("--num-draft-tokens",): _ONE_MODEL,
     },
-    "perplexity": {
-        ("--seed",): "sequences are taken in the order of the text, none at random",
-    },
+    "perplexity": {("--seed",): "sequences are taken in the order of the text, none at random"},
     "benchmark": {
         ("--pipeline",): "a model runs on one device",
         ("-qa", "--quantize-activations"): _QUANTIZED_ACTIVATIONS,
