@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "../problem.h"
+#include "../problem/problem.h"
 #include "launch.h"
 
 namespace quantization_mlx::metal {

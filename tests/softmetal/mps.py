@@ -38,7 +38,8 @@ HOST = HERE / "host"
 BUILD = ROOT / "build" / "softmetal" / "host"
 # What ships, unmodified.
 SHIPPED = [
-    *("csrc/problem.cpp", "csrc/metal/plan.cpp", "csrc/metal/ops.cpp", "csrc/metal/self_check.cpp"),
+    *(f"csrc/problem/{stem}.cpp" for stem in ("convert", "matmul", "modes", "weights")),
+    *("csrc/metal/plan.cpp", "csrc/metal/ops.cpp", "csrc/metal/self_check.cpp"),
     *("csrc/metal/binding.cpp", "csrc/metal/encode.mm", "csrc/metal/library.mm"),
 ]
 IMITATED = [

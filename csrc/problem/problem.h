@@ -1,43 +1,21 @@
-// The one place where the arguments of an op are judged. Everything behind it trusts these structs.
+// The arguments of an op, checked. Back ends trust these structs and check nothing again.
+//
+// Each struct is one op. `Schema` has the parameters of its schema (torch-ext/torch_binding.cpp) in the same order;
+// `check` makes a problem of them, and `meta` the empty result alone, for tracing. Both raise TypeError for dtypes and
+// ValueError for everything else that does not fit.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/SymInt.h>
-#include <c10/util/SmallVector.h>
 
 #include <optional>
-#include <string>
 #include <string_view>
 #include <tuple>
 
-#include "format.h"
+#include "../format.h"
+#include "modes.h"
+#include "sizes.h"
 
 namespace quantization_mlx {
-
-// Sizes as plain integers or, where a compiler traces the op, as symbols.
-template <typename Int>
-using Sizes = c10::SmallVector<Int, 6>;
-
-// For requirements: whether a condition holds. Of sizes that depend on data, a tracing compiler does not know: it takes
-// the condition for true, and the traced program asserts it when it runs.
-inline bool holds(bool condition) { return condition; }
-inline bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
-
-// For choices between two ways of computing the same: whether a condition is known to be true while tracing.
-inline bool is_known(bool condition) { return condition; }
-inline bool is_known(const c10::SymBool& condition) { return condition.guard_or_false(__FILE__, __LINE__); }
-
-// The arguments that every op on packed weights has in common, as the caller gave them.
-struct WeightArguments {
-  std::string_view op;
-  const at::Tensor& w;
-  const at::Tensor& scales;
-  const std::optional<at::Tensor>& biases;
-  std::optional<int64_t> group_size;
-  std::optional<int64_t> bits;
-  std::string_view mode;
-  const std::optional<at::Tensor>& global_scale;
-};
 
 // Matrices within a tensor of any leading sizes; strides count elements, and columns are adjacent.
 struct Matrices {
@@ -79,9 +57,21 @@ struct MatmulProblem {
 
   at::Device device() const { return x.tensor.device(); }
 
-  static MatmulProblem check(const WeightArguments& arguments, const at::Tensor& x, bool transpose);
-  // The empty result alone, for tracing.
-  static at::Tensor meta(const WeightArguments& arguments, const at::Tensor& x, bool transpose);
+  static constexpr const char* name = "quantized_matmul";
+  template <typename Result>
+  using Schema = Result(
+      const at::Tensor& x,
+      const at::Tensor& w,
+      const at::Tensor& scales,
+      const std::optional<at::Tensor>& biases,
+      bool transpose,
+      std::optional<int64_t> group_size,
+      std::optional<int64_t> bits,
+      std::string_view mode,
+      const std::optional<at::Tensor>& global_scale,
+      std::string_view op);
+  static Schema<MatmulProblem> check;
+  static Schema<at::Tensor> meta;
 };
 
 // One product for each pair of indices: x[lhs_indices[i]] with w[rhs_indices[i]].
@@ -93,19 +83,24 @@ struct GatherProblem {
 
   at::Device device() const { return matmul.device(); }
 
-  static GatherProblem check(
-      const WeightArguments& arguments,
+  static constexpr const char* name = "gather_qmm";
+  template <typename Result>
+  using Schema = Result(
       const at::Tensor& x,
+      const at::Tensor& w,
+      const at::Tensor& scales,
+      const std::optional<at::Tensor>& biases,
       const std::optional<at::Tensor>& lhs_indices,
       const std::optional<at::Tensor>& rhs_indices,
       bool transpose,
-      bool sorted_indices);
-  static at::Tensor meta(
-      const WeightArguments& arguments,
-      const at::Tensor& x,
-      const std::optional<at::Tensor>& lhs_indices,
-      const std::optional<at::Tensor>& rhs_indices,
-      bool transpose);
+      std::optional<int64_t> group_size,
+      std::optional<int64_t> bits,
+      std::string_view mode,
+      const std::optional<at::Tensor>& global_scale,
+      bool sorted_indices,
+      std::string_view op);
+  static Schema<GatherProblem> check;
+  static Schema<at::Tensor> meta;
 };
 
 struct DequantizeProblem {
@@ -115,8 +110,19 @@ struct DequantizeProblem {
 
   at::Device device() const { return weights.words.tensor.device(); }
 
-  static DequantizeProblem check(const WeightArguments& arguments, std::optional<at::ScalarType> dtype);
-  static at::Tensor meta(const WeightArguments& arguments, std::optional<at::ScalarType> dtype);
+  static constexpr const char* name = "dequantize";
+  template <typename Result>
+  using Schema = Result(
+      const at::Tensor& w,
+      const at::Tensor& scales,
+      const std::optional<at::Tensor>& biases,
+      std::optional<int64_t> group_size,
+      std::optional<int64_t> bits,
+      std::string_view mode,
+      const std::optional<at::Tensor>& global_scale,
+      std::optional<at::ScalarType> dtype);
+  static Schema<DequantizeProblem> check;
+  static Schema<at::Tensor> meta;
 };
 
 struct QuantizeProblem {
@@ -128,40 +134,25 @@ struct QuantizeProblem {
 
   at::Device device() const { return w.device(); }
 
-  static QuantizeProblem check(
+  static constexpr const char* name = "quantize";
+  template <typename Result>
+  using Schema = Result(
       const at::Tensor& w,
       std::optional<int64_t> group_size,
       std::optional<int64_t> bits,
       std::string_view mode,
       const std::optional<at::Tensor>& global_scale);
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> meta(
-      const at::Tensor& w,
-      std::optional<int64_t> group_size,
-      std::optional<int64_t> bits,
-      std::string_view mode,
-      const std::optional<at::Tensor>& global_scale);
+  static Schema<QuantizeProblem> check;
+  static Schema<std::tuple<at::Tensor, at::Tensor, at::Tensor>> meta;
 };
 
 // The three results of quantize, uninitialised; the third is empty in modes that have neither biases nor zeros.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_quantized(const QuantizeProblem& problem);
-
-// "affine", "mxfp4", ...; ends in a zero byte.
-std::string_view name_of(Mode mode);
-
-// Whether the mode of this name packs columns; false for a name that is none.
-bool is_column_packed(std::string_view mode);
-
-// The table of formats.h as JSON: a list of {"name", "packing", "element", "scale", "offset", "group_sizes", "widths",
-// "default_group_size", "default_bits"}.
-std::string describe_modes();
 
 // Raises IndexError unless all of these int64 indices, contiguous and in host memory, choose one of `matrices`.
 void check_range(std::string_view op, const char* name, const at::Tensor& indices, int64_t matrices);
 
 // For every position of batch, in row-major order, the matrix of an operand with these leading sizes that serves it.
 c10::SmallVector<int64_t, 8> broadcast_matrices(c10::IntArrayRef operand_batch, c10::IntArrayRef batch);
-
-// The result dtype of a product: in affine mode x, scales and biases promote, else it is x's.
-at::ScalarType result_dtype(const WeightArguments& arguments, const at::Tensor& x);
 
 }  // namespace quantization_mlx
