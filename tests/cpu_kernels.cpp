@@ -276,7 +276,7 @@ bool nearest(Real type, uint32_t bits, float exact) {
       !(size < infinity && beaten_by(size + 1));
 }
 
-bool narrows(const Kernels& kernels, Real type) {
+bool rounds_to_nearest(const Kernels& kernels, Real type) {
   const float factor = 2.0f;
   std::vector<float> source{0.0f, -0.0f, INFINITY, -INFINITY, 32760.0f, 32759.998f, NAN, -NAN};
   for (int exponent = -150; exponent < 127; ++exponent) {
@@ -288,7 +288,7 @@ bool narrows(const Kernels& kernels, Real type) {
   }
   const size_t bytes = type == Real::float32 ? 4 : 2;
   const auto result = std::make_unique<uint8_t[]>(source.size() * bytes);
-  kernels.narrow(source.data(), factor, static_cast<int64_t>(source.size()), type, result.get());
+  kernels.from_float32(source.data(), factor, static_cast<int64_t>(source.size()), type, result.get());
   for (size_t i = 0; i < source.size(); ++i) {
     const float exact = source[i] * factor;
     uint32_t bits = 0;
@@ -297,7 +297,7 @@ bool narrows(const Kernels& kernels, Real type) {
         ? std::isnan(exact) ? std::isnan(float_from_bits(bits)) : bits_from_float(exact) == bits
         : nearest(type, bits, exact);
     if (!right) {
-      std::printf("%s: %g narrowed to type %d is %x\n", kernels.name, exact, static_cast<int>(type), bits);
+      std::printf("%s: %g rounded to type %d is %x\n", kernels.name, exact, static_cast<int>(type), bits);
       return false;
     }
   }
@@ -384,7 +384,7 @@ bool check(const Kernels& kernels, bool brief) {
   }
   for (const Real type : {Real::float32, Real::float16, Real::bfloat16}) {
     ++cases;
-    failures += narrows(kernels, type) ? 0 : 1;
+    failures += rounds_to_nearest(kernels, type) ? 0 : 1;
   }
   std::printf("%s: %d cases, %d failures\n", kernels.name, cases, failures);
   return failures == 0;

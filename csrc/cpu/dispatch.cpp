@@ -320,7 +320,7 @@ class Multiplication {
     uint8_t* y = static_cast<uint8_t*>(y_.mutable_data_ptr());
     for (int64_t m = 0; m < product.rows; ++m) {
       const int64_t element = share.rows.y(m) * product.N + begin;
-      kernels().narrow(
+      kernels().from_float32(
           source + m * product.y_row, share.factor, columns, product.x_type, y + element * y_.element_size());
     }
   }

@@ -54,7 +54,6 @@ struct Attention {
 
 // What stands between the products of a decoder; n is a multiple of 16.
 struct DecoderKernels {
-  void (*widen)(Real type, const void* source, int64_t n, float* destination);
   // x / sqrt(mean(x^2) + epsilon) * weight; y may be x.
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* y);
   // silu(gates) * values; y may be either.
@@ -88,8 +87,10 @@ struct Kernels {
   // With activations quantized to int8: streamed and broadcast, for any mode but mxfp8. Null where the machine lacks
   // instructions that they need.
   const ProductKernels* int8;
-  // source * factor, rounded to the nearest.
-  void (*narrow)(const float* source, float factor, int64_t n, Real type, void* destination);
+  // A row of values as float32, and source * factor rounded to nearest, ties to even. The former may write zeros behind
+  // its n floats, up to a multiple of 16.
+  void (*to_float32)(Real type, const void* source, int64_t n, float* destination);
+  void (*from_float32)(const float* source, float factor, int64_t n, Real type, void* destination);
   DecoderKernels decoder;
 };
 

@@ -1,4 +1,5 @@
-// Products with activations quantized to int8, where a vector instruction multiplies bytes. Included after product.h.
+// Products with activations quantized to int8, where a vector instruction multiplies bytes. It needs the integer
+// operations of avx512.h.
 //
 // Each group of a row of x becomes int8 with one scale, max|x| / 127, rounded to nearest, ties to even. A weight is
 // scale * byte + bias, where `byte` is its unsigned code, or in E2M1 twice its value plus 12. So, exactly for the
@@ -13,10 +14,14 @@
 // A byte vector holds four elements of each unit in the unit's 32-bit lane: vector v of four- and two-bit units every
 // second or fourth element from v on, as a shift and a mask give them, of others the elements 4 v to 4 v + 3.
 //
-//   streamed  lanes are units of a row of w, as in product.h; x is packed as [block][v][lane]
+//   streamed  lanes are units of a row of w, as in streamed.h; x is packed as [block][v][lane]
 //   broadcast a panel of weights is decoded to bytes whose lanes are columns; four bytes of x, packed as
 //             [block][lane][v], meet all of them
+#pragma once
 
+#include "../product/broadcast.h"
+
+namespace quantization_mlx::cpu {
 namespace {
 
 template <typename Element>
@@ -108,10 +113,9 @@ int64_t int8_packed_row(const Product& product, Layout) {
 void quantize_group(const Product& product, const uint8_t* x, uint8_t* bytes, float& scale, float& sum) {
   constexpr uint32_t infinity = 0x7F800000u;
   constexpr float negligible = 0x1p-100f;
-  const int element_bytes = product.x_type == Real::float32 ? 4 : 2;
   I largest = Vector::magnitude_bits(Vector::zero());
   for (int k = 0; k < product.format.group_size; k += lanes) {
-    largest = Vector::larger(largest, Vector::magnitude_bits(load_real(product.x_type, x + k * element_bytes)));
+    largest = Vector::larger(largest, Vector::magnitude_bits(load_real(product.x_type, x, k)));
   }
   const uint32_t bits = Vector::largest(largest);
   const float magnitude = float_from_bits(bits);
@@ -119,7 +123,7 @@ void quantize_group(const Product& product, const uint8_t* x, uint8_t* bytes, fl
   const F factor = Vector::set(counts ? 127.0f / magnitude : 0.0f);
   I total = Vector::magnitude_bits(Vector::zero());
   for (int k = 0; k < product.format.group_size; k += lanes) {
-    const I rounded = Vector::rounded_integers(Vector::mul(load_real(product.x_type, x + k * element_bytes), factor));
+    const I rounded = Vector::rounded_integers(Vector::mul(load_real(product.x_type, x, k), factor));
     Vector::store_int8(bytes + k, rounded);
     total = Vector::add_integers(total, rounded);
   }
@@ -155,7 +159,6 @@ void order_bytes(int bits, Layout layout, int64_t length, uint8_t* bytes) {
 
 void int8_pack_row(const Product& product, Layout layout, const void* x, float* packed) {
   const uint8_t* row = static_cast<const uint8_t*>(x);
-  const int element_bytes = product.x_type == Real::float32 ? 4 : 2;
   const int group_size = product.format.group_size;
   const int64_t length = padded_length(product);
   const int64_t groups = product.K / group_size;
@@ -165,7 +168,7 @@ void int8_pack_row(const Product& product, Layout layout, const void* x, float* 
   float* sums = scales + all_groups;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t k = group * group_size;
-    quantize_group(product, row + k * element_bytes, bytes + k, scales[group], sums[group]);
+    quantize_group(product, row + k * real_bytes(product.x_type), bytes + k, scales[group], sums[group]);
   }
   std::memset(bytes + product.K, 0, static_cast<size_t>(length - product.K));
   for (int64_t group = groups; group < all_groups; ++group) {
@@ -500,3 +503,4 @@ constexpr ProductKernels int8_table{
     for_format<Int8Broadcast>,           nullptr};
 
 }  // namespace
+}  // namespace quantization_mlx::cpu

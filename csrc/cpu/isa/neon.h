@@ -1,14 +1,12 @@
-// NEON, part of every 64-bit Arm CPU.
-#include "kernels.h"
-
-#if defined(__aarch64__)
+// Four lanes of NEON.
+#pragma once
 
 #include <arm_neon.h>
 
+#include <cstdint>
 #include <cstring>
-#include <type_traits>
-#include <utility>
 
+namespace quantization_mlx::cpu {
 namespace {
 
 struct Vector {
@@ -122,16 +120,4 @@ struct Vector {
 };
 
 }  // namespace
-
-#include "product.h"
-
-const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::neon_kernels() {
-  static constexpr Kernels table = make_table("neon", false, false);
-  return &table;
-}
-
-#else
-
-const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::neon_kernels() { return nullptr; }
-
-#endif
+}  // namespace quantization_mlx::cpu
