@@ -54,11 +54,7 @@ void softmax(float* scores, int64_t length) {
 template <int heads, int vectors>
 void mix(const Attention& attention, const float* weights, int64_t d, float* result) {
   F sums[heads][vectors];
-  for (auto& head : sums) {
-    for (F& sum : head) {
-      sum = Vector::zero();
-    }
-  }
+  clear(sums);
   for (int64_t j = 0; j < attention.length; ++j) {
     unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
       const F value = load_real(attention.type, attention.values, j * attention.dim + d + v * lanes);

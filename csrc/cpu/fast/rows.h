@@ -6,10 +6,6 @@
 namespace quantization_mlx::cpu {
 namespace {
 
-// The compiler's own vectors, which have operators on every target.
-typedef float Floats __attribute__((vector_size(sizeof(F))));
-typedef int32_t Integers __attribute__((vector_size(sizeof(F))));
-
 // exp within 2 units in the last place between -87 and 88; beyond, the value at the nearer end.
 ALWAYS_INLINE F exponential(F value) {
   const Floats low = (Floats)Vector::set(-87.0f);

@@ -10,6 +10,10 @@
 //         16..31   tile 5   sums 2       sums 3
 #pragma once
 
+#ifndef QUANTIZATION_MLX_VECTOR
+#define QUANTIZATION_MLX_VECTOR "avx512.h"
+#endif
+
 #include <immintrin.h>
 #if defined(__linux__)
 #include <cpuid.h>
@@ -89,7 +93,7 @@ struct MatrixTiles {
       }
     }
     for_tiles<2 * matrix_rows>(task.rows, [&](int64_t m, int64_t rows) {
-      const int64_t upper = rows < matrix_rows ? rows : matrix_rows;
+      const int64_t upper = min(rows, matrix_rows);
       const TileShapes shapes(upper, rows - upper);
       _tile_loadconfig(&shapes);
       const float* x = task.x + m * task.x_row;
@@ -118,13 +122,13 @@ struct MatrixBroadcast {
 };
 
 // For all rows that are not streamed: decoding costs more than in the tiled product, and multiplying next to nothing.
-bool matrices_pay(const Product& product) {
-  return bfloat16_terms(product, Layout::broadcast) == 1 || broadcasting_pays(product);
+bool matrix_broadcast_is_faster(const Product& product) {
+  return bfloat16_terms(product, Layout::broadcast) == 1 || broadcast_is_faster(product);
 }
 
 constexpr ProductKernels matrix_table = [] {
   ProductKernels table = exact_table;
-  table.broadcasting_pays = matrices_pay;
+  table.broadcast_is_faster = matrix_broadcast_is_faster;
   table.broadcast = for_format<MatrixBroadcast>;
   return table;
 }();

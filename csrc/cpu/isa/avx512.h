@@ -16,7 +16,6 @@ struct Vector {
   static constexpr int registers = 32;
   using F = __m512;
   using I = __m512i;
-  using Pairs = __m512bh;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float value) { return _mm512_set1_ps(value); }
@@ -141,8 +140,8 @@ struct Vector {
   }
 
   // --- bfloat16 pairs: 32 lanes of 16 bits ---
-  static I load_halves(const void* source) { return _mm512_loadu_si512(source); }
-  static void store_halves(void* destination, I value) { _mm512_storeu_si512(destination, value); }
+  static I load_integers(const void* source) { return _mm512_loadu_si512(source); }
+  static void store_integers(void* destination, I value) { _mm512_storeu_si512(destination, value); }
   static I broadcast_pair(const float* pair) { return _mm512_castps_si512(_mm512_set1_ps(*pair)); }
   static F dot_pairs(I a, I b, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
@@ -177,7 +176,7 @@ struct Vector {
     I high;
   };
   template <int bits>
-  static HalfUnits load_halves(const uint8_t* source) {
+  static HalfUnits load_half_units(const uint8_t* source) {
     if constexpr (bits == 3 || bits == 6) {
       // Bytes 0, 1, 1, 2 of each unit.
       const I index = _mm512_add_epi8(
@@ -213,13 +212,13 @@ struct Vector {
     }
   }
   static I lookup_half(I index, I table) { return _mm512_permutexvar_epi16(index, table); }
-  static I lookup_half(I index, I low, I high) { return _mm512_permutex2var_epi16(low, index, high); }
+  static I lookup_half_in_two(I index, I low, I high) { return _mm512_permutex2var_epi16(low, index, high); }
   // Byte j of each lane in a table of 128 for its low bits; its top bit becomes the sign.
   template <int j>
   static I lookup_signed_byte(I lanes16, const uint16_t* table) {
     const I codes = j == 0 ? lanes16 : _mm512_srli_epi16(lanes16, 8);
-    const I below64 = _mm512_permutex2var_epi16(load_halves(table), codes, load_halves(table + 32));
-    const I above64 = _mm512_permutex2var_epi16(load_halves(table + 64), codes, load_halves(table + 96));
+    const I below64 = _mm512_permutex2var_epi16(load_integers(table), codes, load_integers(table + 32));
+    const I above64 = _mm512_permutex2var_epi16(load_integers(table + 64), codes, load_integers(table + 96));
     const __mmask32 is_above = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
     const I sign = j == 0 ? _mm512_slli_epi16(lanes16, 8) : lanes16;
     return _mm512_ternarylogic_epi32(

@@ -42,13 +42,13 @@ struct Vector {
     std::memcpy(destination, source, static_cast<size_t>(count));
   }
   static I load_bytes(const uint8_t* source) { return I{source[0], source[1], source[2], source[3]}; }
-  static I load_halves(const uint8_t* source) {
+  static I load_16_bits(const uint8_t* source) {
     uint16_t halves[lanes];
     std::memcpy(halves, source, sizeof halves);
     return I{halves[0], halves[1], halves[2], halves[3]};
   }
   static F load_float16(const uint8_t* source) {
-    const I halves = load_halves(source);
+    const I halves = load_16_bits(source);
     return each([&](int lane) { return float16_to_float(halves[lane]); });
   }
   static void store_float16(void* destination, F value) {
@@ -58,7 +58,7 @@ struct Vector {
     }
     std::memcpy(destination, halves, sizeof halves);
   }
-  static F load_bfloat16(const uint8_t* source) { return bits(load_halves(source) << 16); }
+  static F load_bfloat16(const uint8_t* source) { return bits(load_16_bits(source) << 16); }
   static F load_e8m0(const uint8_t* source) {
     return each([&](int lane) { return e8m0_to_float(source[lane]); });
   }

@@ -26,7 +26,7 @@ int64_t workspace(const Product& product) {
 constexpr DecoderKernels decoder_table = {rms_norm, gate, rotate, attend};
 
 constexpr ProductKernels exact_table{
-    broadcasting_pays,     packed_row,       pack_row, workspace, streamed, for_format<Tiled>,
+    broadcast_is_faster,   packed_row,       pack_row, workspace, streamed, for_format<Tiled>,
     for_format<Broadcast>, for_format<Plain>};
 
 // bfloat16 tells whether this machine multiplies it.

@@ -56,8 +56,13 @@ ALWAYS_INLINE void clear(Sum (&sums)[rows][columns]) {
   }
 }
 
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// The compiler's own vectors, which have operators on every target.
+typedef float Floats __attribute__((vector_size(sizeof(F))));
+typedef int32_t Integers __attribute__((vector_size(sizeof(F))));
 typedef uint32_t Words __attribute__((vector_size(sizeof(F))));
 typedef uint16_t HalfWords __attribute__((vector_size(sizeof(F) / 2)));
 
@@ -83,6 +88,26 @@ ALWAYS_INLINE void for_tiles(int64_t rows, Function&& function) {
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t m = tile * rows / tiles;
     function(m, (tile + 1) * rows / tiles - m);
+  }
+}
+
+// The same, with the number of rows as a constant.
+template <int height, typename Function>
+ALWAYS_INLINE void for_constant_tiles(int64_t rows, Function&& function) {
+  for_tiles<height>(rows, [&](int64_t m, int64_t tile_rows) {
+    with_rows<height>(tile_rows, [&](auto constant) { function(m, constant); });
+  });
+}
+
+// The sum of the lanes of each vector.
+template <int count>
+ALWAYS_INLINE void sum_lanes(const F (&values)[count], float* sums) {
+  if constexpr (count == 4) {
+    Vector::sum_each(values, sums);
+  } else {
+    for (int i = 0; i < count; ++i) {
+      sums[i] = Vector::sum(values[i]);
+    }
   }
 }
 

@@ -11,7 +11,7 @@
 
 #include "columns.h"
 #include "decode.h"
-#include "tiled.h"
+#include "transpose.h"
 
 namespace quantization_mlx::cpu {
 namespace {
@@ -21,80 +21,6 @@ constexpr int broadcast_rows = Vector::registers >= 32 ? 12 : 6;
 constexpr int panel_columns = tile_vectors * lanes;
 static_assert(broadcast_columns % panel_columns == 0);
 constexpr int64_t panel_steps = 512;
-
-// For lanes whose number has the bit `stride`, what the first half of a butterfly takes; else the second.
-template <int stride, bool second, int... lane>
-ALWAYS_INLINE Words exchanged(Words a, Words b, std::integer_sequence<int, lane...>) {
-#if defined(__clang__)
-  if constexpr (second) {
-    return __builtin_shufflevector(a, b, ((lane & stride) ? lane + lanes : lane + stride)...);
-  } else {
-    return __builtin_shufflevector(a, b, ((lane & stride) ? lane - stride + lanes : lane)...);
-  }
-#else
-  if constexpr (second) {
-    return __builtin_shuffle(a, b, Words{((lane & stride) ? lane + lanes : lane + stride)...});
-  } else {
-    return __builtin_shuffle(a, b, Words{((lane & stride) ? lane - stride + lanes : lane)...});
-  }
-#endif
-}
-
-// Lane j of vector i becomes lane i of vector j, by exchanging blocks of half the size at each step.
-template <int stride = lanes / 2>
-ALWAYS_INLINE void transpose(Words (&rows)[lanes]) {
-  unrolled<lanes>([&](auto i) __attribute__((always_inline)) {
-    if constexpr ((i & stride) == 0) {
-      constexpr auto all = std::make_integer_sequence<int, lanes>();
-      const Words a = rows[i];
-      const Words b = rows[i + stride];
-      rows[i] = exchanged<stride, false>(a, b, all);
-      rows[i + stride] = exchanged<stride, true>(a, b, all);
-    }
-  });
-  if constexpr (stride > 1) {
-    transpose<stride / 2>(rows);
-  }
-}
-
-template <typename Element, typename Units>
-ALWAYS_INLINE void transpose_units(Units (&units)[lanes]) {
-  const auto part = [&](auto&& member) __attribute__((always_inline)) {
-    Words words[lanes];
-    for (int i = 0; i < lanes; ++i) {
-      words[i] = (Words)member(units[i]);
-    }
-    transpose(words);
-    for (int i = 0; i < lanes; ++i) {
-      member(units[i]) = (I)words[i];
-    }
-  };
-  if constexpr (requires(Units unit) { unit.low; }) {
-    part([](Units& unit) -> I& { return unit.low; });
-    if constexpr (Element::bits == 5) {
-      part([](Units& unit) -> I& { return unit.high; });
-    }
-  } else {
-    part([](Units& unit) -> I& { return unit; });
-  }
-}
-
-// One vector of scales for each of `count` groups, at most `lanes`, from those of as many columns.
-ALWAYS_INLINE void transposed_scales(
-    ScaleType type,
-    const uint8_t* source,
-    const int64_t (&columns)[lanes],
-    int64_t count,
-    float* destination) {
-  Words words[lanes];
-  for (int c = 0; c < lanes; ++c) {
-    words[c] = (Words)load_first_scales(type, source + columns[c], count);
-  }
-  transpose(words);
-  for (int g = 0; g < lanes; ++g) {
-    Vector::store(destination + g * lanes, (F)words[g]);
-  }
-}
 
 // Elements first to first + length of `lanes` columns from n on, as steps of a panel. Behind `end` stands the last
 // column again.
@@ -107,11 +33,11 @@ void decode_columns(const Product& product, int64_t n, int64_t end, int64_t firs
   const int group_size = product.format.group_size;
   const int shift = Spread<Element>(group_size).shift;
   const int64_t row_bytes = product.K * Element::bits / 8;
-  const int bytes = scale_bytes(product.scale_type);
+  const int bytes = scale_bytes(product.format.scale_type);
   int64_t codes[lanes];
   int64_t scales[lanes];
   for (int c = 0; c < lanes; ++c) {
-    const int64_t column = n + c < end ? n + c : end - 1;
+    const int64_t column = min(n + c, end - 1);
     codes[c] = column * row_bytes;
     scales[c] = column * (product.K / group_size) * bytes;
   }
@@ -119,12 +45,12 @@ void decode_columns(const Product& product, int64_t n, int64_t end, int64_t firs
   alignas(64) float bias[lanes * lanes] = {};
   const int64_t chunk = static_cast<int64_t>(lanes) * group_size;
   for (int64_t start = first; start < first + length; start += chunk) {
-    const int64_t stop = start + chunk < first + length ? start + chunk : first + length;
+    const int64_t stop = min(start + chunk, first + length);
     const int64_t groups = (stop - start) / group_size;
     const int64_t offset = start / group_size * bytes;
-    transposed_scales(product.scale_type, product.scales + offset, scales, groups, scale);
+    transposed_scales(product.format.scale_type, product.scales + offset, scales, groups, scale);
     if (product.biases != nullptr) {
-      transposed_scales(product.scale_type, product.biases + offset, scales, groups, bias);
+      transposed_scales(product.format.scale_type, product.biases + offset, scales, groups, bias);
     }
     for (int64_t k = start; k < stop; k += block) {
       const int64_t byte = k * Element::bits / 8;
@@ -135,7 +61,7 @@ void decode_columns(const Product& product, int64_t n, int64_t end, int64_t firs
         units[c] = load_block<Codes, block_bytes<Element>>(source, row_bytes - byte);
       }
       transpose_units<Element>(units);
-      const int64_t count = (stop - k < block ? stop - k : block) / per_unit;
+      const int64_t count = min(stop - k, block) / per_unit;
       for (int64_t i = 0; i < count; ++i) {
         const int64_t group = ((k - start) / per_unit + i) >> shift;
         float* steps = panel + (k - first + i * per_unit) / elements_per_step * panel_columns;
@@ -169,7 +95,7 @@ void decode_packed_columns(
   constexpr int word_bytes = unit_bytes(Element::bits);
   constexpr int elements_per_step = sizeof(float) / sizeof(typename Units::Storage);
   const int group_size = product.format.group_size;
-  const int bytes = scale_bytes(product.scale_type);
+  const int bytes = scale_bytes(product.format.scale_type);
   const int64_t ahead = group_size / per_unit * product.N * word_bytes;
   F scales[max_tiled_columns / lanes];
   F biases[max_tiled_columns / lanes];
@@ -178,10 +104,9 @@ void decode_packed_columns(
     for (int64_t n = 0; n < columns; n += lanes) {
       const int64_t count = end > begin + n ? end - begin - n : 0;
       const int64_t position = k / group_size * product.N + begin + n;
-      scales[n / lanes] = load_first_scales(product.scale_type, product.scales + position * bytes, count);
-      biases[n / lanes] = has_column_bias(product.format.mode)
-          ? Vector::mul(negated_zeros(product, position, count), scales[n / lanes])
-          : Vector::zero();
+      scales[n / lanes] = load_first_scales(product.format.scale_type, product.scales + position * bytes, count);
+      biases[n / lanes] = product.has_offset() ? Vector::mul(negated_zeros(product, position, count), scales[n / lanes])
+                                               : Vector::zero();
     }
     for (int64_t element = k; element < k + group_size; element += per_unit) {
       const uint8_t* row = product.words + (element / per_unit * product.N + begin) * word_bytes;
@@ -244,14 +169,12 @@ struct Broadcasting {
 template <typename Tile>
 struct VectorTiles {
   static void multiply(const Broadcasting& task) {
-    for_tiles<broadcast_rows>(task.rows, [&](int64_t m, int64_t rows) {
-      with_rows<broadcast_rows>(rows, [&](auto height) {
-        for (int64_t n = 0; n < task.columns; n += panel_columns) {
-          broadcast_tile<Tile, height>(
-              task.x + m * task.x_row, task.x_row, task.panels + n * panel_steps, panel_columns, task.steps,
-              task.sums + m * task.sums_row + n, task.sums_row);
-        }
-      });
+    for_constant_tiles<broadcast_rows>(task.rows, [&](int64_t m, auto height) {
+      for (int64_t n = 0; n < task.columns; n += panel_columns) {
+        broadcast_tile<Tile, height>(
+            task.x + m * task.x_row, task.x_row, task.panels + n * panel_steps, panel_columns, task.steps,
+            task.sums + m * task.sums_row + n, task.sums_row);
+      }
     });
   }
 };
@@ -266,7 +189,7 @@ void decode_panels(
     int64_t length,
     float* panels) {
   if constexpr (may_be_column_packed<Element>) {
-    if (is_column_packed(product.format.mode)) {
+    if (product.format.is_column_packed()) {
       return decode_packed_columns<Element, Units>(product, begin, end, columns, first, length, panels);
     }
   }
@@ -282,7 +205,7 @@ void broadcast_panels(const Product& product, int64_t begin, int64_t end, float*
   const int64_t columns = round_up(end - begin, panel_columns);
   std::memset(y, 0, sizeof(float) * static_cast<size_t>(product.rows * product.y_row));
   for (int64_t first = 0; first < product.K; first += panel_elements) {
-    const int64_t length = product.K - first < panel_elements ? product.K - first : panel_elements;
+    const int64_t length = min(product.K - first, panel_elements);
     decode_panels<Element, Units>(product, begin, end, columns, first, length, workspace);
     Tiles::multiply(
         {product.rows, product.x + first / elements_per_step, packed_row(product, Layout::broadcast), workspace,
@@ -292,10 +215,9 @@ void broadcast_panels(const Product& product, int64_t begin, int64_t end, float*
 
 // As measured: what it saves over the tiled product grows with the rows, and what transposing costs grows with K.
 // Columns that are packed stream instead, in tiles of rows each of which decodes them: not more often than it costs.
-bool broadcasting_pays(const Product& product) {
-  const int64_t tiles = is_e4m3(product.format.mode) ? 1 : 4;
-  return is_column_packed(product.format.mode) ? product.rows > tiles * max_streamed_rows
-                                               : 40 * product.rows > product.K;
+bool broadcast_is_faster(const Product& product) {
+  const int64_t tiles = product.format.element == Element::e4m3 ? 1 : 4;
+  return product.format.is_column_packed() ? product.rows > tiles * max_streamed_rows : 40 * product.rows > product.K;
 }
 
 struct Broadcast {

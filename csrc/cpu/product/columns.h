@@ -16,8 +16,17 @@
 namespace quantization_mlx::cpu {
 namespace {
 
+// Whether there is a mode that packs columns of this element.
 template <typename Element>
-constexpr bool may_be_column_packed = Element::bits == 2 || Element::bits == 4 || std::is_same_v<Element, E4M3Element>;
+constexpr bool may_be_column_packed = [] {
+  for (int mode = 0; mode < mode_count(); ++mode) {
+    const ModeTraits traits = traits_of(static_cast<Mode>(mode));
+    if (traits.packing == Packing::columns && traits.element == Element::kind && traits.widths >> Element::bits & 1) {
+      return true;
+    }
+  }
+  return false;
+}();
 
 // How far ahead of their use words are asked for, in bytes along their row.
 constexpr int64_t column_bytes_ahead = 1024;
@@ -72,19 +81,19 @@ struct BFloat16Columns {
   }
 };
 
-// What a lane's code of zero adds to its sum, for each unit of x.
+// What the code of zero adds to the sum of a lane, per 1.0 of x.
 ALWAYS_INLINE F negated_zeros(const Product& product, int64_t position, int64_t count) {
-  if (product.format.mode == Mode::marlin_int4) {
-    const F zeros =
-        load_first_scales(product.scale_type, product.biases + position * scale_bytes(product.scale_type), count);
+  if (product.biases != nullptr) {
+    const F zeros = load_first_scales(
+        product.format.scale_type, product.biases + position * scale_bytes(product.format.scale_type), count);
     return Vector::mul(zeros, Vector::set(-1.0f));
   }
-  return Vector::set(-column_zero(product.format.mode, 0.0f));
+  return Vector::set(-product.format.zero);
 }
 
 // Asks for the scales, and zeros, of a group of columns.
 ALWAYS_INLINE void prefetch_scales(const Product& product, int64_t group, int64_t n, int64_t columns) {
-  const int bytes = scale_bytes(product.scale_type);
+  const int bytes = scale_bytes(product.format.scale_type);
   const int64_t offset = (group * product.N + n) * bytes;
   prefetch(product.scales + offset, columns * bytes);
   if (product.biases != nullptr) {
@@ -111,7 +120,7 @@ ALWAYS_INLINE void add_column_group(
   constexpr int word_bytes = unit_bytes(Element::bits);
   const int64_t units_per_group = product.format.group_size / positions<Element>;
   const int64_t x_row = packed_row(product, Layout::streamed);
-  const int bytes = scale_bytes(product.scale_type);
+  const int bytes = scale_bytes(product.format.scale_type);
   F sums[ROWS][VECTORS];
   clear(sums);
   for (int64_t unit = group * units_per_group; unit < (group + 1) * units_per_group; ++unit) {
@@ -129,8 +138,8 @@ ALWAYS_INLINE void add_column_group(
   prefetch_scales(product, group + 1, n, VECTORS * lanes);
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t position = group * product.N + n + v * lanes;
-    const F scale = load_first_scales(product.scale_type, product.scales + position * bytes, count - v * lanes);
-    if (has_column_bias(product.format.mode)) {
+    const F scale = load_first_scales(product.format.scale_type, product.scales + position * bytes, count - v * lanes);
+    if (product.has_offset()) {
       const F zeros = negated_zeros(product, position, count - v * lanes);
       for (int m = 0; m < ROWS; ++m) {
         sums[m][v] = Vector::fma(zeros, Vector::set(group_sums[m * x_row]), sums[m][v]);
@@ -152,11 +161,9 @@ void streamed_column_groups(const Product& product, int64_t begin, int64_t end, 
   const int64_t group_words = product.format.group_size / positions<Element> * product.N;
   const auto add = [&](auto vectors, int64_t group, int64_t n, int64_t count, int64_t ahead)
                        __attribute__((always_inline)) {
-                         for_tiles<MOST>(product.rows, [&](int64_t m, int64_t rows) {
+                         for_constant_tiles<MOST>(product.rows, [&](int64_t m, auto height) {
                            const ColumnRows tile{product.x + m * x_row, y + m * product.y_row + (n - begin)};
-                           with_rows<MOST>(rows, [&](auto height) {
-                             add_column_group<Element, Stream, height, vectors>(product, tile, group, n, count, ahead);
-                           });
+                           add_column_group<Element, Stream, height, vectors>(product, tile, group, n, count, ahead);
                          });
                        };
   std::memset(y, 0, sizeof(float) * static_cast<size_t>(product.rows * product.y_row));
@@ -174,19 +181,10 @@ void streamed_column_groups(const Product& product, int64_t begin, int64_t end, 
   }
 }
 
-template <typename Element, typename V, int TERMS>
-struct ColumnsOf {
-  using type = BFloat16Columns<Element, V, TERMS>;
-};
-template <typename Element, typename V>
-struct ColumnsOf<Element, V, 0> {
-  using type = Float32Columns<Element>;
-};
-
 // So many vectors that each waits for its last addition while the others go on. Only single rows are sums of bfloat16.
 template <typename Element, int TERMS>
 void streamed_packed_columns(const Product& product, int64_t begin, int64_t end, float* y) {
-  using Stream = typename ColumnsOf<Element, Vector, TERMS>::type;
+  using Stream = std::conditional_t<TERMS == 0, Float32Columns<Element>, BFloat16Columns<Element, Vector, TERMS>>;
   constexpr int vectors = Vector::registers >= 32 ? 4 : 2;
   if constexpr (TERMS < 2) {
     if (product.rows > 1) {

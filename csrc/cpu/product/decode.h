@@ -25,7 +25,7 @@ struct BFloat16Tile {
   using Storage = uint16_t;
   using Operand = I;
   static constexpr int step = 2 * lanes;
-  static ALWAYS_INLINE Operand load(const void* source) { return V::load_halves(source); }
+  static ALWAYS_INLINE Operand load(const void* source) { return V::load_integers(source); }
   static ALWAYS_INLINE Operand broadcast(const float* source) { return V::broadcast_pair(source); }
   static ALWAYS_INLINE F multiply_add(Operand a, Operand b, F sum) { return V::dot_pairs(a, b, sum); }
 };
@@ -78,7 +78,7 @@ struct ScaledPairs {
       const I pairs = Codes::template values<j>(units);
       const F low = Vector::fma(V::low_of_pairs(pairs), scale, bias);
       const F high = Vector::fma(V::high_of_pairs(pairs), scale, bias);
-      V::store_halves(decoded + j * stride, V::rounded_pairs(low, high));
+      V::store_integers(decoded + j * stride, V::rounded_pairs(low, high));
     });
   }
 
@@ -140,9 +140,9 @@ struct TabledPairs {
       if constexpr (entries == 32) {
         values = V::lookup_half(index, table[0]);
       } else {
-        values = V::lookup_half(index, table[0], table[1]);
+        values = V::lookup_half_in_two(index, table[0], table[1]);
       }
-      V::store_halves(decoded + j * 2 * lanes, values);
+      V::store_integers(decoded + j * 2 * lanes, values);
     });
   }
 };
@@ -160,18 +160,20 @@ void decode_row_as(
   const int group_size = product.format.group_size;
   const int64_t row_bytes = row_elements * Element::bits / 8;
   const int64_t row_scales = row_elements / group_size;
-  const int bytes = scale_bytes(product.scale_type);
+  const int bytes = scale_bytes(product.format.scale_type);
   const Blocks decode(group_size);
   const int64_t chunk = static_cast<int64_t>(chunk_groups) * group_size;
   for (int64_t start = first; start < first + length; start += chunk) {
     const int64_t group = start / group_size;
-    const int64_t end = start + chunk < first + length ? start + chunk : first + length;
+    const int64_t end = min(start + chunk, first + length);
     const int64_t count = (end - start + group_size - 1) / group_size;
     ScaleBuffer scales;
     ScaleBuffer biases;
-    convert_scales(product.scale_type, product.scales + (row * row_scales + group) * bytes, count, scales.values);
+    convert_scales(
+        product.format.scale_type, product.scales + (row * row_scales + group) * bytes, count, scales.values);
     if (product.biases != nullptr) {
-      convert_scales(product.scale_type, product.biases + (row * row_scales + group) * bytes, count, biases.values);
+      convert_scales(
+          product.format.scale_type, product.biases + (row * row_scales + group) * bytes, count, biases.values);
     } else {
       std::memset(biases.values, 0, sizeof biases.values);
     }

@@ -28,7 +28,8 @@ constexpr uint16_t bfloat16_of_integer(int value) {
 }
 
 template <int width>
-struct AffineElement {
+struct IntegerElement {
+  static constexpr Element kind = Element::integer;
   static constexpr int bits = width;
   // Five-bit units have 40 bits: `high` is the unit from its second byte on.
   struct Units {
@@ -54,6 +55,7 @@ struct AffineElement {
 };
 
 struct E2M1Element {
+  static constexpr Element kind = Element::e2m1;
   static constexpr int bits = 4;
   using Units = I;
   static ALWAYS_INLINE Units load(const uint8_t* codes) { return Vector::load_units<4, 0>(codes); }
@@ -68,6 +70,7 @@ struct E2M1Element {
 };
 
 struct E4M3Element {
+  static constexpr Element kind = Element::e4m3;
   static constexpr int bits = 8;
   using Units = I;
   static ALWAYS_INLINE Units load(const uint8_t* codes) { return Vector::load_units<4, 0>(codes); }
@@ -110,19 +113,19 @@ constexpr int64_t columns_ahead = 8;
 
 template <typename Kernel>
 void for_format(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
-  if (is_e2m1(product.format.mode)) {
-    return Kernel::template run<E2M1Element>(product, begin, end, workspace, y);
-  }
-  if (is_e4m3(product.format.mode)) {
-    return Kernel::template run<E4M3Element>(product, begin, end, workspace, y);
+  switch (product.format.element) {
+    case Element::e2m1: return Kernel::template run<E2M1Element>(product, begin, end, workspace, y);
+    case Element::e4m3: return Kernel::template run<E4M3Element>(product, begin, end, workspace, y);
+    case Element::integer: break;
   }
   switch (product.format.bits) {
-    case 2: return Kernel::template run<AffineElement<2>>(product, begin, end, workspace, y);
-    case 3: return Kernel::template run<AffineElement<3>>(product, begin, end, workspace, y);
-    case 4: return Kernel::template run<AffineElement<4>>(product, begin, end, workspace, y);
-    case 5: return Kernel::template run<AffineElement<5>>(product, begin, end, workspace, y);
-    case 6: return Kernel::template run<AffineElement<6>>(product, begin, end, workspace, y);
-    case 8: return Kernel::template run<AffineElement<8>>(product, begin, end, workspace, y);
+    case 1: return Kernel::template run<IntegerElement<1>>(product, begin, end, workspace, y);
+    case 2: return Kernel::template run<IntegerElement<2>>(product, begin, end, workspace, y);
+    case 3: return Kernel::template run<IntegerElement<3>>(product, begin, end, workspace, y);
+    case 4: return Kernel::template run<IntegerElement<4>>(product, begin, end, workspace, y);
+    case 5: return Kernel::template run<IntegerElement<5>>(product, begin, end, workspace, y);
+    case 6: return Kernel::template run<IntegerElement<6>>(product, begin, end, workspace, y);
+    case 8: return Kernel::template run<IntegerElement<8>>(product, begin, end, workspace, y);
   }
 }
 

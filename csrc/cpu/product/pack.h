@@ -64,8 +64,7 @@ void pack_blocks(const Product& product, const uint8_t* row, float* packed) {
   constexpr int block = lanes * per_unit;
   for (int64_t k = 0; k < product.K; k += block) {
     alignas(64) float natural[block] = {};
-    to_float32(
-        product.x_type, row + k * real_bytes(product.x_type), product.K - k < block ? product.K - k : block, natural);
+    to_float32(product.x_type, row + k * real_bytes(product.x_type), min(product.K - k, block), natural);
     F in[per_unit];
     F out[per_unit];
     for (int i = 0; i < per_unit; ++i) {
@@ -80,7 +79,7 @@ void pack_blocks(const Product& product, const uint8_t* row, float* packed) {
       constexpr int half = per_unit / 2;
       for (int term = 0; term < TERMS; ++term) {
         for (int j = 0; j < half; ++j) {
-          V::store_halves(
+          V::store_integers(
               packed + k / 2 * TERMS + (term * half + j) * lanes, V::truncated_pairs(out[j], out[j + half]));
           out[j] = V::without_top(out[j]);
           out[j + half] = V::without_top(out[j + half]);
@@ -96,6 +95,7 @@ void pack_units(const Product& product, const uint8_t* row, float* packed) {
     case 4: return pack_blocks<4, TERMS, V>(product, row, packed);
     case 8: return pack_blocks<8, TERMS, V>(product, row, packed);
     case 16: return pack_blocks<16, TERMS, V>(product, row, packed);
+    case 32: return pack_blocks<32, TERMS, V>(product, row, packed);
   }
 }
 
@@ -125,15 +125,15 @@ void pack_pairs(const Product& product, const uint8_t* row, float* packed) {
     const int pair = i / 2;
     order[i] = static_cast<uint16_t>(pair / (per_unit / 2) * per_unit + pair % (per_unit / 2) + i % 2 * (per_unit / 2));
   }
-  const I index = V::load_halves(order);
+  const I index = V::load_integers(order);
   int64_t k = 0;
   for (; k + vector <= product.K; k += vector) {
-    V::store_halves(packed + k / 2, V::lookup_half(index, V::load_halves(row + 2 * k)));
+    V::store_integers(packed + k / 2, V::lookup_half(index, V::load_integers(row + 2 * k)));
   }
   if (k < product.K) {
     alignas(64) uint8_t padded[64] = {};
     copy_bytes(padded, row + 2 * k, 2 * (product.K - k));
-    V::store_halves(packed + k / 2, V::lookup_half(index, V::load_halves(padded)));
+    V::store_integers(packed + k / 2, V::lookup_half(index, V::load_integers(padded)));
   }
 }
 
@@ -147,8 +147,8 @@ void pack_row(const Product& product, Layout layout, const void* x, float* packe
   if (layout == Layout::plain || layout == Layout::broadcast) {
     return to_float32(product.x_type, row, product.K, packed);
   }
-  with_terms<Vector>(product, layout, [&](auto terms) { pack_units<terms, Vector>(product, row, packed); });
-  if (layout == Layout::streamed && (product.biases != nullptr || has_column_bias(product.format.mode))) {
+  with_terms(product, layout, [&](auto terms) { pack_units<terms, Vector>(product, row, packed); });
+  if (layout == Layout::streamed && product.has_offset()) {
     sum_groups(product, row, packed + packed_values(product, layout));
   }
 }

@@ -2,11 +2,14 @@
 // lane holds the elements j and j + positions / 2 of its unit, so that the lanes of a sum belong to the same groups as
 // in float32:
 //
-//     lane            0            1        ...        one instruction multiplies both elements of every pair with
-//     those pair 0      e0    e4     e8   e12                of x and adds the two products to the lane's sum: twice
-//     the work pair 1      e1    e5     e9   e13                of float32
+//     lane          0          1      ...
+//     pair 0     e0   e4    e8   e12
+//     pair 1     e1   e5    e9   e13
 //
-// Every code of every format is exact in bfloat16. Templates on V, so that they need not compile for other machines.
+// One instruction multiplies both elements of every pair with those of x and adds the products to the lane's sum: twice
+// the work of one on float32. Every code of every format is exact in bfloat16.
+//
+// Templates on V, so that they need not compile for other machines.
 #pragma once
 
 #include "elements.h"
@@ -30,7 +33,7 @@ template <typename Element, typename V>
 struct ShortPairs {
   static constexpr CodeTable<Element> table{};
   using Units = typename V::HalfUnits;
-  static ALWAYS_INLINE Units load(const uint8_t* codes) { return V::template load_halves<Element::bits>(codes); }
+  static ALWAYS_INLINE Units load(const uint8_t* codes) { return V::template load_half_units<Element::bits>(codes); }
   template <int j>
   static ALWAYS_INLINE I codes(const Units& units) {
     return V::template half_codes<Element::bits, j>(units);
@@ -38,9 +41,10 @@ struct ShortPairs {
   template <int j>
   static ALWAYS_INLINE I values(const Units& units) {
     if constexpr (Element::bits <= 5) {
-      return V::lookup_half(codes<j>(units), V::load_halves(table.values));
+      return V::lookup_half(codes<j>(units), V::load_integers(table.values));
     } else {
-      return V::lookup_half(codes<j>(units), V::load_halves(table.values), V::load_halves(table.values + 32));
+      return V::lookup_half_in_two(
+          codes<j>(units), V::load_integers(table.values), V::load_integers(table.values + 32));
     }
   }
 };
@@ -102,9 +106,6 @@ ALWAYS_INLINE void for_values(const typename Element::Units (&units)[VECTORS], F
   }
 }
 
-// The most bfloat16 terms whose sum one value of x is.
-constexpr int max_terms = 3;
-
 // How many bfloat16 values a value of x is the exact sum of, or 0 where the product multiplies float32.
 int bfloat16_terms(const Product& product, Layout layout) {
   if (!product.bfloat16 || layout == Layout::plain) {
@@ -112,7 +113,7 @@ int bfloat16_terms(const Product& product, Layout layout) {
   }
   const bool split = product.split && layout == Layout::streamed;
   // Where x is broadcast, it pays to decode each code to float32 once for several rows.
-  const bool one_row = product.rows == 1 || !is_column_packed(product.format.mode);
+  const bool one_row = product.rows == 1 || !product.format.is_column_packed();
   switch (product.x_type) {
     case Real::bfloat16: return 1;
     case Real::float16: return split && one_row ? 2 : 0;
@@ -122,9 +123,9 @@ int bfloat16_terms(const Product& product, Layout layout) {
 }
 
 // Calls function with the number of terms as a constant.
-template <typename V, typename Function>
+template <typename Function>
 ALWAYS_INLINE void with_terms(const Product& product, Layout layout, Function&& function) {
-  if constexpr (V::has_bfloat16) {
+  if constexpr (Vector::has_bfloat16) {
     switch (bfloat16_terms(product, layout)) {
       case 1: return function(std::integral_constant<int, 1>());
       case 2: return function(std::integral_constant<int, 2>());

@@ -52,8 +52,9 @@ ALWAYS_INLINE void convert_scales(ScaleType type, const uint8_t* source, int64_t
 // Scales are converted this many groups at a time, into a buffer on the stack. A multiple of every block.
 constexpr int chunk_groups = 64;
 
+// Two adjacent vectors may be loaded from any group on.
 struct ScaleBuffer {
-  alignas(64) float values[chunk_groups + lanes];
+  alignas(64) float values[chunk_groups + 2 * lanes];
 };
 
 // Gives every lane of a block the scale of its group. Lanes per group are a power of two: no division per block.

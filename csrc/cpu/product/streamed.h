@@ -79,7 +79,7 @@ struct BFloat16Stream {
         const I value = Codes::template values<j>(units[c]);
         for (int term = 0; term < TERMS; ++term) {
           for (int m = 0; m < ROWS; ++m) {
-            part[m][c] = V::dot_pairs(value, V::load_halves(x + m * x_row + (term * half + j) * lanes), part[m][c]);
+            part[m][c] = V::dot_pairs(value, V::load_integers(x + m * x_row + (term * half + j) * lanes), part[m][c]);
           }
         }
       }
@@ -98,7 +98,7 @@ void streamed_columns(const Product& product, int64_t n, float* y) {
   const int group_size = product.format.group_size;
   const int64_t groups = product.K / group_size;
   const int64_t row_bytes = product.K * Element::bits / 8;
-  const int bytes = scale_bytes(product.scale_type);
+  const int bytes = scale_bytes(product.format.scale_type);
   const int64_t scale_row = groups * bytes;
   const int64_t x_row = packed_row(product, Layout::streamed);
   const float* sums = product.x + packed_values(product, Layout::streamed);
@@ -108,19 +108,19 @@ void streamed_columns(const Product& product, int64_t n, float* y) {
   clear(total);
   // The scales of `lanes` groups fill a vector of each column, which the blocks of those groups share.
   for (int64_t group = 0; group < groups; group += lanes) {
-    const int64_t count = groups - group < lanes ? groups - group : lanes;
+    const int64_t count = min(groups - group, lanes);
     F scales[COLUMNS];
     for (int c = 0; c < COLUMNS; ++c) {
       const int64_t offset = (n + c) * scale_row + group * bytes;
       if (product.biases != nullptr) {
         prefetch(product.biases + offset + columns_ahead * scale_row, 1);
-        const F bias = load_first_scales(product.scale_type, product.biases + offset, count);
+        const F bias = load_first_scales(product.format.scale_type, product.biases + offset, count);
         for (int m = 0; m < ROWS; ++m) {
           total[m][c] = Vector::fma(bias, Vector::load(sums + m * x_row + group), total[m][c]);
         }
       }
       prefetch(product.scales + offset + columns_ahead * scale_row, 1);
-      scales[c] = load_first_scales(product.scale_type, product.scales + offset, count);
+      scales[c] = load_first_scales(product.format.scale_type, product.scales + offset, count);
     }
     const int64_t first = group * group_size / block;
     const int64_t blocks = (count * group_size + block - 1) / block;
@@ -139,13 +139,7 @@ void streamed_columns(const Product& product, int64_t n, float* y) {
     }
   }
   for (int m = 0; m < ROWS; ++m) {
-    if constexpr (COLUMNS == 4) {
-      Vector::sum_each(total[m], y + m * product.y_row);
-    } else {
-      for (int c = 0; c < COLUMNS; ++c) {
-        y[m * product.y_row + c] = Vector::sum(total[m][c]);
-      }
-    }
+    sum_lanes(total[m], y + m * product.y_row);
   }
 }
 
@@ -161,25 +155,16 @@ void streamed_rows(const Product& product, int64_t begin, int64_t end, float* y)
   }
 }
 
-template <typename Element, typename V, int TERMS>
-struct StreamOf {
-  using type = BFloat16Stream<Element, V, TERMS>;
-};
-template <typename Element, typename V>
-struct StreamOf<Element, V, 0> {
-  using type = Float32Stream<Element>;
-};
-
 struct Streamed {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float*, float* y) {
-    with_terms<Vector>(product, Layout::streamed, [&](auto terms) {
+    with_terms(product, Layout::streamed, [&](auto terms) {
       if constexpr (may_be_column_packed<Element>) {
-        if (is_column_packed(product.format.mode)) {
+        if (product.format.is_column_packed()) {
           return streamed_packed_columns<Element, terms>(product, begin, end, y);
         }
       }
-      using Stream = typename StreamOf<Element, Vector, terms>::type;
+      using Stream = std::conditional_t<terms == 0, Float32Stream<Element>, BFloat16Stream<Element, Vector, terms>>;
       constexpr int most_rows = terms == 3 ? 1 : max_streamed_rows;
       with_rows<most_rows>(
           product.rows, [&](auto rows) { streamed_rows<Element, Stream, rows>(product, begin, end, y); });

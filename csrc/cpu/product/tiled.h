@@ -1,8 +1,10 @@
 // More rows of x: a panel of weights is decoded into the cache once, then multiplied in tiles of rows of x by columns.
 //
-//                 w: 4 columns                  lanes run along K, in x and in w alike: each vector of x feeds 4
-//     x: 6 rows   24 sums in registers          multiply-adds and each of w feeds 6. The lanes of a sum are added up
-//                                               once per panel.
+//                        w: 4 columns
+//     x: 6 rows     24 sums in registers
+//
+// Lanes run along K, in x and in w alike: each vector of x serves 4 multiply-adds, and each vector of w serves 6. The
+// lanes of a sum are added up once per panel.
 #pragma once
 
 #include "decode.h"
@@ -45,13 +47,7 @@ void multiply_tile(
   }
   for (int m = 0; m < ROWS; ++m) {
     float sums[COLUMNS];
-    if constexpr (COLUMNS == 4) {
-      Vector::sum_each(total[m], sums);
-    } else {
-      for (int c = 0; c < COLUMNS; ++c) {
-        sums[c] = Vector::sum(total[m][c]);
-      }
-    }
+    sum_lanes(total[m], sums);
     for (int c = 0; c < COLUMNS; ++c) {
       float& result = y[m * y_stride + c];
       result = (accumulate ? result : 0.0f) + sums[c];
@@ -90,21 +86,19 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end, float* 
   const int64_t columns = end - begin;
   const int64_t tiles = (product.rows + tile_rows - 1) / tile_rows;
   // Few tiles read a panel soon after it is written: from the first-level cache if it is small.
-  const int64_t panel_columns = tiles <= few_tiles ? tile_columns : columns;
-  for (int64_t c = 0; c < columns; c += panel_columns) {
-    const int64_t width = columns - c < panel_columns ? columns - c : panel_columns;
+  const int64_t width_at_once = tiles <= few_tiles ? tile_columns : columns;
+  for (int64_t c = 0; c < columns; c += width_at_once) {
+    const int64_t width = min(columns - c, width_at_once);
     for (int64_t first = 0; first < product.K; first += panel) {
-      const int64_t length = product.K - first < panel ? product.K - first : panel;
+      const int64_t length = min(product.K - first, panel);
       const int64_t padded = round_up(length, block_elements<Element>);
       for (int64_t i = 0; i < width; ++i) {
         decode_row<Element, Tile>(product, begin + c + i, product.K, first, length, decoded + i * panel_stride);
       }
-      for_tiles<tile_rows>(product.rows, [&](int64_t m, int64_t rows) {
-        with_rows<tile_rows>(rows, [&](auto height) {
-          multiply_columns<Tile, height>(
-              x + m * x_row + first, x_row, decoded, panel_stride, padded, first > 0, width, y + m * product.y_row + c,
-              product.y_row);
-        });
+      for_constant_tiles<tile_rows>(product.rows, [&](int64_t m, auto height) {
+        multiply_columns<Tile, height>(
+            x + m * x_row + first, x_row, decoded, panel_stride, padded, first > 0, width, y + m * product.y_row + c,
+            product.y_row);
       });
     }
   }
