@@ -17,7 +17,7 @@ from conftest import mostly_exhaustive
 
 ROOT = Path(__file__).parent.parent
 TEST = ROOT / "tests/cpu_kernels.cpp"
-KERNELS = {isa: ROOT / f"csrc/cpu/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")}
+KERNELS = {isa: ROOT / f"csrc/cpu/isa/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")}
 SOURCES = (TEST, *KERNELS.values())
 
 

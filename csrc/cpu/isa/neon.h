@@ -1,14 +1,12 @@
-// NEON, part of every 64-bit Arm CPU.
-#include "kernels.h"
-
-#if defined(__aarch64__)
+// Four lanes of NEON.
+#pragma once
 
 #include <arm_neon.h>
 
+#include <cstdint>
 #include <cstring>
-#include <type_traits>
-#include <utility>
 
+namespace quantization_mlx::cpu {
 namespace {
 
 struct Vector {
@@ -27,7 +25,7 @@ struct Vector {
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static float sum(F value) { return vaddvq_f32(value); }
 
-  static uint16x4_t load_halves(const uint8_t* source) { return vreinterpret_u16_u8(vld1_u8(source)); }
+  static uint16x4_t load_16_bits(const uint8_t* source) { return vreinterpret_u16_u8(vld1_u8(source)); }
   static void copy_below_64(uint8_t* destination, const uint8_t* source, int64_t count) {
     std::memcpy(destination, source, static_cast<size_t>(count));
   }
@@ -36,11 +34,11 @@ struct Vector {
     std::memcpy(&four, source, sizeof four);
     return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
   }
-  static F load_float16(const uint8_t* source) { return vcvt_f32_f16(vreinterpret_f16_u16(load_halves(source))); }
+  static F load_float16(const uint8_t* source) { return vcvt_f32_f16(vreinterpret_f16_u16(load_16_bits(source))); }
   static void store_float16(void* destination, F value) {
     vst1_u8(static_cast<uint8_t*>(destination), vreinterpret_u8_f16(vcvt_f16_f32(value)));
   }
-  static F load_bfloat16(const uint8_t* source) { return vreinterpretq_f32_u32(vshll_n_u16(load_halves(source), 16)); }
+  static F load_bfloat16(const uint8_t* source) { return vreinterpretq_f32_u32(vshll_n_u16(load_16_bits(source), 16)); }
   // Byte 0 is the subnormal 2^-127, the only value whose exponent bits alone do not say it.
   static F load_e8m0(const uint8_t* source) {
     return vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32(load_bytes(source), 23), vdupq_n_u32(0x00400000)));
@@ -122,16 +120,4 @@ struct Vector {
 };
 
 }  // namespace
-
-#include "product.h"
-
-const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::neon_kernels() {
-  static constexpr Kernels table = make_table("neon", false, false);
-  return &table;
-}
-
-#else
-
-const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::neon_kernels() { return nullptr; }
-
-#endif
+}  // namespace quantization_mlx::cpu

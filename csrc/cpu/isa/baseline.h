@@ -1,11 +1,11 @@
-// Any CPU: four lanes in the compiler's own vector types, which every target lowers to what it has.
-#include <cmath>
+// Four lanes in the compiler's own vector types, which every target lowers to what it has.
+#pragma once
+
 #include <cstring>
-#include <type_traits>
-#include <utility>
 
-#include "kernels.h"
+#include "../../format.h"
 
+namespace quantization_mlx::cpu {
 namespace {
 
 struct Vector {
@@ -42,25 +42,25 @@ struct Vector {
     std::memcpy(destination, source, static_cast<size_t>(count));
   }
   static I load_bytes(const uint8_t* source) { return I{source[0], source[1], source[2], source[3]}; }
-  static I load_halves(const uint8_t* source) {
+  static I load_16_bits(const uint8_t* source) {
     uint16_t halves[lanes];
     std::memcpy(halves, source, sizeof halves);
     return I{halves[0], halves[1], halves[2], halves[3]};
   }
   static F load_float16(const uint8_t* source) {
-    const I halves = load_halves(source);
-    return each([&](int lane) { return quantization_mlx::float16_to_float(halves[lane]); });
+    const I halves = load_16_bits(source);
+    return each([&](int lane) { return float16_to_float(halves[lane]); });
   }
   static void store_float16(void* destination, F value) {
     uint16_t halves[lanes];
     for (int lane = 0; lane < lanes; ++lane) {
-      halves[lane] = static_cast<uint16_t>(quantization_mlx::float16_from_float(value[lane]));
+      halves[lane] = static_cast<uint16_t>(float16_from_float(value[lane]));
     }
     std::memcpy(destination, halves, sizeof halves);
   }
-  static F load_bfloat16(const uint8_t* source) { return bits(load_halves(source) << 16); }
+  static F load_bfloat16(const uint8_t* source) { return bits(load_16_bits(source) << 16); }
   static F load_e8m0(const uint8_t* source) {
-    return each([&](int lane) { return quantization_mlx::e8m0_to_float(source[lane]); });
+    return each([&](int lane) { return e8m0_to_float(source[lane]); });
   }
 
   template <int bytes, int skip>
@@ -79,11 +79,11 @@ struct Vector {
   }
   template <int shift>
   static F e2m1(I units) {
-    return each([&](int lane) { return quantization_mlx::e2m1_to_float(units[lane] >> shift); });
+    return each([&](int lane) { return e2m1_to_float(units[lane] >> shift); });
   }
   template <int shift>
   static F e4m3(I units) {
-    return each([&](int lane) { return quantization_mlx::e4m3_to_float((units[lane] >> shift) & 0xFFu); });
+    return each([&](int lane) { return e4m3_to_float((units[lane] >> shift) & 0xFFu); });
   }
 
   static void unzip(F a, F b, F& even, F& odd) {
@@ -104,10 +104,4 @@ struct Vector {
 };
 
 }  // namespace
-
-#include "product.h"
-
-const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::baseline_kernels() {
-  static constexpr Kernels table = make_table("baseline", false, false);
-  return &table;
-}
+}  // namespace quantization_mlx::cpu

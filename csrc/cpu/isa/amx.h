@@ -1,4 +1,4 @@
-// The broadcasting product of bfloat16 on AMX, for processors that have it. Included after product.h.
+// The broadcasting product of bfloat16 on AMX, for processors that have it.
 //
 // A tile register holds 16 rows of 64 bytes, and a panel is made of such rows: the pairs of 16 columns at one step. One
 // instruction multiplies 16 rows of x by 16 columns, 16 steps deep, and so does 8192 multiplications where one on
@@ -8,7 +8,22 @@
 //                           tile 6       tile 7
 //     rows 0..15   tile 4   sums 0       sums 1
 //         16..31   tile 5   sums 2       sums 3
+#pragma once
 
+#ifndef QUANTIZATION_MLX_VECTOR
+#define QUANTIZATION_MLX_VECTOR "avx512.h"
+#endif
+
+#include <immintrin.h>
+#if defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "table.h"
+
+namespace quantization_mlx::cpu {
 namespace {
 
 constexpr int matrix_rows = 16;  // of a tile; as many steps of w as rows of x
@@ -78,7 +93,7 @@ struct MatrixTiles {
       }
     }
     for_tiles<2 * matrix_rows>(task.rows, [&](int64_t m, int64_t rows) {
-      const int64_t upper = rows < matrix_rows ? rows : matrix_rows;
+      const int64_t upper = min(rows, matrix_rows);
       const TileShapes shapes(upper, rows - upper);
       _tile_loadconfig(&shapes);
       const float* x = task.x + m * task.x_row;
@@ -107,13 +122,16 @@ struct MatrixBroadcast {
 };
 
 // For all rows that are not streamed: decoding costs more than in the tiled product, and multiplying next to nothing.
-bool matrices_pay(const Product& product) {
-  return bfloat16_terms(product, Layout::broadcast) == 1 || broadcasting_pays(product);
+bool matrix_broadcast_is_faster(const Product& product) {
+  return bfloat16_terms(product, Layout::broadcast) == 1 || broadcast_is_faster(product);
 }
 
-constexpr ProductKernels matrix_table{
-    matrices_pay,     packed_row, pack_row, workspace, streamed, for_format<Tiled>, for_format<MatrixBroadcast>,
-    for_format<Plain>};
+constexpr ProductKernels matrix_table = [] {
+  ProductKernels table = exact_table;
+  table.broadcast_is_faster = matrix_broadcast_is_faster;
+  table.broadcast = for_format<MatrixBroadcast>;
+  return table;
+}();
 
 // Whether the processor has AMX for bfloat16 and the system lets this process use it.
 bool has_matrix_tiles() {
@@ -132,3 +150,4 @@ bool has_matrix_tiles() {
 }
 
 }  // namespace
+}  // namespace quantization_mlx::cpu

@@ -1,4 +1,5 @@
-// Products with activations quantized to int8, where a vector instruction multiplies bytes. Included after product.h.
+// Products with activations quantized to int8, where a vector instruction multiplies bytes. Needs the operations on
+// bytes of avx512.h.
 //
 // Each group of a row of x becomes int8 with one scale, max|x| / 127, rounded to nearest, ties to even. A weight is
 // scale * byte + bias, where `byte` is its unsigned code, or in E2M1 twice its value plus 12. So, exactly for the
@@ -11,12 +12,21 @@
 // 2.7 times as large: that of codes, whose mean is not near zero, and not of weights.
 //
 // A byte vector holds four elements of each unit in the unit's 32-bit lane: vector v of four- and two-bit units every
-// second or fourth element from v on, as a shift and a mask give them, of others the elements 4 v to 4 v + 3.
+// second or fourth element from v on, as a shift and a mask give them, at other widths the elements 4 v to 4 v + 3.
 //
-//   streamed  lanes are units of a row of w, as in product.h; x is packed as [block][v][lane]
+//   streamed  lanes are units of a row of w, as in streamed.h; x is packed as [block][v][lane]
 //   broadcast a panel of weights is decoded to bytes whose lanes are columns; four bytes of x, packed as
 //             [block][lane][v], meet all of them
+#pragma once
 
+#ifndef QUANTIZATION_MLX_VECTOR
+#define QUANTIZATION_MLX_VECTOR "avx512.h"
+#endif
+
+#include "tiled.h"
+#include "transpose.h"
+
+namespace quantization_mlx::cpu {
 namespace {
 
 template <typename Element>
@@ -26,33 +36,31 @@ constexpr int byte_vectors = positions<Element> / 4;
 template <typename Element>
 constexpr int unit_parts = Element::bits == 5 ? 2 : 1;
 
-// Eight-bit floats are no small multiples of one number.
+// E4M3 values are no small multiples of one number.
 template <typename Element>
-constexpr bool is_byte_coded = !std::is_same_v<Element, E4M3Element>;
+constexpr bool has_bytes = !std::is_same_v<Element, E4M3Element>;
 
+// The bytes of E2M1 hold twice the value plus 12.
 template <typename Element>
-constexpr bool is_e2m1 = std::is_same_v<Element, E2M1Element>;
+constexpr bool is_fp4 = std::is_same_v<Element, E2M1Element>;
 
 template <typename Element>
 struct ByteCodes {
   struct Units {
     I parts[unit_parts<Element>];
   };
-  template <int part>
-  static ALWAYS_INLINE I load_part(const uint8_t* codes) {
-    return Vector::load_byte_units<Element::bits, part>(codes);
-  }
   static ALWAYS_INLINE Units load(const uint8_t* codes) {
     Units units;
-    unrolled<unit_parts<Element>>([&](auto part)
-                                      __attribute__((always_inline)) { units.parts[part] = load_part<part>(codes); });
+    unrolled<unit_parts<Element>>([&](auto part) __attribute__((always_inline)) {
+      units.parts[part] = Vector::load_byte_units<Element::bits, part>(codes);
+    });
     return units;
   }
-  // Of the part that has them.
+  // Byte vector v of the unit's part that has it.
   template <int v>
-  static ALWAYS_INLINE I bytes(I part) {
+  static ALWAYS_INLINE I bytes_of_part(I part) {
     const I codes = Vector::code_bytes<Element::bits, v>(part);
-    if constexpr (is_e2m1<Element>) {
+    if constexpr (is_fp4<Element>) {
       return Vector::doubled_e2m1_plus_12(codes);
     } else {
       return codes;
@@ -60,7 +68,7 @@ struct ByteCodes {
   }
   template <int v>
   static ALWAYS_INLINE I bytes(const Units& units) {
-    return bytes<v>(units.parts[unit_parts<Element> == 1 ? 0 : v]);
+    return bytes_of_part<v>(units.parts[unit_parts<Element> == 1 ? 0 : v]);
   }
 };
 
@@ -70,18 +78,18 @@ struct ScaleAndBias {
 };
 
 // A weight is scale * value, and its byte 2 * value + 12.
-ALWAYS_INLINE ScaleAndBias scale_and_bias_of_e2m1(F scale) {
+ALWAYS_INLINE ScaleAndBias scale_and_bias_of_fp4(F scale) {
   return {Vector::mul(scale, Vector::set(0.5f)), Vector::mul(scale, Vector::set(-6.0f))};
 }
 
 // Those of bytes, for the first `count` groups at an offset in bytes; then zeros.
 template <typename Element>
 ALWAYS_INLINE ScaleAndBias load_scale_and_bias(const Product& product, int64_t offset, int64_t count) {
-  const F scale = load_first_scales(product.scale_type, product.scales + offset, count);
-  if constexpr (is_e2m1<Element>) {
-    return scale_and_bias_of_e2m1(scale);
+  const F scale = load_first_scales(product.format.scale_type, product.scales + offset, count);
+  if constexpr (is_fp4<Element>) {
+    return scale_and_bias_of_fp4(scale);
   } else {
-    return {scale, load_first_scales(product.scale_type, product.biases + offset, count)};
+    return {scale, load_first_scales(product.format.scale_type, product.biases + offset, count)};
   }
 }
 
@@ -108,10 +116,9 @@ int64_t int8_packed_row(const Product& product, Layout) {
 void quantize_group(const Product& product, const uint8_t* x, uint8_t* bytes, float& scale, float& sum) {
   constexpr uint32_t infinity = 0x7F800000u;
   constexpr float negligible = 0x1p-100f;
-  const int element_bytes = product.x_type == Real::float32 ? 4 : 2;
   I largest = Vector::magnitude_bits(Vector::zero());
   for (int k = 0; k < product.format.group_size; k += lanes) {
-    largest = Vector::larger(largest, Vector::magnitude_bits(load_real(product.x_type, x + k * element_bytes)));
+    largest = Vector::larger(largest, Vector::magnitude_bits(load_real(product.x_type, x, k)));
   }
   const uint32_t bits = Vector::largest(largest);
   const float magnitude = float_from_bits(bits);
@@ -119,7 +126,7 @@ void quantize_group(const Product& product, const uint8_t* x, uint8_t* bytes, fl
   const F factor = Vector::set(counts ? 127.0f / magnitude : 0.0f);
   I total = Vector::magnitude_bits(Vector::zero());
   for (int k = 0; k < product.format.group_size; k += lanes) {
-    const I rounded = Vector::rounded_integers(Vector::mul(load_real(product.x_type, x + k * element_bytes), factor));
+    const I rounded = Vector::rounded_integers(Vector::mul(load_real(product.x_type, x, k), factor));
     Vector::store_int8(bytes + k, rounded);
     total = Vector::add_integers(total, rounded);
   }
@@ -133,7 +140,7 @@ void order_bytes(int bits, Layout layout, int64_t length, uint8_t* bytes) {
   for (int64_t k = 0; k < length; k += 64 * vectors) {
     I in[vectors];
     for (int v = 0; v < vectors; ++v) {
-      in[v] = Vector::load_halves(bytes + k + 64 * v);
+      in[v] = Vector::load_integers(bytes + k + 64 * v);
       in[v] = bits == 4 ? Vector::order_of_shifts<4>(in[v]) : (bits == 2 ? Vector::order_of_shifts<2>(in[v]) : in[v]);
     }
     if (layout == Layout::streamed) {
@@ -148,14 +155,13 @@ void order_bytes(int bits, Layout layout, int64_t length, uint8_t* bytes) {
       }
     }
     for (int v = 0; v < vectors; ++v) {
-      Vector::store_halves(bytes + k + 64 * v, in[v]);
+      Vector::store_integers(bytes + k + 64 * v, in[v]);
     }
   }
 }
 
 void int8_pack_row(const Product& product, Layout layout, const void* x, float* packed) {
   const uint8_t* row = static_cast<const uint8_t*>(x);
-  const int element_bytes = product.x_type == Real::float32 ? 4 : 2;
   const int group_size = product.format.group_size;
   const int64_t length = padded_length(product);
   const int64_t groups = product.K / group_size;
@@ -165,7 +171,7 @@ void int8_pack_row(const Product& product, Layout layout, const void* x, float* 
   float* sums = scales + all_groups;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t k = group * group_size;
-    quantize_group(product, row + k * element_bytes, bytes + k, scales[group], sums[group]);
+    quantize_group(product, row + k * real_bytes(product.x_type), bytes + k, scales[group], sums[group]);
   }
   std::memset(bytes + product.K, 0, static_cast<size_t>(length - product.K));
   for (int64_t group = groups; group < all_groups; ++group) {
@@ -176,6 +182,7 @@ void int8_pack_row(const Product& product, Layout layout, const void* x, float* 
     case 4: return;
     case 8: return order_bytes<2>(product.format.bits, layout, length, bytes);
     case 16: return order_bytes<4>(product.format.bits, layout, length, bytes);
+    case 32: return order_bytes<8>(product.format.bits, layout, length, bytes);
   }
 }
 
@@ -188,7 +195,7 @@ void int8_streamed_columns(const Product& product, int64_t n, float* y) {
   const int group_size = product.format.group_size;
   const int64_t groups = product.K / group_size;
   const int64_t row_bytes = product.K * Element::bits / 8;
-  const int bytes = scale_bytes(product.scale_type);
+  const int bytes = scale_bytes(product.format.scale_type);
   const int64_t scale_row = groups * bytes;
   const int64_t x_row = int8_packed_row(product, Layout::streamed);
   const Int8Row x(product, 0, x_row);
@@ -198,12 +205,12 @@ void int8_streamed_columns(const Product& product, int64_t n, float* y) {
   clear(total);
   // The scales of `lanes` groups fill a vector of each column, which the blocks of those groups share.
   for (int64_t group = 0; group < groups; group += lanes) {
-    const int64_t count = groups - group < lanes ? groups - group : lanes;
+    const int64_t count = min(groups - group, lanes);
     F scales[ROWS][COLUMNS];
     for (int c = 0; c < COLUMNS; ++c) {
       const int64_t offset = (n + c) * scale_row + group * bytes;
       prefetch(product.scales + offset + columns_ahead * scale_row, 1);
-      if constexpr (!is_e2m1<Element>) {
+      if constexpr (!is_fp4<Element>) {
         prefetch(product.biases + offset + columns_ahead * scale_row, 1);
       }
       const ScaleAndBias parameters = load_scale_and_bias<Element>(product, offset, count);
@@ -227,7 +234,7 @@ void int8_streamed_columns(const Product& product, int64_t n, float* y) {
           const I weights = Codes::template bytes<v>(units);
           for (int m = 0; m < ROWS; ++m) {
             const I sum = v == 0 ? Vector::zero_integers() : dots[m];
-            dots[m] = Vector::dot_bytes(weights, Vector::load_halves(activations + m * x_row * 4 + v * 64), sum);
+            dots[m] = Vector::dot_bytes(weights, Vector::load_integers(activations + m * x_row * 4 + v * 64), sum);
           }
         });
         for (int m = 0; m < ROWS; ++m) {
@@ -238,13 +245,7 @@ void int8_streamed_columns(const Product& product, int64_t n, float* y) {
     }
   }
   for (int m = 0; m < ROWS; ++m) {
-    if constexpr (COLUMNS == 4) {
-      Vector::sum_each(total[m], y + m * product.y_row);
-    } else {
-      for (int c = 0; c < COLUMNS; ++c) {
-        y[m * product.y_row + c] = Vector::sum(total[m][c]);
-      }
-    }
+    sum_lanes(total[m], y + m * product.y_row);
   }
 }
 
@@ -263,7 +264,7 @@ void int8_streamed_rows(const Product& product, int64_t begin, int64_t end, floa
 struct Int8Streamed {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float*, float* y) {
-    if constexpr (!is_byte_coded<Element>) {
+    if constexpr (!has_bytes<Element>) {
       __builtin_unreachable();
     } else {
       with_rows<max_streamed_rows>(
@@ -296,7 +297,7 @@ struct Int8Strip {
   int64_t first;
   int64_t length;
 
-  int64_t column(int c) const { return n + c < end ? n + c : end - 1; }
+  int64_t column(int c) const { return min(n + c, end - 1); }
 };
 
 // Into bytes [step of four elements][column][4].
@@ -315,8 +316,8 @@ void decode_strip(const Product& product, const Int8Strip& strip, uint8_t* bytes
         for (int i = 0; i < 4; ++i) {
           unrolled<vectors / unit_parts<Element>>([&](auto j) __attribute__((always_inline)) {
             constexpr int v = unit_parts<Element> == 1 ? j : part;
-            Vector::store_halves(
-                bytes + (k / 4 + (quarter * 4 + i) * vectors + v) * 64, Codes::template bytes<v>(units[i]));
+            Vector::store_integers(
+                bytes + (k / 4 + (quarter * 4 + i) * vectors + v) * 64, Codes::template bytes_of_part<v>(units[i]));
           });
         }
       });
@@ -331,7 +332,7 @@ void decode_strip(const Product& product, const Int8Strip& strip, uint8_t* bytes
       const uint8_t* codes = product.words + strip.column(c) * row_bytes + byte;
       const auto of_column = load_block<Codes, block_bytes<Element>>(codes, row_bytes - byte);
       for (int part = 0; part < unit_parts<Element>; ++part) {
-        Vector::store_halves(units[part][c], of_column.parts[part]);
+        Vector::store_integers(units[part][c], of_column.parts[part]);
       }
     }
     unrolled<unit_parts<Element>>([&](auto part) __attribute__((always_inline)) { store(units[part][0], 64, part); });
@@ -342,7 +343,7 @@ void decode_strip(const Product& product, const Int8Strip& strip, uint8_t* bytes
 template <typename Element>
 void decode_strip_parameters(const Product& product, const Int8Strip& strip, float* scales) {
   const int group_size = product.format.group_size;
-  const int bytes = scale_bytes(product.scale_type);
+  const int bytes = scale_bytes(product.format.scale_type);
   float* biases = scales + int8_strip_scales;
   int64_t columns[lanes];
   for (int c = 0; c < lanes; ++c) {
@@ -350,16 +351,16 @@ void decode_strip_parameters(const Product& product, const Int8Strip& strip, flo
   }
   const int64_t groups = strip.length / group_size;
   for (int64_t group = 0; group < groups; group += lanes) {
-    const int64_t count = groups - group < lanes ? groups - group : lanes;
+    const int64_t count = min(groups - group, lanes);
     const int64_t offset = (strip.first / group_size + group) * bytes;
-    transposed_scales(product.scale_type, product.scales + offset, columns, count, scales + group * lanes);
-    if constexpr (!is_e2m1<Element>) {
-      transposed_scales(product.scale_type, product.biases + offset, columns, count, biases + group * lanes);
+    transposed_scales(product.format.scale_type, product.scales + offset, columns, count, scales + group * lanes);
+    if constexpr (!is_fp4<Element>) {
+      transposed_scales(product.format.scale_type, product.biases + offset, columns, count, biases + group * lanes);
     }
   }
-  if constexpr (is_e2m1<Element>) {
+  if constexpr (is_fp4<Element>) {
     for (int64_t i = 0; i < groups * lanes; i += lanes) {
-      const ScaleAndBias of_bytes = scale_and_bias_of_e2m1(Vector::load(scales + i));
+      const ScaleAndBias of_bytes = scale_and_bias_of_fp4(Vector::load(scales + i));
       Vector::store(scales + i, of_bytes.scale);
       Vector::store(biases + i, of_bytes.bias);
     }
@@ -407,7 +408,7 @@ void int8_tile(const Int8Tile& tile) {
     for (int step = 0; step < tile.group_steps; ++step) {
       I weights[int8_tile_strips];
       for (int s = 0; s < int8_tile_strips; ++s) {
-        weights[s] = Vector::load_halves(w + s * int8_strip_bytes);
+        weights[s] = Vector::load_integers(w + s * int8_strip_bytes);
       }
       for (int m = 0; m < ROWS; ++m) {
         const I activation = Vector::broadcast_four_bytes(x + m * tile.x_row * 4);
@@ -450,7 +451,7 @@ void int8_multiply_panels(const Product& product, int64_t begin, int64_t end, fl
   const int64_t width = tiles <= few_tiles ? tile_width : round_up(columns, tile_width);
   for (int64_t c = 0; c < columns; c += width) {
     for (int64_t first = 0; first < product.K; first += int8_panel) {
-      const int64_t length = product.K - first < int8_panel ? product.K - first : int8_panel;
+      const int64_t length = min(product.K - first, int8_panel);
       for (int64_t s = 0; s * lanes < width; ++s) {
         const Int8Strip strip{begin + c + s * lanes, end, first, length};
         decode_strip<Element>(product, strip, bytes + s * int8_strip_bytes);
@@ -485,7 +486,7 @@ void int8_multiply_panels(const Product& product, int64_t begin, int64_t end, fl
 struct Int8Broadcast {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
-    if constexpr (is_byte_coded<Element>) {
+    if constexpr (has_bytes<Element>) {
       int8_multiply_panels<Element>(product, begin, end, workspace, y);
     }
   }
@@ -500,3 +501,4 @@ constexpr ProductKernels int8_table{
     for_format<Int8Broadcast>,           nullptr};
 
 }  // namespace
+}  // namespace quantization_mlx::cpu

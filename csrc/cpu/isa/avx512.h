@@ -1,36 +1,13 @@
-// AVX-512 (F, BW, DQ, VL). The BF16, VBMI and VNNI instructions stand only in the kernels on bfloat16 pairs and on
-// int8, which run where the machine has them; with AMX it counts as an instruction set of its own.
-#include "kernels.h"
+// Sixteen lanes of AVX-512. The BF16, VBMI and VNNI instructions stand only in the kernels on bfloat16 pairs and on
+// int8, which run where the machine has them.
+#pragma once
 
-#if defined(__x86_64__)
-
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own header leaves the masked-off operand of its intrinsics uninitialised on purpose.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <cpuid.h>
 #include <immintrin.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
+#include <cstdint>
 #include <cstring>
-#include <type_traits>
-#include <utility>
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                     \
-    __attribute__((target(                                                                                        \
-        "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vnni,avx2,fma,f16c,amx-tile,amx-bf16"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vnni,avx2,fma,f16c,amx-tile,amx-bf16")
-#endif
-
+namespace quantization_mlx::cpu {
 namespace {
 
 struct Vector {
@@ -39,7 +16,6 @@ struct Vector {
   static constexpr int registers = 32;
   using F = __m512;
   using I = __m512i;
-  using Pairs = __m512bh;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float value) { return _mm512_set1_ps(value); }
@@ -164,8 +140,8 @@ struct Vector {
   }
 
   // --- bfloat16 pairs: 32 lanes of 16 bits ---
-  static I load_halves(const void* source) { return _mm512_loadu_si512(source); }
-  static void store_halves(void* destination, I value) { _mm512_storeu_si512(destination, value); }
+  static I load_integers(const void* source) { return _mm512_loadu_si512(source); }
+  static void store_integers(void* destination, I value) { _mm512_storeu_si512(destination, value); }
   static I broadcast_pair(const float* pair) { return _mm512_castps_si512(_mm512_set1_ps(*pair)); }
   static F dot_pairs(I a, I b, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
@@ -200,7 +176,7 @@ struct Vector {
     I high;
   };
   template <int bits>
-  static HalfUnits load_halves(const uint8_t* source) {
+  static HalfUnits load_half_units(const uint8_t* source) {
     if constexpr (bits == 3 || bits == 6) {
       // Bytes 0, 1, 1, 2 of each unit.
       const I index = _mm512_add_epi8(
@@ -236,13 +212,13 @@ struct Vector {
     }
   }
   static I lookup_half(I index, I table) { return _mm512_permutexvar_epi16(index, table); }
-  static I lookup_half(I index, I low, I high) { return _mm512_permutex2var_epi16(low, index, high); }
+  static I lookup_half_in_two(I index, I low, I high) { return _mm512_permutex2var_epi16(low, index, high); }
   // Byte j of each lane in a table of 128 for its low bits; its top bit becomes the sign.
   template <int j>
   static I lookup_signed_byte(I lanes16, const uint16_t* table) {
     const I codes = j == 0 ? lanes16 : _mm512_srli_epi16(lanes16, 8);
-    const I below64 = _mm512_permutex2var_epi16(load_halves(table), codes, load_halves(table + 32));
-    const I above64 = _mm512_permutex2var_epi16(load_halves(table + 64), codes, load_halves(table + 96));
+    const I below64 = _mm512_permutex2var_epi16(load_integers(table), codes, load_integers(table + 32));
+    const I above64 = _mm512_permutex2var_epi16(load_integers(table + 64), codes, load_integers(table + 96));
     const __mmask32 is_above = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
     const I sign = j == 0 ? _mm512_slli_epi16(lanes16, 8) : lanes16;
     return _mm512_ternarylogic_epi32(
@@ -352,51 +328,4 @@ struct Vector {
 };
 
 }  // namespace
-
-#include "product.h"
-// After it.
-#include "amx.h"
-#include "int8.h"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-namespace quantization_mlx::cpu {
-
-namespace {
-
-bool multiplies_bfloat16() { return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"); }
-
-const ProductKernels* int8_kernels() {
-  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") ? &int8_table : nullptr;
-}
-
-}  // namespace
-
-const Kernels* amx_kernels() {
-  // As measured, these processors multiply bfloat16 on vectors at half the rate of float32.
-  static const Kernels table = make_table("amx", true, false, int8_kernels(), matrix_table);
-  static const bool present = avx512_kernels() != nullptr && multiplies_bfloat16() && has_matrix_tiles();
-  return present ? &table : nullptr;
-}
-
-const Kernels* avx512_kernels() {
-  static const Kernels table = make_table("avx512", multiplies_bfloat16(), true, int8_kernels());
-  const bool present = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma");
-  return present ? &table : nullptr;
-}
-
 }  // namespace quantization_mlx::cpu
-
-#else
-
-const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::avx512_kernels() { return nullptr; }
-
-const quantization_mlx::cpu::Kernels* quantization_mlx::cpu::amx_kernels() { return nullptr; }
-
-#endif

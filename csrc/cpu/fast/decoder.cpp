@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels.h"
-#include "ops.h"
-#include "parallel.h"
+#include "../kernels.h"
+#include "../ops.h"
+#include "../parallel.h"
 
 namespace quantization_mlx::cpu {
 namespace {
@@ -61,8 +61,12 @@ void* mutable_row_of(const Tensor& tensor, int64_t row, int64_t length) {
   return static_cast<uint8_t*>(tensor.mutable_data_ptr()) + row * length * tensor.element_size();
 }
 
-void narrow(const float* source, int64_t n, Real type, void* destination) {
-  kernels().narrow(source, 1.0f, n, type, destination);
+void load_row(Real type, const void* source, int64_t n, float* destination) {
+  kernels().to_float32(type, source, n, destination);
+}
+
+void store_row(const float* source, int64_t n, Real type, void* destination) {
+  kernels().from_float32(source, 1.0f, n, type, destination);
 }
 
 // Calls function(row) for all rows, on several threads where each gets enough of them.
@@ -90,13 +94,13 @@ struct Norm {
     length = x.size(-1);
     check_same(op, "weight", weight, x, {length});
     this->weight = floats(length);
-    kernel.widen(type, weight.const_data_ptr(), length, this->weight.data());
+    load_row(type, weight.const_data_ptr(), length, this->weight.data());
   }
 
   // Normalises values in place and stores them as a row of y.
   void store(float* values, const Tensor& y, int64_t row) const {
     kernel.rms_norm(values, weight.data(), epsilon, length, values);
-    narrow(values, length, type, mutable_row_of(y, row, length));
+    store_row(values, length, type, mutable_row_of(y, row, length));
   }
 };
 
@@ -108,7 +112,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
   const Tensor y = at::empty_like(input);
   for_rows(x.numel() / norm.length, norm.length, [&](int64_t row) {
     Floats values = floats(norm.length);
-    norm.kernel.widen(norm.type, row_of(input, row, norm.length), norm.length, values.data());
+    load_row(norm.type, row_of(input, row, norm.length), norm.length, values.data());
     norm.store(values.data(), y, row);
   });
   return y;
@@ -123,14 +127,14 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   for_rows(x.numel() / norm.length, norm.length, [&](int64_t row) {
     Floats values = floats(norm.length);
     Floats addends = floats(norm.length);
-    norm.kernel.widen(norm.type, row_of(input, row, norm.length), norm.length, values.data());
-    norm.kernel.widen(norm.type, row_of(residual, row, norm.length), norm.length, addends.data());
+    load_row(norm.type, row_of(input, row, norm.length), norm.length, values.data());
+    load_row(norm.type, row_of(residual, row, norm.length), norm.length, addends.data());
     for (int64_t i = 0; i < norm.length; ++i) {
       values[i] += addends[i];
     }
     // What is normalised is the sum as it is stored.
-    narrow(values.data(), norm.length, norm.type, mutable_row_of(sum, row, norm.length));
-    norm.kernel.widen(norm.type, row_of(sum, row, norm.length), norm.length, values.data());
+    store_row(values.data(), norm.length, norm.type, mutable_row_of(sum, row, norm.length));
+    load_row(norm.type, row_of(sum, row, norm.length), norm.length, values.data());
     norm.store(values.data(), y, row);
   });
   return {sum, y};
@@ -148,9 +152,9 @@ Tensor silu_mul(const Tensor& x) {
   const Real type = real_of(x.scalar_type());
   for_rows(y.numel() / length, 8 * length, [&](int64_t row) {
     Floats values = floats(2 * length);
-    kernel.widen(type, row_of(input, row, 2 * length), 2 * length, values.data());
+    load_row(type, row_of(input, row, 2 * length), 2 * length, values.data());
     kernel.gate(values.data(), values.data() + length, length, values.data());
-    narrow(values.data(), length, type, mutable_row_of(y, row, length));
+    store_row(values.data(), length, type, mutable_row_of(y, row, length));
   });
   return y;
 }
@@ -218,21 +222,21 @@ Tensor decode_attention(
     float* const row = sine + dim;
     float* const queries = row + dim;
     float* const scores = queries + heads * dim;
-    kernel.widen(type, row_of(cosines, angles, dim), dim, cosine);
-    kernel.widen(type, row_of(sines, angles, dim), dim, sine);
+    load_row(type, row_of(cosines, angles, dim), dim, cosine);
+    load_row(type, row_of(sines, angles, dim), dim, sine);
 
     const int64_t first = sequence * (query_heads + 2 * key_heads);
     const auto rotated = [&](int64_t head, const std::optional<Tensor>& norm, float* destination) {
-      kernel.widen(type, row_of(input, first + head, dim), dim, row);
+      load_row(type, row_of(input, first + head, dim), dim, row);
       if (norm.has_value()) {
-        kernel.widen(type, norm->const_data_ptr(), dim, destination);
+        load_row(type, norm->const_data_ptr(), dim, destination);
         kernel.rms_norm(row, destination, static_cast<float>(epsilon), dim, row);
       }
       kernel.rotate(row, cosine, sine, dim, destination);
     };
     const int64_t place = task * capacity + position;
     rotated(query_heads + key_head, key_norm, queries);
-    narrow(queries, dim, type, mutable_row_of(keys, place, dim));
+    store_row(queries, dim, type, mutable_row_of(keys, place, dim));
     std::memcpy(
         mutable_row_of(values, place, dim), row_of(input, first + query_heads + key_heads + key_head, dim),
         dim * input.element_size());
@@ -246,7 +250,7 @@ Tensor decode_attention(
     kernel.attend(
         {type, heads, dim, length, queries, row_of(keys, task * capacity, dim), row_of(values, task * capacity, dim),
          scores, stride, queries});
-    narrow(queries, heads * dim, type, mutable_row_of(y, sequence * query_heads + key_head * heads, dim));
+    store_row(queries, heads * dim, type, mutable_row_of(y, sequence * query_heads + key_head * heads, dim));
   };
   const int64_t tasks = batch * key_heads;
   if (tasks * heads * length * dim < task_multiplications) {
