@@ -6,7 +6,7 @@
 #include "../csrc/autocast.h"
 #include "../csrc/autograd.h"
 #include "../csrc/cpu/ops.h"
-#include "../csrc/metal/plan.h"
+#include "../csrc/gpu/describe.h"
 #include "adapters.h"
 
 namespace quantization_mlx {
@@ -94,7 +94,7 @@ std::string explain(const Problem& problem, std::string_view gpu, int64_t macos)
         "[explain] the tensors are on device meta, so a GPU must be named: \"applegpu_g16s\".");
     return cpu::describe(problem);
   }
-  return metal::explain(problem, {metal::GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
+  return gpu::explain(problem, {gpu::GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
 }
 
 // --- The explicit ops: one fixed form each of the two products, and the same on every device ------------------------

@@ -4,16 +4,20 @@
 
 #include "../../torch-ext/adapters.h"
 #include "../../torch-ext/torch_binding.h"
+#include "../gpu/describe.h"
 #include "ops.h"
 #include "self_check.h"
 
 namespace quantization_mlx::metal {
 namespace {
 
+using gpu::GpuTraits;
+using gpu::Target;
+
 // Without the name of a GPU, what runs on this one.
 template <typename Problem>
 std::string explain_here(const Problem& problem, std::string_view gpu, int64_t macos) {
-  return explain(
+  return gpu::explain(
       problem, gpu.empty() ? current_target(problem) : Target{GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
 }
 

@@ -24,6 +24,7 @@ namespace quantization_mlx::metal {
 namespace {
 
 using at::Tensor;
+using namespace gpu;
 
 // Row counts of one product for each kind of kernel in a family; among them more than one tile of rows, with a last one
 // that is not full. N is no multiple of a tile's columns, and K several steps.

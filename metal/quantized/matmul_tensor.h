@@ -32,7 +32,7 @@
 #include <metal_tensor>
 #include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>
 
-#include "../csrc/metal/launch.h"
+#include "../../csrc/gpu/launch.h"
 #include "operands.h"
 #include "tile.h"
 

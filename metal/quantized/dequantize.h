@@ -25,7 +25,8 @@
 
 #include <metal_stdlib>
 
-#include "../csrc/format.h"
+#include "../../csrc/format.h"
+#include "../common/load.h"
 
 namespace quantization_mlx {
 
@@ -36,33 +37,6 @@ static constant constexpr const int half_run_elements = 16;
 static constant constexpr const int chunk_elements = 8;
 
 // --- Loading ------------------------------------------------------------------------------------------------------
-
-// With `aligned`, source is a multiple of 16 bytes where count is one of 4 words, and of 8 bytes where it is one of 2.
-template <int count>
-inline void load_words(const device uint* source, bool aligned, thread uint* words) {
-  if (aligned && count % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < count / 4; ++i) {
-      const uint4 four = ((const device uint4*)source)[i];
-      words[4 * i] = four.x;
-      words[4 * i + 1] = four.y;
-      words[4 * i + 2] = four.z;
-      words[4 * i + 3] = four.w;
-    }
-  } else if (aligned && count % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < count / 2; ++i) {
-      const uint2 two = ((const device uint2*)source)[i];
-      words[2 * i] = two.x;
-      words[2 * i + 1] = two.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      words[i] = source[i];
-    }
-  }
-}
 
 // Sixteen codes from a run's middle or beginning. With 3 and 5 bits the middle is no multiple of a word.
 template <int bits>
@@ -77,54 +51,6 @@ inline void load_half_run(const device ushort* source, bool aligned, thread uint
       words[i] = low | (high << 16);
     }
     words[bits / 2] = source[bits - 1];
-  }
-}
-
-// Consecutive values in float32; count is 1, 2, 4 or 8. With `aligned`, source is a multiple of their size, at most 16.
-template <int count>
-inline void load_values(const device float* source, bool aligned, thread float* values) {
-  uint words[count];
-  load_words<count>((const device uint*)source, aligned, words);
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    values[i] = as_type<float>(words[i]);
-  }
-}
-
-template <int count>
-inline void load_values(const device half* source, bool aligned, thread float* values) {
-  if (aligned && count > 1) {
-    uint words[(count + 1) / 2];
-    load_words<(count + 1) / 2>((const device uint*)source, true, words);
-#pragma unroll
-    for (int i = 0; i < count / 2; ++i) {
-      const half2 two = as_type<half2>(words[i]);
-      values[2 * i] = static_cast<float>(two.x);
-      values[2 * i + 1] = static_cast<float>(two.y);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      values[i] = static_cast<float>(source[i]);
-    }
-  }
-}
-
-template <int count>
-inline void load_values(const device bfloat* source, bool aligned, thread float* values) {
-  if (aligned && count > 1) {
-    uint words[(count + 1) / 2];
-    load_words<(count + 1) / 2>((const device uint*)source, true, words);
-#pragma unroll
-    for (int i = 0; i < count / 2; ++i) {  // a bfloat is the upper half of a float
-      values[2 * i] = as_type<float>(words[i] << 16);
-      values[2 * i + 1] = as_type<float>(words[i] & 0xFFFF0000u);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      values[i] = static_cast<float>(source[i]);
-    }
   }
 }
 
@@ -165,8 +91,6 @@ inline float2 e2m1_pair(uint word) {
   const half2 elements = small * static_cast<half>(16384.0f);
   return float2(static_cast<float>(elements.x), static_cast<float>(elements.y));
 }
-
-inline float quiet_nan() { return as_type<float>(0x7FC00000u); }
 
 inline void set_pair(float2 pair, int first, int second, thread float* values) {
   values[first] = pair.x;

@@ -3,7 +3,7 @@
 
 #include <metal_stdlib>
 
-#include "../csrc/metal/launch.h"
+#include "../../csrc/gpu/launch.h"
 #include "dequantize.h"
 
 namespace quantization_mlx {
