@@ -13,7 +13,7 @@ namespace {
 
 using namespace gpu;
 
-// The storage of an MPS tensor holds the buffer itself in the place of an address.
+// The data pointer of an MPS tensor's storage is the buffer.
 id<MTLBuffer> buffer_of(const at::Tensor& tensor) { return __builtin_bit_cast(id<MTLBuffer>, tensor.storage().data()); }
 
 void set_argument(
@@ -68,7 +68,7 @@ void encode(const gpu::Plan& plan, Operands operands) {
   for (const Launch& launch : plan.launches) {
     pipelines.push_back(pipeline(launch));
   }
-  const auto& states = pipelines;  // a block copies what is no reference
+  const auto& states = pipelines;  // a block would copy them otherwise
   const auto& tensors = operands;
   at::mps::MPSStream* stream = at::mps::getCurrentMPSStream();
   at::mps::dispatch_sync_with_rethrow(stream->queue(), ^() {

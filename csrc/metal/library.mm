@@ -100,7 +100,7 @@ id<MTLLibrary> library(const Launch& launch) {
 
 #endif
 
-// All of them: a kernel takes no notice of those that it does not use.
+// A kernel ignores those that it does not use.
 constexpr int constant_count = QUANTIZATION_MLX_HAS_GLOBAL_SCALE + 1;
 
 MTLFunctionConstantValues* constant_values(uint32_t constants) {

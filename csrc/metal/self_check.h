@@ -1,4 +1,4 @@
-// Plans of kernels that have shown on this GPU that they compute what the CPU does.
+// Plans of kernels that have given the CPU's results on this GPU.
 //
 // The first use of a kernel family, for a format, a dtype and a form of the product, runs small products that need
 // every part of a tile. Compilers have got exactly such kernels wrong, and only for more rows than a quick look tries.

@@ -28,7 +28,7 @@ std::vector<BatchDimension> batch_dimensions(const MatmulShape<int64_t>& shape) 
     }
     if (!dimensions.empty()) {
       BatchDimension& last = dimensions.back();
-      if (next.x == last.x * last.size && next.w == last.w * last.size) {  // one dimension could have been both
+      if (next.x == last.x * last.size && next.w == last.w * last.size) {  // both are one dimension
         last.size *= size;
         continue;
       }

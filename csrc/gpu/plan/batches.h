@@ -7,7 +7,7 @@
 
 namespace quantization_mlx::gpu {
 
-// Matrices to step over in each operand from one position of a batch dimension to the next.
+// A batch dimension, and the distance of its positions in each operand, in matrices.
 struct BatchDimension {
   int64_t size;
   int64_t x;
@@ -15,7 +15,7 @@ struct BatchDimension {
   int64_t y;
 };
 
-// At most two dimensions go into one launch; what is beyond is looped over here.
+// The matrices of one launch, which steps over two batch dimensions.
 struct BatchPart {
   BatchDimension outer{1, 0, 0, 0};
   BatchDimension inner{1, 0, 0, 0};
@@ -26,6 +26,7 @@ struct BatchPart {
   int64_t count() const { return outer.size * inner.size; }
 };
 
+// A product's batch: one part for every position in the dimensions beyond two.
 std::vector<BatchPart> batch_parts(const MatmulShape<int64_t>& shape);
 
 }  // namespace quantization_mlx::gpu

@@ -24,12 +24,12 @@ inline constexpr int64_t max_size = std::numeric_limits<int>::max() / 2;
 // Raises NotImplementedError for a size beyond max_size; what: the subject of the message.
 int checked_int(std::string_view op, const char* what, int64_t size);
 
-// A launch of the kernel of this op, and for so many rows, where its name tells rows: see kernels.h.
+// A launch of the kernel in kernels.h of this op and number of rows.
 Launch launch_of(Family family, const std::string& op, int rows, Format format, at::ScalarType dtype);
 
 inline uint32_t constant(int index, bool value) { return static_cast<uint32_t>(value) << index; }
 
-// The offset of a tensor's first element is all that is asked: Metal's buffers begin at least at multiples of 16.
+// Whether an element's address is a multiple of `bytes`, at most 16: Metal's buffers begin at such addresses.
 bool is_aligned(const at::Tensor& tensor, int64_t offset, int64_t bytes);
 
 // Bytes that a lane loads of a run of 32 codes at once (dequantize.h); of packed columns, of a row of words

@@ -148,7 +148,7 @@ class ProductPlanner {
     return std::string(op) + (problem_.transpose ? "_t" : "_n") + end;
   }
 
-  // Few rows of any number of matrices, in even shares so that none is left with a single row.
+  // Few rows of any number of matrices, in shares of about the same size.
   void matvecs(const BatchPart& batch) {
     // qmv counts in 32 bits from a row of x, and from a row of w, to the last one that it takes at a time.
     if (problem_.transpose) {
@@ -192,7 +192,7 @@ class ProductPlanner {
         : parts_of(block, kernel, 1, qvm_threadgroups_per_core, qvm_part_k);
   }
 
-  // The larger tile reads and unpacks each weight for more rows; the smaller one computes fewer rows that nobody wants.
+  // The larger tile reads and unpacks each weight for more rows; the smaller one computes fewer unused rows.
   template <size_t count>
   static int rows_of_tile(const int (&instances)[count], int64_t rows) {
     const int fitting = smallest_at_least(instances, rows);
@@ -239,7 +239,7 @@ class ProductPlanner {
   int64_t parts_of(const Block& block, const Kernel& kernel, int64_t row_tiles, int per_core, int64_t least_part)
       const {
     if (block.batch.count() > 1 && block.rows < shape_.M) {
-      return 1;  // sum_parts wants a result without gaps
+      return 1;  // sum_parts writes a result without gaps
     }
     const int64_t threadgroups = ceil_div(shape_.N, kernel.columns) * row_tiles * block.batch.count();
     const int64_t wanted = static_cast<int64_t>(target_.gpu.cores) * per_core / threadgroups;
