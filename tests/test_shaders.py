@@ -505,9 +505,7 @@ BARRIER_USERS = {
     "matvec_columns": ("matvec", COLUMN_FORMATS[0], ("qvm", "gather_qvm"), (1, 4)),
 }
 BARRIERS = [
-    (header, number)
-    for header in BARRIER_USERS
-    for number in range((METAL / f"{header}.h").read_text().count(BARRIER))
+    (header, number) for header in BARRIER_USERS for number in range((METAL / f"{header}.h").read_text().count(BARRIER))
 ]
 
 
@@ -517,12 +515,15 @@ def test_every_barrier_is_needed(header, number, monkeypatch):
     stem, format, ops, row_counts = BARRIER_USERS[header]
     parts = (METAL / f"{header}.h").read_text().split(BARRIER)
     without = BARRIER.join(parts[: number + 1]) + BARRIER.join(parts[number + 1 :])
-    source = (METAL / f"{stem}.metal").read_text()
+    source = (METAL / f"{stem}.metal").read_text().partition("// --- Instances")[0]
     if header == "tile":
         source = source.replace('#include "matmul.h"', (METAL / "matmul.h").read_text())
         large = oracle.random_large(format, 70, 128)
         monkeypatch.setattr(oracle, "random_quantized", lambda *shape, **options: large)
     source = source.replace(f'#include "{header}.h"', without)
+    kernels = f"{stem.upper()}_KERNELS_{'columns' if format.is_column_packed else 'rows'}"
+    instances = f"EACH_WIDTH({format.bits}, {format.group_size}, {kernels}, {format.mode}, float16, half)"
+    source += f'#include "formats.h"\nnamespace quantization_mlx {{\n{instances}\n}}\n'
     broken = softmetal.compile(source, include_dirs=[METAL])
     monkeypatch.setattr(sys.modules[__name__], "library", lambda stem: broken)
     errors = ""

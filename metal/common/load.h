@@ -1,11 +1,9 @@
 // Loads from device memory in the widest pieces that are aligned.
 #pragma once
 
-#include <metal_stdlib>
+#include "metal.h"
 
 namespace quantization_mlx {
-
-using namespace metal;
 
 // With `aligned`, source is a multiple of 16 bytes where count is one of 4 words, and of 8 bytes where it is one of 2.
 template <int count>

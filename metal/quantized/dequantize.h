@@ -23,14 +23,11 @@
 // 20 for 3 bits (docs/gpu-lane.md).
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "../../csrc/format.h"
 #include "../common/load.h"
 
 namespace quantization_mlx {
-
-using namespace metal;
 
 static constant constexpr const int run_elements = 32;
 static constant constexpr const int half_run_elements = 16;

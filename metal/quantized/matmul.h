@@ -29,8 +29,7 @@
 // pair i, so the runs are found without memory; sorted pairs make one run of most tiles.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "tile.h"
 
 namespace quantization_mlx {

@@ -28,7 +28,7 @@
 #if __METAL_VERSION__ >= 400 && __has_include(<MetalPerformancePrimitives/MetalPerformancePrimitives.h>)
 #define QUANTIZATION_MLX_TENSOR_OPS 1
 
-#include <metal_stdlib>
+#include "../common/metal.h"
 #include <metal_tensor>
 #include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>
 

@@ -39,8 +39,7 @@
 // up.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "operands.h"
 
 namespace quantization_mlx {

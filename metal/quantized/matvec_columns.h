@@ -22,8 +22,7 @@
 // Split-K as in qvm (matvec.h). Parts are whole groups.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "operands.h"
 
 namespace quantization_mlx {

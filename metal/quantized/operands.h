@@ -1,8 +1,7 @@
 // Which matrices a threadgroup works on: the batch strides of a plain product, the indices of a gathered one.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "../../csrc/gpu/launch.h"
 #include "dequantize.h"
 

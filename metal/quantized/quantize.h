@@ -20,8 +20,7 @@
 //   dequantize: the same, with a run of 32 elements to a lane.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "operands.h"
 
 // Codes are those of the CPU bit for bit: no fused operations, either.

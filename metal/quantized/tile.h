@@ -34,8 +34,7 @@
 // before the first step is to read all scales twice.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "operands.h"
 
 namespace quantization_mlx {
