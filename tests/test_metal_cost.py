@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import metal_cost
 from metal_cost import COLUMN_FORMATS, FORMATS, Call, Cost
 
-TILE_K = 32  # csrc/metal/launch.h
+TILE_K = 32  # csrc/gpu/launch.h
 
 
 def product(call: Call, gpu: str = metal_cost.GPU) -> Cost:

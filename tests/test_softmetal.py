@@ -427,7 +427,7 @@ def test_lint_names_the_line(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["3.1", "4.0"])
-@pytest.mark.parametrize("shader", sorted((ROOT / "metal").glob("*.metal")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("shader", sorted((ROOT / "metal").rglob("*.metal")), ids=lambda path: path.stem)
 def test_shaders_pass_the_lint(shader, version):
     found = softmetal.lint(shader, standard=f"metal{version}")
     assert [str(finding) for finding in found if finding.level != "note" and finding.rule != "cpp17"] == []

@@ -6,7 +6,7 @@
 #include "../csrc/autocast.h"
 #include "../csrc/autograd.h"
 #include "../csrc/cpu/ops.h"
-#include "../csrc/metal/plan.h"
+#include "../csrc/gpu/describe.h"
 #include "../csrc/ops.h"
 
 namespace quantization_mlx {
@@ -29,7 +29,7 @@ struct Cpu {
           "[explain] the tensors are on device meta, so a GPU must be named: \"applegpu_g16s\".");
       return cpu::describe(problem);
     }
-    return metal::explain(problem, {metal::GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
+    return gpu::explain(problem, {gpu::GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
   }
 };
 

@@ -2,12 +2,16 @@
 #include <string>
 #include <string_view>
 
+#include "../gpu/describe.h"
 #include "../ops.h"
 #include "ops.h"
 #include "self_check.h"
 
 namespace quantization_mlx::metal {
 namespace {
+
+using gpu::GpuTraits;
+using gpu::Target;
 
 struct BackEnd {
   template <typename Problem>
@@ -17,7 +21,7 @@ struct BackEnd {
 
   template <typename Problem>
   static std::string explain(const Problem& problem, std::string_view gpu, int64_t macos) {
-    return metal::explain(
+    return gpu::explain(
         problem, gpu.empty() ? current_target(problem) : Target{GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
   }
 };

@@ -5,13 +5,13 @@
 
 #include "../environment.h"
 #include "encode.h"
-#include "plan.h"
 #include "self_check.h"
 
 namespace quantization_mlx::metal {
 namespace {
 
 using at::Tensor;
+using namespace gpu;
 
 Operands operands_of(const QuantizedMatrices& weights, const Tensor& y) {
   Operands operands;

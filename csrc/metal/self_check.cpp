@@ -24,9 +24,10 @@ namespace quantization_mlx::metal {
 namespace {
 
 using at::Tensor;
+using namespace gpu;
 
-// Row counts of one product for each kind of kernel in a family; among them more than one tile of rows, with a last one
-// that is not full. N is no multiple of a tile's columns, and K several steps.
+// Rows of x for each kind of kernel in a family; among them more than one tile with a last one that is not full. N is
+// no multiple of a tile's columns, and K is several steps.
 std::vector<int64_t> check_rows(Family family) {
   switch (family) {
     case Family::matvec: return {1, 33};
@@ -101,7 +102,7 @@ Example example(Format format, at::ScalarType dtype, bool transpose, int64_t x_r
   result.format = format;
   result.transpose = transpose;
   result.x = filled<float>({x_rows, check_k}, at::kFloat, [&] { return random.uniform(-1.0f, 1.0f); }).to(dtype);
-  // Every code but, of E4M3, those from 2 up, among which is NaN.
+  // Any code, except in E4M3 those of 2 and more, which include NaN.
   const uint32_t mask = is_e4m3(format.mode) ? 0xBFBFBFBFu : 0xFFFFFFFFu;
   result.w = filled<uint32_t>(sizes(length * format.bits / 32), at::kUInt32, [&] { return random.bits() & mask; });
   if (has_biases(format.mode)) {
@@ -133,7 +134,7 @@ Example example(Format format, at::ScalarType dtype, bool transpose, int64_t x_r
 
 double tolerance(at::ScalarType dtype) { return dtype == at::kFloat ? 1e-4 : (dtype == at::kHalf ? 5e-3 : 4e-2); }
 
-// The greatest difference as a part of the greatest value expected; infinite where a value is NaN.
+// The largest difference relative to the largest expected value; infinite where a value is NaN.
 double difference(const Tensor& result, const Tensor& expected) {
   const Tensor ours = result.cpu().to(at::kFloat).contiguous();
   const Tensor theirs = expected.to(at::kFloat).contiguous();

@@ -39,15 +39,17 @@ BUILD = ROOT / "build" / "softmetal" / "host"
 # What ships, unmodified.
 SHIPPED = [
     *(f"csrc/problem/{stem}.cpp" for stem in ("convert", "matmul", "modes", "weights")),
-    *("csrc/metal/plan.cpp", "csrc/metal/ops.cpp", "csrc/metal/self_check.cpp"),
-    *("csrc/metal/binding.cpp", "csrc/metal/encode.mm", "csrc/metal/library.mm"),
+    *("csrc/gpu/describe.cpp", "csrc/gpu/traits.cpp"),
+    *(f"csrc/gpu/plan/{name}.cpp" for name in ("batches", "conversions", "launches", "products", "promotion")),
+    *(f"csrc/metal/{name}" for name in ("binding.cpp", "ops.cpp", "self_check.cpp")),
+    *(f"csrc/metal/{name}" for name in ("device.mm", "encode.mm", "library.mm")),
 ]
 IMITATED = [
     *("foundation.mm", "device.cpp", "metal.mm", "stream.mm", "backend.cpp", "module.cpp"),
     *("misuse.mm", "plan_check.cpp"),
 ]
 # quantization_mlx::metal::encode: plan_check.cpp comes between its callers and it.
-ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_4PlanESt5arrayIN2at6TensorELm10EE"
+ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS_3gpu4PlanESt5arrayIN2at6TensorELm10EE"
 STANDARDS = {310: "metal3.1", 320: "metal3.2", 400: "metal4.0"}
 
 
@@ -135,7 +137,7 @@ def _link(objects: list[Path]) -> Path:
 
 def _metallib_flags() -> list[str]:
     """What kernel-builder defines for library.mm, with the stand-in for its header."""
-    files = "".join(f"{path}\\n" for path in sorted((ROOT / "metal").glob("*.metal")))
+    files = "".join(f"{path}\\n" for path in sorted((ROOT / "metal").rglob("*.metal")))
     return [
         f'-DEMBEDDED_METALLIB_HEADER="{HOST / "metallib.h"}"',
         "-DEMBEDDED_METALLIB_NAMESPACE=softmetal_metallib",

@@ -19,24 +19,24 @@ namespace quantization_mlx {
 
 // --- Sizes that the shaders are written for and the plans count with ------------------------------------------------
 
-// Columns of y that one threadgroup of qmv computes: all of its simdgroups, each along a part of K. Sixteen lanes of a
-// simdgroup lie along K, and two across, of which each has so many rows of w.
+// qmv: the simdgroups of a threadgroup divide K and compute the same columns of y. Of a simdgroup, 16 lanes lie along K
+// and two across; qmv_outputs: rows of w to a lane.
 inline constexpr int qmv_simdgroups() { return 4; }
 inline constexpr int qmv_lanes_across() { return 2; }
 inline constexpr int qmv_outputs() { return 4; }
 inline constexpr int qmv_columns() { return qmv_lanes_across() * qmv_outputs(); }
 
-// Columns of y that one threadgroup of qvm computes.
+// qvm; columns: of y, to a threadgroup.
 inline constexpr int qvm_simdgroups() { return 4; }
 inline constexpr int qvm_columns() { return 256; }
 
-// The same where columns are packed, of which a lane has so many side by side.
+// qvm of packed columns; lane_columns: adjacent columns per lane.
 inline constexpr int column_qvm_simdgroups() { return 8; }
 inline constexpr int column_qvm_lane_columns() { return 2; }
 inline constexpr int column_qvm_columns() { return 32 * column_qvm_lane_columns(); }
 
-// The tiled products: tiles of 16, 32 or 64 rows, always so many columns, and so much of K at a time. Tiles of few rows
-// wait for memory rather than for the matrix units: they take more of w at once.
+// The tiled products: tiles of 16, 32 or 64 rows; tile_k: elements of K per step. Tiles of few rows wait for memory
+// rather than for the matrix units, so their steps are longer.
 inline constexpr int tile_columns() { return 64; }
 inline constexpr int tile_k(int rows, int element_size) { return rows < 64 && element_size == 2 ? 64 : 32; }
 inline constexpr int tile_simdgroups() { return 4; }

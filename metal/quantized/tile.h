@@ -7,10 +7,10 @@
 //   | thread 2  | thread 3  |  row 1           | thread 4  | ...
 //   +-----------+-----------+                  +-----------+
 //
-// Every thread takes 16 or 32 consecutive weights of one row, which have one scale (16 in nvfp4: one each), in two
-// moves: fetch_block loads them, packed, into registers, where they may wait until other threads have done with
-// threadgroup memory; store_block unpacks them, to where they lie in the block. What is beyond the matrix becomes
-// zeros. The block keeps w's own order of rows, so neither move asks what the product is.
+// Every thread takes 16 or 32 consecutive weights of one row, which have one scale for each group, in two
+// steps: fetch_block loads them, packed, into registers, where they can stay until other threads are done with
+// threadgroup memory; store_block unpacks them into the block. What is beyond the matrix becomes
+// zeros. The block has the order of w, so both steps are the same for every product.
 //
 //   w [K, N] of packed columns: depth x 64          the block: 64 rows x depth, as of w [N, K]
 //   +----------+----------+-----+-----------+       +------------+-------------+
@@ -34,8 +34,7 @@
 // before the first step is to read all scales twice.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "operands.h"
 
 namespace quantization_mlx {
@@ -62,14 +61,14 @@ inline constexpr bool is_half<half>() {
   return true;
 }
 
-// Whether T may be too small for a weight of the mode. The largest of nvfp4, whose global scale is applied to sums, is
-// 6 * 448.
+// Whether T may be too small for a weight of the mode. With E4M3 scales, and a global scale that is applied to sums, an
+// E2M1 weight is at most 6 * 448.
 template <typename T>
 inline constexpr bool may_exceed_range(Mode mode) {
-  return is_half<T>() && mode != Mode::nvfp4;
+  return is_half<T>() && !(is_e2m1(mode) && traits_of(mode).scale == Scale::e4m3);
 }
 
-// Of the columns that a thread unpacks weights of. They count in units of 2^16, so that no bound of a weight overflows.
+// The range of the weights that a thread unpacks. `largest` is in units of 2^16, so that no bound overflows.
 struct WeightRange {
   float largest;  // magnitude so far
   float factor;  // a power of two, which the weights are multiplied by
@@ -132,7 +131,7 @@ inline void store_chunk(thread const float* values, threadgroup T* target) {
 
 // --- Blocks of w ---------------------------------------------------------------------------------------------------
 
-// `exist` of the elements from `first` on in row `row` do: all, half of them (of a run, in nvfp4), or none.
+// Weights of row `row` from `first` on. exist: how many are in the matrix: all, half of a run in groups of 16, or none.
 template <Mode mode, int group_size, int bits, int elements, typename T, typename Scale>
 inline void fetch_weights(
     thread const Operands<T, Scale>& operands,
@@ -167,7 +166,7 @@ inline void fetch_weights(
   }
 }
 
-// As fetch_weights, for `elements` of column `column` from row k on, which all exist or do not.
+// As fetch_weights, of column `column` from row k on; all of them are in the matrix or none.
 template <Mode mode, int group_size, int bits, int elements, typename T, typename Scale>
 inline void fetch_column_weights(
     thread const Operands<T, Scale>& operands,
@@ -225,7 +224,7 @@ inline void fetch_block(
   fetch_weights(operands, row_elements, row, first, exist, packed);
 }
 
-// Where a thread's weights lie in the block: in this row, after so many pieces of as many elements.
+// Where a thread's weights are in the block; piece: of a row, in units of a thread's elements.
 struct BlockPlace {
   int row;
   int piece;
@@ -357,7 +356,7 @@ inline bool needs_factors(thread WeightRange& range, thread bool& scaled, int th
 
 // --- Rows of x -----------------------------------------------------------------------------------------------------
 
-// 16 bytes of a row, of which `exist` elements do; the others are zeros.
+// 16 bytes of a row. exist: elements that are in the matrix; the others are zeros.
 inline uint4 fetch_piece(const device uint* source, int exist) {
   if (exist >= 4 && aligned_x) {
     return *(const device uint4*)source;
@@ -415,6 +414,31 @@ inline constexpr int pieces_per_thread(int element_size, int rows, int depth, in
 template <typename T, int depth, int threads>
 inline int row_of_piece(int thread_index, int piece) {
   return (thread_index + piece * threads) / row_pieces(sizeof(T), depth);
+}
+
+// Row `lhs` of x, that of lane r, as row r of the block.
+template <typename T, int rows, int depth, int threads>
+inline void gather_rows(
+    const device T* x,
+    long row_stride,
+    int lhs,
+    int thread_index,
+    thread RowPieces<T, rows, depth, threads>& pieces) {
+#pragma unroll
+  for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, threads); ++i) {
+    const int row = row_of_piece<T, depth, threads>(thread_index, i);
+    pieces.source[i] = x + simd_shuffle(lhs, static_cast<ushort>(row)) * row_stride;
+  }
+}
+
+// Rows [first, end) of the block have k elements, the others none.
+template <typename T, int rows, int depth, int threads>
+inline void set_rows(int first, int end, int k, int thread_index, thread RowPieces<T, rows, depth, threads>& pieces) {
+#pragma unroll
+  for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, threads); ++i) {
+    const int row = row_of_piece<T, depth, threads>(thread_index, i);
+    pieces.exist[i] = row >= first && row < end ? k : 0;
+  }
 }
 
 template <typename T, int rows, int depth, int threads>

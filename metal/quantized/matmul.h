@@ -29,8 +29,7 @@
 // pair i, so the runs are found without memory; sorted pairs make one run of most tiles.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "tile.h"
 
 namespace quantization_mlx {
@@ -42,8 +41,8 @@ typedef simdgroup_matrix<float, 8, 8> Accumulator;
 
 // --- Who does what -------------------------------------------------------------------------------------------------
 
-// Of the tile, in simdgroups and in fragments of one simdgroup. Where simdgroups stand side by side, all of them have
-// work as soon as there is one fragment of rows.
+// How simdgroups divide a tile, and fragments a simdgroup's part. With few rows all simdgroups are side by side, so
+// that each has work where there is one fragment of rows.
 inline constexpr int simdgroups_down(int rows) { return rows == 64 ? 2 : 1; }
 inline constexpr int simdgroups_across(int rows) { return tile_simdgroups() / simdgroups_down(rows); }
 inline constexpr int fragments_down(int rows) { return rows / fragment_size / simdgroups_down(rows); }
@@ -143,60 +142,9 @@ inline void clear(thread Accumulator* sums) {
   }
 }
 
-// Adds the products of rows [first_row, end_row) of the tile, along K from k_begin to k_end, to the sums. The pieces
-// know which rows of x are the tile's.
-template <Mode mode, int group_size, int bits, int rows, bool transpose, typename T, typename Scale>
-inline void add_products(
-    thread const Operands<T, Scale>& operands,
-    constant ProductParams& params,
-    thread RowPieces<T, rows, tile_k(rows, sizeof(T)), tile_threads>& pieces,
-    int first_row,
-    int end_row,
-    int column,
-    int k_begin,
-    int k_end,
-    Position position,
-    threadgroup T* weights,
-    threadgroup T* x,
-    thread WeightRange& range,
-    thread Accumulator* sums) {
-  constexpr int depth = tile_k(rows, sizeof(T));
-  constexpr int elements = tile_elements(rows, sizeof(T));
-  const int simdgroup_row = first_row_of(rows, position.simdgroup);
-  const int simdgroup_column = first_column_of(rows, position.simdgroup);
-  const int begin = max(0, first_row - simdgroup_row) / fragment_size;
-  const int end = max(0, end_row - simdgroup_row + fragment_size - 1) / fragment_size;
-  const bool all = begin == 0 && end >= fragments_down(rows);
-  threadgroup const T* left = x + simdgroup_row * padded<T>(depth);
-  threadgroup const T* right = weights + (transpose ? simdgroup_column * padded<T>(depth) : simdgroup_column);
-
-  PackedWeights<mode, group_size, bits, elements> packed;
-  if (k_begin < k_end) {
-    fetch_block<transpose, tile_columns(), depth>(operands, params, k_begin, column, position.thread_index, packed);
-    fetch_rows(k_begin, position.thread_index, pieces);
-  }
-  for (int k = k_begin; k < k_end; k += depth) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the step before has been multiplied
-    store_block<transpose, tile_columns(), depth>(packed, position.thread_index, weights, range);
-    store_rows(pieces, position.thread_index, x);
-    if (k + depth >= k_end) {
-      share_range<transpose, tile_columns(), depth, mode>(range, position.thread_index, weights);
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // this one is complete
-    if (k + depth < k_end) {
-      fetch_block<transpose, tile_columns(), depth>(operands, params, k + depth, column, position.thread_index, packed);
-      fetch_rows(k + depth, position.thread_index, pieces);
-    }
-    if (all) {
-      multiply_step<T, rows, transpose, true>(left, right, 0, 0, sums);
-    } else {
-      multiply_step<T, rows, transpose, false>(left, right, begin, end, sums);
-    }
-  }
-}
-
-// The sums of the tile, of weights that may be too large for T. True where each column of them is to be multiplied by
-// a factor at `weights`.
+// The sums of rows [first_row, end_row) of the tile, along K from k_begin to k_end. The pieces know which rows of x are
+// the tile's. True where each column of the sums is to be multiplied by a factor at `weights`: a weight was too large
+// for T.
 template <Mode mode, int group_size, int bits, int rows, bool transpose, typename T, typename Scale>
 inline bool multiply_tile(
     thread const Operands<T, Scale>& operands,
@@ -213,15 +161,44 @@ inline bool multiply_tile(
     thread Accumulator* sums) {
   constexpr int depth = tile_k(rows, sizeof(T));
   constexpr int elements = tile_elements(rows, sizeof(T));
+  const int thread_index = position.thread_index;
+  const int simdgroup_row = first_row_of(rows, position.simdgroup);
+  const int simdgroup_column = first_column_of(rows, position.simdgroup);
+  const int begin = max(0, first_row - simdgroup_row) / fragment_size;
+  const int end = max(0, end_row - simdgroup_row + fragment_size - 1) / fragment_size;
+  const bool all = begin == 0 && end >= fragments_down(rows);
+  threadgroup const T* left = x + simdgroup_row * padded<T>(depth);
+  threadgroup const T* right = weights + (transpose ? simdgroup_column * padded<T>(depth) : simdgroup_column);
+
   WeightRange range = initial_range();
   bool scaled = false;
   do {
     clear<rows>(sums);
-    add_products<mode, group_size, bits, rows, transpose>(
-        operands, params, pieces, first_row, end_row, column, k_begin, k_end, position, weights, x, range, sums);
-  } while (
-      k_begin < k_end &&
-      needs_factors<transpose, tile_columns(), depth, mode, elements>(range, scaled, position.thread_index, weights));
+    PackedWeights<mode, group_size, bits, elements> packed;
+    if (k_begin < k_end) {
+      fetch_block<transpose, tile_columns(), depth>(operands, params, k_begin, column, thread_index, packed);
+      fetch_rows(k_begin, thread_index, pieces);
+    }
+    for (int k = k_begin; k < k_end; k += depth) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the step before has been multiplied
+      store_block<transpose, tile_columns(), depth>(packed, thread_index, weights, range);
+      store_rows(pieces, thread_index, x);
+      if (k + depth >= k_end) {
+        share_range<transpose, tile_columns(), depth, mode>(range, thread_index, weights);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // this one is complete
+      if (k + depth < k_end) {
+        fetch_block<transpose, tile_columns(), depth>(operands, params, k + depth, column, thread_index, packed);
+        fetch_rows(k + depth, thread_index, pieces);
+      }
+      if (all) {
+        multiply_step<T, rows, transpose, true>(left, right, 0, 0, sums);
+      } else {
+        multiply_step<T, rows, transpose, false>(left, right, begin, end, sums);
+      }
+    }
+  } while (k_begin < k_end &&
+           needs_factors<transpose, tile_columns(), depth, mode, elements>(range, scaled, thread_index, weights));
   return scaled;
 }
 
@@ -248,7 +225,7 @@ inline void store_sums(
     for (int j = 0; j < across; ++j) {
       const int tile_column = first_column_of(rows, position.simdgroup) + j * fragment_size + place.column;
       const int n = column + tile_column;
-      // All lanes look at their elements together, whoever has something to write.
+      // thread_elements is for all lanes together, also for those that write nothing.
       float2 pair =
           float2(sums[i * across + j].thread_elements()[0], sums[i * across + j].thread_elements()[1]) * factor;
       if (scaled) {
@@ -291,12 +268,13 @@ inline void matmul_tile(
   const int end_row = min(rows, params.rows - row);
   constexpr int depth = tile_k(rows, sizeof(T));
   RowPieces<T, rows, depth, tile_threads> pieces;
+  const device T* first_row = operands.x + row * params.x_row_stride;
 #pragma unroll
   for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, tile_threads); ++i) {
     const int piece_row = row_of_piece<T, depth, tile_threads>(position.thread_index, i);
-    pieces.source[i] = operands.x + (row + piece_row) * params.x_row_stride;
-    pieces.exist[i] = piece_row < end_row ? params.k : 0;
+    pieces.source[i] = first_row + piece_row * params.x_row_stride;
   }
+  set_rows(0, end_row, params.k, position.thread_index, pieces);
   Accumulator sums[fragments_down(rows) * fragments_across(rows)];
   const bool scaled = multiply_tile<mode, group_size, bits, rows, transpose>(
       operands, params, pieces, 0, end_row, column, k_begin, min(params.k, k_begin + params.part_k), position,
@@ -307,25 +285,14 @@ inline void matmul_tile(
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose, typename Y>
-[[kernel, max_total_threads_per_threadgroup(128)]] void qmm(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device Y* y [[buffer(5)]],
-    constant ProductParams& params [[buffer(6)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(128)]] void qmm(PRODUCT_ARGUMENTS(T, mode, Y)) {
   threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
   const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
   const int row_tiles = (params.rows + rows - 1) / rows;
   const int part = threadgroup_index.y / row_tiles;
   const int row = static_cast<int>(threadgroup_index.y - part * row_tiles) * rows;
-  const Operands<T, typename ScaleOf<mode, T>::type> operands =
-      batch_operands<mode>(x, w, scales, biases, global_scale, params, threadgroup_index.z);
+  const Operands<T, ScaleType<mode, T>> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
   matmul_tile<mode, group_size, bits, rows, transpose>(
       operands, params, batch_output(y, params, part, threadgroup_index.z), row, threadgroup_index.x * tile_columns(),
       part * params.part_k, position, shared_weights, shared_x);
@@ -335,52 +302,25 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
 
 // Each pair of indices with its own rows of x.
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(128)]] void gather_qmm(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device T* y [[buffer(5)]],
-    constant GatherParams& params [[buffer(6)]],
-    const device long* lhs_indices [[buffer(7)]],
-    const device long* rhs_indices [[buffer(8)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(128)]] void gather_qmm(GATHER_ARGUMENTS(T, mode)) {
   threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
   const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
   const int row = threadgroup_index.y * rows;
   const int column = threadgroup_index.x * tile_columns();
   device T* out = y + threadgroup_index.z * params.product.y.outer;
-  Operands<T, typename ScaleOf<mode, T>::type> operands;
-  const bool valid = gather_operands<mode>(
-      x, w, scales, biases, global_scale, lhs_indices, rhs_indices, params, threadgroup_index.z, operands);
-  if (valid) {
+  Operands<T, ScaleType<mode, T>> operands;
+  if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
     matmul_tile<mode, group_size, bits, rows, transpose>(
         operands, params.product, out, row, column, 0, position, shared_weights, shared_x);
   } else {
-    write_nan(
-        out, params.product, row, row + rows, column, column + tile_columns(), position.thread_index, tile_threads);
+    write_nan(out, params.product, row, row + rows, column, tile_columns(), position.thread_index, tile_threads);
   }
 }
 
 // Pairs of indices with one row of x each, in any order; fast where equal matrices follow one another.
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(128)]] void gather_qmm_rhs(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device T* y [[buffer(5)]],
-    constant GatherParams& params [[buffer(6)]],
-    const device long* lhs_indices [[buffer(7)]],
-    const device long* rhs_indices [[buffer(8)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(128)]] void gather_qmm_rhs(GATHER_ARGUMENTS(T, mode)) {
   static_assert(rows == 32, "a lane for each pair");
   threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
@@ -390,42 +330,18 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
   const int column = threadgroup_index.x * tile_columns();
   const int pairs = min(rows, product.rows - row);
 
-  // This lane's pair: its row of x and its matrix, -1 where an index is out of range.
-  int lhs = 0;
-  int rhs = -1;
-  if (static_cast<int>(lane) < pairs) {
-    const long left = lhs_indices[row + lane];
-    const long right = rhs_indices[row + lane];
-    if (is_valid_index(left, params.lhs_count) && is_valid_index(right, params.rhs_count)) {
-      lhs = static_cast<int>(left);
-      rhs = static_cast<int>(right);
-    }
-  }
-  constexpr int depth = tile_k(rows, sizeof(T));
-  RowPieces<T, rows, depth, tile_threads> pieces;
-#pragma unroll
-  for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, tile_threads); ++i) {
-    const int piece_row = row_of_piece<T, depth, tile_threads>(position.thread_index, i);
-    pieces.source[i] = x + simd_shuffle(lhs, static_cast<ushort>(piece_row)) * product.x.outer;
-  }
+  const Pair pair = pair_of_lane(lhs_indices, rhs_indices, params, row, pairs, lane);
+  RowPieces<T, rows, tile_k(rows, sizeof(T)), tile_threads> pieces;
+  gather_rows(x, product.x.outer, pair.lhs, position.thread_index, pieces);
 
   for (int first = 0; first < pairs;) {
-    const int matrix = simd_shuffle(rhs, static_cast<ushort>(first));
-    int end = first + 1;
-    while (end < pairs && simd_shuffle(rhs, static_cast<ushort>(end)) == matrix) {
-      ++end;
-    }
+    const int matrix = simd_shuffle(pair.rhs, static_cast<ushort>(first));
+    const int end = end_of_run(pair.rhs, first, pairs);
     if (matrix < 0) {
-      write_nan(
-          y, product, row + first, row + end, column, column + tile_columns(), position.thread_index, tile_threads);
+      write_nan(y, product, row + first, row + end, column, tile_columns(), position.thread_index, tile_threads);
     } else {
-#pragma unroll
-      for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, tile_threads); ++i) {
-        const int piece_row = row_of_piece<T, depth, tile_threads>(position.thread_index, i);
-        pieces.exist[i] = piece_row >= first && piece_row < end ? product.k : 0;
-      }
-      const Operands<T, typename ScaleOf<mode, T>::type> operands =
-          operands_of_matrix<mode>(x, w, scales, biases, global_scale, product, matrix);
+      set_rows(first, end, product.k, position.thread_index, pieces);
+      const Operands<T, ScaleType<mode, T>> operands = operands_of_matrix<mode>(TENSORS(T, mode), product, matrix);
       Accumulator sums[fragments_down(rows) * fragments_across(rows)];
       const bool scaled = multiply_tile<mode, group_size, bits, rows, transpose>(
           operands, product, pieces, first, end, column, 0, product.k, position, (threadgroup T*)shared_weights,

@@ -2,18 +2,19 @@
 // problem can be planned for any GPU on any machine.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "../problem/problem.h"
 #include "launch.h"
+#include "traits.h"
 
-namespace quantization_mlx::metal {
+namespace quantization_mlx::gpu {
 
 // Kernels that can stand in for one another, the fastest first. A plan takes the first one that serves the problem.
 enum class Family : uint8_t { tensor, tile, matvec, quantize };
@@ -28,21 +29,6 @@ class Families {
 
  private:
   unsigned bits_ = 0;
-};
-
-struct GpuTraits {
-  std::string architecture;  // as Metal names it: applegpu_g16s
-  int generation = 0;  // 13 is M1, 14 M2, 15 M3, 16 M4, 17 M5
-  char variant = 'g';  // p phone, g base, s Pro or Max, c Max, d Ultra
-  int cores = 0;  // the usual number for the variant; Metal does not tell
-  bool tensor_ops = false;  // matrix units and the language to use them
-  int macos = 0;  // 2602 is 26.2
-
-  // name: an architecture, with a slash and the number of cores where it is not the usual one: applegpu_g16s/16. Raises
-  // ValueError where that is not one of an Apple GPU.
-  static GpuTraits parse(std::string_view name, int macos);
-  // As parse, without cores; of a GPU with another name, such as a virtual one, nothing is assumed.
-  static GpuTraits of_device(std::string_view architecture, int macos);
 };
 
 // What a plan is made for. Excluded families are not used: they gave wrong results here.
@@ -72,12 +58,12 @@ struct Argument {
   Role role = Role::none;
   int64_t offset = 0;  // elements past the beginning of the tensor
 };
-
 struct Launch {
   std::string kernel;  // its name is its specification
   const char* file;  // stem of the .metal file that has it
+  const char* pattern;  // of instance()
   Family family;
-  Format format;  // of file and format and dtype is made the library that the kernel is in
+  Format format;
   at::ScalarType dtype;
   uint32_t constants = 0;  // bit i: function constant i of launch.h is true
   std::array<Argument, 9> arguments;  // by buffer index; params_index is left out
@@ -87,6 +73,9 @@ struct Launch {
   int params_size = 0;
   std::array<uint32_t, 3> threadgroups;
   uint32_t threads = 0;  // of one threadgroup, along x
+
+  // The template of that file, with its arguments, that is the kernel: qmv<half, Mode::affine, 64, 4, 2>.
+  std::string instance() const;
 };
 
 struct Plan {
@@ -99,6 +88,7 @@ struct Plan {
 MatmulProblem with_kernel_dtype(MatmulProblem problem);
 GatherProblem with_kernel_dtype(GatherProblem problem);
 DequantizeProblem with_kernel_dtype(DequantizeProblem problem);
+inline const QuantizeProblem& with_kernel_dtype(const QuantizeProblem& problem) { return problem; }
 
 // Plans of problems with_kernel_dtype. Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and
 // RuntimeError where every family is excluded.
@@ -107,13 +97,4 @@ Plan plan(const GatherProblem& problem, const Target& target);
 Plan plan(const DequantizeProblem& problem, const Target& target);
 Plan plan(const QuantizeProblem& problem, const Target& target);
 
-// The plan of any problem, as JSON:
-// {"device": "mps", "gpu": ..., "excluded": [...], "workspace": ...,
-//  "launches": [{"kernel", "file", "family", "constants": [...], "threadgroups": [...], "threads",
-//                "arguments": [[role, offset], ...], "params_index", "params": bytes in hexadecimal}]}
-std::string explain(const MatmulProblem& problem, const Target& target);
-std::string explain(const GatherProblem& problem, const Target& target);
-std::string explain(const DequantizeProblem& problem, const Target& target);
-std::string explain(const QuantizeProblem& problem, const Target& target);
-
-}  // namespace quantization_mlx::metal
+}  // namespace quantization_mlx::gpu

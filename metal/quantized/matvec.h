@@ -39,8 +39,7 @@
 // up.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "operands.h"
 
 namespace quantization_mlx {
@@ -49,16 +48,16 @@ namespace quantization_mlx {
 
 static constant constexpr const int qmv_lanes_along = 32 / qmv_lanes_across();
 
-// Elements that a lane takes of a row of w at a time. Few rows of x: a whole run, in the widest loads. More rows: half
-// of one, which keeps the code of a step short; so do groups of 16, whose scale it then has for itself, and x in
-// float32, of which sixteen lanes would ask for 2 KiB at once.
+// Elements of a row of w that a lane takes at a time: a whole run, in the widest loads, for few rows of x; half of one
+// for more rows, which keeps the code of a step short, for groups of 16, so that a lane needs one scale, and for x in
+// float32, of which sixteen lanes would load 2 KiB at once.
 inline constexpr int qmv_elements(int rows, int group_size, int element_size) {
   return rows <= 3 && group_size >= run_elements && element_size == 2 ? run_elements : half_run_elements;
 }
 
 inline constexpr int words_of(int elements, int bits) { return (elements * bits + 31) / 32; }
 
-// `elements` of each of a lane's rows of w, packed, with their scales and biases.
+// Packed elements of each of a lane's rows of w, with their scales and biases.
 template <int words, int outputs>
 struct PackedRows {
   uint packed[outputs * words];
@@ -93,7 +92,7 @@ inline void load_rows(
       }
       rows.scales[r] = decode_scale<mode>(scales[row * row_groups + step_group]);
       rows.biases[r] = decode_bias<mode>(biases, row * row_groups + step_group);
-      if (mode == Mode::mxfp8 && has_e4m3_nan<words>(rows.packed + r * words)) {
+      if (is_e4m3(mode) && has_e4m3_nan<words>(rows.packed + r * words)) {
         rows.scales[r] = quiet_nan();  // the whole sum is no number
       }
     } else {
@@ -234,52 +233,26 @@ inline void matvec_transposed(
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void qmv(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device T* y [[buffer(5)]],
-    constant ProductParams& params [[buffer(6)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void qmv(PRODUCT_ARGUMENTS(T, mode, T)) {
   threadgroup float shared[qmv_memory(rows)];
-  const Operands<T, typename ScaleOf<mode, T>::type> operands =
-      batch_operands<mode>(x, w, scales, biases, global_scale, params, threadgroup_index.z);
+  const Operands<T, ScaleType<mode, T>> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
   matvec_transposed<T, mode, group_size, bits, rows>(
       operands, params, batch_output(y, params, 0, threadgroup_index.z), shared, threadgroup_index.x, simdgroup, lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void gather_qmv(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device T* y [[buffer(5)]],
-    constant GatherParams& params [[buffer(6)]],
-    const device long* lhs_indices [[buffer(7)]],
-    const device long* rhs_indices [[buffer(8)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void gather_qmv(GATHER_ARGUMENTS(T, mode)) {
   threadgroup float shared[qmv_memory(rows)];
-  Operands<T, typename ScaleOf<mode, T>::type> operands;
-  const bool valid = gather_operands<mode>(
-      x, w, scales, biases, global_scale, lhs_indices, rhs_indices, params, threadgroup_index.z, operands);
+  Operands<T, ScaleType<mode, T>> operands;
   device T* out = y + threadgroup_index.z * params.product.y.outer;
-  if (!valid) {
-    const int first = threadgroup_index.x * qmv_columns();
+  if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
+    matvec_transposed<T, mode, group_size, bits, rows>(
+        operands, params.product, out, shared, threadgroup_index.x, simdgroup, lane);
+  } else {
     write_nan(
-        out, params.product, 0, params.product.rows, first, first + qmv_columns(), simdgroup * 32 + lane,
-        qmv_simdgroups() * 32);
-    return;
+        out, params.product, 0, params.product.rows, threadgroup_index.x * qmv_columns(), qmv_columns(),
+        simdgroup * 32 + lane, qmv_simdgroups() * 32);
   }
-  matvec_transposed<T, mode, group_size, bits, rows>(
-      operands, params.product, out, shared, threadgroup_index.x, simdgroup, lane);
 }
 
 // --- Not transposed ------------------------------------------------------------------------------------------------
@@ -508,52 +481,27 @@ inline void matvec_plain(
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
-[[kernel]] void qvm(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device Y* y [[buffer(5)]],
-    constant ProductParams& params [[buffer(6)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void qvm(PRODUCT_ARGUMENTS(T, mode, Y)) {
   threadgroup float shared[qvm_memory(rows)];
   matvec_plain<mode, group_size, bits, rows>(
-      batch_operands<mode>(x, w, scales, biases, global_scale, params, threadgroup_index.z), params,
+      batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z), params,
       batch_output(y, params, threadgroup_index.y, threadgroup_index.z), shared, threadgroup_index.x,
       threadgroup_index.y, simdgroup, lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void gather_qvm(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device T* y [[buffer(5)]],
-    constant GatherParams& params [[buffer(6)]],
-    const device long* lhs_indices [[buffer(7)]],
-    const device long* rhs_indices [[buffer(8)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void gather_qvm(GATHER_ARGUMENTS(T, mode)) {
   threadgroup float shared[qvm_memory(rows)];
-  Operands<T, typename ScaleOf<mode, T>::type> operands;
-  const bool valid = gather_operands<mode>(
-      x, w, scales, biases, global_scale, lhs_indices, rhs_indices, params, threadgroup_index.z, operands);
+  Operands<T, ScaleType<mode, T>> operands;
   device T* out = y + threadgroup_index.z * params.product.y.outer;
-  if (!valid) {
-    const int first = threadgroup_index.x * qvm_columns();
+  if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
+    matvec_plain<mode, group_size, bits, rows>(
+        operands, params.product, out, shared, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
+  } else {
     write_nan(
-        out, params.product, 0, params.product.rows, first, first + qvm_columns(), simdgroup * 32 + lane,
-        qvm_simdgroups() * 32);
-    return;
+        out, params.product, 0, params.product.rows, threadgroup_index.x * qvm_columns(), qvm_columns(),
+        simdgroup * 32 + lane, qvm_simdgroups() * 32);
   }
-  matvec_plain<mode, group_size, bits, rows>(
-      operands, params.product, out, shared, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
 }
 
 // --- Split-K ------------------------------------------------------------------------------------------------------

@@ -5,31 +5,29 @@
 //   | chunk 0| chunk 1| chunk 2| chunk 3|   chunk = 8 elements                  4      uint4
 //   +--------+--------+--------+--------+                                       8      2 x uint4
 //   word 0 … word bits-1, in the registers of one lane                          6      3 x uint2
-//                                                                               3, 5   3, 5 x uint
+//                                                                               odd    `bits` x uint
 //
-// A run starts at a word, ends at a word and lies in one group (in nvfp4: in two), so a lane needs no neighbour, and
+// A run starts and ends at a word and lies in one group (of groups of 16: in two), so a lane needs no neighbour, and
 // every position within it is a compile-time constant. Adjacent lanes hold adjacent runs: a load of eight lanes covers
-// whole 128-byte lines. Half a run, 16 elements, lies in one group in every format; with 3 and 5 bits it begins at a
+// whole 128-byte lines. Half a run, 16 elements, lies in one group in every format; with an odd width it begins at a
 // multiple of two bytes only.
 //
-// Where columns are packed, a run is 32 elements of one column: `bits` words that lie a row of words apart, in the same
-// order. Adjacent lanes take adjacent columns, so their loads of one word each are side by side; once in registers, it
-// is a run like any other.
+// Where columns are packed, a run is 32 elements of one column: `bits` words, a row of words apart, in the same order.
+// Adjacent lanes take adjacent columns, so their loads of one word each are adjacent; in registers, it is a run like
+// any other.
 //
-// Codes are unpacked two at a time in the mantissas of half numbers, with no conversion from integers and few shifts,
-// both of which cost several times a mask. Odd widths are first spread so that the two codes of a pair stand at one
-// place in the halves of a word, and floats of 8 bits are pairs of halves but for their exponent's bias. Measured
-// beside extracting and converting code by code: 24 instead of 46 us for mxfp8, 19 instead of 20 for 3 bits
-// (docs/gpu-lane.md).
+// Codes are unpacked two at a time in the mantissas of half numbers, with few shifts and no conversion from integers,
+// both of which cost several times a mask. Other widths than 2, 4 and 8 bits are first spread, so that both codes of a
+// pair are at the same position in the two halves of a word. E4M3 elements are pairs of halves except for the bias of
+// their exponent. Measured against extracting and converting code by code: 24 instead of 46 us for mxfp8, 19 instead of
+// 20 for 3 bits (docs/gpu-lane.md).
 #pragma once
 
-#include <metal_stdlib>
-
-#include "../csrc/format.h"
+#include "../common/metal.h"
+#include "../../csrc/format.h"
+#include "../common/load.h"
 
 namespace quantization_mlx {
-
-using namespace metal;
 
 static constant constexpr const int run_elements = 32;
 static constant constexpr const int half_run_elements = 16;
@@ -37,34 +35,7 @@ static constant constexpr const int chunk_elements = 8;
 
 // --- Loading ------------------------------------------------------------------------------------------------------
 
-// With `aligned`, source is a multiple of 16 bytes where count is one of 4 words, and of 8 bytes where it is one of 2.
-template <int count>
-inline void load_words(const device uint* source, bool aligned, thread uint* words) {
-  if (aligned && count % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < count / 4; ++i) {
-      const uint4 four = ((const device uint4*)source)[i];
-      words[4 * i] = four.x;
-      words[4 * i + 1] = four.y;
-      words[4 * i + 2] = four.z;
-      words[4 * i + 3] = four.w;
-    }
-  } else if (aligned && count % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < count / 2; ++i) {
-      const uint2 two = ((const device uint2*)source)[i];
-      words[2 * i] = two.x;
-      words[2 * i + 1] = two.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      words[i] = source[i];
-    }
-  }
-}
-
-// Sixteen codes from a run's middle or beginning. With 3 and 5 bits the middle is no multiple of a word.
+// Half a run, 16 codes. With an odd width the middle of a run is in the middle of a word.
 template <int bits>
 inline void load_half_run(const device ushort* source, bool aligned, thread uint* words) {
   if (bits % 2 == 0) {
@@ -80,56 +51,8 @@ inline void load_half_run(const device ushort* source, bool aligned, thread uint
   }
 }
 
-// Consecutive values in float32; count is 1, 2, 4 or 8. With `aligned`, source is a multiple of their size, at most 16.
-template <int count>
-inline void load_values(const device float* source, bool aligned, thread float* values) {
-  uint words[count];
-  load_words<count>((const device uint*)source, aligned, words);
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    values[i] = as_type<float>(words[i]);
-  }
-}
-
-template <int count>
-inline void load_values(const device half* source, bool aligned, thread float* values) {
-  if (aligned && count > 1) {
-    uint words[(count + 1) / 2];
-    load_words<(count + 1) / 2>((const device uint*)source, true, words);
-#pragma unroll
-    for (int i = 0; i < count / 2; ++i) {
-      const half2 two = as_type<half2>(words[i]);
-      values[2 * i] = static_cast<float>(two.x);
-      values[2 * i + 1] = static_cast<float>(two.y);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      values[i] = static_cast<float>(source[i]);
-    }
-  }
-}
-
-template <int count>
-inline void load_values(const device bfloat* source, bool aligned, thread float* values) {
-  if (aligned && count > 1) {
-    uint words[(count + 1) / 2];
-    load_words<(count + 1) / 2>((const device uint*)source, true, words);
-#pragma unroll
-    for (int i = 0; i < count / 2; ++i) {  // a bfloat is the upper half of a float
-      values[2 * i] = as_type<float>(words[i] << 16);
-      values[2 * i + 1] = as_type<float>(words[i] & 0xFFFF0000u);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      values[i] = static_cast<float>(source[i]);
-    }
-  }
-}
-
-// The codes of one chunk that stands anywhere in a row: every byte once, in the widest pieces that are aligned. With
-// `aligned`, the row begins at a multiple of 8 bytes.
+// The codes of any chunk of a row: every byte once, in the widest pieces that are aligned. With `aligned`, the row
+// begins at a multiple of 8 bytes.
 template <int bits>
 inline void load_chunk_codes(const device uchar* source, bool aligned, thread uint* words) {
   if (bits % 4 == 0) {
@@ -149,8 +72,8 @@ inline void load_chunk_codes(const device uchar* source, bool aligned, thread ui
 
 // --- Elements -----------------------------------------------------------------------------------------------------
 
-// The codes at bits [shift, shift + bits) of both halves of a word, shift + bits <= 10. Written over the low bits of
-// the half number 1024, whose unit they count, they need no conversion from integers; every step is exact.
+// The codes at bits [shift, shift + bits) of both halves of a word, shift + bits <= 10. Put into the mantissa of the
+// half number 1024, where the lowest bit is worth 1, they need no conversion from integers; every step is exact.
 inline float2 code_pair(uint word, int bits, int shift) {
   const uint mask = ((1u << bits) - 1u) << shift;
   const half2 raised = as_type<half2>((word & (mask | (mask << 16))) | 0x64006400u);
@@ -158,23 +81,21 @@ inline float2 code_pair(uint word, int bits, int shift) {
   return float2(static_cast<float>(codes.x), static_cast<float>(codes.y));
 }
 
-// The E2M1 elements in the lowest four bits of both halves of a word. As the top of a half's exponent and mantissa they
-// are off by 2^14, subnormals included.
+// The E2M1 elements in the lowest four bits of both halves of a word. As the upper bits of a half number they are too
+// small by 2^14, subnormals included.
 inline float2 e2m1_pair(uint word) {
   const half2 small = as_type<half2>(((word & 0x00070007u) << 9) | ((word & 0x00080008u) << 12));
   const half2 elements = small * static_cast<half>(16384.0f);
   return float2(static_cast<float>(elements.x), static_cast<float>(elements.y));
 }
 
-inline float quiet_nan() { return as_type<float>(0x7FC00000u); }
-
 inline void set_pair(float2 pair, int first, int second, thread float* values) {
   values[first] = pair.x;
   values[second] = pair.y;
 }
 
-// The E4M3 elements in the lowest bytes of both halves of a word, NaN apart, which becomes 480. As the top of a half's
-// exponent and mantissa they are off by 2^8, subnormals included.
+// The E4M3 elements in the lowest bytes of both halves of a word; NaN becomes 480. As the upper bits of a half number
+// they are too small by 2^8, subnormals included.
 inline float2 e4m3_pair(uint word) {
   const half2 small = as_type<half2>(((word & 0x007F007Fu) << 7) | ((word & 0x00800080u) << 8));
   const half2 elements = small * static_cast<half>(256.0f);
@@ -202,8 +123,7 @@ inline uint bits_at(thread const uint* words, int first, int count) {
   return bits & ((1u << count) - 1u);
 }
 
-// `count` codes of a run from `first` on into the lower half of a word, and those that follow four later into the
-// upper.
+// `count` codes of a run from `first` on in the lower half of a word, and as many from `first` + 4 on in the upper.
 template <int bits, int count>
 inline uint spread_codes(thread const uint* words, int first) {
   return bits_at(words, first * bits, count * bits) | (bits_at(words, (first + 4) * bits, count * bits) << 16);
@@ -248,7 +168,7 @@ inline void decode_finite_chunk(thread const uint* words, int chunk, thread floa
       values[i] = chunk % 2 == 0 ? pair.x : pair.y;
     }
   } else {
-    constexpr int count = bits == 3 ? 4 : 2;  // codes that half a word has room for
+    constexpr int count = bits <= 3 ? 4 : 2;  // codes in half a word
 #pragma unroll
     for (int first = 0; first < 4; first += count) {
       const uint codes = spread_codes<bits, count>(words, chunk_elements * chunk + first);
@@ -275,45 +195,39 @@ inline void decode_chunk(thread const uint* words, int chunk, thread float* valu
 
 // --- Scales -------------------------------------------------------------------------------------------------------
 
-template <Mode mode, typename T, bool columns = is_column_packed(mode)>
+template <Scale scale, typename T>
 struct ScaleOf {
   typedef uchar type;
 };
 
 template <typename T>
-struct ScaleOf<Mode::affine, T, false> {
+struct ScaleOf<Scale::real, T> {
   typedef T type;
 };
 
-template <Mode mode, typename T>
-struct ScaleOf<mode, T, true> {
+template <typename T>
+struct ScaleOf<Scale::float16, T> {
   typedef half type;
 };
+
+// Scales in memory, where x and y are of type T.
+template <Mode mode, typename T>
+using ScaleType = typename ScaleOf<traits_of(mode).scale, T>::type;
 
 // Whether the kernels' argument `biases` is read: biases, or the zeros of packed columns.
 inline constexpr bool reads_biases(Mode mode) { return has_biases(mode) || has_zeros(mode); }
 
+template <Mode mode, typename T>
+inline float decode_scale(T scale) {
+  return static_cast<float>(scale);
+}
+
 template <Mode mode>
 inline float decode_scale(uchar scale) {
-  if (mode != Mode::nvfp4) {
+  if (traits_of(mode).scale == Scale::e8m0) {
     return e8m0_to_float(scale);
   }
   return (scale & 0x7Fu) == 0x7Fu ? quiet_nan() : e4m3_pair(scale).x;
-}
-
-template <Mode mode>
-inline float decode_scale(float scale) {
-  return scale;
-}
-
-template <Mode mode>
-inline float decode_scale(half scale) {
-  return static_cast<float>(scale);
-}
-
-template <Mode mode>
-inline float decode_scale(bfloat scale) {
-  return static_cast<float>(scale);
 }
 
 template <Mode mode, typename Scale>

@@ -20,8 +20,7 @@
 //   dequantize: the same, with a run of 32 elements to a lane.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "operands.h"
 
 // Codes are those of the CPU bit for bit: no fused operations, either.
@@ -95,7 +94,7 @@ inline float rounded(float value) {
 template <typename T, Mode mode>
 inline uint fp_scale(float absmax, float encode) {
   const float ratio = rounded<T>(fp_scale_ratio(mode, absmax));
-  return mode == Mode::nvfp4 ? e4m3_from_float(ratio * encode) : e8m0_from_ratio(ratio);
+  return traits_of(mode).scale == Scale::e4m3 ? e4m3_from_float(ratio * encode) : e8m0_from_ratio(ratio);
 }
 
 template <typename T, Mode mode>
@@ -103,8 +102,9 @@ inline uint fp_code(float value, float decoded, float encode) {
   if (decoded == 0.0f) {  // an nvfp4 group too small for any scale becomes zeros
     return 0u;
   }
-  const float scaled = mode == Mode::nvfp4 ? rounded<T>(quotient(value, decoded)) * encode : quotient(value, decoded);
-  return mode == Mode::mxfp8 ? e4m3_from_float(scaled) : e2m1_from_float(scaled);
+  const float exact = quotient(value, decoded);
+  const float scaled = traits_of(mode).scale == Scale::e4m3 ? rounded<T>(exact) * encode : exact;
+  return is_e4m3(mode) ? e4m3_from_float(scaled) : e2m1_from_float(scaled);
 }
 
 template <typename T, Mode mode, int group_size, int bits>
@@ -112,8 +112,8 @@ template <typename T, Mode mode, int group_size, int bits>
     const device T* w [[buffer(0)]],
     const device float* global_scale [[buffer(1)]],
     device uint* words [[buffer(2)]],
-    device typename ScaleOf<mode, T>::type* scales [[buffer(3)]],
-    device typename ScaleOf<mode, T>::type* biases [[buffer(4)]],
+    device ScaleType<mode, T>* scales [[buffer(3)]],
+    device ScaleType<mode, T>* biases [[buffer(4)]],
     constant QuantizeParams& params [[buffer(5)]],
     uint3 position [[thread_position_in_grid]]) {
   constexpr int lanes = group_size / chunk_elements;
@@ -140,8 +140,8 @@ template <typename T, Mode mode, int group_size, int bits>
     const AffineParameters parameters = affine_parameters(smallest, largest, bits);
     affine_codes<bits>(values, parameters, codes);
     if (writes_scale) {
-      scales[group] = static_cast<typename ScaleOf<mode, T>::type>(parameters.scale);
-      biases[group] = static_cast<typename ScaleOf<mode, T>::type>(parameters.bias);
+      scales[group] = static_cast<ScaleType<mode, T>>(parameters.scale);
+      biases[group] = static_cast<ScaleType<mode, T>>(parameters.bias);
     }
   } else {
     const float encode = has_global_scale ? nvfp4_encode_factor(global_scale[0]) : 1.0f;
@@ -152,7 +152,7 @@ template <typename T, Mode mode, int group_size, int bits>
       codes[i] = fp_code<T, mode>(values[i], decoded, encode);
     }
     if (writes_scale) {
-      scales[group] = static_cast<typename ScaleOf<mode, T>::type>(scale);
+      scales[group] = static_cast<ScaleType<mode, T>>(scale);
     }
   }
   if (inside) {
@@ -163,8 +163,8 @@ template <typename T, Mode mode, int group_size, int bits>
 template <typename T, Mode mode, int group_size, int bits>
 [[kernel]] void dequantize(
     const device uint* words [[buffer(0)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(2)]],
+    const device ScaleType<mode, T>* scales [[buffer(1)]],
+    const device ScaleType<mode, T>* biases [[buffer(2)]],
     const device float* global_scale [[buffer(3)]],
     device T* y [[buffer(4)]],
     constant QuantizeParams& params [[buffer(5)]],

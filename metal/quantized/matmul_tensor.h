@@ -28,11 +28,11 @@
 #if __METAL_VERSION__ >= 400 && __has_include(<MetalPerformancePrimitives/MetalPerformancePrimitives.h>)
 #define QUANTIZATION_MLX_TENSOR_OPS 1
 
-#include <metal_stdlib>
+#include "../common/metal.h"
 #include <metal_tensor>
 #include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>
 
-#include "../csrc/metal/launch.h"
+#include "../../csrc/gpu/launch.h"
 #include "operands.h"
 #include "tile.h"
 
@@ -167,22 +167,13 @@ inline void tensor_product(
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void qmm_nax(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device T* y [[buffer(5)]],
-    constant ProductParams& params [[buffer(6)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void qmm_nax(PRODUCT_ARGUMENTS(T, mode, T)) {
+  const int thread_index = 32 * simdgroup + lane;
   threadgroup uint4 weights[step_vectors<T>(64)];
   const int row = threadgroup_index.y * rows;
   const int column = threadgroup_index.x * tensor_columns;
   const int rows_left = min(rows, params.rows - row);
-  Operands<T, typename ScaleOf<mode, T>::type> operands =
-      batch_operands<mode>(x, w, scales, biases, global_scale, params, threadgroup_index.z);
+  Operands<T, ScaleType<mode, T>> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
   operands.x += row * params.x_row_stride;
   device T* out = batch_output(y, params, 0, threadgroup_index.z) + static_cast<long>(row) * params.n;
   if (aligned_k && rows_left == rows) {
@@ -213,9 +204,11 @@ inline void tensor_gather_run(
       tensor_gather_rows, tensor_columns, tensor_depth, false, transpose, true,
       mpp::tensor_ops::matmul2d_descriptor::mode::multiply_accumulate);
   mpp::tensor_ops::matmul2d<descriptor, execution_simdgroups<tensor_simdgroups>> product;
-  auto left = step_in_threadgroup<true, tensor_gather_rows>(activations, tensor_depth, tensor_gather_rows);
-  auto right = step_in_threadgroup<true, 64>(weights, 64, 64);
-  auto sums = product.template get_destination_cooperative_tensor<decltype(left), decltype(right), float>();
+  typedef decltype(step_in_threadgroup<true, tensor_gather_rows>(activations, 0, 0)) Left;
+  typedef decltype(step_in_threadgroup<true, 64>(weights, 0, 0)) Right;
+  Left left = step_in_threadgroup<true, tensor_gather_rows>(activations, tensor_depth, tensor_gather_rows);
+  Right right = step_in_threadgroup<true, 64>(weights, 64, 64);
+  auto sums = product.template get_destination_cooperative_tensor<Left, Right, float>();
 
   WeightRange range = initial_range();
   bool scaled = false;
@@ -245,19 +238,8 @@ inline void tensor_gather_run(
 }
 
 template <typename T, Mode mode, int group_size, int bits, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void gather_qmm_rhs_nax(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device typename ScaleOf<mode, T>::type* scales [[buffer(2)]],
-    const device typename ScaleOf<mode, T>::type* biases [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device T* y [[buffer(5)]],
-    constant GatherParams& params [[buffer(6)]],
-    const device long* lhs_indices [[buffer(7)]],
-    const device long* rhs_indices [[buffer(8)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void gather_qmm_rhs_nax(GATHER_ARGUMENTS(T, mode)) {
+  const int thread_index = 32 * simdgroup + lane;
   threadgroup uint4 weights[step_vectors<T>(64)];
   threadgroup uint4 activations[step_vectors<T>(tensor_gather_rows)];
   constant ProductParams& product = params.product;
@@ -266,44 +248,23 @@ template <typename T, Mode mode, int group_size, int bits, bool transpose>
   const int pairs = min(tensor_gather_rows, product.rows - first_pair);
   device T* out = y + static_cast<long>(first_pair) * product.n;
 
-  // Lane i of every simdgroup knows pair i of the tile. Expert -1: one of its indices is out of range.
-  int lhs = 0;
-  int expert = -1;
-  if (static_cast<int>(lane) < pairs) {
-    const long left = lhs_indices[first_pair + lane];
-    const long right = rhs_indices[first_pair + lane];
-    if (is_valid_index(left, params.lhs_count) && is_valid_index(right, params.rhs_count)) {
-      lhs = static_cast<int>(left);
-      expert = static_cast<int>(right);
-    }
-  }
+  const Pair pair = pair_of_lane(lhs_indices, rhs_indices, params, first_pair, pairs, lane);
+  RowPieces<T, tensor_gather_rows, tensor_depth, tensor_threads> pieces;
+  gather_rows(x, product.x.outer, pair.lhs, thread_index, pieces);
 
   for (int first = 0; first < pairs;) {
-    const int shared = simd_shuffle(expert, static_cast<ushort>(first));
-    int last = first + 1;
-    while (last < pairs && simd_shuffle(expert, static_cast<ushort>(last)) == shared) {
-      ++last;
-    }
-    if (shared < 0) {
-      write_nan(
-          y, product, first_pair + first, first_pair + last, column, column + tensor_columns, thread_index,
-          tensor_threads);
+    const int matrix = simd_shuffle(pair.rhs, static_cast<ushort>(first));
+    const int end = end_of_run(pair.rhs, first, pairs);
+    if (matrix < 0) {
+      write_nan(y, product, first_pair + first, first_pair + end, column, tensor_columns, thread_index, tensor_threads);
     } else {
-      RowPieces<T, tensor_gather_rows, tensor_depth, tensor_threads> pieces;
-#pragma unroll
-      for (int i = 0; i < pieces_per_thread(sizeof(T), tensor_gather_rows, tensor_depth, tensor_threads); ++i) {
-        const int row = row_of_piece<T, tensor_depth, tensor_threads>(thread_index, i);
-        const long x_row = simd_shuffle(lhs, static_cast<ushort>(row));
-        pieces.source[i] = x + x_row * product.x.outer;
-        pieces.exist[i] = row >= first && row < last ? product.k : 0;
-      }
-      const Operands<T, typename ScaleOf<mode, T>::type> operands =
-          operands_of_matrix<mode>(x, w, scales, biases, global_scale, product, shared);
+      set_rows(first, end, product.k, thread_index, pieces);
+      const Operands<T, ScaleType<mode, T>> operands = operands_of_matrix<mode>(TENSORS(T, mode), product, matrix);
       tensor_gather_run<transpose, mode, group_size, bits>(
-          operands, pieces, product, out, (threadgroup T*)weights, (threadgroup T*)activations, first, last, column,
+          operands, pieces, product, out, (threadgroup T*)weights, (threadgroup T*)activations, first, end, column,
           thread_index);
     }
-    first = last;
+    first = end;
   }
 }
 

@@ -22,15 +22,14 @@
 // Split-K as in qvm (matvec.h). Parts are whole groups.
 #pragma once
 
-#include <metal_stdlib>
-
+#include "../common/metal.h"
 #include "operands.h"
 
 namespace quantization_mlx {
 
 static constant constexpr const int lane_columns = column_qvm_lane_columns();
 
-// Of a lane's columns from `first` on, `exist` do.
+// The columns of a lane: `exist` of them, from `first` on, are in the matrix.
 struct LaneColumns {
   int first;
   int exist;
@@ -210,53 +209,27 @@ inline void matvec_of_columns(
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
-[[kernel]] void column_qvm(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device half* scales [[buffer(2)]],
-    const device half* zeros [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device Y* y [[buffer(5)]],
-    constant ProductParams& params [[buffer(6)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void column_qvm(PRODUCT_ARGUMENTS(T, mode, Y)) {
   threadgroup float shared[column_qvm_memory(rows)];
-  const Operands<T, half> operands =
-      batch_operands<mode>(x, w, scales, zeros, global_scale, params, threadgroup_index.z);
+  const Operands<T, half> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
   matvec_of_columns<mode, group_size, bits, rows>(
       operands, params, batch_output(y, params, threadgroup_index.y, threadgroup_index.z), shared, threadgroup_index.x,
       threadgroup_index.y, simdgroup, lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void gather_column_qvm(
-    const device T* x [[buffer(0)]],
-    const device uint* w [[buffer(1)]],
-    const device half* scales [[buffer(2)]],
-    const device half* zeros [[buffer(3)]],
-    const device float* global_scale [[buffer(4)]],
-    device T* y [[buffer(5)]],
-    constant GatherParams& params [[buffer(6)]],
-    const device long* lhs_indices [[buffer(7)]],
-    const device long* rhs_indices [[buffer(8)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void gather_column_qvm(GATHER_ARGUMENTS(T, mode)) {
   threadgroup float shared[column_qvm_memory(rows)];
   Operands<T, half> operands;
-  const bool valid = gather_operands<mode>(
-      x, w, scales, zeros, global_scale, lhs_indices, rhs_indices, params, threadgroup_index.z, operands);
   device T* out = y + threadgroup_index.z * params.product.y.outer;
-  if (!valid) {
-    const int first = threadgroup_index.x * column_qvm_columns();
+  if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
+    matvec_of_columns<mode, group_size, bits, rows>(
+        operands, params.product, out, shared, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
+  } else {
     write_nan(
-        out, params.product, 0, params.product.rows, first, first + column_qvm_columns(), simdgroup * 32 + lane,
-        column_qvm_simdgroups() * 32);
-    return;
+        out, params.product, 0, params.product.rows, threadgroup_index.x * column_qvm_columns(), column_qvm_columns(),
+        simdgroup * 32 + lane, column_qvm_simdgroups() * 32);
   }
-  matvec_of_columns<mode, group_size, bits, rows>(
-      operands, params.product, out, shared, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
 }
 
 }  // namespace quantization_mlx
