@@ -2,7 +2,7 @@
 
     python benchmarks/metal_cost.py [--gpu applegpu_g17s] [--csv cost.csv]
 
-Runs on Linux: the software Metal device in tests/softmetal counts what the kernels of each call's plan do. Bytes are
+Runs on Linux: the software Metal device in softmetal/ counts what the kernels of each call's plan do. Bytes are
 those that the compiled code asks for; caches, and lanes that ask for the same bytes at once, make the traffic of a real
 GPU smaller. Counts guard against regressions and tell where to look. They are not times, and no time follows from them.
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "softmetal"))
 
 import quantization_mlx as qm
 from softmetal import mps
