@@ -5,6 +5,11 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <sstream>
+#include <string>
+#include <vector>
+
 namespace quantization_mlx {
 namespace {
 
@@ -79,23 +84,49 @@ void check_device(
       other.device(), "; all arguments must be on one device.");
 }
 
-constexpr std::pair<std::string_view, Mode> modes[mode_count()] = {
-    {"affine", Mode::affine},
-    {"mxfp4", Mode::mxfp4},
-    {"mxfp8", Mode::mxfp8},
-    {"nvfp4", Mode::nvfp4},
-    {"marlin_fp4", Mode::marlin_fp4},
-    {"marlin_fp8", Mode::marlin_fp8},
-    {"marlin_int2", Mode::marlin_int2},
-    {"marlin_int4", Mode::marlin_int4},
-    {"marlin_int4_sym", Mode::marlin_int4_sym}};
+constexpr std::string_view mode_names[] = {
+#define NAME(name, ...) #name,
+    QUANTIZATION_MLX_MODES(NAME, )
+#undef NAME
+};
 
-std::string supported_of(Mode mode) {
-  if (mode == Mode::affine) {
-    return "affine takes bits 2, 3, 4, 5, 6 or 8 and group_size 32, 64 or 128.";
+// The numbers whose bit is set, ascending.
+std::vector<int> bits_of(int mask) {
+  std::vector<int> bits;
+  for (int bit = 0; bit < 31; ++bit) {
+    if (mask >> bit & 1) {
+      bits.push_back(bit);
+    }
   }
-  const std::string group_size = is_column_packed(mode) ? "32, 64 or 128" : std::to_string(default_group_size(mode));
-  return c10::str(name_of(mode), " takes bits ", default_bits(mode), " and group_size ", group_size, ".");
+  return bits;
+}
+
+std::vector<int> widths_of(Mode mode) { return bits_of(traits_of(mode).widths); }
+
+std::vector<int> group_sizes_of(Mode mode) {
+  std::vector<int> sizes = bits_of(traits_of(mode).group_sizes);
+  std::transform(sizes.begin(), sizes.end(), sizes.begin(), [](int bit) { return 1 << bit; });
+  return sizes;
+}
+
+// "a, b or c"
+template <typename Values>
+std::string listed(const Values& values, const char* last) {
+  std::ostringstream text;
+  for (size_t i = 0; i < values.size(); ++i) {
+    text << (i == 0 ? "" : i + 1 == values.size() ? last : ", ") << values[i];
+  }
+  return text.str();
+}
+
+std::string names_of(Packing packing) {
+  std::vector<std::string> names;
+  for (int mode = 0; mode < mode_count(); ++mode) {
+    if (traits_of(static_cast<Mode>(mode)).packing == packing) {
+      names.push_back(c10::str('"', mode_names[mode], '"'));
+    }
+  }
+  return listed(names, " and ");
 }
 
 Format parse_format(
@@ -103,20 +134,20 @@ Format parse_format(
     std::string_view name,
     std::optional<int64_t> group_size,
     std::optional<int64_t> bits) {
-  const auto* found = std::find_if(std::begin(modes), std::end(modes), [&](auto& mode) { return mode.first == name; });
+  const auto* found = std::find(std::begin(mode_names), std::end(mode_names), name);
   TORCH_CHECK_VALUE(
-      found != std::end(modes), "[", op, "] mode is \"", name,
-      "\"; supported are \"affine\", \"mxfp4\", \"mxfp8\" and \"nvfp4\", and for column-packed weights "
-      "\"marlin_fp4\", \"marlin_fp8\", \"marlin_int2\", \"marlin_int4\" and \"marlin_int4_sym\".");
-  const Mode mode = found->second;
+      found != std::end(mode_names), "[", op, "] mode is \"", name, "\"; supported are ", names_of(Packing::rows),
+      ", and for column-packed weights ", names_of(Packing::columns), ".");
+  const Mode mode = static_cast<Mode>(found - mode_names);
   const int64_t wanted_bits = bits.value_or(default_bits(mode));
   const int64_t wanted_group_size = group_size.value_or(default_group_size(mode));
-  // A table lookup on ints: values that do not fit one are unsupported anyway.
-  const auto narrow = [](int64_t value) { return value >= 0 && value <= 1024 ? static_cast<int>(value) : -1; };
-  const Format format{mode, narrow(wanted_bits), narrow(wanted_group_size)};
+  const bool fits_int =
+      std::min(wanted_bits, wanted_group_size) > 0 && std::max(wanted_bits, wanted_group_size) <= 1024;
+  const Format format{mode, static_cast<int>(wanted_bits), static_cast<int>(wanted_group_size)};
   TORCH_CHECK_VALUE(
-      is_supported(format), "[", op, "] mode \"", name, "\" with bits ", wanted_bits, " and group_size ",
-      wanted_group_size, " is not supported; ", supported_of(mode));
+      fits_int && is_supported(format), "[", op, "] mode \"", name, "\" with bits ", wanted_bits, " and group_size ",
+      wanted_group_size, " is not supported; ", name, " takes bits ", listed(widths_of(mode), " or "),
+      " and group_size ", listed(group_sizes_of(mode), " or "), ".");
   return format;
 }
 
@@ -132,7 +163,7 @@ void check_global_scale(
     return;
   }
   TORCH_CHECK_VALUE(
-      mode == Mode::nvfp4, "[", op, "] global_scale is given with mode \"", name_of(mode),
+      takes_global_scale(mode), "[", op, "] global_scale is given with mode \"", name_of(mode),
       "\"; it is only for mode \"nvfp4\".");
   TORCH_CHECK_TYPE(
       global_scale->scalar_type() == at::kFloat, "[", op, "] global_scale has dtype ", global_scale->scalar_type(),
@@ -482,12 +513,30 @@ std::tuple<Tensor, Tensor, Tensor> empty_results(const Tensor& w, Format format,
 
 }  // namespace
 
-std::string_view name_of(Mode mode) { return modes[static_cast<int>(mode)].first; }
+std::string_view name_of(Mode mode) { return mode_names[static_cast<int>(mode)]; }
 
 bool is_column_packed(std::string_view mode) {
-  return std::any_of(std::begin(modes), std::end(modes), [&](auto& entry) {
-    return entry.first == mode && is_column_packed(entry.second);
-  });
+  const auto* found = std::find(std::begin(mode_names), std::end(mode_names), mode);
+  return found != std::end(mode_names) && is_column_packed(static_cast<Mode>(found - mode_names));
+}
+
+std::string describe_modes() {
+  constexpr const char* packings[] = {"rows", "columns"};
+  constexpr const char* elements[] = {"integer", "e2m1", "e4m3"};
+  constexpr const char* scales[] = {"real", "float16", "e8m0", "e4m3"};
+  constexpr const char* offsets[] = {"none", "biases", "zeros"};
+  std::ostringstream text;
+  for (int i = 0; i < mode_count(); ++i) {
+    const ModeTraits traits = traits_of(static_cast<Mode>(i));
+    text << (i == 0 ? "[" : ", ") << R"({"name": ")" << mode_names[i] << R"(", "packing": ")"
+         << packings[static_cast<int>(traits.packing)] << R"(", "element": ")"
+         << elements[static_cast<int>(traits.element)] << R"(", "scale": ")" << scales[static_cast<int>(traits.scale)]
+         << R"(", "offset": ")" << offsets[static_cast<int>(traits.offset)] << R"(", "group_sizes": [)"
+         << listed(group_sizes_of(static_cast<Mode>(i)), ", ") << R"(], "widths": [)"
+         << listed(widths_of(static_cast<Mode>(i)), ", ") << R"(], "default_group_size": )" << traits.default_group_size
+         << R"(, "default_bits": )" << traits.default_bits << "}";
+  }
+  return text.str() + "]";
 }
 
 void check_range(std::string_view op, const char* name, const Tensor& indices, int64_t matrices) {

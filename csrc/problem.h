@@ -6,6 +6,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -149,6 +150,10 @@ std::string_view name_of(Mode mode);
 
 // Whether the mode of this name packs columns; false for a name that is none.
 bool is_column_packed(std::string_view mode);
+
+// The table of formats.h as JSON: a list of {"name", "packing", "element", "scale", "offset", "group_sizes", "widths",
+// "default_group_size", "default_bits"}.
+std::string describe_modes();
 
 // Raises IndexError unless all of these int64 indices, contiguous and in host memory, choose one of `matrices`.
 void check_range(std::string_view op, const char* name, const at::Tensor& indices, int64_t matrices);

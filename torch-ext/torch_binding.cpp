@@ -276,6 +276,8 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "SymInt output_features, int group_size=128, int bits=4, bool transpose=True) -> Tensor",
       affine_gather_qmm_rhs_nax);
 
+  m.def("_modes() -> str", describe_modes);
+
   m.def("_set_cpu_activations(str activations) -> ()", cpu::set_activations);
   m.def("_get_cpu_activations() -> str", cpu::get_activations);
 
