@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "softmetal"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("softmetal", "tests/support"))
 
 import quantization_mlx as qm
+import software_gpu
 from softmetal import mps
 
 # Buffers of all product kernels, by their index.
@@ -80,7 +81,7 @@ class Cost:
 
 def costs(call: Call, gpu: str = GPU) -> list[Cost]:
     """Runs the call on the software device. Raises RuntimeError where that finds an error in a kernel."""
-    mps.install()
+    software_gpu.install()
     generator = torch.Generator().manual_seed(0)
     with mps.gpu(gpu, MACOS):
         _run(_operands(call, generator), call)  # a kernel's first use also launches its self-check

@@ -129,9 +129,9 @@ def parameters(item: pytest.Item) -> dict[str, str]:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The software device comes before the first backward pass, at which torch counts the devices once for all."""
     if any(software_gpu_of(item) for item in session.items) and not session.config.option.collectonly:
-        from softmetal import mps
+        import software_gpu
 
-        mps.install()
+        software_gpu.install()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .cache import cached, digest
 from .msl import rewrite as msl
 from .msl import toolchain
 from .msl.lint import Finding
@@ -158,7 +159,7 @@ def compile(
     standard: one of metal3.0, metal3.1, metal3.2, metal4.0.
 
     The source and its plain kernels are checked here, instances of templates at their first launch (Library.check does
-    it for all), when their code is generated. Everything compiled is cached in build/softmetal/cache.
+    it for all), when their code is generated. Everything compiled is cached (cache.py).
     Raises CompileError, with file and line; ValueError for an unknown standard.
     """
     preprocessed = _preprocess(source, include_dirs, defines, standard)
@@ -172,12 +173,12 @@ def compile(
 
 
 def _rewritten(preprocessed: str) -> msl.Program:
-    key = toolchain.digest(preprocessed, _rewriter_source())
+    key = digest(preprocessed, _rewriter_source())
 
     def build(path: Path) -> None:
         path.write_bytes(pickle.dumps(msl.rewrite(preprocessed, str(toolchain.SHIM))))
 
-    return pickle.loads(toolchain.cached(f"program-{key}", build).read_bytes())
+    return pickle.loads(cached(f"program-{key}", build).read_bytes())
 
 
 @cache
@@ -431,7 +432,7 @@ class Pipeline:
 
 
 def _symbol(name: str) -> str:
-    return f"softmetal_entry_{toolchain.digest(name)}"
+    return f"softmetal_entry_{digest(name)}"
 
 
 def _pack_constant(constant: msl.Constant, value: Any) -> bytes:
@@ -540,4 +541,4 @@ def _source_line(path: Path, offset: int) -> str:
     ).stdout.split("\n")
     frames = [line.split(" (discriminator")[0] for line in lines if line]
     user = [frame for frame in frames if not frame.startswith(str(toolchain.SHIM))]
-    return (user or frames)[0]
+    return (user or frames)[0].removeprefix("./")

@@ -1,28 +1,24 @@
-"""Device "mps" on Linux: the project's own Objective-C++ on the software Metal device, in a torch that has no MPS.
+"""Device "mps" on Linux: a torch extension's own Objective-C++ on the software Metal device, in a torch without MPS.
 
-mps.install()                      # once
-y = quantization_mlx.quantized_matmul(x.to("mps"), ...)
+mps.install(mps.Extension(sources={Path("my_ops.mm"): ()}))   # once; imports nothing, registers what the files register
+y = torch.ops.mine.scale(x.to("mps"))
 mps.launched()                     # the kernels that ran, in order
 mps.errors()                       # what the device found wrong; every test must end with none
 
-The library is built from csrc/ and metal/ at the first use, with a cache in build/softmetal. It registers into the
-namespace of the installed package's ops.
+The library is compiled at the first use and kept in the cache (cache.py).
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
@@ -30,27 +26,30 @@ from types import ModuleType
 from typing import Any
 
 from . import device
+from .cache import cached, digest, directory, locked
 from .msl.toolchain import clang
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-HOST = HERE / "host"
-BUILD = ROOT / "build" / "softmetal" / "host"
-# What ships, unmodified.
-SHIPPED = [
-    *("csrc/problem.cpp", "csrc/metal/plan.cpp", "csrc/metal/ops.cpp", "csrc/metal/self_check.cpp"),
-    *("csrc/metal/binding.cpp", "csrc/metal/encode.mm", "csrc/metal/library.mm"),
-]
-IMITATED = [
+HOST = Path(__file__).resolve().parent / "host"
+IMITATED = (
     *("foundation.mm", "device.cpp", "metal.mm", "stream.mm", "backend.cpp", "module.cpp"),
-    *("misuse.mm", "plan_check.cpp"),
-]
-# quantization_mlx::metal::encode: plan_check.cpp comes between its callers and it.
-ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_4PlanESt5arrayIN2at6TensorELm10EE"
+    "misuse.mm",
+)
 STANDARDS = {310: "metal3.1", 320: "metal3.2", 400: "metal4.0"}
 
 
 # --- The library --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The files that give a torch extension's ops their kernels for device "mps", unmodified.
+
+    sources: each file, with compiler flags of its own. flags: those of all of them. link_flags: the linker's.
+    """
+
+    sources: Mapping[Path, Sequence[str]] = field(default_factory=dict)
+    flags: Sequence[str] = ()
+    link_flags: Sequence[str] = ()
 
 
 @cache
@@ -63,9 +62,7 @@ def _flags() -> tuple[str, ...]:
         *("-fblocks", "-fobjc-runtime=gcc", "-fconstant-string-class=NSConstantString"),
         # The frameworks' protocols have more than is imitated.
         *("-Wno-protocol", "-Wno-objc-property-implementation", "-Wno-incomplete-implementation"),
-        *("-DTORCH_EXTENSION_NAME=_C", "-DQUANTIZATION_MLX_NAMESPACE=quantization_mlx"),
-        f'-DSOFTMETAL_ENCODE="{ENCODE}"',
-        *(f"-I{ROOT / 'csrc'}", f"-I{HOST / 'apple'}", "-include", str(HOST / "prefix.h")),
+        *(f"-I{HOST / 'apple'}", f"-I{HOST}", "-include", str(HOST / "prefix.h")),
         *("-isystem", str(headers), "-isystem", str(headers / "torch/csrc/api/include")),
         *("-isystem", sysconfig.get_path("include")),
         f"-DSOFTMETAL_TORCH={torch.__version__}",  # objects belong to one release
@@ -78,18 +75,14 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-
-
 def _state(paths: list[str]) -> dict[str, str]:
-    return {path: _digest(Path(path).read_bytes()) if Path(path).exists() else "" for path in paths}
+    return {path: digest(Path(path).read_bytes()) if Path(path).exists() else "" for path in paths}
 
 
-def _build_object(source: Path, flags: Sequence[str] = ()) -> Path:
-    """The object of a source; compiled where one of the project's files that it was made of has changed."""
+def _build_object(source: Path, flags: Sequence[str]) -> Path:
+    """The object of a source; compiled where one of the files that it was made of, torch's aside, has changed."""
     command = [clang(), *_flags(), *flags, *(("-x", "objective-c++") if source.suffix == ".mm" else ())]
-    target = BUILD / f"{source.stem}-{_digest(str(source).encode(), *map(str.encode, command))}.o"
+    target = directory() / f"object-{digest(str(source), *command)}.o"
     record = target.with_suffix(".json")
     if target.exists() and record.exists():
         known = json.loads(record.read_text())
@@ -98,43 +91,28 @@ def _build_object(source: Path, flags: Sequence[str] = ()) -> Path:
     listing = target.with_suffix(".d")
     _run([*command, "-MMD", "-MF", str(listing), "-MT", "object", "-c", str(source), "-o", str(target)])
     names = listing.read_text().replace("\\\n", " ").split()[1:]
-    own = [str(Path(name).resolve()) for name in names if "site-packages" not in name]
-    record.write_text(json.dumps(_state([path for path in own if path.startswith(str(ROOT))])))
+    record.write_text(json.dumps(_state([str(Path(name).resolve()) for name in names])))
     return target
 
 
-def embed_shaders(output: Path) -> None:
-    """Writes the C++ source of the embedded shaders, as every build without a Metal compiler does."""
-    cmake = shutil.which("cmake", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
-    if cmake is None:
-        raise RuntimeError("cmake is not installed")
-    temporary = output.with_suffix(".new.cpp")
-    _run([cmake, "-D", f"OUTPUT={temporary}", "-P", str(ROOT / "cmake/embed_shaders.cmake")])
-    if not output.exists() or output.read_bytes() != temporary.read_bytes():
-        os.replace(temporary, output)
-
-
-def _link(objects: list[Path]) -> Path:
+def _link(objects: list[Path], flags: Sequence[str]) -> Path:
     import torch
 
-    libraries = Path(torch.__file__).parent / "lib"
     arguments = [
-        *(f"-Wl,--wrap={ENCODE}", f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"),
+        *(*flags, f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"),
         *("-l:libobjc.so.4", "-l:libBlocksRuntime.so.0"),  # Debian's libobjc4 and libblocksruntime0
     ]
-    content = b"".join(path.read_bytes() for path in objects)
-    library = BUILD / f"softmetal_host-{_digest(content, *map(str.encode, arguments))}.so"
-    if not library.exists():
-        temporary = library.with_suffix(".new")
+
+    def link(path: Path) -> None:
         # Python's symbols are the program's; whatever else is missing is noticed when the library is loaded.
-        _run([clang(), "-shared", *map(str, objects), *arguments, "-o", str(temporary)])
-        os.replace(temporary, library)
-    return library
+        _run([clang(), "-shared", *map(str, objects), *arguments, "-o", str(path)])
+
+    return cached(f"softmetal_host-{digest(*(path.read_bytes() for path in objects), *arguments)}.so", link)
 
 
-def _metallib_flags() -> list[str]:
-    """What kernel-builder defines for library.mm, with the stand-in for its header."""
-    files = "".join(f"{path}\\n" for path in sorted((ROOT / "metal").glob("*.metal")))
+def metallib_flags(shaders: Sequence[Path]) -> list[str]:
+    """What kernel-builder defines for a file that loads a library of shaders, which is compiled as language 4.0."""
+    files = "".join(f"{path}\\n" for path in shaders)
     return [
         f'-DEMBEDDED_METALLIB_HEADER="{HOST / "metallib.h"}"',
         "-DEMBEDDED_METALLIB_NAMESPACE=softmetal_metallib",
@@ -142,25 +120,14 @@ def _metallib_flags() -> list[str]:
     ]
 
 
-def build(metallib: bool = False) -> Path:
-    """Builds the library where anything has changed. Returns its path.
-
-    metallib: as kernel-builder builds, with a library of all shaders compiled beforehand, and not as pip does, with
-        their source.
-    """
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        sources = {HOST / name: [] for name in IMITATED} | {ROOT / name: [] for name in SHIPPED}
-        if metallib:
-            sources[ROOT / "csrc/metal/library.mm"] = _metallib_flags()
-        else:
-            shaders = BUILD / "shader_source.cpp"
-            embed_shaders(shaders)
-            sources[shaders] = []
+def build(extension: Extension) -> Path:
+    """Builds the library of the device and an extension where anything has changed. Returns its path."""
+    with locked("host"):
+        sources = {HOST / name: () for name in IMITATED}
+        sources |= {path: (*extension.flags, *flags) for path, flags in extension.sources.items()}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(_build_object, sources, sources.values()))
-        return _link(objects)
+        return _link(objects, extension.link_flags)
 
 
 # --- The device ---------------------------------------------------------------------------------------------------
@@ -200,6 +167,7 @@ def _with_own_header(path: Path) -> str:
 
 
 _module: ModuleType | None = None
+_extension: Extension | None = None
 
 
 def _host() -> ModuleType:
@@ -216,26 +184,27 @@ def _storage_on_mps(storage: Any) -> Any:
     return bytes_on_host.to("mps").untyped_storage()
 
 
-def install(metallib: bool = False) -> None:
-    """Gives torch a device "mps", and the package's ops their kernels for it. Does nothing the second time.
+def install(extension: Extension | None = None) -> None:
+    """Gives torch a device "mps", with an extension's kernels for it. Does nothing the second time.
 
-    metallib: see build().
+    Raises RuntimeError where the device is there with another extension.
     """
-    global _module
+    global _module, _extension
+    extension = extension or Extension()
     if _module is not None:
+        if extension != _extension:
+            raise RuntimeError("the device is there already, with another extension")
         return
     import torch
 
-    import quantization_mlx  # noqa: F401  (its ops must be there)
-
-    loader = ExtensionFileLoader("softmetal_host", str(build(metallib)))
+    loader = ExtensionFileLoader("softmetal_host", str(build(extension)))
     spec = importlib.util.spec_from_file_location("softmetal_host", loader.path, loader=loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     module.configure(_compile, _load, str(device.runtime_path()))
     torch.UntypedStorage.mps = _storage_on_mps
     torch.backends.mps.is_available.cache_clear()
-    _module = module
+    _module, _extension = module, extension
 
 
 @dataclass(frozen=True)
@@ -272,8 +241,8 @@ def errors() -> list[str]:
 
 def logs() -> dict:
     """Everything since the last call of clear(): errors, launches, compiles, fallbacks (ops of torch that ran on the
-    CPU), transfers (copies between host and device), synchronizations, checked_plans (each op's plan is compared with
-    what was launched, a difference is an error)."""
+    CPU), transfers (copies between host and device), synchronizations, and counts (by name, of what an extension's
+    own checks add with softmetal::count)."""
     return _host().logs()
 
 

@@ -1,15 +1,21 @@
 """The software Metal device: every detector on a wrong kernel and on its legal twin, and whole kernels on numbers."""
 
+import os
+import re
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import softmetal
+from softmetal import cache
 
 if sys.platform == "darwin":
     pytest.skip("the software device runs on Linux", allow_module_level=True)
 
+README = Path(__file__).resolve().parents[1] / "README.md"
 VERSIONS = ("3.1", "3.2", "4.0")
 HEADER = """#include <metal_stdlib>
 using namespace metal;
@@ -446,6 +452,43 @@ def test_launch_refuses_what_no_device_takes(seeded, arguments):
         seeded.launch("missing_barrier_legal", **{"buffers": [], "threadgroups": (1,), **arguments})
 
 
+# Sources that end, or stop making sense, where the translator wants more.
+UNREADABLE = (
+    "using v = vec<float, 4>",
+    "constant int n [[function_constant(1 +)]];",
+    "kernel void f(device int* p [[buffer(2 -)]]) { }",
+    'template [[host_name("g")]] [[kernel]] decltype(f<int>',
+)
+
+
+@pytest.mark.parametrize("line", UNREADABLE)
+def test_source_that_cannot_be_read(line):
+    with pytest.raises(softmetal.CompileError, match=r"^<source>:3: error: "):
+        softmetal.compile(HEADER + line)
+
+
+def test_cache_is_bounded(tmp_path, monkeypatch):
+    """The least recently used files go, but none that another process may be about to load."""
+    monkeypatch.setenv("SOFTMETAL_CACHE", str(tmp_path))
+    now = time.time()
+    hours = {"kernel-unused": 200, "kernel-old": 30, "kernel-older": 40, "kernel-new": 0}
+    for name, age in hours.items():
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (now - 3600 * age,) * 2)
+    cache.cached("kernel-old", lambda path: path.write_bytes(b""))  # which is a use of it
+    cache.prune(limit=250)
+    assert {path.name for path in tmp_path.glob("*-*")} == {"kernel-old", "kernel-new"}
+    cache.prune(limit=0)
+    assert len(list(tmp_path.glob("*-*"))) == 2, "once a day is enough"
+
+
+def test_example_of_the_readme(capsys):
+    example, output = re.findall(r"```(?:python)?\n(.*?)```", README.read_text(), re.DOTALL)[:2]
+    assert len(example.splitlines()) <= 10
+    exec(example, {})
+    assert capsys.readouterr().out.split() == output.split()
+
+
 # --- Whole kernels in the style of other projects -------------------------------------------------------------------
 
 SOFTMAX = """
@@ -679,7 +722,7 @@ kernel void other(device float* y) { y[0] = 1; }
 
 
 def test_function_constants_are_set_by_the_launch(tmp_path, monkeypatch):
-    monkeypatch.setattr(softmetal.device.toolchain, "CACHE", tmp_path)
+    monkeypatch.setenv("SOFTMETAL_CACHE", str(tmp_path))
     library = softmetal.compile(HEADER + CONSTANTS)
     x, y = np.arange(4, dtype=np.float32), np.empty(4, np.float32)
     for negate, given in ((False, None), (True, None), (True, 0.5)):
@@ -760,7 +803,7 @@ def test_raw_launch_on_a_hosts_memory(check):
 
 
 def test_prepare_compiles_in_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(softmetal.device.toolchain, "CACHE", tmp_path)
+    monkeypatch.setenv("SOFTMETAL_CACHE", str(tmp_path))
     kernels = [f"kernel void k{i}(device int* y) {{ y[0] = {i}; }}" for i in range(20)]
     library = softmetal.compile(HEADER + "\n".join(kernels))
     library.prepare()
@@ -937,7 +980,7 @@ kernel void shift(const device int* x, device int* y, uint i [[thread_position_i
 
 
 def test_a_kernel_is_compiled_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(softmetal.device.toolchain, "CACHE", tmp_path)
+    monkeypatch.setenv("SOFTMETAL_CACHE", str(tmp_path))
     source = HEADER + "kernel void one(device int* y) { y[0] = 1; }"
     y = np.zeros(1, np.int32)
     softmetal.compile(source).launch("one", [y], (1,), (1,))

@@ -1,4 +1,4 @@
-"""The Objective-C++ host of the ops on the software Metal device, and that device's own checks of its callers."""
+"""The Objective-C++ host of the ops on the software Metal device."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import oracle
 import quantization_mlx as q
+import software_gpu
 from repository import ROOT
 from softmetal import mps
 
@@ -25,7 +26,7 @@ MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)
 
 @pytest.fixture(autouse=True)
 def software_device(monkeypatch) -> Iterator[None]:
-    mps.install()
+    software_gpu.install()
     mps.clear()
     monkeypatch.setenv("CI", "true")  # a kernel that fails its self-check is an error
     for name in ("QUANTIZATION_MLX_GPU", "QUANTIZATION_MLX_DEBUG"):
@@ -57,71 +58,9 @@ def assert_close(result: Tensor, expected: Tensor) -> None:
 
 def in_new_process(code: str, metallib: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code after install(), with `q`, `mps` and this file's helpers."""
-    program = f"from test_metal_host import *\nmps.install({metallib})\n" + textwrap.dedent(code)
+    program = f"from test_metal_host import *\nsoftware_gpu.install({metallib})\n" + textwrap.dedent(code)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CI": "", **environment}
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
-
-
-# --- The software device notices misuse ---------------------------------------------------------------------------
-
-MISUSES = {
-    "nested dispatch_sync": "deadlock",
-    "encoder taken off the queue": "outside of dispatch_sync",
-    "encoder used off the queue": "outside of dispatch_sync",
-    "encoder used after it ended": "encoder that has ended",
-    "endEncoding": "torch shares",
-    "command buffer": "is torch's",
-    "exception leaves dispatch_sync": "thrown in a block",
-    "offset past the end": "beyond the buffer's 128 bytes",
-    "buffer index 31": "31 buffers",
-    "setBytes of 5000 bytes": "1 to 4096 bytes",
-    "unbound buffer": "nothing is bound",
-    "stale buffer": "another op has bound",
-    "stale pipeline": "without a pipeline state",
-    "nil that the kernel reads": "address of no buffer",
-    "setBytes for a writable argument": "as writable",
-    "setBytes shorter than the argument": "which has 2 bytes",
-    "misaligned offset": "misaligned",
-    "output that is also an input": "two of its arguments share",
-    "2048 threads": "1 to 1024",
-    "no threads": "1 to 1024",
-    "more threads than the pipeline takes": "1 to 64",
-    "no threadgroups": "empty grid",
-    "dispatch without a pipeline": "without a pipeline state",
-    "threadgroup memory of 24 bytes": "multiple of 16",
-    "threadgroup memory of 40000 bytes": "up to 32768",
-    "too little threadgroup memory": "outside every threadgroup variable",
-    "write past the end": "which has 64 bytes",
-    "read of uninitialised memory": "nothing has written",
-    "race": "device-race",
-    "unknown function": "absent was not found",
-    "function constant without a value": "needs function constant 3",
-    "function constant of the wrong type": "has 1 bytes, not 4",
-    "source that does not compile": "undeclared identifier 'nonsense'",
-    "language of a later macOS": "does not compile Metal 400",
-    "mathFloatingPointFunctions before macOS 15": "no mathFloatingPointFunctions before macOS 15",
-    "mathMode before macOS 15": "no mathMode before macOS 15",
-    "library data that is none": "Invalid library file",
-    "method that the class does not have": "has no method setObject:forKey:",
-    "autorelease without a pool": "outside of any @autoreleasepool",
-}
-
-
-def test_every_misuse_is_listed():
-    assert set(mps.misuses()) == {*MISUSES, "nothing"}
-
-
-def test_right_use_is_accepted():
-    mps.misuse("nothing")
-    assert [launch.kernel for launch in mps.launched()] == ["plain", "fill"]
-
-
-@pytest.mark.parametrize("name", MISUSES)
-def test_misuse_is_noticed(name):
-    with mps.gpu(macos=1400), pytest.raises(RuntimeError, match=MISUSES[name]):
-        mps.misuse(name)
-    assert mps.errors(), "an error that the caller swallows would be lost"
-    mps.clear()
 
 
 # --- Products through the whole path ------------------------------------------------------------------------------
@@ -178,7 +117,7 @@ def test_nothing_but_commands_is_done():
     mps.clear()
     product(x, packed)
     log = mps.logs()
-    assert (len(log["launches"]), log["checked_plans"]) == (1, 1)
+    assert (len(log["launches"]), log["counts"]["checked plans"]) == (1, 1)
     assert (log["transfers"], log["synchronizations"], log["fallbacks"]) == (0, 0, [])
 
 
@@ -404,11 +343,11 @@ def test_pipeline_of_too_few_threads():
     done = in_new_process(
         """
         make = mps.device.Library.pipeline
-        def narrow(*arguments):
+        def of_32_threads(*arguments):
             pipeline = make(*arguments)
             pipeline.structure.max_threads = 32
             return pipeline
-        mps.device.Library.pipeline = narrow
+        mps.device.Library.pipeline = of_32_threads
         q.quantize(torch.ones(8, 64).to("mps"), 64, 4)
         """
     )
@@ -550,7 +489,7 @@ def test_failed_self_check_is_an_error_in_ci():
 
 def test_embedded_shaders_hold_each_header_once(tmp_path):
     output = tmp_path / "shader_source.cpp"
-    mps.embed_shaders(output)
+    software_gpu.embed_shaders(output)
     text = output.read_text()
     shaders = dict(part.split('", R"metal(', 1) for part in text.split(')metal"') if 'R"metal(' in part)
     shaders = {name.rsplit('{"', 1)[1]: source for name, source in shaders.items()}

@@ -77,9 +77,9 @@ void add_synchronization() {
   ++current_logs.synchronizations;
 }
 
-void add_checked_plan() {
+void count(const std::string& name) {
   std::lock_guard lock(mutex);
-  ++current_logs.checked_plans;
+  ++current_logs.counts[name];
 }
 
 void record_error(std::string text) {

@@ -56,7 +56,7 @@ struct Logs {
   std::vector<std::string> fallbacks;  // names of ops that ran on the CPU instead
   int64_t transfers = 0;  // copies between host and device
   int64_t synchronizations = 0;
-  int64_t checked_plans = 0;  // compared with the launches that they led to
+  std::map<std::string, int64_t> counts;  // of what else is counted, by name
 };
 Logs logs();
 void clear_logs();
@@ -65,7 +65,7 @@ void add(CompileRecord record);
 void add_fallback(std::string op);
 void add_transfer();
 void add_synchronization();
-void add_checked_plan();
+void count(const std::string& name);
 std::vector<LaunchRecord>& launches_of_this_thread();
 
 // Kept until a test asks for it, so that no caller can swallow it.

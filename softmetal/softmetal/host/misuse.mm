@@ -1,4 +1,4 @@
-// What a Metal host file can do wrong, one function each: tests/host/test_metal_host.py sees to it that the software device
+// What a Metal host file can do wrong, one function each: tests/test_host.py sees to it that the software device
 // notices. Written with its own shaders, and with nothing of the project.
 #import <Metal/Metal.h>
 

@@ -164,7 +164,7 @@ py::dict all_logs() {
   result["fallbacks"] = logs.fallbacks;
   result["transfers"] = logs.transfers;
   result["synchronizations"] = logs.synchronizations;
-  result["checked_plans"] = logs.checked_plans;
+  result["counts"] = logs.counts;
   return result;
 }
 

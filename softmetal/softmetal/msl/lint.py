@@ -67,9 +67,10 @@ class _Linter(_Rewriter):
         self.host_names: set[str] = set()
 
     def run(self) -> list[Finding]:
-        self._lint_words()
-        self._lint_casts()
-        self._lint_scopes()
+        with self._understood():
+            self._lint_words()
+            self._lint_casts()
+            self._lint_scopes()
         return sorted(set(self.findings), key=lambda f: (f.place.rsplit(":", 1)[0], int(f.place.rsplit(":", 1)[1])))
 
     def _add(self, rule: str, index: int, message: str, level: str = "error") -> None:

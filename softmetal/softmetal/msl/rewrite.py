@@ -14,6 +14,8 @@ compiler's messages and debug information still name the shader's own lines:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 TOKEN = re.compile(
@@ -61,6 +63,8 @@ CLOSING = set(OPENING.values())
 ALWAYS_INLINE = "inline __attribute__((__always_inline__))"
 # Function constants and constants derived from them; runtime.cpp has as many.
 MAX_CONSTANTS = 256
+# How far the rewriter looks beyond the source: a loop that looks further does not find what it looks for.
+MARGIN = 64
 
 
 class RewriteError(Exception):
@@ -163,6 +167,11 @@ class _Rewriter:
         self.all_tokens = self._tokenize(text, shim_directory, unroll)
         # Significant tokens of the user's; the shim is written for clang as it is.
         self.tokens = [t for t in self.all_tokens if t.kind not in ("space", "marker") and not t.shim]
+        self.place = 0  # the token that was looked at last
+        with self._understood():
+            self._collect_names()
+
+    def _collect_names(self) -> None:
         self.program = Program("")
         self.functions: dict[str, Kernel] = {}
         self.instances: list[tuple[str, str, Token]] = []
@@ -184,6 +193,11 @@ class _Rewriter:
         self.variable_count = 0
 
     def run(self) -> Program:
+        with self._understood():
+            self._rewrite()
+        return self.program
+
+    def _rewrite(self) -> None:
         self._check_words()
         self._collect_vector_names()
         self._replace_function_parameters()
@@ -197,7 +211,6 @@ class _Rewriter:
                 raise self._error(token, f"explicit instantiation of '{function.instance}' outside of its namespace")
             self._add_kernel(host_name, instance, function, token)
         self.program.text = "".join(t.text if t.output is None else t.output for t in self.all_tokens)
-        return self.program
 
     # --- Tokens ---
 
@@ -224,7 +237,13 @@ class _Rewriter:
         return tokens
 
     def _text(self, index: int) -> str:
-        return self.tokens[index].text if 0 <= index < len(self.tokens) else ""
+        """The text of a token; nothing where there is none, a few places before the first and behind the last."""
+        if 0 <= index < len(self.tokens):
+            self.place = index
+            return self.tokens[index].text
+        if not -MARGIN < index < len(self.tokens) + MARGIN:
+            raise IndexError("the source ends too early")
+        return ""
 
     def _join(self, begin: int, end: int) -> str:
         return "".join(" " * t.spaced + t.text for t in self.tokens[begin:end]).strip()
@@ -233,6 +252,18 @@ class _Rewriter:
         """As _join, with what was replaced."""
         tokens = self.tokens[begin:end]
         return "".join(" " * t.spaced + (t.text if t.output is None else t.output) for t in tokens).strip()
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Whatever fails in here fails because of the source: what it expects to find is not there."""
+        try:
+            yield
+        except RewriteError:
+            raise
+        except Exception as error:
+            reason = f"cannot read this ({type(error).__name__}: {error})"
+            token = self.tokens[self.place] if self.tokens else Token("", "", "<source>", 1)
+            raise self._error(token, reason) from error
 
     def _error(self, token: Token, message: str) -> RewriteError:
         return RewriteError(f"{token.file}:{token.line}: error: {message}")

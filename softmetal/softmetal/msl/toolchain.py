@@ -1,29 +1,26 @@
 """clang and the linker, with a cache on disk: from rewritten shaders to shared objects.
 
 The shim headers are precompiled once for each language version; a kernel's compilation then costs the start of clang,
-the parsing of the shader's own text and the code of that kernel. Threads and processes share the cache.
+the parsing of the shader's own text and the code of that kernel.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import shlex
 import shutil
 import struct
 import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from ..cache import cached, digest, directory, prune
 
 HERE = Path(__file__).resolve().parent
 SHIM = HERE / "include"
 RUNTIME = HERE / "runtime.cpp"
-CACHE = HERE.parents[2] / "build" / "softmetal" / "cache"
 
 # What is precompiled; the tensor operations are empty below language version 4.0.
 HEADERS = ("metal_stdlib", "metal_tensor", "MetalPerformancePrimitives/MetalPerformancePrimitives.h")
@@ -68,52 +65,17 @@ def _clang_identity() -> str:
     return f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}"
 
 
-def digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-@contextmanager
-def _locked(name: str):
-    """One holder at a time among all threads and processes with this cache."""
-    directory = CACHE / "locks"
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / digest(name)[:2], "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """The file of that name in the cache, made by build(temporary path) where it is missing."""
-    path = CACHE / name
-    if not path.exists():
-        with _locked(name):
-            if not path.exists():
-                with tempfile.TemporaryDirectory(dir=CACHE) as directory:
-                    temporary = Path(directory) / name
-                    build(temporary)
-                    os.replace(temporary, path)
-    return path
-
-
-def _prune() -> None:
-    """Removes what was compiled more than a week ago; kernels change with every edit of a shader."""
-    oldest = time.time() - 7 * 24 * 3600
-    for path in CACHE.glob("*-*"):
-        with suppress(FileNotFoundError):
-            if path.stat().st_mtime < oldest:
-                path.unlink()
-
-
 def runtime_path() -> Path:
     """The runtime's shared library; kernels find its symbols when it is loaded with RTLD_GLOBAL."""
     sources = [path.read_text() for path in (RUNTIME, *sorted(HERE.glob("*.h")))]
     name = f"runtime-{digest(*sources, _clang_identity(), *RUNTIME_FLAGS)}.so"
 
     def build(path: Path) -> None:
-        _prune()
         _run([clang(), *RUNTIME_FLAGS, str(RUNTIME), "-o", str(path), "-lm"], None)
 
-    return cached(name, build)
+    path = cached(name, build)
+    prune()
+    return path
 
 
 def _run(command: Sequence[str], text: str | None) -> str:
@@ -188,7 +150,7 @@ def module_key(text: str, standard: str, checked: bool) -> str:
 
 
 def module_path(key: str) -> Path:
-    return CACHE / f"kernel-{key}.so"
+    return directory() / f"kernel-{key}.so"
 
 
 def compile_module(text: str, standard: str, checked: bool, keys: Sequence[str]) -> None:

@@ -53,7 +53,7 @@ void checked_encode(const Plan& plan, Operands operands) {
   if (planned != launched) {
     softmetal::misuse("planned were" + planned + "\nand launched" + launched);
   }
-  softmetal::add_checked_plan();
+  softmetal::count("checked plans");
 }
 
 }  // namespace quantization_mlx::metal

@@ -20,16 +20,19 @@ from pathlib import Path
 
 import torch
 
+from repository import ROOT
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "quantization_mlx"
 
 OPS_PY = """\
 import torch
+
+from repository import ROOT
 
 from . import {name}  # noqa: F401  (loading it registers the ops)
 
