@@ -9,11 +9,6 @@
 #ifdef __METAL_VERSION__
 #include <metal_stdlib>
 #define QUANTIZATION_MLX_MATH metal
-// For all shaders, which all begin with this file: infinity and NaN are values. Metal 3.1 knows no such pragma; what
-// compiles shaders for it asks for safe arithmetic itself.
-#if __METAL_VERSION__ >= 320
-#pragma METAL fp math_mode(safe)
-#endif
 #else
 #include <cmath>
 #include <cstdint>
@@ -21,21 +16,9 @@
 #define QUANTIZATION_MLX_MATH std
 #endif
 
-namespace quantization_mlx {
+#include "formats.h"
 
-// Those that begin with marlin are column-packed: see "Packing".
-enum class Mode : int {
-  affine = 0,
-  mxfp4 = 1,
-  mxfp8 = 2,
-  nvfp4 = 3,
-  marlin_fp4 = 4,
-  marlin_fp8 = 5,
-  marlin_int2 = 6,
-  marlin_int4 = 7,
-  marlin_int4_sym = 8
-};
-inline constexpr int mode_count() { return 9; }
+namespace quantization_mlx {
 
 struct Format {
   Mode mode;
@@ -43,31 +26,26 @@ struct Format {
   int group_size;
 };
 
-inline constexpr bool is_column_packed(Mode mode) { return mode >= Mode::marlin_fp4; }
+inline constexpr bool is_column_packed(Mode mode) { return traits_of(mode).packing == Packing::columns; }
 
-// What a code stands for; else the integer that it is.
-inline constexpr bool is_e2m1(Mode mode) {
-  return mode == Mode::mxfp4 || mode == Mode::nvfp4 || mode == Mode::marlin_fp4;
-}
-inline constexpr bool is_e4m3(Mode mode) { return mode == Mode::mxfp8 || mode == Mode::marlin_fp8; }
+inline constexpr bool is_e2m1(Mode mode) { return traits_of(mode).element == Element::e2m1; }
+inline constexpr bool is_e4m3(Mode mode) { return traits_of(mode).element == Element::e4m3; }
 
-// Whether each group has, beside its scale, a bias or the code that stands for zero.
-inline constexpr bool has_biases(Mode mode) { return mode == Mode::affine; }
-inline constexpr bool has_zeros(Mode mode) { return mode == Mode::marlin_int4; }
+inline constexpr bool has_biases(Mode mode) { return traits_of(mode).offset == Offset::biases; }
+inline constexpr bool has_zeros(Mode mode) { return traits_of(mode).offset == Offset::zeros; }
 
-inline constexpr int default_bits(Mode mode) { return is_e4m3(mode) ? 8 : (mode == Mode::marlin_int2 ? 2 : 4); }
+// One float32 beside the scales, in units of which E4M3 scales count.
+inline constexpr bool takes_global_scale(Mode mode) { return traits_of(mode).scale == Scale::e4m3; }
 
-inline constexpr int default_group_size(Mode mode) {
-  return is_column_packed(mode) ? 128 : (mode == Mode::affine ? 64 : (mode == Mode::nvfp4 ? 16 : 32));
-}
+inline constexpr int default_bits(Mode mode) { return traits_of(mode).default_bits; }
+inline constexpr int default_group_size(Mode mode) { return traits_of(mode).default_group_size; }
 
+// Of bits and group sizes from 0 to 1024.
 inline constexpr bool is_supported(Format format) {
-  const bool any_group = format.mode == Mode::affine || is_column_packed(format.mode);
-  const bool group_size = any_group ? format.group_size == 32 || format.group_size == 64 || format.group_size == 128
-                                    : format.group_size == default_group_size(format.mode);
-  const bool bits = format.mode == Mode::affine ? (format.bits >= 2 && format.bits <= 6) || format.bits == 8
-                                                : format.bits == default_bits(format.mode);
-  return group_size && bits;
+  const ModeTraits traits = traits_of(format.mode);
+  return format.bits < 31 && (traits.widths >> format.bits & 1) != 0 &&
+      (traits.group_sizes & format.group_size) == format.group_size &&
+      (format.group_size & (format.group_size - 1)) == 0 && format.group_size > 0;
 }
 
 // --- Packing ------------------------------------------------------------------------------------------------------
@@ -191,7 +169,7 @@ inline uint32_t e4m3_from_float(float value) {
   return sign | ((rounded - (120u << 23)) >> 20);
 }
 
-// What a code stands for before it is scaled.
+// The value of a code before it is scaled.
 inline float element_value(Mode mode, uint32_t code) {
   return is_e2m1(mode) ? e2m1_to_float(code) : (is_e4m3(mode) ? e4m3_to_float(code) : static_cast<float>(code));
 }
@@ -219,12 +197,9 @@ inline uint32_t e8m0_from_ratio(float ratio) {
 // The value of a code is (element - zero) * scale, with a float16 scale; float32 arithmetic is exact in it, and so is
 // element * scale + column_bias.
 
-inline constexpr float column_zero(Mode mode, float stored) {
-  return mode == Mode::marlin_int4 ? stored
-                                   : (mode == Mode::marlin_int4_sym ? 8.0f : (mode == Mode::marlin_int2 ? 1.5f : 0.0f));
-}
+inline constexpr float column_zero(Mode mode, float stored) { return has_zeros(mode) ? stored : traits_of(mode).zero; }
 
-inline constexpr bool has_column_bias(Mode mode) { return is_column_packed(mode) && !is_e2m1(mode) && !is_e4m3(mode); }
+inline constexpr bool has_column_bias(Mode mode) { return has_zeros(mode) || traits_of(mode).zero != 0.0f; }
 
 inline constexpr float column_bias(Mode mode, float scale, float stored_zero) {
   return -column_zero(mode, stored_zero) * scale;
@@ -232,8 +207,15 @@ inline constexpr float column_bias(Mode mode, float scale, float stored_zero) {
 
 // --- Quantizing one group -----------------------------------------------------------------------------------------
 
+// The largest that a code can stand for before it is scaled, where a group has nothing but its scale.
+inline constexpr float largest_element(Mode mode) {
+  return is_e2m1(mode)
+      ? 6.0f
+      : (is_e4m3(mode) ? 448.0f : static_cast<float>((1 << default_bits(mode)) - 1) - traits_of(mode).zero);
+}
+
 // The scale of a group whose largest magnitude is absmax, before rounding to the scale's own type.
-inline float fp_scale_ratio(Mode mode, float absmax) { return quotient(absmax, mode == Mode::mxfp8 ? 448.0f : 6.0f); }
+inline float fp_scale_ratio(Mode mode, float absmax) { return quotient(absmax, largest_element(mode)); }
 
 // nvfp4 scales count in units of global_scale / 2688, where 2688 = 448 * 6 is the largest value two codes can express.
 // Finite also for the global scale 0 of an all-zero tensor, where MLX's is infinite.
@@ -250,11 +232,12 @@ struct AffineParameters {
 };
 
 // MLX's affine rule: the extreme of larger magnitude is represented exactly by code 0 and zero, where the group
-// straddles it, by a whole code. The scale is negative when that extreme is the maximum. Where the range overflows
-// float32 and MLX's scale would be infinite, the step saturates so that every code stays finite.
+// straddles it, by a whole code. The scale is negative when that extreme is the maximum. The two codes of 1 bit are the
+// extremes. Where the range overflows float32 and MLX's scale would be infinite, the step saturates so that every code
+// stays finite.
 inline AffineParameters affine_parameters(float minimum, float maximum, int bits) {
   float steps = static_cast<float>((1 << bits) - 1);
-  bool from_minimum = magnitude(minimum) > magnitude(maximum);
+  bool from_minimum = bits == 1 || magnitude(minimum) > magnitude(maximum);
   float edge = from_minimum ? minimum : maximum;
   float range = maximum - minimum;
   AffineParameters result;
@@ -267,9 +250,9 @@ inline AffineParameters affine_parameters(float minimum, float maximum, int bits
   float scale = quotient(range, steps);
   scale = scale > 1e-7f ? scale : 1e-7f;
   scale = from_minimum ? scale : -scale;
-  float zero_code = round_half_even(quotient(edge, scale));
+  float zero_code = bits == 1 ? 0.0f : round_half_even(quotient(edge, scale));
   result.scale = zero_code != 0.0f ? quotient(edge, zero_code) : scale;
-  result.bias = zero_code != 0.0f ? edge : 0.0f;
+  result.bias = zero_code != 0.0f || bits == 1 ? edge : 0.0f;
   return result;
 }
 
@@ -280,26 +263,23 @@ inline uint32_t affine_code(float value, AffineParameters parameters, int bits) 
   return static_cast<uint32_t>(code > last ? last : code);
 }
 
-// The float16 bits of a column-packed group's scale. The zeros of marlin_int4 are integers that float16 holds exactly,
-// so a scale is so large that the one furthest from 0 is below 2048.
+// The float16 bits of a column-packed group's scale. Stored zeros are integers that float16 holds exactly, so a scale
+// is so large that the one furthest from 0 is below 2048.
 inline uint32_t column_scale_bits(Mode mode, float minimum, float maximum) {
   float largest = magnitude(minimum) > magnitude(maximum) ? magnitude(minimum) : magnitude(maximum);
   float scale = 0.0f;
-  if (mode == Mode::marlin_int4) {
+  if (has_zeros(mode)) {
     // Halved, a range that overflows float32 does not.
     scale = 2.0f * quotient(0.5f * maximum - 0.5f * minimum, 15.0f);
     float least = quotient(largest, 2047.0f);
     scale = scale > least ? scale : least;
   } else {
-    scale = quotient(
-        largest,
-        mode == Mode::marlin_fp4 ? 6.0f
-                                 : (mode == Mode::marlin_fp8 ? 448.0f : (mode == Mode::marlin_int2 ? 1.5f : 7.0f)));
+    scale = quotient(largest, largest_element(mode));
   }
   scale = scale > 1e-7f ? scale : 1e-7f;
   uint32_t bits = float16_from_float(scale < 65504.0f ? scale : 65504.0f);
   // Small float16 values are coarse: rounded down, the scale would let a zero pass 2048.
-  bool is_too_small = mode == Mode::marlin_int4 && 2048.0f * float16_to_float(bits) < largest && bits < 0x7BFFu;
+  bool is_too_small = has_zeros(mode) && 2048.0f * float16_to_float(bits) < largest && bits < 0x7BFFu;
   return is_too_small ? bits + 1u : bits;
 }
 
@@ -322,9 +302,10 @@ inline uint32_t column_code(Mode mode, float value, float scale, float stored_ze
     return e4m3_from_float(scaled);
   }
   float last = static_cast<float>((1 << default_bits(mode)) - 1);
-  // Symmetric codes are rounded before 8 is added: the sum itself would round once more.
-  float code = mode == Mode::marlin_int4_sym ? round_half_even(scaled) + 8.0f
-                                             : round_half_even(scaled + column_zero(mode, stored_zero));
+  // A constant whole zero is added to the rounded value: their sum would round once more.
+  float zero = column_zero(mode, stored_zero);
+  bool is_whole = !has_zeros(mode) && zero == round_half_even(zero);
+  float code = is_whole ? round_half_even(scaled) + zero : round_half_even(scaled + zero);
   code = code > 0.0f ? code : 0.0f;  // also where code is NaN
   return static_cast<uint32_t>(code > last ? last : code);
 }
