@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import SUPPORTED
+from ..formats import MODES
 
-_GROUP_SIZES = sorted(SUPPORTED["affine"][0], reverse=True)
+_GROUP_SIZES = sorted(MODES["affine"].group_sizes, reverse=True)
 
 
 class ConvertedLinear(NamedTuple):

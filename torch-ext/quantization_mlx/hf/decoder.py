@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .._ops import ops
 from ..families import FAMILIES
-from ..formats import SUPPORTED
+from ..formats import MODES
 from ..nn.linear import QuantizedLinear
 from ..nn.obstacles import HOOKS
 from . import compat
@@ -37,7 +37,7 @@ _HEAD_MULTIPLE = 32  # of head sizes, in the attention op
 _ROW_MULTIPLE = 16  # of row sizes, in the other ops
 _SPARE_POSITIONS = 256  # added when a cache grows
 _QUERY_BLOCK = 256  # queries of a prompt that are masked together
-_MODES = list(SUPPORTED)  # the op for all layers takes a mode's index
+_MODES = list(MODES)  # the op for all layers takes a mode's index
 # Keyword arguments that request further outputs; False is the same as None.
 _REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 

@@ -16,7 +16,7 @@ from ..checkpoint.read import Checkpoint
 from ..checkpoint.record import MLX_METHOD, entry_format, format_of_tensors
 from ..checkpoint.validate import check_tensors
 from ..families import family_of
-from ..formats import Format
+from ..formats import MODES, Format
 from ..messages import listed
 from ..nn.conv1d import as_linear, finish_conv1d, place_linear
 from ..nn.module import PackedModule, QuantizedModule
@@ -363,5 +363,5 @@ def align_parameters(model: nn.Module) -> None:
 def _is_finite(scales: torch.Tensor, mode: str) -> bool:
     if scales.is_floating_point():
         return bool(scales.isfinite().all())
-    # Bytes of E8M0, or E4M3 in mode "nvfp4", that stand for no number.
-    return not bool(((scales & 0x7F) == 0x7F if mode == "nvfp4" else scales == 0xFF).any())
+    # Bytes that stand for no number.
+    return not bool(((scales & 0x7F) == 0x7F if MODES[mode].scale == "e4m3" else scales == 0xFF).any())

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from .._ops import ops
-from ..formats import COLUMN_PACKED, FLOATS
+from ..formats import FLOATS, MARLIN_MODES
 from ..ops import dequantize, quantize
 from .arrays import accepts_mlx_arrays
 from .library import MetalKernelLibrary
 
-BITS = {mode: bits for mode, (_, (bits,)) in COLUMN_PACKED.items()}
-GROUP_SIZES = COLUMN_PACKED["marlin_fp4"][0]  # the same in all modes
+BITS = {name: mode.bits[0] for name, mode in MARLIN_MODES.items()}
+GROUP_SIZES = MARLIN_MODES["marlin_fp4"].group_sizes  # the same in all modes
 
 # Called with all arguments: the fastest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._ops import ops
-from ..formats import COLUMN_PACKED, FLOATS, Format, complete_format
+from ..formats import FLOATS, MODES, Format, complete_format
 from ..messages import short_name
 from ..ops import quantize
 from .obstacles import check_class, check_state, copy_hooks
@@ -19,6 +19,9 @@ from .packed_weight import Packed, PackedWeight, packed_weight
 
 # Called with all arguments: the fastest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
+
+
+_SCALE_DTYPES = {"float16": torch.float16, "e8m0": torch.uint8, "e4m3": torch.uint8}  # "real": that of the model
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -59,21 +62,21 @@ class PackedModule(nn.Module):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a floating-point weight
         self.group_size, self.bits, self.mode = format["group_size"], format["bits"], format["mode"]
         *batch, rows, columns = shape
-        by_columns, affine = self.mode in COLUMN_PACKED, self.mode == "affine"
+        mode = MODES[self.mode]
 
         def zeros(length: int, dtype: torch.dtype) -> nn.Parameter:
-            sizes = (length, rows) if by_columns else (rows, length)
+            sizes = (length, rows) if mode.packing == "columns" else (rows, length)
             return frozen(torch.zeros(*batch, *sizes, dtype=dtype, device=device))
 
-        scale_dtype = (dtype or torch.get_default_dtype()) if affine else torch.float16 if by_columns else torch.uint8
+        scale_dtype = _SCALE_DTYPES.get(mode.scale) or dtype or torch.get_default_dtype()
         words, scales, third = self.packed_names
         self._parameters[words] = zeros(
             columns * self.bits // 32, torch.uint32
         )  # register_parameter refuses a property's name
-        for name, is_there in ((scales, True), (third, self.mode in ("affine", "marlin_int4"))):
+        for name, is_there in ((scales, True), (third, mode.offset != "none")):
             self.register_parameter(name, zeros(columns // self.group_size, scale_dtype) if is_there else None)
         self.register_buffer("_like", None, persistent=False)
-        if not affine:
+        if mode.scale != "real":  # real scales tell the dtype of `weight`
             self.follow_dtype(dtype, device)
 
     def follow_dtype(self, dtype: torch.dtype | None, device: torch.device | str | None) -> None:

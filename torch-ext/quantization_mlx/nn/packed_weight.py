@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_any, tree_map_only
 
 from .._ops import add_op_namespace_prefix, ops
-from ..formats import COLUMN_PACKED, FLOATS
+from ..formats import FLOATS, MARLIN_MODES
 from ..messages import short_name
 
 _NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
     @property
     def by_columns(self) -> bool:
         """Whether words and groups run along the columns of the matrix, as in the marlin modes."""
-        return self.mode in COLUMN_PACKED
+        return self.mode in MARLIN_MODES
 
     @property
     def shape(self) -> tuple[int, ...]:
