@@ -39,7 +39,7 @@ void set_activations(std::string_view name) {
 std::string get_activations() { return activations_of_process() == Activations::int8 ? "int8" : "exact"; }
 
 Activations activations_of(const MatmulProblem& problem) {
-  const bool may = problem.transpose && problem.weights.format.mode != Mode::mxfp8 && exact_scopes == 0;
+  const bool may = problem.transpose && !is_e4m3(problem.weights.format.mode) && exact_scopes == 0;
   const Activations wanted = activations_of_process().load(std::memory_order_relaxed);
   return may ? wanted : Activations::exact;
 }

@@ -1,17 +1,13 @@
 // Cuts a checked problem into products of one matrix with many rows, and those into tasks for the kernels.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <numeric>
-#include <string_view>
 #include <vector>
 
-#include "../environment.h"
 #include "kernels.h"
+#include "memory.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -29,29 +25,15 @@ namespace {
 
 using at::Tensor;
 
-// Rows that are packed and multiplied before the next are: bounds the working memory, and decoding a panel is small
-// beside multiplying it by this many.
+// The most rows that are packed and multiplied at once. Bounds the working memory; decoding a panel costs little beside
+// multiplying it by this many rows.
 constexpr int64_t max_rows = 512;
-// A task of fewer weights costs less than handing it to another thread.
+// The fewest weights of a task, and the fewest values of x that are packed by several threads: less work takes less
+// time than handing it to another thread.
 constexpr int64_t task_weights = 1 << 14;
-// And so does packing fewer values of x.
-constexpr int64_t serial_values = 1 << 16;
+constexpr int64_t parallel_values = 1 << 16;
 
-ScaleType scale_type_of(const QuantizedMatrices& weights) {
-  switch (weights.format.mode) {
-    case Mode::mxfp4:
-    case Mode::mxfp8: return ScaleType::e8m0;
-    case Mode::nvfp4: return ScaleType::e4m3;
-    default: break;
-  }
-  switch (weights.scales.tensor.scalar_type()) {
-    case at::kHalf: return ScaleType::float16;
-    case at::kBFloat16: return ScaleType::bfloat16;
-    default: return ScaleType::float32;
-  }
-}
-
-// Rows first <= i < first + rows of a plan, which meet the same matrix.
+// Rows first <= i < first + rows of a plan, which are multiplied by the same matrix.
 struct Run {
   int64_t matrix;
   int64_t first;
@@ -106,62 +88,6 @@ struct Rows {
   int64_t y(int64_t m) const { return plan.y_rows.empty() ? first + m : plan.y_rows[first + m]; }
 };
 
-// Working memory, aligned for any vector and not initialised. A thread keeps a little of it for its next call, so that
-// products of few rows allocate none.
-class WorkingMemory {
- public:
-  float* floats(int64_t count) {
-    if (count > count_) {
-      memory_.reset();
-      memory_.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
-      count_ = count;
-    }
-    return memory_.get();
-  }
-
-  void release_beyond(int64_t count) {
-    if (count_ > count) {
-      memory_.reset();
-      count_ = 0;
-    }
-  }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
-  };
-  std::unique_ptr<float[], Free> memory_;
-  int64_t count_ = 0;
-};
-
-constexpr int64_t kept_floats = 1 << 20;
-
-struct ThreadMemory {
-  WorkingMemory packed;  // rows of x
-  WorkingMemory scratch;  // panels and results of all threads that serve a call
-};
-
-// One call's use of the memory of its thread.
-class BorrowedMemory {
- public:
-  BorrowedMemory() = default;
-  BorrowedMemory(const BorrowedMemory&) = delete;
-  BorrowedMemory& operator=(const BorrowedMemory&) = delete;
-  ~BorrowedMemory() {
-    memory().packed.release_beyond(kept_floats);
-    memory().scratch.release_beyond(kept_floats);
-  }
-
-  float* packed(int64_t floats) { return memory().packed.floats(floats); }
-  float* scratch(int64_t floats) { return memory().scratch.floats(floats); }
-
- private:
-  static ThreadMemory& memory() {
-    static thread_local ThreadMemory memory;
-    return memory;
-  }
-};
-
 // What stays the same for every run of one op call.
 class Multiplication {
  public:
@@ -169,11 +95,8 @@ class Multiplication {
       : problem_(problem),
         weights_(problem.weights),
         y_(y),
-        int8_(activations_of(problem) == Activations::int8),
-        column_packed_(is_column_packed(problem.weights.format.mode)),
-        kernels_(int8_ ? *kernels().int8 : kernels().exact) {
-    product_.format = weights_.format;
-    product_.scale_type = scale_type_of(weights_);
+        kernels_(activations_of(problem) == Activations::int8 ? *kernels().int8 : kernels().exact) {
+    product_.format = weight_format(weights_.format, real_of(weights_.scales.tensor.scalar_type()));
     product_.x_type = real_of(problem.dtype);
     product_.bfloat16 = kernels().bfloat16;
     product_.split = kernels().split;
@@ -186,7 +109,7 @@ class Multiplication {
     Batch batch;
     int64_t batch_rows = 0;
     for (const Run& run : plan.runs) {
-      // In even parts, so that all rows of a run meet the same kernel.
+      // In even parts, so that the same kernel serves all rows of a run.
       const int64_t parts = quotient_up(run.rows, max_rows);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t begin = part * run.rows / parts;
@@ -204,7 +127,7 @@ class Multiplication {
   }
 
  private:
-  // A run, and how it is computed.
+  // A run, or a part of one, and how it is computed.
   struct Share {
     Product product;
     Rows rows;
@@ -217,7 +140,7 @@ class Multiplication {
   using Batch = c10::SmallVector<Share, 1>;
 
   Layout layout(int64_t rows) const {
-    if (!problem_.transpose && !column_packed_) {
+    if (!problem_.transpose && !product_.format.is_column_packed()) {
       return Layout::plain;
     }
     if (rows <= max_streamed_rows) {
@@ -225,29 +148,29 @@ class Multiplication {
     }
     Product product = product_;
     product.rows = rows;
-    if (kernels_.broadcasting_pays(product)) {
+    if (kernels_.broadcast_is_faster(product)) {
       return Layout::broadcast;
     }
-    return column_packed_ ? Layout::streamed : Layout::tiled;
+    return product_.format.is_column_packed() ? Layout::streamed : Layout::tiled;
   }
 
   // Columns of one task: whole kernel steps, and enough tasks for the threads.
   int64_t task_columns(Layout layout) const {
     if (layout == Layout::plain) {
-      return plain_column_multiple;
+      return plain_columns(product_.format.bits);
     }
     const int64_t threads = at::get_num_threads();
     if (layout == Layout::broadcast) {
-      // Of the thread that has most.
+      // The columns of the busiest thread.
       const auto columns_of = [&](int64_t task) { return quotient_up(quotient_up(product_.N, task), threads) * task; };
       return columns_of(max_tiled_columns) <= columns_of(broadcast_columns) ? max_tiled_columns : broadcast_columns;
     }
     const int64_t most = layout == Layout::streamed ? product_.N : max_tiled_columns;
     const int64_t even = std::max(quotient_up(product_.N, threads), task_weights / product_.K);
-    // As many for each thread, where each has several.
+    // The same number of tasks for each thread, where each has several.
     const int64_t rounds = quotient_up(product_.N, most * threads);
     const int64_t columns = even <= most ? even : quotient_up(product_.N, rounds * threads);
-    const int64_t multiple = column_packed_ ? broadcast_columns : column_multiple;
+    const int64_t multiple = product_.format.is_column_packed() ? broadcast_columns : column_multiple;
     return quotient_up(columns, multiple) * multiple;
   }
 
@@ -306,7 +229,7 @@ class Multiplication {
       kernels_.pack_row(
           share->product, share->layout, x_row(share->rows.x(row)), destination + row * share->packed_row);
     };
-    if (rows * product_.K <= serial_values) {
+    if (rows * product_.K <= parallel_values) {
       for (int64_t row = 0; row < rows; ++row) {
         pack_row(row, 0);
       }
@@ -320,7 +243,7 @@ class Multiplication {
     uint8_t* y = static_cast<uint8_t*>(y_.mutable_data_ptr());
     for (int64_t m = 0; m < product.rows; ++m) {
       const int64_t element = share.rows.y(m) * product.N + begin;
-      kernels().narrow(
+      kernels().from_float32(
           source + m * product.y_row, share.factor, columns, product.x_type, y + element * y_.element_size());
     }
   }
@@ -338,7 +261,7 @@ class Multiplication {
     store(share, result, begin, end - begin);
   }
 
-  // Every thread takes its columns of all runs: they wait for each other once, and have the same to do.
+  // Each thread takes its columns of all runs, so that threads wait for each other only once, with equal work.
   void multiply(Batch& batch, BorrowedMemory& memory) const {
     pack(batch, memory);
     int64_t thread_floats = 0;
@@ -363,8 +286,6 @@ class Multiplication {
   const MatmulProblem& problem_;
   const QuantizedMatrices& weights_;
   Tensor& y_;
-  bool int8_;
-  bool column_packed_;
   const ProductKernels& kernels_;
   Product product_{};
 };
@@ -372,29 +293,6 @@ class Multiplication {
 Tensor empty_result(const MatmulProblem& problem) {
   return at::empty(problem.shape.output, problem.x.tensor.options().dtype(problem.dtype));
 }
-
-}  // namespace
-
-const Kernels& kernels() {
-  static const Kernels& best = []() -> const Kernels& {
-    const char* wanted = environment_variable("QUANTIZATION_MLX_CPU");
-    std::string known;
-    for (const Kernels* candidate :
-         {amx_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels(), baseline_kernels()}) {
-      if (candidate == nullptr) {
-        continue;
-      }
-      if (wanted == nullptr || std::string_view(wanted) == candidate->name) {
-        return *candidate;
-      }
-      known += std::string(known.empty() ? "" : ", ") + candidate->name;
-    }
-    TORCH_CHECK_VALUE(false, "QUANTIZATION_MLX_CPU is \"", wanted, "\"; this machine has ", known, ".");
-  }();
-  return best;
-}
-
-namespace {
 
 std::string described(const char* activations) {
   return std::string(R"({"device": "cpu", "instruction_set": ")") + kernels().name + '"' +
@@ -413,7 +311,7 @@ std::string describe(const QuantizeProblem&) { return described(nullptr); }
 
 std::string describe(const DequantizeProblem&) { return described(nullptr); }
 
-Tensor quantized_matmul(const MatmulProblem& problem) {
+Tensor run(const MatmulProblem& problem) {
   Tensor y = empty_result(problem);
   if (y.numel() == 0) {
     return y;
@@ -432,7 +330,7 @@ Tensor quantized_matmul(const MatmulProblem& problem) {
   return y;
 }
 
-Tensor gather_qmm(const GatherProblem& problem) {
+Tensor run(const GatherProblem& problem) {
   const MatmulProblem& matmul = problem.matmul;
   check_range(matmul.op, "lhs_indices", problem.lhs_indices, matmul.x.count);
   check_range(matmul.op, "rhs_indices", problem.rhs_indices, matmul.weights.words.count);

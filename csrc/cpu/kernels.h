@@ -10,7 +10,29 @@ namespace quantization_mlx::cpu {
 
 enum class Real : uint8_t { float32, float16, bfloat16 };
 
+// Of a matrix; the first three are those of Real.
 enum class ScaleType : uint8_t { float32, float16, bfloat16, e8m0, e4m3 };
+
+// What kernels have to know of a mode: none of them asks for its name.
+struct WeightFormat {
+  Packing packing;
+  Element element;
+  int bits;
+  int group_size;
+  ScaleType scale_type;
+  float zero;  // of column-packed weights: the code that stands for zero where none are stored
+
+  constexpr bool is_column_packed() const { return packing == Packing::columns; }
+};
+
+// `scales`: the type of scales in modes where it is one of three.
+constexpr WeightFormat weight_format(Format format, Real scales) {
+  const ModeTraits traits = traits_of(format.mode);
+  const ScaleType scale_type = traits.scale == Scale::e8m0 ? ScaleType::e8m0
+      : traits.scale == Scale::e4m3                        ? ScaleType::e4m3
+                                                           : static_cast<ScaleType>(scales);
+  return {traits.packing, traits.element, format.bits, format.group_size, scale_type, traits.zero};
+}
 
 // How the rows of x are laid out for a kernel. Column-packed weights are multiplied in two of these layouts.
 enum class Layout : uint8_t {
@@ -22,8 +44,7 @@ enum class Layout : uint8_t {
 
 // Several rows of x times one quantized matrix. Lengths count elements.
 struct Product {
-  Format format;
-  ScaleType scale_type;
+  WeightFormat format;
   Real x_type;
   bool bfloat16;  // may multiply in bfloat16; only where Kernels::bfloat16 allows it
   bool split;  // and in sums of bfloat16 values, where these are exact; only where Kernels::split says that it is fast
@@ -36,6 +57,9 @@ struct Product {
   int64_t rows;
   int64_t y_row;  // floats from one row of a result to the next; whole broadcast_columns for that layout, and in
                   // column-packed modes
+
+  // Whether the code 0 stands for something else than zero.
+  bool has_offset() const { return biases != nullptr || format.zero != 0.0f; }
 };
 
 // One query position of the heads that share keys and values, against all positions up to it.
@@ -54,7 +78,6 @@ struct Attention {
 
 // What stands between the products of a decoder; n is a multiple of 16.
 struct DecoderKernels {
-  void (*widen)(Real type, const void* source, int64_t n, float* destination);
   // x / sqrt(mean(x^2) + epsilon) * weight; y may be x.
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* y);
   // silu(gates) * values; y may be either.
@@ -67,7 +90,7 @@ struct DecoderKernels {
 // One way of computing products.
 struct ProductKernels {
   // Whether the broadcasting product is faster than the tiled one or, of column-packed weights, than the streamed one.
-  bool (*broadcasting_pays)(const Product&);
+  bool (*broadcast_is_faster)(const Product&);
   // Floats that one packed row of x occupies.
   int64_t (*packed_row)(const Product&, Layout);
   void (*pack_row)(const Product&, Layout, const void* row, float* packed);
@@ -88,8 +111,10 @@ struct Kernels {
   // With activations quantized to int8: streamed and broadcast, for any mode but mxfp8. Null where the machine lacks
   // instructions that they need.
   const ProductKernels* int8;
-  // source * factor, rounded to the nearest.
-  void (*narrow)(const float* source, float factor, int64_t n, Real type, void* destination);
+  // A row of values as float32, and source * factor rounded to nearest, ties to even. The former may write zeros behind
+  // its n floats, up to a multiple of 16.
+  void (*to_float32)(Real type, const void* source, int64_t n, float* destination);
+  void (*from_float32)(const float* source, float factor, int64_t n, Real type, void* destination);
   DecoderKernels decoder;
 };
 
@@ -98,11 +123,11 @@ constexpr int64_t max_streamed_rows = 4;
 
 // How the caller cuts the N columns into tasks: of at most max_tiled_columns for the tiled and the broadcasting
 // product, best in multiples of column_multiple; the latter in multiples of broadcast_columns, and the plain one in
-// those of plain_column_multiple.
+// those of plain_columns, which are whole blocks of the widest vectors.
 constexpr int64_t max_tiled_columns = 64;
 constexpr int64_t broadcast_columns = 32;
 constexpr int64_t column_multiple = 4;
-constexpr int64_t plain_column_multiple = 256;
+constexpr int64_t plain_columns(int bits) { return unit_elements(bits) > 16 ? 512 : 256; }
 
 // Null where the build or the machine lacks the instruction set.
 const Kernels* baseline_kernels();

@@ -49,9 +49,20 @@ void unpack_codes(const uint8_t* source, int count, int bits, uint32_t* codes) {
   }
 }
 
-float decode_scale(Mode mode, uint8_t scale) {
-  return mode == Mode::nvfp4 ? e4m3_to_float(scale) : e8m0_to_float(scale);
+float decode_scale(Scale type, uint8_t scale) {
+  return type == Scale::e4m3 ? e4m3_to_float(scale) : e8m0_to_float(scale);
 }
+
+// The value of each code before it is scaled.
+struct CodeValues {
+  float of[256];
+
+  explicit CodeValues(Format format) {
+    for (uint32_t code = 0; code < 1u << format.bits; ++code) {
+      of[code] = element_value(format.mode, code);
+    }
+  }
+};
 
 template <typename T>
 void quantize_affine(const float* values, Format format, uint32_t* codes, T* scale, T* bias) {
@@ -64,8 +75,8 @@ void quantize_affine(const float* values, Format format, uint32_t* codes, T* sca
   *bias = static_cast<T>(parameters.bias);
 }
 
-// encode is nvfp4_encode_factor of the global scale, or 1. Quotients round to T, the type of w, as in MLX: that matters
-// where they are subnormal in float16, and in nvfp4.
+// `encode` is nvfp4_encode_factor of the global scale, or 1. Quotients round to T, the type of w, as in MLX: that
+// matters where they are subnormal in float16, and with E4M3 scales.
 template <typename T>
 void quantize_fp(const float* values, Format format, float encode, uint32_t* codes, uint8_t* scale) {
   const auto rounded = [](float quotient) { return static_cast<float>(static_cast<T>(quotient)); };
@@ -73,14 +84,17 @@ void quantize_fp(const float* values, Format format, float encode, uint32_t* cod
   for (int i = 0; i < format.group_size; ++i) {
     absmax = std::max(absmax, magnitude(values[i]));
   }
-  const bool nvfp4 = format.mode == Mode::nvfp4;
+  const ModeTraits traits = traits_of(format.mode);
+  const bool e4m3_scale = traits.scale == Scale::e4m3;
   const float ratio = rounded(fp_scale_ratio(format.mode, absmax));
-  *scale = static_cast<uint8_t>(nvfp4 ? e4m3_from_float(ratio * encode) : e8m0_from_ratio(ratio));
-  const float decoded = decode_scale(format.mode, *scale);
+  *scale = static_cast<uint8_t>(e4m3_scale ? e4m3_from_float(ratio * encode) : e8m0_from_ratio(ratio));
+  const float decoded = decode_scale(traits.scale, *scale);
   for (int i = 0; i < format.group_size; ++i) {
-    // An nvfp4 group too small for any scale becomes zeros.
-    const float value = decoded == 0.0f ? 0.0f : nvfp4 ? rounded(values[i] / decoded) * encode : values[i] / decoded;
-    codes[i] = format.mode == Mode::mxfp8 ? e4m3_from_float(value) : e2m1_from_float(value);
+    // A group too small for any E4M3 scale becomes zeros.
+    const float value = decoded == 0.0f ? 0.0f
+        : e4m3_scale                    ? rounded(values[i] / decoded) * encode
+                                        : values[i] / decoded;
+    codes[i] = traits.element == Element::e4m3 ? e4m3_from_float(value) : e2m1_from_float(value);
   }
 }
 
@@ -123,6 +137,8 @@ void dequantize_groups(const DequantizeProblem& problem, Tensor& result) {
   const float factor =
       weights.global_scale.defined() ? nvfp4_decode_factor(*weights.global_scale.const_data_ptr<float>()) : 1.0f;
   T* destination = result.mutable_data_ptr<T>();
+  const CodeValues code_values(format);
+  const Scale scale_type = traits_of(format.mode).scale;
   parallel_tasks((groups + task_groups - 1) / task_groups, [&](int64_t task, int) {
     for (int64_t group = task * task_groups; group < std::min(groups, (task + 1) * task_groups); ++group) {
       uint32_t codes[max_group_size];
@@ -133,11 +149,11 @@ void dequantize_groups(const DequantizeProblem& problem, Tensor& result) {
         scale = static_cast<float>(scales.const_data_ptr<S>()[group]);
         bias = static_cast<float>(biases.const_data_ptr<S>()[group]);
       } else {
-        scale = decode_scale(format.mode, scales.const_data_ptr<uint8_t>()[group]) * factor;
+        scale = decode_scale(scale_type, scales.const_data_ptr<uint8_t>()[group]) * factor;
       }
       T* values = destination + group * format.group_size;
       for (int i = 0; i < format.group_size; ++i) {
-        values[i] = static_cast<T>(element_value(format.mode, codes[i]) * scale + bias);
+        values[i] = static_cast<T>(code_values.of[codes[i]] * scale + bias);
       }
     }
   });
@@ -226,10 +242,7 @@ void dequantize_columns(const DequantizeProblem& problem, Tensor& result) {
   const uint32_t mask = (1u << format.bits) - 1;
   const int64_t group_words = format.group_size / word_codes;
   const uint32_t* packed = static_cast<const uint32_t*>(words.const_data_ptr());
-  float elements[256];
-  for (uint32_t code = 0; code <= mask; ++code) {
-    elements[code] = element_value(format.mode, code);
-  }
+  const CodeValues code_values(format);
   for_column_groups(scales.numel() / N, N, [&](const ColumnGroup& columns) {
     const int64_t first = columns.matrix_group * N + columns.begin;
     float scale[columns_at_once];
@@ -245,7 +258,7 @@ void dequantize_columns(const DequantizeProblem& problem, Tensor& result) {
       T* destination = result.mutable_data_ptr<T>() + word_row * word_codes * N + columns.begin;
       for (int i = 0; i < word_codes; ++i) {
         for (int64_t c = 0; c < columns.count(); ++c) {
-          const float element = elements[source[c] >> (i * format.bits) & mask];
+          const float element = code_values.of[source[c] >> (i * format.bits) & mask];
           destination[i * N + c] = static_cast<T>((element - zero[c]) * scale[c]);
         }
       }
@@ -265,7 +278,7 @@ void with_type(at::ScalarType dtype, const Function& function) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> quantize(const QuantizeProblem& problem) {
+std::tuple<Tensor, Tensor, Tensor> run(const QuantizeProblem& problem) {
   auto [words, scales, biases] = empty_quantized(problem);
   with_type(problem.w.scalar_type(), [&, &words = words, &scales = scales, &biases = biases](auto type) {
     using T = decltype(type);
@@ -278,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const QuantizeProblem& problem) {
   return {words, scales, biases};
 }
 
-Tensor dequantize(const DequantizeProblem& problem) {
+Tensor run(const DequantizeProblem& problem) {
   const auto options = problem.weights.words.tensor.options().dtype(problem.dtype);
   Tensor result = at::empty(problem.output, options);
   if (result.numel() == 0) {

@@ -23,12 +23,14 @@ namespace {
 
 struct Case {
   Format format;
-  ScaleType scale_type;
+  Real scales;  // their type where the mode leaves it open
   Real x_type;
   int64_t rows;
   int64_t K;
   int64_t N;
   bool transpose;
+
+  ScaleType scale_type() const { return weight_format(format, scales).scale_type; }
 };
 
 std::mt19937 random_bits(1);
@@ -63,10 +65,6 @@ double read_real(const std::vector<uint8_t>& bytes, Real type, int64_t index) {
   return type == Real::bfloat16 ? float_from_bits(static_cast<uint32_t>(half) << 16) : float16_to_float(half);
 }
 
-Real real_of(ScaleType type) {
-  return type == ScaleType::float16 ? Real::float16 : (type == ScaleType::bfloat16 ? Real::bfloat16 : Real::float32);
-}
-
 struct Weights {
   std::vector<uint8_t> words;
   std::vector<uint8_t> scales;
@@ -83,15 +81,15 @@ Weights random_weights(const Case& test, int64_t elements) {
     }
   }
   for (int64_t group = 0; group < elements / test.format.group_size; ++group) {
-    switch (test.scale_type) {
+    switch (test.scale_type()) {
       case ScaleType::e8m0: weights.scales.push_back(static_cast<uint8_t>(120 + random_bits() % 12)); break;
       case ScaleType::e4m3: weights.scales.push_back(static_cast<uint8_t>(random_bits() % 0x7F)); break;
       default:
-        append_real(weights.scales, real_of(test.scale_type), uniform());
+        append_real(weights.scales, test.scales, uniform());
         if (has_biases(test.format.mode)) {
-          append_real(weights.biases, real_of(test.scale_type), uniform() * 8);
+          append_real(weights.biases, test.scales, uniform() * 8);
         } else if (has_zeros(test.format.mode)) {
-          append_real(weights.biases, real_of(test.scale_type), std::nearbyint(uniform() * 20));
+          append_real(weights.biases, test.scales, std::nearbyint(uniform() * 20));
         }
     }
   }
@@ -127,8 +125,8 @@ Weight decoded(const Case& test, const Weights& weights, const Place& place) {
     code |= (weights.words[position / 8] >> position % 8 & 1u) << bit;
   }
   const double element = element_value(test.format.mode, code);
-  const Real type = real_of(test.scale_type);
-  switch (test.scale_type) {
+  const Real type = test.scales;
+  switch (test.scale_type()) {
     case ScaleType::e8m0: return {element * e8m0_to_float(weights.scales[place.group]), 0.0};
     case ScaleType::e4m3: return {element * e4m3_to_float(weights.scales[place.group]), 0.0};
     default: break;
@@ -231,8 +229,7 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8, b
   const Exactly activations(x, 1);
 
   Product product{};
-  product.format = test.format;
-  product.scale_type = test.scale_type;
+  product.format = weight_format(test.format, test.scales);
   product.x_type = test.x_type;
   product.bfloat16 = kernels.bfloat16;
   product.split = kernels.split;
@@ -312,7 +309,7 @@ bool nearest(Real type, uint32_t bits, float exact) {
       !(size < infinity && beaten_by(size + 1));
 }
 
-bool narrows(const Kernels& kernels, Real type) {
+bool rounds_to_nearest(const Kernels& kernels, Real type) {
   const float factor = 2.0f;
   std::vector<float> source{0.0f, -0.0f, INFINITY, -INFINITY, 32760.0f, 32759.998f, NAN, -NAN};
   for (int exponent = -150; exponent < 127; ++exponent) {
@@ -324,7 +321,7 @@ bool narrows(const Kernels& kernels, Real type) {
   }
   const size_t bytes = type == Real::float32 ? 4 : 2;
   const Exactly<uint8_t> result(source.size() * bytes, 1);
-  kernels.narrow(source.data(), factor, static_cast<int64_t>(source.size()), type, result.get());
+  kernels.from_float32(source.data(), factor, static_cast<int64_t>(source.size()), type, result.get());
   for (size_t i = 0; i < source.size(); ++i) {
     const float exact = source[i] * factor;
     uint32_t bits = 0;
@@ -333,36 +330,33 @@ bool narrows(const Kernels& kernels, Real type) {
         ? std::isnan(exact) ? std::isnan(float_from_bits(bits)) : bits_from_float(exact) == bits
         : nearest(type, bits, exact);
     if (!right) {
-      std::printf("%s: %g narrowed to type %d is %x\n", kernels.name, exact, static_cast<int>(type), bits);
+      std::printf("%s: %g rounded to type %d is %x\n", kernels.name, exact, static_cast<int>(type), bits);
       return false;
     }
   }
   return true;
 }
 
+// Of column-packed weights the smallest and the largest groups.
 std::vector<Format> formats() {
-  std::vector<Format> all{{Mode::mxfp4, 4, 32}, {Mode::mxfp8, 8, 32}, {Mode::nvfp4, 4, 16}};
-  for (int bits : {2, 3, 4, 5, 6, 8}) {
-    for (int group_size : {32, 64, 128}) {
-      all.push_back({Mode::affine, bits, group_size});
-    }
-  }
-  for (int mode = static_cast<int>(Mode::marlin_fp4); mode < mode_count(); ++mode) {
-    for (int group_size : {32, 128}) {
-      all.push_back({static_cast<Mode>(mode), default_bits(static_cast<Mode>(mode)), group_size});
+  std::vector<Format> all;
+  for (int mode = 0; mode < mode_count(); ++mode) {
+    for (int bits = 1; bits <= 8; ++bits) {
+      for (int group_size : {16, 32, 64, 128}) {
+        const Format format{static_cast<Mode>(mode), bits, group_size};
+        const bool is_one_bit = format.mode == Mode::affine && bits == 1 && group_size >= 32;
+        if ((is_supported(format) || is_one_bit) && !(is_column_packed(format.mode) && group_size == 64)) {
+          all.push_back(format);
+        }
+      }
     }
   }
   return all;
 }
 
-std::vector<ScaleType> scale_types(Mode mode) {
-  switch (mode) {
-    case Mode::mxfp4:
-    case Mode::mxfp8: return {ScaleType::e8m0};
-    case Mode::nvfp4: return {ScaleType::e4m3};
-    case Mode::affine: return {ScaleType::float32, ScaleType::float16, ScaleType::bfloat16};
-    default: return {ScaleType::float16};
-  }
+std::vector<Real> scale_types(Mode mode) {
+  const bool is_real = traits_of(mode).scale == Scale::real;
+  return is_real ? std::vector<Real>{Real::float32, Real::float16, Real::bfloat16} : std::vector<Real>{Real::float16};
 }
 
 bool check(const Kernels& kernels, bool brief) {
@@ -375,12 +369,12 @@ bool check(const Kernels& kernels, bool brief) {
       std::printf(
           "%s%s: mode %d bits %d group_size %d scale type %d x type %d rows %d K %d N %d layout %d: %g of the bound\n",
           kernels.name, what, static_cast<int>(test.format.mode), test.format.bits, test.format.group_size,
-          static_cast<int>(test.scale_type), static_cast<int>(test.x_type), static_cast<int>(test.rows),
+          static_cast<int>(test.scale_type()), static_cast<int>(test.x_type), static_cast<int>(test.rows),
           static_cast<int>(test.K), static_cast<int>(test.N), static_cast<int>(layout), worst);
     }
   };
   for (const Format format : formats()) {
-    for (const ScaleType scale_type : scale_types(format.mode)) {
+    for (const Real scales : scale_types(format.mode)) {
       for (const Real x_type : {Real::float32, Real::float16, Real::bfloat16}) {
         for (const int64_t rows : {1, 2, 3, 4, 7, 13}) {
           for (const int64_t groups : {1, 3, 37}) {
@@ -403,11 +397,11 @@ bool check(const Kernels& kernels, bool brief) {
               const int64_t columns = streamed_columns         ? (wide ? 139 : 21)
                   : layout == Layout::broadcast && groups < 37 ? 39
                                                                : 7;
-              const Case test{format,   scale_type, x_type, rows, transpose ? packed : 5, transpose ? columns : packed,
+              const Case test{format,   scales, x_type, rows, transpose ? packed : 5, transpose ? columns : packed,
                               transpose};
               report(kernels, test, layout, run(kernels, test, layout, false, skipped), "");
               const bool by_int8 = layout == Layout::streamed || layout == Layout::broadcast;
-              if (kernels.int8 != nullptr && by_int8 && format.mode != Mode::mxfp8 && !columns_packed) {
+              if (kernels.int8 != nullptr && by_int8 && !is_e4m3(format.mode) && !columns_packed) {
                 Case wide = test;
                 wide.N = 45;
                 report(kernels, wide, layout, run(kernels, wide, layout, true, skipped), " int8");
@@ -420,7 +414,7 @@ bool check(const Kernels& kernels, bool brief) {
   }
   for (const Real type : {Real::float32, Real::float16, Real::bfloat16}) {
     ++cases;
-    failures += narrows(kernels, type) ? 0 : 1;
+    failures += rounds_to_nearest(kernels, type) ? 0 : 1;
   }
   std::printf("%s: %d cases, %d failures\n", kernels.name, cases, failures);
   return failures == 0;

@@ -18,7 +18,7 @@ from covering import mostly_exhaustive
 from repository import ROOT
 
 TEST = ROOT / "tests/cpu/cpu_kernels.cpp"
-KERNELS = [next((ROOT / "csrc/cpu").rglob(f"{isa}.cpp")) for isa in ("baseline", "avx2", "avx512", "neon")]
+KERNELS = [ROOT / f"csrc/cpu/isa/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")]
 SOURCES = (TEST, *KERNELS)
 
 

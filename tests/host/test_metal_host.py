@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -226,6 +227,11 @@ def test_objects_are_released():
     assert grown <= kept
 
 
+def instances_in(compiled: dict) -> list[str]:
+    """Names of the kernels that a library was compiled for."""
+    return re.findall(r'host_name\("(\w+)"\)', compiled["source"])
+
+
 def test_pipelines_are_made_once_by_many_threads():
     packed = on_mps(weights(72, 128, "nvfp4"))
     x = oracle.random_x(3, 128).to(torch.bfloat16)
@@ -235,7 +241,7 @@ def test_pipelines_are_made_once_by_many_threads():
         results = list(pool.map(lambda _: product(x.to("mps"), packed, "nvfp4"), range(16)))
     for result in results:
         assert_close(result, expected)
-    compiled = [tuple(sorted(record["macros"].items())) for record in mps.logs()["compiles"]]
+    compiled = [instance for record in mps.logs()["compiles"] for instance in instances_in(record)]
     assert len(compiled) == len(set(compiled))
 
 
@@ -278,7 +284,7 @@ def test_environment_names_another_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("macos", "version"), [(1400, 310), (1500, 320), (2600, 400), (2602, 400)])
-def test_language_and_macros(macos, version):
+def test_language(macos, version):
     done = in_new_process(
         f"""
         mps.set_gpu("applegpu_g17s", {macos})
@@ -295,12 +301,8 @@ def test_language_and_macros(macos, version):
     for record in compiles:
         assert record["version"] == version
         assert record["safe_math"]
-        assert record["macros"] == {
-            "QUANTIZATION_MLX_TYPES": "4",
-            "QUANTIZATION_MLX_MODES": "4",
-            "QUANTIZATION_MLX_GROUP_SIZES": "2",
-            "QUANTIZATION_MLX_BITS": "256",
-        }
+        assert len(instances_in(record)) == 1 and not record["macros"]
+    assert {name for record in compiles for name in instances_in(record)} >= set(kernels)
     assert any("nax" in kernel for kernel in kernels) == (macos == 2602)
 
 
@@ -323,7 +325,7 @@ def test_error_of_the_compiler_reaches_the_caller():
     )
     assert done.returncode == 0, done.stderr
     message = (
-        "[quantization_mlx] Metal does not compile metal/quantize.metal for affine_quantize_float32_gs_64_b_4:\n"
+        "[quantization_mlx] Metal does not compile affine_quantize_float32_gs_64_b_4 of quantize.metal:\n"
         "metal/quantize.h:7: error: something is wrong\n"
     )
     assert done.stdout == message * 2 + "mps:0\n"
@@ -493,7 +495,7 @@ def test_embedded_shaders_hold_each_header_once(tmp_path):
     text = output.read_text()
     shaders = dict(part.split('", R"metal(', 1) for part in text.split(')metal"') if 'R"metal(' in part)
     shaders = {name.rsplit('{"', 1)[1]: source for name, source in shaders.items()}
-    assert set(shaders) == {path.stem for path in (ROOT / "metal").glob("*.metal")}
+    assert set(shaders) == {path.stem for path in (ROOT / "metal").rglob("*.metal")}
     for name, source in shaders.items():
         assert '#include "' not in source and "#pragma once" not in source
         for path in {line.split('"')[1] for line in source.splitlines() if line.startswith("#line 1 ")}:

@@ -21,7 +21,8 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 import oracle
 from oracle import FORMATS, name_of
 from quantization_mlx import QuantizedEmbedding, QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.recipes import RECIPES, QuantizationReport, mixed_recipe, quantization_report
+from quantization_mlx.quantization.recipes import RECIPES, mixed_recipe
+from quantization_mlx.quantization.report import QuantizationReport, quantization_report
 
 # Recipes look at paths and at how many layers there are; sizes do not matter. The demo's model has 30 layers.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -149,7 +150,7 @@ def test_errors_and_sizes_of_every_format(format: oracle.Format) -> None:
 
 
 def test_layers_in_several_parts_and_more_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantization_mlx.recipes._CHUNK", 5 * 64)  # 5 rows at a time, of 3 * 17
+    monkeypatch.setattr("quantization_mlx.quantization.report._CHUNK", 5 * 64)  # 5 rows at a time, of 3 * 17
     format = oracle.Format("affine", 32, 4)
     weight = torch.randn(3, 17, 64, generator=oracle.generator(4))
     experts = QuantizedLinear(64, 17, False, 32, 4)

@@ -40,12 +40,13 @@ from quantization_mlx import (
     unpatch_peft,
     unpatch_transformers,
 )
-from quantization_mlx.experts import Llama4Experts, QuantizedSwitchLinear, SwitchLinear
+from quantization_mlx.families.llama4 import Llama4Experts
+from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
+from quantization_mlx.hf.quantizer import MLXConfig, columns_of_layers
 from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, load_quantized, save_quantized
 from quantization_mlx.marlin.experts import ColumnPackedSwitchLinear
-from quantization_mlx.metal_checkpoint import metal_to_mlx, mlx_to_metal
-from quantization_mlx.quantizer import MLXConfig, columns_of_layers
-from quantization_mlx.recipes import QuantizationReport
+from quantization_mlx.nn.switch import QuantizedSwitchLinear, SwitchLinear
+from quantization_mlx.quantization.report import QuantizationReport
 
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
 

@@ -36,10 +36,13 @@ import oracle
 from disk import fill_disk
 from oracle import FLOAT_FORMATS, SOME_FORMATS, name_of
 from quantization_mlx import cli
-from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.modules import QuantizedEmbedding, QuantizedLinear
-from quantization_mlx.staging import staged
-from quantization_mlx.stored import format_of_tensors
+from quantization_mlx.checkpoint.record import format_of_tensors
+from quantization_mlx.checkpoint.staging import staged
+from quantization_mlx.hf.load import load_checkpoint
+from quantization_mlx.hf.save import save_checkpoint
+from quantization_mlx.nn.embedding import QuantizedEmbedding
+from quantization_mlx.nn.linear import QuantizedLinear
+from quantization_mlx.quantization.model import quantize_model
 
 VOCABULARY = 96
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])

@@ -33,7 +33,7 @@ from transformers import (
 import oracle
 from disk import fill_disk
 from quantization_mlx import QuantizedSwitchLinear, load_checkpoint, quantized_matmul
-from quantization_mlx.foreign import (
+from quantization_mlx.convert.checkpoint import (
     ConvertedLinear,
     convert_awq,
     convert_compressed_tensors,

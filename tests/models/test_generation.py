@@ -17,7 +17,6 @@ from torch.nn import functional as F
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from peft import LoraConfig, get_peft_model
-from quantization_mlx._ops import ops
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -33,10 +32,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import oracle
 from oracle import DTYPES, name_of
-from quantization_mlx import generation
-from quantization_mlx.checkpoint import dequantize_model, load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.compat import cache_name
-from quantization_mlx.generation import prepare_for_generation
+from quantization_mlx._ops import ops
+from quantization_mlx.hf import decoder as generation
+from quantization_mlx.hf.compat import cache_name
+from quantization_mlx.hf.decoder import prepare_for_generation
+from quantization_mlx.hf.load import load_checkpoint
+from quantization_mlx.hf.save import save_checkpoint
+from quantization_mlx.quantization.model import dequantize_model, quantize_model
 from repository import ROOT
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

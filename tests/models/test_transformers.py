@@ -37,9 +37,9 @@ from quantization_mlx import (
     save_checkpoint,
     unpatch_transformers,
 )
-from quantization_mlx.metal_checkpoint import metal_to_mlx, mlx_to_metal
-from quantization_mlx.quantizer import MLXConfig
-from quantization_mlx.transformers_integration import patched_transformers
+from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
+from quantization_mlx.hf.patch import patched_transformers
+from quantization_mlx.hf.quantizer import MLXConfig
 from repository import ROOT
 from test_checkpoint import (
     TOKENS,

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from quantization_mlx._ops import ops
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +19,7 @@ import oracle
 import quantization_mlx as qm
 from devices import NATIVE_DEVICES
 from oracle import DTYPES, FLOAT_FORMATS, SOME_FORMATS, Format, Quantized, name_of
+from quantization_mlx._ops import ops
 from quantization_mlx.marlin import (
     MetalKernelLibrary,
     dispatch_gemm_fp4,

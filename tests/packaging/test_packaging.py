@@ -94,6 +94,12 @@ def test_build_toml_lists_every_source():
     assert set(kernel_builder.sources()) == on_disk
 
 
+def test_shaders_have_stems_of_their_own():
+    """kernel-builder names what it compiles of them by the stem alone."""
+    stems = [Path(path).stem for path in kernel_builder.sources() if path.endswith(".metal")]
+    assert len(stems) == len(set(stems)) > 1
+
+
 def test_every_backend_has_a_kernel_section():
     """Without one, nix builds the backend as pure Python."""
     build = kernel_builder.configuration()

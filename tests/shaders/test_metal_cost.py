@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import metal_cost
 from metal_cost import COLUMN_FORMATS, FORMATS, Call, Cost
 
-TILE_K = 32  # csrc/metal/launch.h
+TILE_K = 32  # csrc/gpu/launch.h
 
 
 def product(call: Call, gpu: str = metal_cost.GPU) -> Cost:

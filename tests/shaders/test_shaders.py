@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import shutil
 import struct
 import subprocess
@@ -21,10 +22,8 @@ import softmetal
 from oracle import DTYPES, FORMATS, SOME_FORMATS, Format, Quantized
 from repository import ROOT
 
-# Masks of metal/instantiate.h
-TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 4}
-MODES = {mode: 1 << bit for bit, mode in enumerate(("affine", "mxfp4", "mxfp8", "nvfp4", *oracle.MARLIN_BITS))}
-# csrc/metal/launch.h
+METAL = ROOT / "metal/quantized"
+# csrc/gpu/launch.h
 ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)
 PRODUCT_PARAMS, GATHER_TAIL, SUM_PARTS_PARAMS = "<14q6i", "<2i", "<2i"
 QUANTIZE_PARAMS, QUANTIZE_COLUMNS_PARAMS = "<q", "<qi4x"
@@ -57,7 +56,7 @@ COLUMN_FORMATS = tuple(
 
 @functools.cache
 def library(stem: str) -> softmetal.Library:
-    return softmetal.compile(ROOT / f"metal/{stem}.metal")
+    return softmetal.compile(METAL / f"{stem}.metal")
 
 
 def kernel_name(format: Format, op: str, dtype: torch.dtype, rows: int = 1) -> str:
@@ -302,39 +301,19 @@ def test_names():
         assert set(found) == names
 
 
-def mode_of(kernel: str) -> str:
-    return max((mode for mode in MODES if kernel.startswith(f"{mode}_")), key=len, default="")
-
-
-@pytest.mark.parametrize("format", (*SOME_FORMATS, *COLUMN_FORMATS), ids=oracle.name_of)
-def test_library_of_one_format(format):
-    """What is compiled at first use: the kernels of one type and format."""
-    defines = {
-        "TYPES": TYPES[torch.bfloat16],
-        "MODES": MODES[format.mode],
-        "GROUP_SIZES": format.group_size // 16,
-        "BITS": 1 << format.bits,
-    }
-    one = {f"QUANTIZATION_MLX_{name}": value for name, value in defines.items()}
-    for stem in ("matvec", "matmul", "quantize"):
-        found = softmetal.compile(ROOT / f"metal/{stem}.metal", defines=one).kernels
-        kind = f"_bfloat16_gs_{format.group_size}_b_{format.bits}"
-        expected = [name for name in library(stem).kernels if mode_of(name) == format.mode and kind in name]
-        assert sorted(found) == sorted([*expected, *(["sum_parts_bfloat16"] if stem == "matvec" else [])])
-
-
 @pytest.mark.parametrize("stem", ("matvec", "matmul", "quantize"))
 @pytest.mark.parametrize("standard", ("metal3.1", "metal4.0"))
 def test_language_versions(stem, standard):
     """C++14 and C++17, for each kind of packing."""
+    compiled = softmetal.compile(METAL / f"{stem}.metal", standard=standard)
     for format in (*SOME_FORMATS, *COLUMN_FORMATS[:3]):
-        defines = {"MODES": MODES[format.mode], "GROUP_SIZES": format.group_size // 16, "BITS": 1 << format.bits}
-        one = {f"QUANTIZATION_MLX_{name}": value for name, value in defines.items()}
-        softmetal.compile(ROOT / f"metal/{stem}.metal", defines=one, standard=standard).check()
+        end = re.compile(rf"_gs_{format.group_size}_b_{format.bits}(_rows_\d+)?")
+        names = [name for name in compiled.kernels if name.startswith(f"{format.mode}_") and end.search(name)]
+        compiled.check(names)
 
 
 @pytest.mark.parametrize("version", ["3.1", "4.0"])
-@pytest.mark.parametrize("shader", sorted((ROOT / "metal").glob("*.metal")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("shader", sorted((ROOT / "metal").rglob("*.metal")), ids=lambda path: path.stem)
 def test_lint(shader, version):
     found = softmetal.lint(shader, standard=f"metal{version}")
     assert [str(finding) for finding in found if finding.level != "note" and finding.rule != "cpp17"] == []
@@ -351,7 +330,7 @@ def test_launch_structs(tmp_path):
     }
     checks = "".join(f"static_assert(sizeof(quantization_mlx::{name}) == {size});" for name, size in sizes.items())
     source = tmp_path / "sizes.cpp"
-    source.write_text(f'#include "{ROOT}/csrc/metal/launch.h"\n{checks}\n')
+    source.write_text(f'#include "{ROOT}/csrc/gpu/launch.h"\n{checks}\n')
     subprocess.run([shutil.which("c++") or "clang++", "-std=c++17", "-fsyntax-only", str(source)], check=True)
 
 
@@ -532,9 +511,7 @@ BARRIER_USERS = {
     "matvec_columns": ("matvec", COLUMN_FORMATS[0], ("qvm", "gather_qvm"), (1, 4)),
 }
 BARRIERS = [
-    (header, number)
-    for header in BARRIER_USERS
-    for number in range((ROOT / f"metal/{header}.h").read_text().count(BARRIER))
+    (header, number) for header in BARRIER_USERS for number in range((METAL / f"{header}.h").read_text().count(BARRIER))
 ]
 
 
@@ -542,17 +519,18 @@ BARRIERS = [
 def test_every_barrier_is_needed(header, number, monkeypatch):
     """Without any one of them, the device reports a race."""
     stem, format, ops, row_counts = BARRIER_USERS[header]
-    parts = (ROOT / f"metal/{header}.h").read_text().split(BARRIER)
+    parts = (METAL / f"{header}.h").read_text().split(BARRIER)
     without = BARRIER.join(parts[: number + 1]) + BARRIER.join(parts[number + 1 :])
-    source = (ROOT / f"metal/{stem}.metal").read_text()
+    source = (METAL / f"{stem}.metal").read_text().partition("// --- Instances")[0]
     if header == "tile":
-        source = source.replace('#include "matmul.h"', (ROOT / "metal/matmul.h").read_text())
+        source = source.replace('#include "matmul.h"', (METAL / "matmul.h").read_text())
         large = oracle.random_large(format, 70, 128)
         monkeypatch.setattr(oracle, "random_quantized", lambda *shape, **options: large)
     source = source.replace(f'#include "{header}.h"', without)
-    one = {"TYPES": 2, "MODES": MODES[format.mode], "GROUP_SIZES": format.group_size // 16, "BITS": 1 << format.bits}
-    defines = {f"QUANTIZATION_MLX_{name}": value for name, value in one.items()}
-    broken = softmetal.compile(source, include_dirs=[ROOT / "metal"], defines=defines)
+    kernels = f"{stem.upper()}_KERNELS_{'columns' if format.is_column_packed else 'rows'}"
+    instances = f"EACH_WIDTH({format.bits}, {format.group_size}, {kernels}, {format.mode}, float16, half)"
+    source += f'#include "formats.h"\nnamespace quantization_mlx {{\n{instances}\n}}\n'
+    broken = softmetal.compile(source, include_dirs=[METAL])
     monkeypatch.setattr(sys.modules[__name__], "library", lambda stem: broken)
     errors = ""
     for op in ops:

@@ -446,13 +446,14 @@ def test_without_checks():
 
 # --- The shaders -----------------------------------------------------------------------------------------------------
 
-ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)  # csrc/metal/launch.h
+ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)  # csrc/gpu/launch.h
 PRODUCT_PARAMS, GATHER_PARAMS = "<14q6i", "<14q8i"
+SHADER = ROOT / "metal/quantized/matmul_tensor.metal"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 COLUMNS = DEPTH = 64
 GATHER_ROWS = 32
 FOUR_BIT = Format("affine", 64, 4)
 NVFP4 = Format("nvfp4", 16, 4)
-MODES = ("affine", "mxfp4", "mxfp8", "nvfp4", *oracle.MARLIN_BITS)
 # One format for each width and each kind of scale.
 EACH_WIDTH = (
     *(
@@ -476,19 +477,11 @@ def memory(tensor: Tensor | None) -> np.ndarray | None:
 
 
 @functools.cache
-def library(format: Format, dtype: torch.dtype, constants: frozenset[int], layout: int = 0):
-    """What a host compiles for one call: one type and one format. layout: which thread holds which of the sums."""
-    defines = {
-        "SOFTMETAL_TENSOR_LAYOUT": layout,
-        "QUANTIZATION_MLX_TYPES": {torch.float16: 2, torch.bfloat16: 4}[dtype],
-        "QUANTIZATION_MLX_MODES": 1 << MODES.index(format.mode),
-        "QUANTIZATION_MLX_GROUP_SIZES": format.group_size // 16,
-        "QUANTIZATION_MLX_BITS": 1 << format.bits,
-    }
+def library(constants: frozenset[int], layout: int = 0):
+    """layout: which thread holds which of the sums."""
     values = {index: index in constants for index in range(5)}
-    return softmetal.compile(
-        ROOT / "metal/matmul_tensor.metal", defines=defines, function_constants=values, standard=STANDARD
-    )
+    defines = {"SOFTMETAL_TENSOR_LAYOUT": layout}
+    return softmetal.compile(SHADER, defines=defines, function_constants=values, standard=STANDARD)
 
 
 def kernel_name(format: Format, op: str, dtype: torch.dtype, rows: int) -> str:
@@ -509,7 +502,7 @@ def constants_for(weights: Quantized, n: int, k: int, aligned_x: bool, aligned: 
 def launch(weights, dtype, op, rows, constants, buffers, threadgroups, layout=0):
     arrays = [memory(buffer) if isinstance(buffer, Tensor) else buffer for buffer in buffers]
     kernel = kernel_name(weights.format, op, dtype, rows)
-    report = library(weights.format, dtype, constants, layout).launch(kernel, arrays, threadgroups, (128,), seed=1)
+    report = library(constants, layout).launch(kernel, arrays, threadgroups, (128,), seed=1)
     assert not report.errors, "\n".join(report.errors)
     return report
 
@@ -725,29 +718,20 @@ def test_kernels():
         for format in oracle.MARLIN_FORMATS:
             expected |= {kernel_name(format, "qmm_n_nax", dtype, rows) for rows in (32, 64)}
             expected |= {kernel_name(format, "gather_qmm_rhs_n_nax", dtype, GATHER_ROWS)}
-    path = ROOT / "metal/matmul_tensor.metal"
-    assert set(softmetal.compile(path, standard="metal4.0").kernels) == expected
-    assert softmetal.compile(path, standard="metal3.1").kernels == []
+    assert set(softmetal.compile(SHADER, standard="metal4.0").kernels) == expected
+    assert softmetal.compile(SHADER, standard="metal3.1").kernels == []
 
 
 @pytest.mark.parametrize("barrier", range(4))
-def test_each_barrier_is_needed(barrier, tmp_path):
+def test_each_barrier_is_needed(barrier):
     """Without one barrier, be it of the plain product's loop or of the gathered one's, there is a race."""
-    lines = (ROOT / "metal/matmul_tensor.h").read_text().split("\n")
-    found = [number for number, line in enumerate(lines) if "threadgroup_barrier(" in line]
-    assert len(found) == 4
-    lines[found[barrier]] = ""
-    (tmp_path / "metal").mkdir()
-    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
-    for name in ("dequantize.h", "instantiate.h", "operands.h", "tile.h", "matmul_tensor.metal"):
-        (tmp_path / "metal" / name).symlink_to(ROOT / "metal" / name)
-    (tmp_path / "metal/matmul_tensor.h").write_text("\n".join(lines))
-    source = tmp_path / "metal/copy.metal"
-    source.write_text((ROOT / "metal/matmul_tensor.metal").read_text())
+    parts = SHADER.with_suffix(".h").read_text().split(BARRIER)
+    assert len(parts) == 5
+    without = BARRIER.join(parts[: barrier + 1]) + BARRIER.join(parts[barrier + 1 :])
+    source = SHADER.read_text().replace('#include "matmul_tensor.h"', without)
     format, dtype = Format("mxfp4", 32, 4), torch.float16
     constants = {index: False for index in range(5)}
-    defines = {"QUANTIZATION_MLX_TYPES": 2, "QUANTIZATION_MLX_MODES": 2}
-    broken = softmetal.compile(source, defines=defines, function_constants=constants, standard=STANDARD)
+    broken = softmetal.compile(source, [SHADER.parent], function_constants=constants, standard=STANDARD)
     weights = oracle.random_quantized(format, 64, 128)
     x = oracle.random_x(32, 128, dtype=dtype)
     y = unwritten(32, 64, dtype=dtype)

@@ -9,6 +9,9 @@
 namespace quantization_mlx::metal {
 namespace {
 
+using gpu::Launch;
+using gpu::Plan;
+
 std::string text_of(const Launch& launch) {
   std::string text = launch.kernel + " with constants";
   for (int i = 0; i < 32; ++i) {

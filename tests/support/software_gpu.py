@@ -13,7 +13,7 @@ from repository import ROOT
 from softmetal import mps
 
 # quantization_mlx::metal::encode: plan_check.cpp comes between its callers and it.
-ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_4PlanESt5arrayIN2at6TensorELm10EE"
+ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS_3gpu4PlanESt5arrayIN2at6TensorELm10EE"
 # The installed extension has these: schemas, gradients and the CPU's kernels.
 INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto")
 FLAGS = (

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .stored import require
+from .optional import require
 
 if TYPE_CHECKING:
     import numpy

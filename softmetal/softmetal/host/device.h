@@ -44,6 +44,7 @@ struct LaunchRecord {
 };
 
 struct CompileRecord {
+  std::string source;
   std::map<std::string, std::string> macros;
   int version;  // 310
   bool safe_math;

@@ -641,7 +641,7 @@ static id<MTLLibrary> new_library(NSError** error, const Make& make) {
     macros[name.UTF8String] = value.description.UTF8String;
   }
   const bool precise = settings().macos < 1500 || state(options).precise_functions;
-  add(CompileRecord{macros, version, !state(options).fast && precise});
+  add(CompileRecord{source.UTF8String, macros, version, !state(options).fast && precise});
   return new_library(error, [&] { return runtime().compiler->compile(source.UTF8String, macros, version); });
 }
 - (id<MTLLibrary>)newLibraryWithData:(dispatch_data_t)data error:(NSError**)error {

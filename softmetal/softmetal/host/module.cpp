@@ -152,6 +152,7 @@ py::dict all_logs() {
   py::list compiles;
   for (const CompileRecord& record : logs.compiles) {
     py::dict compile;
+    compile["source"] = record.source;
     compile["macros"] = record.macros;
     compile["version"] = record.version;
     compile["safe_math"] = record.safe_math;

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..experts import PackedSwitchLinear, SwitchLinear
-from ..obstacles import check_class, check_state
+from ..nn.obstacles import check_class, check_state
+from ..nn.switch import PackedSwitchLinear, SwitchLinear
 from .functions import pack
 from .layers import DTYPES, ColumnPackedModule
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .._ops import ops
-from ..obstacles import FLOATS, check_class, check_state, copy_hooks
-from ..packed_weight import PackedLinear, PackedModule, frozen, own
+from ..nn.linear import PackedLinear
+from ..nn.module import PackedModule, frozen, own
+from ..nn.obstacles import FLOATS, check_class, check_state, copy_hooks
 from .functions import BITS, check_groups, check_size, pack
 
 # Called with every argument in place: the shortest way from Python into the dispatcher.

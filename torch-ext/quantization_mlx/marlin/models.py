@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..checkpoint import _progress
-from ..conv1d import as_linear, is_conv1d
-from ..experts import SwitchLinear, unfused
-from ..replacement import (
+from ..hf import compat
+from ..hf.experts import unfused
+from ..nn.conv1d import as_linear, is_conv1d
+from ..nn.switch import SwitchLinear
+from ..optional import progress, require
+from ..quantization.replacement import (
     FloatWeight,
     Left,
     Refusal,
@@ -28,7 +30,6 @@ from ..replacement import (
     warn_of_float_weights,
     why_not,
 )
-from ..stored import require
 from .experts import ColumnPackedSwitchLinear
 from .functions import check_group_size
 from .layers import (
@@ -184,7 +185,7 @@ def _replace(
         return True
 
     with unfused(model):
-        done = replace_layers(model, choose, lambda layer, _: convert(layer), _tied, progress=_progress)
+        done = replace_layers(model, choose, lambda layer, _: convert(layer), _tied, progress=progress)
         left = float_weights(done.model, done.refusals)
     mark_configs(done.model)
     return done.model, done.replaced, left, parameter_count(done.model)
@@ -263,7 +264,7 @@ def load_dense(source: str | os.PathLike[str], op: str, **options: Any) -> PreTr
     Raises:
         ValueError: the model is quantized; the message says what loads it.
     """
-    transformers = require("transformers")
+    transformers = compat.require("transformers")
     require("safetensors")
     directory = Path(source)
     if directory.is_dir():

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..stored import has_tokenizer, require
+from ..checkpoint.read import has_tokenizer
+from ..hf import compat
 from .functions import check_group_size
 from .layers import check_bits, check_quant_type
 from .models import LayerFilter, load_dense, quantize_model, replace_linear_layers
@@ -236,7 +237,7 @@ class TransformersMarlinPipeline:
 
     def _stream(self, inputs: dict[str, torch.Tensor], sampling: dict[str, Any], reply_only: bool) -> Iterator[str]:
         """Pieces of text while another thread generates them; the thread ends when the iterator is closed."""
-        transformers = require("transformers")
+        transformers = compat.require("transformers")
         streamer = transformers.TextIteratorStreamer(self.tokenizer, skip_prompt=reply_only, skip_special_tokens=True)
         closed = threading.Event()
         failures: list[BaseException] = []
@@ -356,4 +357,4 @@ def _load_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool, op:
         raise ValueError(
             f"[{op}] {source} has no tokenizer; save one there by its save_pretrained, or give it to the constructor"
         )
-    return require("transformers").AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return compat.require("transformers").AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

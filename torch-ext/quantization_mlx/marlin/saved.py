@@ -23,28 +23,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import compat
-from ..checkpoint import config_record, distinct_tensors, write_directory
-from ..conv1d import as_linear, is_conv1d, stands_for_conv1d
-from ..experts import SwitchLinear, fuse, unfuse
-from ..modules import _QuantizedModule
-from ..obstacles import move_hooks
-from ..quantizer import align_parameters, dequantize_loaded
-from ..replacement import why_not
-from ..stored import (
-    MARLIN_FILE,
-    MARLIN_METHOD,
-    MARLIN_RECORD,
-    is_mlx_directory,
-    judge,
-    listed,
-    other_method,
-    read_config,
-    read_headers,
-    read_json,
-    require,
-    weight_files,
-)
+from ..checkpoint.read import is_mlx_directory, read_config, read_headers, read_json, weight_files
+from ..checkpoint.record import MARLIN_FILE, MARLIN_METHOD, MARLIN_RECORD, other_method
+from ..checkpoint.validate import check_tensors
+from ..checkpoint.write import distinct_tensors, write_directory
+from ..hf import compat
+from ..hf.experts import fuse, unfuse
+from ..hf.quantizer import align_parameters, dequantize_loaded
+from ..hf.save import config_record
+from ..messages import listed
+from ..nn.conv1d import as_linear, is_conv1d, stands_for_conv1d
+from ..nn.module import QuantizedModule
+from ..nn.obstacles import move_hooks
+from ..nn.switch import SwitchLinear
+from ..optional import require
+from ..quantization.replacement import why_not
 from .experts import ColumnPackedSwitchLinear
 from .layers import DTYPES, ColumnPackedModule, MarlinLinear, MetalQuantizedLinear
 
@@ -109,7 +102,7 @@ def write_quantized(
 ) -> None:
     """`save_quantized`, where a size may be a string such as "5GB", and the model's tensors may be given."""
     op = "save_quantized"
-    transformers = require("transformers")
+    transformers = compat.require("transformers")
     require("safetensors")
     compat.check(op)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -121,7 +114,7 @@ def write_quantized(
     known = {layer_class for layer_class, _ in _CLASSES.values()}
     if strange := [path for path, layer in layers.items() if type(layer) not in known]:
         raise ValueError(f"[{op}] layers are of no known class, which is {' or '.join(_CLASSES)}: {listed(strange)}")
-    if mlx := [path for path, module in modules.items() if isinstance(module, _QuantizedModule)]:
+    if mlx := [path for path, module in modules.items() if isinstance(module, QuantizedModule)]:
         raise ValueError(f"[{op}] layers are of MLX's formats, which save_checkpoint writes: {listed(mlx)}")
     state = model.state_dict(keep_vars=True)
     if others := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
@@ -223,7 +216,7 @@ def load_quantized(
     """
     op = "load_quantized"
     device = usable_device(device, op)
-    require("transformers")
+    compat.require("transformers")
     require("safetensors")
     compat.check("patch_transformers")
     directory = Path(path)
@@ -240,7 +233,7 @@ def _build(directory: Path, trust_remote_code: bool, op: str) -> PreTrainedModel
     """The model of Transformers that config.json describes, with its tensors."""
     import transformers
 
-    from ..transformers_integration import patched_transformers  # imports this module
+    from ..hf.patch import patched_transformers  # imports this module
 
     config_file = read_config(directory, op) or {}
     if "model_type" not in config_file:
@@ -275,7 +268,7 @@ def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: st
         _put(model, shells)
         tensors = model.state_dict(keep_vars=True)
         _check_ties(tensors, ties, op, directory / MARLIN_FILE)
-        judge(model, read_headers(files, op), str(directory), ties, _packed_names(shells), op)
+        check_tensors(model, read_headers(files, op), str(directory), ties, _packed_names(shells), op)
         state = {name: tensor for file in files for name, tensor in load_file(file).items()}
         for path, layer in shells.items():
             for name in layer.state_dict():
@@ -339,7 +332,7 @@ def refuse_mlx(directory: Path, op: str) -> None:
 
 def _class_of(config: Any, trust_remote_code: bool) -> Any:
     """The class of the saved model, or the one that finds it among the Python code that config.json names."""
-    transformers = require("transformers")
+    transformers = compat.require("transformers")
     remote = [name for name in getattr(config, "auto_map", None) or () if name.startswith("AutoModel")]
     if trust_remote_code and remote:
         return getattr(transformers, remote[0], transformers.AutoModelForCausalLM)
@@ -414,7 +407,7 @@ def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
     _check_ties(model.state_dict(keep_vars=True), record["tied"], op, directory / MARLIN_FILE)
     _share(model, record["tied"])
     model.all_tied_weights_keys = dict(record["tied"])  # Transformers ties again after loading
-    judge(model, read_headers(files, op), str(directory), exact=_packed_names(shells), op=op)
+    check_tensors(model, read_headers(files, op), str(directory), exact=_packed_names(shells), op=op)
 
 
 def _shells(model: nn.Module, record: Mapping[str, Any], op: str, file: Path) -> dict[str, ColumnPackedModule]:

@@ -1,0 +1,341 @@
+// The steps of a transformer decoder between its products, for few rows: what torch does in many small ops is one here.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../kernels.h"
+#include "../ops.h"
+#include "../parallel.h"
+
+namespace quantization_mlx::cpu {
+namespace {
+
+using at::Tensor;
+
+// A task of fewer multiplications costs less than handing it to another thread.
+constexpr int64_t task_multiplications = 1 << 16;
+// Rows of so many floats need no memory from the heap.
+constexpr unsigned usual_floats = 4096;
+
+using Floats = c10::SmallVector<float, usual_floats>;
+
+Floats floats(int64_t count) {
+  Floats result;
+  result.resize_for_overwrite(count);
+  return result;
+}
+
+void check_real(const char* op, const char* name, const Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, "[", op, "] ", name, " has dtype ", dtype,
+      "; supported are float32, float16 and bfloat16.");
+}
+
+void check_row(const char* op, const char* name, const Tensor& tensor, int64_t multiple) {
+  check_real(op, name, tensor);
+  TORCH_CHECK_VALUE(
+      tensor.dim() > 0 && tensor.size(-1) > 0 && tensor.size(-1) % multiple == 0, "[", op, "] ", name, " of shape ",
+      tensor.sizes(), " must have a last size that is a multiple of ", multiple, ".");
+}
+
+void check_same(const char* op, const char* name, const Tensor& tensor, const Tensor& x, c10::IntArrayRef sizes) {
+  TORCH_CHECK_TYPE(
+      tensor.scalar_type() == x.scalar_type(), "[", op, "] ", name, " has dtype ", tensor.scalar_type(), " and x ",
+      x.scalar_type(), "; they must be the same.");
+  TORCH_CHECK_VALUE(
+      tensor.sizes() == sizes && tensor.is_contiguous(), "[", op, "] ", name, " has shape ", tensor.sizes(),
+      " and strides ", tensor.strides(), "; it must be contiguous, of shape ", sizes, ".");
+}
+
+const void* row_of(const Tensor& tensor, int64_t row, int64_t length) {
+  return static_cast<const uint8_t*>(tensor.const_data_ptr()) + row * length * tensor.element_size();
+}
+
+void* mutable_row_of(const Tensor& tensor, int64_t row, int64_t length) {
+  return static_cast<uint8_t*>(tensor.mutable_data_ptr()) + row * length * tensor.element_size();
+}
+
+void load_row(Real type, const void* source, int64_t n, float* destination) {
+  kernels().to_float32(type, source, n, destination);
+}
+
+void store_row(const float* source, int64_t n, Real type, void* destination) {
+  kernels().from_float32(source, 1.0f, n, type, destination);
+}
+
+// Calls function(row) for all rows, on several threads where each gets enough of them.
+template <typename Function>
+void for_rows(int64_t rows, int64_t length, const Function& function) {
+  const int64_t rows_of_task = std::max<int64_t>(1, task_multiplications / length);
+  parallel_tasks((rows + rows_of_task - 1) / rows_of_task, [&](int64_t task, int) {
+    for (int64_t row = task * rows_of_task; row < std::min(rows, (task + 1) * rows_of_task); ++row) {
+      function(row);
+    }
+  });
+}
+
+// The RMS norm of rows of x.
+struct Norm {
+  const DecoderKernels& kernel;
+  Real type;
+  int64_t length;
+  float epsilon;
+  Floats weight;
+
+  Norm(const char* op, const Tensor& x, const Tensor& weight, double epsilon)
+      : kernel(kernels().decoder), type(real_of(x.scalar_type())), epsilon(static_cast<float>(epsilon)) {
+    check_row(op, "x", x, 16);
+    length = x.size(-1);
+    check_same(op, "weight", weight, x, {length});
+    this->weight = floats(length);
+    load_row(type, weight.const_data_ptr(), length, this->weight.data());
+  }
+
+  // Normalises values in place and stores them as a row of y.
+  void store(float* values, const Tensor& y, int64_t row) const {
+    kernel.rms_norm(values, weight.data(), epsilon, length, values);
+    store_row(values, length, type, mutable_row_of(y, row, length));
+  }
+};
+
+}  // namespace
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
+  const Norm norm("rms_norm", x, weight, epsilon);
+  const Tensor input = x.contiguous();
+  const Tensor y = at::empty_like(input);
+  for_rows(x.numel() / norm.length, norm.length, [&](int64_t row) {
+    Floats values = floats(norm.length);
+    load_row(norm.type, row_of(input, row, norm.length), norm.length, values.data());
+    norm.store(values.data(), y, row);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double epsilon) {
+  const Norm norm("add_rms_norm", x, weight, epsilon);
+  check_same("add_rms_norm", "residual", residual, x, x.sizes());
+  const Tensor input = x.contiguous();
+  const Tensor sum = at::empty_like(input);
+  const Tensor y = at::empty_like(input);
+  for_rows(x.numel() / norm.length, norm.length, [&](int64_t row) {
+    Floats values = floats(norm.length);
+    Floats addends = floats(norm.length);
+    load_row(norm.type, row_of(input, row, norm.length), norm.length, values.data());
+    load_row(norm.type, row_of(residual, row, norm.length), norm.length, addends.data());
+    for (int64_t i = 0; i < norm.length; ++i) {
+      values[i] += addends[i];
+    }
+    // What is normalised is the sum as it is stored.
+    store_row(values.data(), norm.length, norm.type, mutable_row_of(sum, row, norm.length));
+    load_row(norm.type, row_of(sum, row, norm.length), norm.length, values.data());
+    norm.store(values.data(), y, row);
+  });
+  return {sum, y};
+}
+
+Tensor silu_mul(const Tensor& x) {
+  constexpr const char* op = "silu_mul";
+  check_row(op, "x", x, 32);
+  const int64_t length = x.size(-1) / 2;
+  const Tensor input = x.contiguous();
+  c10::SmallVector<int64_t, 4> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = length;
+  const Tensor y = at::empty(sizes, x.options());
+  const DecoderKernels& kernel = kernels().decoder;
+  const Real type = real_of(x.scalar_type());
+  for_rows(y.numel() / length, 8 * length, [&](int64_t row) {
+    Floats values = floats(2 * length);
+    load_row(type, row_of(input, row, 2 * length), 2 * length, values.data());
+    kernel.gate(values.data(), values.data() + length, length, values.data());
+    store_row(values.data(), length, type, mutable_row_of(y, row, length));
+  });
+  return y;
+}
+
+Tensor decode_attention(
+    const Tensor& x,
+    const Tensor& cosines,
+    const Tensor& sines,
+    const Tensor& keys,
+    const Tensor& values,
+    int64_t position,
+    double scaling,
+    const std::optional<Tensor>& query_norm,
+    const std::optional<Tensor>& key_norm,
+    double epsilon) {
+  constexpr const char* op = "decode_attention";
+  check_row(op, "x", x, 32);
+  TORCH_CHECK_VALUE(
+      keys.dim() == 4 && keys.size(0) > 0 && keys.size(1) > 0 && keys.size(3) > 0 && keys.size(3) % 32 == 0 &&
+          position >= 0 && position < keys.size(2),
+      "[", op, "] keys of shape ", keys.sizes(),
+      " must be [batch, key heads, capacity, head size], the head size a "
+      "multiple of 32, and their capacity above the position ",
+      position, ".");
+  check_same(op, "keys", keys, x, keys.sizes());
+  check_same(op, "values", values, x, keys.sizes());
+  const int64_t batch = keys.size(0);
+  const int64_t key_heads = keys.size(1);
+  const int64_t capacity = keys.size(2);
+  const int64_t dim = keys.size(3);
+  const int64_t query_heads = x.size(-1) / dim - 2 * key_heads;
+  TORCH_CHECK_VALUE(
+      x.numel() == batch * (query_heads + 2 * key_heads) * dim && query_heads > 0 && query_heads % key_heads == 0, "[",
+      op, "] x of shape ", x.sizes(), " does not fit keys of shape ", keys.sizes(),
+      ": it must be [batch, 1, (query heads + 2 * key heads) * head size], the query heads a multiple of the key "
+      "heads.");
+  TORCH_CHECK_VALUE(
+      cosines.numel() == sines.numel() && (cosines.numel() == dim || cosines.numel() == batch * dim), "[", op,
+      "] cosines and sines of shapes ", cosines.sizes(), " and ", sines.sizes(), " must be [1 or batch, 1, ", dim,
+      "].");
+  check_same(op, "cosines", cosines, x, cosines.sizes());
+  check_same(op, "sines", sines, x, sines.sizes());
+  for (const auto* norm : {&query_norm, &key_norm}) {
+    if (norm->has_value()) {
+      check_same(op, "norm", **norm, x, {dim});
+    }
+  }
+  const Tensor input = x.contiguous();
+  const Tensor y = at::empty({batch, 1, query_heads * dim}, x.options());
+  const Kernels& all = kernels();
+  const DecoderKernels& kernel = all.decoder;
+  const Real type = real_of(x.scalar_type());
+  const int64_t heads = query_heads / key_heads;
+  const int64_t length = position + 1;
+  const int64_t stride = (length + 15) / 16 * 16;
+
+  // One task for each head of keys.
+  const auto attend = [&](int64_t task, int) {
+    const int64_t sequence = task / key_heads;
+    const int64_t key_head = task % key_heads;
+    const int64_t angles = cosines.numel() == dim ? 0 : sequence;
+    Floats memory = floats(dim * (3 + heads) + heads * stride);
+    float* const cosine = memory.data();
+    float* const sine = cosine + dim;
+    float* const row = sine + dim;
+    float* const queries = row + dim;
+    float* const scores = queries + heads * dim;
+    load_row(type, row_of(cosines, angles, dim), dim, cosine);
+    load_row(type, row_of(sines, angles, dim), dim, sine);
+
+    const int64_t first = sequence * (query_heads + 2 * key_heads);
+    const auto rotated = [&](int64_t head, const std::optional<Tensor>& norm, float* destination) {
+      load_row(type, row_of(input, first + head, dim), dim, row);
+      if (norm.has_value()) {
+        load_row(type, norm->const_data_ptr(), dim, destination);
+        kernel.rms_norm(row, destination, static_cast<float>(epsilon), dim, row);
+      }
+      kernel.rotate(row, cosine, sine, dim, destination);
+    };
+    const int64_t place = task * capacity + position;
+    rotated(query_heads + key_head, key_norm, queries);
+    store_row(queries, dim, type, mutable_row_of(keys, place, dim));
+    std::memcpy(
+        mutable_row_of(values, place, dim), row_of(input, first + query_heads + key_heads + key_head, dim),
+        dim * input.element_size());
+    for (int64_t head = 0; head < heads; ++head) {
+      float* const query = queries + head * dim;
+      rotated(key_head * heads + head, query_norm, query);
+      for (int64_t d = 0; d < dim; ++d) {
+        query[d] *= static_cast<float>(scaling);
+      }
+    }
+    kernel.attend(
+        {type, heads, dim, length, queries, row_of(keys, task * capacity, dim), row_of(values, task * capacity, dim),
+         scores, stride, queries});
+    store_row(queries, heads * dim, type, mutable_row_of(y, sequence * query_heads + key_head * heads, dim));
+  };
+  const int64_t tasks = batch * key_heads;
+  if (tasks * heads * length * dim < task_multiplications) {
+    for (int64_t task = 0; task < tasks; ++task) {
+      attend(task, 0);
+    }
+  } else {
+    parallel_tasks(tasks, attend);
+  }
+  return y;
+}
+
+namespace {
+
+// The lists of decoder_steps, cut into what one layer needs.
+constexpr int64_t layer_products = 4;
+constexpr int64_t product_tensors = 4;
+constexpr int64_t product_numbers = 3;
+constexpr const char* steps_op = "decoder_steps";
+
+struct LayerLists {
+  const c10::List<std::optional<Tensor>>& products;
+  at::IntArrayRef formats;
+  int64_t layer;
+
+  // x times one of the layer's matrices, plus its bias.
+  Tensor product(const Tensor& x, int64_t number) const {
+    const int64_t which = layer * layer_products + number;
+    const auto tensor = [&](int64_t i) -> std::optional<Tensor> { return products.get(which * product_tensors + i); };
+    const auto weight = tensor(0);
+    const auto scales = tensor(1);
+    TORCH_CHECK_VALUE(
+        weight.has_value() && scales.has_value(), "[", steps_op, "] product ", which, " has no weight or no scales.");
+    const int64_t* numbers = formats.data() + which * product_numbers;
+    TORCH_CHECK_VALUE(
+        numbers[2] >= 0 && numbers[2] < mode_count(), "[", steps_op, "] mode ", numbers[2], " of product ", which,
+        " is unknown.");
+    const Tensor y =
+        run(MatmulProblem::check(
+            x, *weight, *scales, tensor(2), /*transpose=*/true, numbers[0], numbers[1],
+            name_of(static_cast<Mode>(numbers[2])), std::nullopt, steps_op));
+    const auto bias = tensor(3);
+    return bias.has_value() ? y.add(*bias) : y;
+  }
+};
+
+}  // namespace
+
+Tensor decoder_steps(
+    const Tensor& x,
+    const Tensor& cosines,
+    const Tensor& sines,
+    at::TensorList keys,
+    at::TensorList values,
+    int64_t position,
+    at::TensorList norms,
+    const c10::List<std::optional<Tensor>>& products,
+    at::IntArrayRef formats,
+    double scaling,
+    double epsilon) {
+  const int64_t layers = static_cast<int64_t>(keys.size());
+  const int64_t norms_of_layer = layers > 0 ? static_cast<int64_t>(norms.size()) / layers : 0;
+  TORCH_CHECK_VALUE(
+      layers > 0 && static_cast<int64_t>(values.size()) == layers && (norms_of_layer == 2 || norms_of_layer == 4) &&
+          static_cast<int64_t>(norms.size()) == layers * norms_of_layer &&
+          static_cast<int64_t>(products.size()) == layers * layer_products * product_tensors &&
+          static_cast<int64_t>(formats.size()) == layers * layer_products * product_numbers,
+      "[", steps_op, "] lists of ", keys.size(), " keys, ", values.size(), " values, ", norms.size(), " norms, ",
+      products.size(), " tensors of products and ", formats.size(), " numbers of formats do not fit.");
+  Tensor sum = x;
+  Tensor normal = rms_norm(x, norms[0], epsilon);
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const auto own = norms.slice(layer * norms_of_layer, norms_of_layer);
+    const LayerLists lists{products, formats, layer};
+    const auto norm = [&](int i) { return norms_of_layer == 4 ? std::optional<Tensor>(own[i]) : std::nullopt; };
+    normal = decode_attention(
+        lists.product(normal, 0), cosines, sines, keys[layer], values[layer], position, scaling, norm(2), norm(3),
+        epsilon);
+    std::tie(sum, normal) = add_rms_norm(lists.product(normal, 1), sum, own[1], epsilon);
+    normal = lists.product(silu_mul(lists.product(normal, 2)), 3);
+    if (layer + 1 < layers) {
+      std::tie(sum, normal) = add_rms_norm(normal, sum, norms[(layer + 1) * norms_of_layer], epsilon);
+    }
+  }
+  return sum.add(normal);
+}
+
+}  // namespace quantization_mlx::cpu

@@ -1,0 +1,43 @@
+// All kernels of one instruction set.
+#pragma once
+
+#include "../fast/attention.h"
+#include "../fast/rows.h"
+#include "../product/broadcast.h"
+#include "../product/plain.h"
+#include "../product/streamed.h"
+#include "../product/tiled.h"
+
+namespace quantization_mlx::cpu {
+namespace {
+
+void streamed(const Product& product, int64_t begin, int64_t end, float* y) {
+  for_format<Streamed>(product, begin, end, nullptr, y);
+}
+
+int64_t workspace(const Product& product) {
+  const int64_t block = lanes * unit_elements(product.format.bits);
+  const int64_t tiled = max_tiled_columns * panel_stride_floats;
+  static_assert(panel_steps <= panel_stride_floats);  // so that it is enough for the broadcasting product
+  const int64_t plain = (plain_panel_rows + product.rows) * block;
+  return tiled > plain ? tiled : plain;
+}
+
+constexpr DecoderKernels decoder_table = {rms_norm, gate, rotate, attend};
+
+constexpr ProductKernels exact_table{
+    broadcast_is_faster,   packed_row,       pack_row, workspace, streamed, for_format<Tiled>,
+    for_format<Broadcast>, for_format<Plain>};
+
+// bfloat16 tells whether this machine multiplies it.
+constexpr Kernels make_table(
+    const char* name,
+    bool bfloat16,
+    bool split,
+    const ProductKernels* int8 = nullptr,
+    const ProductKernels& exact = exact_table) {
+  return {name, bfloat16, split, exact, int8, to_float32, from_float32, decoder_table};
+}
+
+}  // namespace
+}  // namespace quantization_mlx::cpu

@@ -1,0 +1,5 @@
+"""AFMoE."""
+
+from .family import Family
+
+FAMILY = Family(experts="mlp.experts")

@@ -1,0 +1,5 @@
+"""Mistral: its decoder layer is norm, attention, sum, norm, gated MLP, sum."""
+
+from .family import Family
+
+FAMILY = Family(decoder="Mistral")

@@ -1,0 +1,5 @@
+"""Qwen2: its decoder layer is norm, attention, sum, norm, gated MLP, sum."""
+
+from .family import Family
+
+FAMILY = Family(decoder="Qwen2")
