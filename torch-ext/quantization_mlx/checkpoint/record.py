@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..formats import SUPPORTED, Format, complete_format
+from ..formats import MLX_MODES, Format, complete_format
 from ..messages import listed
 
 RECORDS = ("quantization", "quantization_config")  # the names under which config.json has the formats
@@ -87,10 +87,10 @@ def format_of_tensors(
         return default
     formats = [
         {"group_size": group_size, "bits": bits, "mode": mode}
-        for mode, (group_sizes, widths) in SUPPORTED.items()
-        for group_size in group_sizes
-        for bits in widths
-        if (mode == "affine") == scales.is_floating_point()
+        for mode, known in MLX_MODES.items()
+        for group_size in known.group_sizes
+        for bits in known.bits
+        if (known.scale == "real") == scales.is_floating_point()
         and weight.shape[-1] * 32 == scales.shape[-1] * group_size * bits
         and columns in (None, scales.shape[-1] * group_size)
     ]

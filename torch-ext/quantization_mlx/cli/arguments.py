@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ..formats import SUPPORTED
+from ..formats import MLX_MODES
 from ..hf.bounded_cache import KEPT
 from ..quantization.recipes import RECIPES
 
@@ -182,9 +182,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf-file", metavar="NAME", help="GGUF file inside of --hf-path to read")
     parser.add_argument("--mlx-path", default="mlx_model", metavar="DIR", help="directory to write, not there yet")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantize linear layers and embeddings")
-    parser.add_argument("--q-bits", type=int, metavar="BITS", help=f"bits of a code ({_defaults(1)})")
-    parser.add_argument("--q-group-size", type=int, metavar="SIZE", help=f"weights that share a scale ({_defaults(0)})")
-    parser.add_argument("--q-mode", choices=list(SUPPORTED), help="kind of the format (default: affine)")
+    parser.add_argument("--q-bits", type=int, metavar="BITS", help=f"bits of a code ({_defaults("bits")})")
+    parser.add_argument("--q-group-size", type=int, metavar="SIZE", help=f"weights that share a scale ({_defaults("group_sizes")})")
+    parser.add_argument("--q-mode", choices=list(MLX_MODES), help="kind of the format (default: affine)")
     parser.add_argument("--quant-predicate", choices=list(RECIPES), help="recipe that mixes two numbers of bits")
     parser.add_argument("-d", "--dequantize", action="store_true", help="make an MLX checkpoint floating-point again")
     parser.add_argument("--dtype", choices=_DTYPES, help="of what stays in floating point; as stored, GGUF: bfloat16")
@@ -195,9 +195,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     _remote_code_argument(parser)
 
 
-def _defaults(which: int) -> str:
-    """The default of each mode: of its group sizes for 0, of its bits for 1."""
-    return "default: " + ", ".join(f"{mode} {sizes[which][0]}" for mode, sizes in SUPPORTED.items())
+def _defaults(option: str) -> str:
+    """The default of each mode, of its `group_sizes` or of its `bits`."""
+    return "default: " + ", ".join(f"{name} {getattr(mode, option)[0]}" for name, mode in MLX_MODES.items())
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:

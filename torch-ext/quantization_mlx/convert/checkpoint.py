@@ -29,7 +29,7 @@ from ..checkpoint.read import read_json
 from ..checkpoint.staging import staged
 from ..checkpoint.write import INDEX, write_json
 from ..families import family_of
-from ..formats import SUPPORTED, complete_format
+from ..formats import MODES, complete_format
 from ..hf import compat
 from ..hf.quantizer import check_checkpoint
 from ..messages import listed
@@ -37,7 +37,7 @@ from ..ops import dequantize, quantize
 from ..optional import progress, require
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, that each 4-bit field of a word holds
-_GROUP_SIZES = sorted(SUPPORTED["affine"][0], reverse=True)
+_GROUP_SIZES = sorted(MODES["affine"].group_sizes, reverse=True)
 _BITS = (2, 3, 4, 8)
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # beside the weights: the tokenizer and its relatives
 # A layer of one expert among the tensors of such a checkpoint, and MLX's names of the projections.

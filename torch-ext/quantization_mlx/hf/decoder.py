@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .._ops import ops
 from ..families import families
-from ..formats import SUPPORTED
+from ..formats import MODES
 from ..nn.linear import QuantizedLinear
 from ..nn.obstacles import HOOKS
 from . import compat
@@ -37,7 +37,7 @@ _HEAD_MULTIPLE = 32  # of a head's size, in the op for attention
 _ROW_MULTIPLE = 16  # of a row's size, in the others
 _SPARE_POSITIONS = 256  # in a cache that has to grow
 _QUERY_BLOCK = 256  # queries of a prompt that meet the same keys
-_MODES = list(SUPPORTED)  # a mode's place is its number in the op for all layers
+_MODES = list(MODES)  # a mode's place is its number in the op for all layers
 # Keyword arguments of forward that ask for further outputs; false is as good as none.
 _REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 

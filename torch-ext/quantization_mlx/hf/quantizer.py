@@ -16,7 +16,7 @@ from ..checkpoint.read import read_config, read_headers, weight_files
 from ..checkpoint.record import MLX_METHOD, entry_format, find_record, format_of_tensors
 from ..checkpoint.validate import check_tensors
 from ..families import family_of
-from ..formats import Format
+from ..formats import MODES, Format
 from ..messages import listed
 from ..nn.conv1d import as_linear, finish_conv1d, place_linear
 from ..nn.module import QuantizedModule
@@ -353,7 +353,8 @@ def align_parameters(model: nn.Module) -> None:
 
 
 def _is_finite(scales: torch.Tensor, mode: str) -> bool:
-    if mode == "affine":
+    kind = MODES[mode].scale
+    if kind == "real":
         return bool(scales.isfinite().all())
-    # Bytes of E8M0, or E4M3 in mode "nvfp4", that stand for no number.
-    return not bool(((scales & 0x7F) == 0x7F if mode == "nvfp4" else scales == 0xFF).any())
+    # Bytes that stand for no number.
+    return not bool(((scales & 0x7F) == 0x7F if kind == "e4m3" else scales == 0xFF).any())

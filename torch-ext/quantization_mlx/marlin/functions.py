@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from .._ops import ops
+from ..formats import MODES
 from ..ops import dequantize, quantize
 from .arrays import accepts_mlx_arrays
 from .library import MetalKernelLibrary
 
-BITS = {"marlin_fp4": 4, "marlin_fp8": 8, "marlin_int2": 2, "marlin_int4": 4, "marlin_int4_sym": 4}
-GROUP_SIZES = (128, 64, 32)
+BITS = {name: mode.bits[0] for name, mode in MODES.items() if mode.packing == "columns"}
+GROUP_SIZES = MODES["marlin_fp4"].group_sizes
 _ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 # Called with every argument in place: the shortest way from Python into the dispatcher.

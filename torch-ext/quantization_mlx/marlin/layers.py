@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .._ops import ops
+from ..formats import MODES
 from ..nn.linear import PackedLinear
 from ..nn.module import PackedModule, frozen, own
 from ..nn.obstacles import FLOATS, check_class, check_state, copy_hooks
@@ -75,7 +76,7 @@ class ColumnPackedModule(PackedModule):
         words = *batch, in_features * self.bits // 32, out_features
         self.weight_packed = frozen(torch.zeros(words, dtype=torch.uint32, device=device))
         self.scales = table()
-        self.register_parameter("zeros", table() if mode == "marlin_int4" else None)
+        self.register_parameter("zeros", table() if MODES[mode].offset == "zeros" else None)
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(*batch, out_features, device=device, dtype=dtype)) if bias else None
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._ops import ops
-from ..formats import complete_format
+from ..formats import MODES, complete_format
 from ..ops import quantize
 from .packed_weight import Packed, PackedWeight, packed_weight
 
@@ -144,16 +144,21 @@ class QuantizedModule(PackedModule):
                 f"[{type(self).__name__}] a row of {columns} values does not divide into groups of {self.group_size}"
             )
         groups = (*rows, columns // self.group_size)
-        affine = mode == "affine"
-        scale_dtype = (dtype or torch.get_default_dtype()) if affine else torch.uint8
+        has_biases = MODES[mode].offset == "biases"
+        scale_dtype = (dtype or torch.get_default_dtype()) if self._has_real_scales else torch.uint8
         words = torch.zeros(*rows, columns * self.bits // 32, dtype=torch.uint32, device=device)
         self._parameters["weight"] = frozen(words)  # register_parameter refuses the name of a property
         self.scales = frozen(torch.zeros(groups, dtype=scale_dtype, device=device))
         self.register_parameter(
-            "biases", frozen(torch.zeros(groups, dtype=scale_dtype, device=device)) if affine else None
+            "biases", frozen(torch.zeros(groups, dtype=scale_dtype, device=device)) if has_biases else None
         )
-        if not affine:
+        if not self._has_real_scales:
             self.follow_dtype(dtype, device)
+
+    @property
+    def _has_real_scales(self) -> bool:
+        """Whether the scales tell the dtype of the matrix; otherwise the module remembers it."""
+        return MODES[self.mode].scale == "real"
 
     @property
     def weight_packed(self) -> nn.Parameter:
@@ -168,7 +173,7 @@ class QuantizedModule(PackedModule):
         """Takes packed tensors, which were made of `weight`."""
         for name, tensor in zip(self.packed_names, packed, strict=False):
             setattr(self, name, frozen(tensor))
-        if self.mode != "affine":
+        if not self._has_real_scales:
             self.follow_dtype(weight.dtype, weight.device)
 
     def _matmul(self, x: torch.Tensor) -> torch.Tensor:
