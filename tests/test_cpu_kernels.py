@@ -19,6 +19,11 @@ ROOT = Path(__file__).parent.parent
 TEST = ROOT / "tests/cpu_kernels.cpp"
 KERNELS = {isa: ROOT / f"csrc/cpu/isa/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")}
 SOURCES = (TEST, *KERNELS.values())
+# Those of other processors need the compiler's own headers for them.
+X86 = platform.machine() in ("x86_64", "AMD64")
+FOREIGN = {"neon.h"} if X86 else {"avx2.h", "avx512.h", "amx.h", "int8.h"}
+WITH_TORCH = {"ops.h", "parallel.h"}
+HEADERS = [path for path in sorted((ROOT / "csrc/cpu").rglob("*.h")) if path.name not in FOREIGN | WITH_TORCH]
 
 
 @dataclass(frozen=True)
@@ -65,3 +70,12 @@ def test_kernels_against_float64(target: str, tmp_path: Path) -> None:
     tested = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(", 0 failures")}
     wanted = "neon" if "arm" in target or platform.machine() in ("arm64", "aarch64") else "avx2"
     assert {"baseline", wanted} <= tested
+
+
+def test_every_header_compiles_by_itself() -> None:
+    """Those without torch: they depend on nothing that was included, or defined, before them."""
+    command = ["c++", "-std=c++20", "-w", "-fsyntax-only", f"-I{ROOT / 'csrc'}", "-x", "c++", os.devnull, "-include"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda path: subprocess.run([*command, path], capture_output=True, text=True), HEADERS))
+    assert len(HEADERS) > 15
+    assert [done.stderr for done in results if done.returncode != 0] == []
