@@ -38,11 +38,11 @@ test-all: $(VENV)/.with-test build/oldest/.installed build ## runs also the test
 	$(bin)/python -m pytest --exhaustive --numprocesses $(WORKERS) --dist loadgroup
 
 sanitize: $(VENV)/.with-test ## runs the CPU kernels and all ops under sanitizers for addresses and undefined behavior
-	$(bin)/python -m pytest --exhaustive -k sanitized tests/test_cpu_kernels.py
-	WORKERS=$(WORKERS) $(bin)/python tests/sanitized_ops.py
+	$(bin)/python -m pytest --exhaustive -k sanitized tests/cpu/test_cpu_kernels.py
+	WORKERS=$(WORKERS) $(bin)/python tests/cpu/sanitized_ops.py
 
 mac-check: $(VENV)/.with-mac-check ## compiles and links the macOS build, and checks its Objective-C++, without a Mac
-	$(bin)/python tests/mac_check.py
+	$(bin)/python tests/host/mac_check.py
 
 gpu-lane: $(VENV)/.with-gpu-lane build ## compiles the shaders for NVIDIA GPUs; docs/gpu-lane.md says what for
 	$(bin)/python tests/gpu_lane/build.py

@@ -2,7 +2,7 @@
 
     python benchmarks/metal_cost.py [--gpu applegpu_g17s] [--csv cost.csv]
 
-Runs on Linux: the software Metal device in tests/softmetal counts what the kernels of each call's plan do. Bytes are
+Runs on Linux: the software Metal device in softmetal/ counts what the kernels of each call's plan do. Bytes are
 those that the compiled code asks for; caches, and lanes that ask for the same bytes at once, make the traffic of a real
 GPU smaller. Counts guard against regressions and tell where to look. They are not times, and no time follows from them.
 
@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("softmetal", "tests/support"))
 
 import quantization_mlx as qm
+import software_gpu
 from softmetal import mps
 
 # Buffers of all product kernels, by their index.
@@ -80,7 +81,7 @@ class Cost:
 
 def costs(call: Call, gpu: str = GPU) -> list[Cost]:
     """Runs the call on the software device. Raises RuntimeError where that finds an error in a kernel."""
-    mps.install()
+    software_gpu.install()
     generator = torch.Generator().manual_seed(0)
     with mps.gpu(gpu, MACOS):
         _run(_operands(call, generator), call)  # a kernel's first use also launches its self-check

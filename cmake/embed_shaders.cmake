@@ -1,5 +1,6 @@
 # Writes the shaders' source as C++, for builds that compile them at their first use: Metal has no path for headers then,
-# so the project's own stand in the place of their #include, each once, with #line markers between them.
+# so the project's own stand in the place of their #include, each once, with #line markers between them. A .metal file
+# ends there before its table of instances: the host appends the one that it asks for.
 #
 #   cmake -D OUTPUT=shader_source.cpp -P cmake/embed_shaders.cmake
 cmake_minimum_required(VERSION 3.26)
@@ -16,6 +17,7 @@ function(flatten path seen result)
   cmake_path(RELATIVE_PATH path BASE_DIRECTORY "${root}" OUTPUT_VARIABLE name)
   cmake_path(GET path PARENT_PATH directory)
   file(READ "${path}" rest)
+  string(REGEX REPLACE "// --- Instances.*" "" rest "${rest}")
   string(REGEX REPLACE "(^|\n)#pragma once" "\\1" rest "${rest}")
   set(text "#line 1 \"${name}\"\n")
   set(line 1)
@@ -45,7 +47,7 @@ function(flatten path seen result)
   set(${result} "${text}${rest}" PARENT_SCOPE)
 endfunction()
 
-file(GLOB shaders "${root}/metal/*.metal")
+file(GLOB_RECURSE shaders "${root}/metal/*.metal")
 list(SORT shaders)
 list(LENGTH shaders count)
 set(entries "")

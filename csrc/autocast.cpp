@@ -3,7 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 
-#include "problem.h"
+#include "problem/modes.h"
 
 namespace quantization_mlx::autocast {
 

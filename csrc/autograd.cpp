@@ -19,7 +19,6 @@
 #include <vector>
 
 #include "cpu/ops.h"
-#include "problem.h"
 
 namespace quantization_mlx::autograd {
 namespace {
@@ -29,6 +28,12 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
+
+// Names that are none have failed, or will, in the op's own checks.
+bool is_column_packed(std::string_view mode) {
+  const auto named = mode_of(mode);
+  return named.has_value() && quantization_mlx::is_column_packed(*named);
+}
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
@@ -133,7 +138,7 @@ struct ParameterGradients {
 
 ParameterGradients parameter_gradients(const Tensor& unpacked, const Weights& weights) {
   std::vector<c10::SymInt> grouped(weights.scales.sym_sizes().vec());
-  grouped.push_back(weights.group_size.value_or(default_group_size(Mode::affine)));
+  grouped.push_back(weights.group_size.value_or(default_group_size(*mode_of(weights.mode))));
   const Tensor gradient = unpacked.to(at::kFloat).reshape_symint(grouped);
   const Tensor one = at::ones_symint(weights.scales.sym_sizes(), weights.scales.options().dtype(at::kFloat));
   const Tensor codes =
@@ -169,7 +174,8 @@ Tensor column_packed_x_gradient(const Tensor& gradient, const Weights& weights) 
   }
   const int64_t groups = scales.size(-2);
   const int64_t group_words = w.size(-2) / groups;
-  const int64_t group_elements = scales.numel() / groups * weights.group_size.value_or(128);
+  const int64_t group_elements =
+      scales.numel() / groups * weights.group_size.value_or(default_group_size(*mode_of(weights.mode)));
   const int64_t step = std::max<int64_t>(1, unpacked_elements / std::max<int64_t>(group_elements, 1));
   std::vector<Tensor> parts;
   for (int64_t group = 0; group < groups; group += step) {

@@ -2,14 +2,13 @@
 // respect to scales and biases. The packed codes have none, and quantize is a constant to its input's gradient.
 #pragma once
 
-#include "../torch-ext/torch_binding.h"
+#include "ops.h"
 
 namespace quantization_mlx::autograd {
 
-// The ops' own signatures.
-decltype(ops::quantized_matmul) quantized_matmul;
-decltype(ops::gather_qmm) gather_qmm;
-decltype(ops::dequantize) dequantize;
-decltype(ops::quantize) quantize;
+decltype(MatmulProblem::meta) quantized_matmul;
+decltype(GatherProblem::meta) gather_qmm;
+decltype(DequantizeProblem::meta) dequantize;
+decltype(QuantizeProblem::meta) quantize;
 
 }  // namespace quantization_mlx::autograd

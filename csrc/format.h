@@ -9,11 +9,6 @@
 #ifdef __METAL_VERSION__
 #include <metal_stdlib>
 #define QUANTIZATION_MLX_MATH metal
-// For all shaders, which all begin with this file: infinity and NaN are values. Metal 3.1 knows no such pragma; what
-// compiles shaders for it asks for safe arithmetic itself.
-#if __METAL_VERSION__ >= 320
-#pragma METAL fp math_mode(safe)
-#endif
 #else
 #include <cmath>
 #include <cstdint>

@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
@@ -22,50 +21,23 @@ import pytest
 # Before torch loads OpenMP: threads that spin while they wait make thousands of small calls crawl on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from torch import Tensor
+# Where tests find what they share.
+sys.path.extend(str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir())
 
 import covering
-import oracle
-
-# Every op test runs once for each of these.
-SOFTWARE_GPUS = {"mps-g14": "applegpu_g14s", "mps-g17": "applegpu_g17s"}
-NATIVE_DEVICES = ("cpu", "mps") if sys.platform == "darwin" else ("cpu",)
-DEVICES = NATIVE_DEVICES if "mps" in NATIVE_DEVICES else (*NATIVE_DEVICES, *SOFTWARE_GPUS)
+from devices import DEVICES, SOFTWARE_GPUS
+from tally import Tally
 
 # The software device, the cross build and GCC's sanitizers are for machines that are no Macs.
 if sys.platform == "darwin":
     collect_ignore = [
-        f"test_{name}.py"
-        for name in ("softmetal", "shaders", "tensor_ops", "metal_host", "metal_cost", "mac_check", "sanitized_ops")
+        *("shaders/test_shaders.py", "shaders/test_tensor_ops.py", "shaders/test_metal_cost.py"),
+        *("host/test_metal_host.py", "host/test_mac_check.py", "cpu/test_sanitized_ops.py"),
     ]
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
-
-
-def fill_disk(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """From now on, the second file that safetensors saves finds the disk full.
-
-    Returns the files that it was asked to save, a list that grows.
-    """
-    from safetensors.torch import save_file
-
-    asked: list[Path] = []
-
-    def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-        asked.append(file)
-        if len(asked) == 2:
-            raise OSError("No space left on device")
-        save_file(tensors, file, metadata)
-
-    monkeypatch.setattr("safetensors.torch.save_file", save)
-    return asked
-
-
-def mostly_exhaustive(values: Iterable[Any], *kept: Any) -> list[Any]:
-    """Values for pytest.mark.parametrize, of which only `kept` are tested without --exhaustive."""
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
 
 
 @pytest.fixture(params=DEVICES, scope="session")
@@ -103,34 +75,6 @@ def software_gpu_of(item: pytest.Item) -> str | None:
     return SOFTWARE_GPUS.get(callspec.params.get("device")) if callspec is not None else None
 
 
-class Tally:
-    """Counts bitwise comparisons by name, so that a run can show how much it compared."""
-
-    def __init__(self) -> None:
-        self.compared: dict[str, int] = defaultdict(int)
-        self.mismatched: dict[str, int] = defaultdict(int)
-
-    def compare(self, name: str, ours: Tensor, expected: Tensor, what: str) -> None:
-        differs = oracle.mismatches(ours, expected)
-        self.compared[name] += differs.numel()
-        self.mismatched[name] += int(differs.sum())
-        oracle.assert_identical(ours, expected, what)
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        return {name: (count, self.mismatched[name]) for name, count in self.compared.items()}
-
-    def add(self, counts: dict[str, tuple[int, int]]) -> None:
-        for name, (compared, mismatched) in counts.items():
-            self.compared[name] += compared
-            self.mismatched[name] += mismatched
-
-    def lines(self) -> list[str]:
-        return [
-            f"{name}: {count} values compared, {self.mismatched[name]} mismatches"
-            for name, count in sorted(self.compared.items())
-        ]
-
-
 _tally = pytest.StashKey[Tally]()
 
 
@@ -143,6 +87,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels_ci: fast tests that need the package's ops and nothing else")
     config.addinivalue_line("markers", "exhaustive: repeats what others test, with other values; see --exhaustive")
     config.addinivalue_line("markers", "first: takes minutes, and so starts before the others")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The build of a variant runs kernels_ci alone, without what other files import."""
+    is_left_out = config.option.markexpr == "kernels_ci" and collection_path.name.startswith("test_")
+    return True if is_left_out and "kernels_ci" not in collection_path.read_text() else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by name or marker: those chosen do not depend on it
@@ -179,9 +129,9 @@ def parameters(item: pytest.Item) -> dict[str, str]:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The software device comes before the first backward pass, at which torch counts the devices once for all."""
     if any(software_gpu_of(item) for item in session.items) and not session.config.option.collectonly:
-        from softmetal import mps
+        import software_gpu
 
-        mps.install()
+        software_gpu.install()
 
 
 @pytest.fixture(scope="session")

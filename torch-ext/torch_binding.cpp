@@ -1,101 +1,37 @@
-// Schemas, and which function serves which dispatch key. Nothing is computed or judged here.
-#include "torch_binding.h"
-
+// Schemas, and which function serves which dispatch key. Nothing is computed or checked here.
 #include <Python.h>
+
+#include <array>
 
 #include "../csrc/autocast.h"
 #include "../csrc/autograd.h"
 #include "../csrc/cpu/ops.h"
-#include "../csrc/metal/plan.h"
-#include "adapters.h"
+#include "../csrc/gpu/describe.h"
+#include "../csrc/ops.h"
 
 namespace quantization_mlx {
-namespace ops {
-
-#define OP(name)                                                                                    \
-  c10::Dispatcher::singleton()                                                                      \
-      .findSchemaOrThrow(QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE) "::" #name, "") \
-      .typed<decltype(name)>()
-
-at::Tensor quantized_matmul(
-    const at::Tensor& x,
-    const at::Tensor& w,
-    const at::Tensor& scales,
-    const std::optional<at::Tensor>& biases,
-    bool transpose,
-    std::optional<int64_t> group_size,
-    std::optional<int64_t> bits,
-    std::string_view mode,
-    const std::optional<at::Tensor>& global_scale,
-    std::string_view op) {
-  static const auto handle = OP(quantized_matmul);
-  return handle.call(x, w, scales, biases, transpose, group_size, bits, mode, global_scale, op);
-}
-
-at::Tensor gather_qmm(
-    const at::Tensor& x,
-    const at::Tensor& w,
-    const at::Tensor& scales,
-    const std::optional<at::Tensor>& biases,
-    const std::optional<at::Tensor>& lhs_indices,
-    const std::optional<at::Tensor>& rhs_indices,
-    bool transpose,
-    std::optional<int64_t> group_size,
-    std::optional<int64_t> bits,
-    std::string_view mode,
-    const std::optional<at::Tensor>& global_scale,
-    bool sorted_indices,
-    std::string_view op) {
-  static const auto handle = OP(gather_qmm);
-  return handle.call(
-      x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size, bits, mode, global_scale, sorted_indices,
-      op);
-}
-
-at::Tensor dequantize(
-    const at::Tensor& w,
-    const at::Tensor& scales,
-    const std::optional<at::Tensor>& biases,
-    std::optional<int64_t> group_size,
-    std::optional<int64_t> bits,
-    std::string_view mode,
-    const std::optional<at::Tensor>& global_scale,
-    std::optional<at::ScalarType> dtype) {
-  static const auto handle = OP(dequantize);
-  return handle.call(w, scales, biases, group_size, bits, mode, global_scale, dtype);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(
-    const at::Tensor& w,
-    std::optional<int64_t> group_size,
-    std::optional<int64_t> bits,
-    std::string_view mode,
-    const std::optional<at::Tensor>& global_scale) {
-  static const auto handle = OP(quantize);
-  return handle.call(w, group_size, bits, mode, global_scale);
-}
-
-#undef OP
-
-}  // namespace ops
-
 namespace {
 
-using adapters::Tensor;
+using at::Tensor;
 
-// --- What would run ------------------------------------------------------------------------------------------------
-
-// Without the name of a GPU, what runs on this CPU.
-template <typename Problem>
-std::string explain(const Problem& problem, std::string_view gpu, int64_t macos) {
-  if (gpu.empty()) {
-    TORCH_CHECK_VALUE(
-        !problem.device().is_meta(),
-        "[explain] the tensors are on device meta, so a GPU must be named: \"applegpu_g16s\".");
-    return cpu::describe(problem);
+// What would run on the named GPU or, without one, on this CPU.
+struct Cpu {
+  template <typename Problem>
+  static auto run(const Problem& problem) {
+    return cpu::run(problem);
   }
-  return metal::explain(problem, {metal::GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
-}
+
+  template <typename Problem>
+  static std::string explain(const Problem& problem, std::string_view gpu, int64_t macos) {
+    if (gpu.empty()) {
+      TORCH_CHECK_VALUE(
+          !problem.device().is_meta(),
+          "[explain] the tensors are on device meta, so a GPU must be named: \"applegpu_g16s\".");
+      return cpu::describe(problem);
+    }
+    return gpu::explain(problem, {gpu::GpuTraits::parse(gpu, static_cast<int>(macos)), {}});
+  }
+};
 
 // --- The explicit ops: one fixed form each of the two products, and the same on every device ------------------------
 
@@ -119,60 +55,57 @@ void check_output_features(
 
 struct Explicit {
   const char* op;
-  const char* mode;
+  Mode mode;
   bool transpose;
+  bool has_output_features;
 };
 
-constexpr Explicit affine_qmv_op{"affine_qmv", "affine", true};
-constexpr Explicit affine_qmm_t_op{"affine_qmm_t", "affine", true};
-constexpr Explicit affine_qmm_n_op{"affine_qmm_n", "affine", false};
-constexpr Explicit affine_qmm_t_nax_op{"affine_qmm_t_nax", "affine", true};
-constexpr Explicit affine_qmm_n_nax_op{"affine_qmm_n_nax", "affine", false};
-constexpr Explicit mxfp4_qmv_op{"mxfp4_qmv", "mxfp4", true};
-constexpr Explicit mxfp4_qmm_t_op{"mxfp4_qmm_t", "mxfp4", true};
-constexpr Explicit mxfp4_qmm_n_op{"mxfp4_qmm_n", "mxfp4", false};
-constexpr Explicit mxfp8_qmv_op{"mxfp8_qmv", "mxfp8", true};
-constexpr Explicit mxfp8_qmm_t_op{"mxfp8_qmm_t", "mxfp8", true};
-constexpr Explicit mxfp8_qmm_n_op{"mxfp8_qmm_n", "mxfp8", false};
-constexpr Explicit nvfp4_qmv_op{"nvfp4_qmv", "nvfp4", true};
-constexpr Explicit nvfp4_qmm_t_op{"nvfp4_qmm_t", "nvfp4", true};
-constexpr Explicit nvfp4_qmm_n_op{"nvfp4_qmm_n", "nvfp4", false};
+constexpr std::array explicit_ops{
+    Explicit{"affine_qmv", Mode::affine, true, true},        Explicit{"affine_qmm_t", Mode::affine, true, false},
+    Explicit{"affine_qmm_n", Mode::affine, false, true},     Explicit{"affine_qmm_t_nax", Mode::affine, true, false},
+    Explicit{"affine_qmm_n_nax", Mode::affine, false, true}, Explicit{"mxfp4_qmv", Mode::mxfp4, true, true},
+    Explicit{"mxfp4_qmm_t", Mode::mxfp4, true, false},       Explicit{"mxfp4_qmm_n", Mode::mxfp4, false, true},
+    Explicit{"mxfp8_qmv", Mode::mxfp8, true, true},          Explicit{"mxfp8_qmm_t", Mode::mxfp8, true, false},
+    Explicit{"mxfp8_qmm_n", Mode::mxfp8, false, true},       Explicit{"nvfp4_qmv", Mode::nvfp4, true, true},
+    Explicit{"nvfp4_qmm_t", Mode::nvfp4, true, false},       Explicit{"nvfp4_qmm_n", Mode::nvfp4, false, true},
+};
 
-template <const Explicit& form>
-Tensor affine_product(
-    const Tensor& x,
-    const Tensor& w,
-    const Tensor& scales,
-    const Tensor& biases,
-    int64_t group_size,
-    int64_t bits) {
-  return ops::quantized_matmul(
-      x, w, scales, biases, form.transpose, group_size, bits, form.mode, std::nullopt, form.op);
-}
-
-template <const Explicit& form>
-Tensor affine_product_checked(
-    const Tensor& x,
-    const Tensor& w,
-    const Tensor& scales,
-    const Tensor& biases,
-    c10::SymInt output_features,
-    int64_t group_size,
-    int64_t bits) {
-  check_output_features(form.op, output_features, w, scales, form.transpose, group_size);
-  return affine_product<form>(x, w, scales, biases, group_size, bits);
-}
-
-template <const Explicit& form>
-Tensor fp_product(const Tensor& x, const Tensor& w, const Tensor& scales) {
-  return ops::quantized_matmul(
-      x, w, scales, std::nullopt, form.transpose, std::nullopt, std::nullopt, form.mode, std::nullopt, form.op);
-}
-
-template <const Explicit& form, Mode mode>
-Tensor fp_product_checked(const Tensor& x, const Tensor& w, const Tensor& scales, c10::SymInt output_features) {
-  check_output_features(form.op, output_features, w, scales, form.transpose, default_group_size(mode));
-  return fp_product<form>(x, w, scales);
+template <size_t index>
+void define_explicit(torch::Library& m) {
+  static constexpr Explicit form = explicit_ops[index];
+  const auto define = [&m](const char* arguments, auto* function) {
+    m.def((form.op + std::string(arguments) + " -> Tensor").c_str(), function);
+  };
+  static constexpr auto affine_product = [](const Tensor& x, const Tensor& w, const Tensor& scales,
+                                            const Tensor& biases, int64_t group_size, int64_t bits) {
+    return ops::quantized_matmul(
+        x, w, scales, biases, form.transpose, group_size, bits, name_of(form.mode), std::nullopt, form.op);
+  };
+  static constexpr auto fp_product = [](const Tensor& x, const Tensor& w, const Tensor& scales) {
+    return ops::quantized_matmul(
+        x, w, scales, std::nullopt, form.transpose, std::nullopt, std::nullopt, name_of(form.mode), std::nullopt,
+        form.op);
+  };
+  if constexpr (has_biases(form.mode) && form.has_output_features) {
+    define(
+        "(Tensor x, Tensor w, Tensor scales, Tensor biases, SymInt output_features, int group_size=128, int bits=4)",
+        +[](const Tensor& x, const Tensor& w, const Tensor& scales, const Tensor& biases, c10::SymInt output_features,
+            int64_t group_size, int64_t bits) {
+          check_output_features(form.op, output_features, w, scales, form.transpose, group_size);
+          return affine_product(x, w, scales, biases, group_size, bits);
+        });
+  } else if constexpr (has_biases(form.mode)) {
+    define("(Tensor x, Tensor w, Tensor scales, Tensor biases, int group_size=128, int bits=4)", +affine_product);
+  } else if constexpr (form.has_output_features) {
+    define(
+        "(Tensor x, Tensor w, Tensor scales, SymInt output_features)",
+        +[](const Tensor& x, const Tensor& w, const Tensor& scales, c10::SymInt output_features) {
+          check_output_features(form.op, output_features, w, scales, form.transpose, default_group_size(form.mode));
+          return fp_product(x, w, scales);
+        });
+  } else {
+    define("(Tensor x, Tensor w, Tensor scales)", +fp_product);
+  }
 }
 
 Tensor affine_gather_qmm_rhs_nax(
@@ -200,13 +133,6 @@ Tensor affine_gather_qmm_rhs_nax(
 // They have no gradients, and whoever calls them sees to it that none are wanted.
 constexpr const char* generation_ops[] = {
     "_rms_norm", "_add_rms_norm", "_silu_mul", "_decode_attention", "_decoder_steps"};
-
-void implement_explain(torch::Library& m) {
-  m.impl("explain_quantize", adapters::explain_quantize<explain<QuantizeProblem>>);
-  m.impl("explain_dequantize", adapters::explain_dequantize<explain<DequantizeProblem>>);
-  m.impl("explain_quantized_matmul", adapters::explain_quantized_matmul<explain<MatmulProblem>>);
-  m.impl("explain_gather_qmm", adapters::explain_gather_qmm<explain<GatherProblem>>);
-}
 
 // The ops that convert weights, and the explicit ops, which are products themselves, fall through.
 void implement_autocast(torch::Library& m) {
@@ -247,30 +173,9 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "bool sorted_indices=False, str op='gather_qmm'",
       "Tensor");
 
-  const std::string affine =
-      "(Tensor x, Tensor w, Tensor scales, Tensor biases, int group_size=128, int bits=4) -> Tensor";
-  const std::string affine_checked =
-      "(Tensor x, Tensor w, Tensor scales, Tensor biases, SymInt output_features, int group_size=128, int bits=4) "
-      "-> Tensor";
-  const std::string fp = "(Tensor x, Tensor w, Tensor scales) -> Tensor";
-  const std::string fp_checked = "(Tensor x, Tensor w, Tensor scales, SymInt output_features) -> Tensor";
-  const auto define = [&m](const Explicit& form, const std::string& signature, auto* function) {
-    m.def((form.op + signature).c_str(), function);
-  };
-  define(affine_qmv_op, affine_checked, affine_product_checked<affine_qmv_op>);
-  define(affine_qmm_t_op, affine, affine_product<affine_qmm_t_op>);
-  define(affine_qmm_n_op, affine_checked, affine_product_checked<affine_qmm_n_op>);
-  define(affine_qmm_t_nax_op, affine, affine_product<affine_qmm_t_nax_op>);
-  define(affine_qmm_n_nax_op, affine_checked, affine_product_checked<affine_qmm_n_nax_op>);
-  define(mxfp4_qmv_op, fp_checked, fp_product_checked<mxfp4_qmv_op, Mode::mxfp4>);
-  define(mxfp4_qmm_t_op, fp, fp_product<mxfp4_qmm_t_op>);
-  define(mxfp4_qmm_n_op, fp_checked, fp_product_checked<mxfp4_qmm_n_op, Mode::mxfp4>);
-  define(mxfp8_qmv_op, fp_checked, fp_product_checked<mxfp8_qmv_op, Mode::mxfp8>);
-  define(mxfp8_qmm_t_op, fp, fp_product<mxfp8_qmm_t_op>);
-  define(mxfp8_qmm_n_op, fp_checked, fp_product_checked<mxfp8_qmm_n_op, Mode::mxfp8>);
-  define(nvfp4_qmv_op, fp_checked, fp_product_checked<nvfp4_qmv_op, Mode::nvfp4>);
-  define(nvfp4_qmm_t_op, fp, fp_product<nvfp4_qmm_t_op>);
-  define(nvfp4_qmm_n_op, fp_checked, fp_product_checked<nvfp4_qmm_n_op, Mode::nvfp4>);
+  [&m]<size_t... index>(std::index_sequence<index...>) {
+    (define_explicit<index>(m), ...);
+  }(std::make_index_sequence<explicit_ops.size()>());
   m.def(
       "affine_gather_qmm_rhs_nax(Tensor x, Tensor w, Tensor scales, Tensor biases, Tensor indices, "
       "SymInt output_features, int group_size=128, int bits=4, bool transpose=True) -> Tensor",
@@ -294,24 +199,17 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
-  m.impl("quantize", adapters::quantize<cpu::quantize>);
-  m.impl("dequantize", adapters::dequantize<cpu::dequantize>);
-  m.impl("quantized_matmul", adapters::quantized_matmul<cpu::quantized_matmul>);
-  m.impl("gather_qmm", adapters::gather_qmm<cpu::gather_qmm>);
+  implement<Cpu>(m);
   m.impl("_rms_norm", cpu::rms_norm);
   m.impl("_add_rms_norm", cpu::add_rms_norm);
   m.impl("_silu_mul", cpu::silu_mul);
   m.impl("_decode_attention", cpu::decode_attention);
   m.impl("_decoder_steps", cpu::decoder_steps);
-  implement_explain(m);
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Meta, m) {
-  m.impl("quantize", adapters::quantize_meta);
-  m.impl("dequantize", adapters::dequantize_meta);
-  m.impl("quantized_matmul", adapters::quantized_matmul_meta);
-  m.impl("gather_qmm", adapters::gather_qmm_meta);
-  implement_explain(m);
+  ops::for_each([&]<typename Problem>(ops::Op<Problem>) { m.impl(Problem::name, Problem::meta); });
+  implement_explain<Cpu>(m);
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {

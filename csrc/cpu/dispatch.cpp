@@ -311,7 +311,7 @@ std::string describe(const QuantizeProblem&) { return described(nullptr); }
 
 std::string describe(const DequantizeProblem&) { return described(nullptr); }
 
-Tensor quantized_matmul(const MatmulProblem& problem) {
+Tensor run(const MatmulProblem& problem) {
   Tensor y = empty_result(problem);
   if (y.numel() == 0) {
     return y;
@@ -330,7 +330,7 @@ Tensor quantized_matmul(const MatmulProblem& problem) {
   return y;
 }
 
-Tensor gather_qmm(const GatherProblem& problem) {
+Tensor run(const GatherProblem& problem) {
   const MatmulProblem& matmul = problem.matmul;
   check_range(matmul.op, "lhs_indices", problem.lhs_indices, matmul.x.count);
   check_range(matmul.op, "rhs_indices", problem.rhs_indices, matmul.weights.words.count);

@@ -7,7 +7,7 @@
 #include <string_view>
 #include <tuple>
 
-#include "../problem.h"
+#include "../problem/problem.h"
 #include "kernels.h"
 
 namespace quantization_mlx::cpu {
@@ -15,13 +15,13 @@ namespace quantization_mlx::cpu {
 // What kernels call a floating-point dtype of this package.
 Real real_of(at::ScalarType dtype);
 
-at::Tensor quantized_matmul(const MatmulProblem& problem);
+at::Tensor run(const MatmulProblem& problem);
 
-at::Tensor gather_qmm(const GatherProblem& problem);
+at::Tensor run(const GatherProblem& problem);
 
-at::Tensor dequantize(const DequantizeProblem& problem);
+at::Tensor run(const DequantizeProblem& problem);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const QuantizeProblem& problem);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const QuantizeProblem& problem);
 
 // x / sqrt(mean(x^2) + epsilon) * weight; x [..., n], n a multiple of 16.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon);

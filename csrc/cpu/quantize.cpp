@@ -278,7 +278,7 @@ void with_type(at::ScalarType dtype, const Function& function) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> quantize(const QuantizeProblem& problem) {
+std::tuple<Tensor, Tensor, Tensor> run(const QuantizeProblem& problem) {
   auto [words, scales, biases] = empty_quantized(problem);
   with_type(problem.w.scalar_type(), [&, &words = words, &scales = scales, &biases = biases](auto type) {
     using T = decltype(type);
@@ -291,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const QuantizeProblem& problem) {
   return {words, scales, biases};
 }
 
-Tensor dequantize(const DequantizeProblem& problem) {
+Tensor run(const DequantizeProblem& problem) {
   const auto options = problem.weights.words.tensor.options().dtype(problem.dtype);
   Tensor result = at::empty(problem.output, options);
   if (result.numel() == 0) {

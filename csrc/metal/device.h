@@ -1,7 +1,7 @@
 // The GPU that torch runs on. Plain C++: also for files that are not Objective-C++.
 #pragma once
 
-#include "plan.h"
+#include "../gpu/traits.h"
 
 namespace quantization_mlx::metal {
 
@@ -10,6 +10,6 @@ int macos_version();
 
 // What plans are made for. The environment variable QUANTIZATION_MLX_GPU names another GPU, whose kernels then run on
 // this one. Raises ValueError where the name is none.
-GpuTraits gpu_traits();
+gpu::GpuTraits gpu_traits();
 
 }  // namespace quantization_mlx::metal

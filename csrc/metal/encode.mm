@@ -2,22 +2,18 @@
 
 #import <Metal/Metal.h>
 
-#include <ATen/mps/MPSDevice.h>
 #include <ATen/mps/MPSStream.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
 
-#include <string>
-
-#include "../environment.h"
-#include "device.h"
 #include "library.h"
 
 namespace quantization_mlx::metal {
 namespace {
 
-// The storage of an MPS tensor holds the buffer itself in the place of an address.
+using namespace gpu;
+
+// The data pointer of an MPS tensor's storage is the buffer.
 id<MTLBuffer> buffer_of(const at::Tensor& tensor) { return __builtin_bit_cast(id<MTLBuffer>, tensor.storage().data()); }
 
 void set_argument(
@@ -53,36 +49,13 @@ void encode_launch(
 
 }  // namespace
 
-int macos_version() {
-  if (__builtin_available(macOS 26.2, *)) {
-    return 2602;
-  }
-  if (__builtin_available(macOS 26.0, *)) {
-    return 2600;
-  }
-  if (__builtin_available(macOS 15.0, *)) {
-    return 1500;
-  }
-  return 1400;
-}
-
-GpuTraits gpu_traits() {
-  if (const char* name = environment_variable("QUANTIZATION_MLX_GPU")) {
-    return GpuTraits::parse(name, macos_version());
-  }
-  @autoreleasepool {
-    const char* name = at::mps::MPSDevice::getInstance()->device().architecture.name.UTF8String;
-    return GpuTraits::of_device(name != nullptr ? name : "", macos_version());
-  }
-}
-
-void prepare(const Plan& plan) {
+void prepare(const gpu::Plan& plan) {
   for (const Launch& launch : plan.launches) {
     pipeline(launch);
   }
 }
 
-void encode(const Plan& plan, Operands operands) {
+void encode(const gpu::Plan& plan, Operands operands) {
   if (plan.launches.empty()) {
     return;
   }
@@ -95,7 +68,7 @@ void encode(const Plan& plan, Operands operands) {
   for (const Launch& launch : plan.launches) {
     pipelines.push_back(pipeline(launch));
   }
-  const auto& states = pipelines;  // a block copies what is no reference
+  const auto& states = pipelines;  // a block would copy them otherwise
   const auto& tensors = operands;
   at::mps::MPSStream* stream = at::mps::getCurrentMPSStream();
   at::mps::dispatch_sync_with_rethrow(stream->queue(), ^() {

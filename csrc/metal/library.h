@@ -3,11 +3,11 @@
 
 #import <Metal/Metal.h>
 
-#include "plan.h"
+#include "../gpu/plan.h"
 
 namespace quantization_mlx::metal {
 
 // For any thread. Raises RuntimeError with the text of Metal's compiler where there is no such pipeline.
-id<MTLComputePipelineState> pipeline(const Launch& launch);
+id<MTLComputePipelineState> pipeline(const gpu::Launch& launch);
 
 }  // namespace quantization_mlx::metal

@@ -19,6 +19,8 @@
 namespace quantization_mlx::metal {
 namespace {
 
+using gpu::Launch;
+
 // MTLLibrary and pipelines are made once and never freed: the caches own them.
 template <typename Object>
 using Cache = std::unordered_map<std::string, Object>;
@@ -46,22 +48,6 @@ id<MTLLibrary> library(const Launch&) {
 
 #else
 
-// Which of the templates' instances a library holds: the masks of metal/instantiate.h. The whole of a file would take
-// minutes to compile.
-struct Instances {
-  int types;
-  int modes;
-  int group_sizes;
-  int bits;
-};
-
-Instances instances_of(const Launch& launch) {
-  const int group_size = launch.format.group_size;
-  return {
-      launch.dtype == at::kFloat ? 1 : (launch.dtype == at::kHalf ? 2 : 4), 1 << static_cast<int>(launch.format.mode),
-      group_size / 16, 1 << launch.format.bits};
-}
-
 // The newest that this release of macOS compiles. As numbers: an older SDK does not have the newer names.
 MTLLanguageVersion language_version() {
   const int macos = macos_version();
@@ -71,7 +57,7 @@ MTLLanguageVersion language_version() {
   return macos >= 2600 ? version(4, 0) : (macos >= 1500 ? version(3, 2) : version(3, 1));
 }
 
-MTLCompileOptions* compile_options(const Instances& instances) {
+MTLCompileOptions* compile_options() {
   MTLCompileOptions* options = [[MTLCompileOptions new] autorelease];
   options.languageVersion = language_version();
   // Infinity and NaN are values that weights and results may have.
@@ -81,45 +67,40 @@ MTLCompileOptions* compile_options(const Instances& instances) {
   } else {
     options.fastMathEnabled = NO;
   }
-  options.preprocessorMacros = @{
-    @"QUANTIZATION_MLX_TYPES" : @(instances.types),
-    @"QUANTIZATION_MLX_MODES" : @(instances.modes),
-    @"QUANTIZATION_MLX_GROUP_SIZES" : @(instances.group_sizes),
-    @"QUANTIZATION_MLX_BITS" : @(instances.bits),
-  };
   return options;
 }
 
-const char* source_of(const char* file) {
+// The templates of a file and the one instance that is the kernel: all instances would take minutes to compile.
+std::string source_of(const Launch& launch) {
   const auto* end = shader_sources + shader_source_count;
   const auto* found = std::find_if(
-      shader_sources, end, [&](const ShaderSource& source) { return std::string_view(source.file) == file; });
-  TORCH_INTERNAL_ASSERT(found != end, "no shader source ", file);
-  return found->text;
+      shader_sources, end, [&](const ShaderSource& source) { return std::string_view(source.file) == launch.file; });
+  TORCH_INTERNAL_ASSERT(found != end, "no shader source ", launch.file);
+  const std::string instance = launch.instance();
+  return c10::str(
+      found->text, "\nnamespace quantization_mlx {\ntemplate [[host_name(\"", launch.kernel,
+      "\")]] [[kernel]] decltype(", instance, ") ", instance, ";\n}\n");
 }
 
 id<MTLLibrary> library(const Launch& launch) {
   static auto* libraries = new Cache<id<MTLLibrary>>;
-  const Instances instances = instances_of(launch);
-  const std::string key = c10::str(
-      launch.file, " ", instances.types, " ", instances.modes, " ", instances.group_sizes, " ", instances.bits);
-  id<MTLLibrary>& entry = (*libraries)[key];
+  id<MTLLibrary>& entry = (*libraries)[launch.kernel];
   if (entry == nil) {
     NSError* error = nil;
     entry = [at::mps::MPSDevice::getInstance()->device()
-        newLibraryWithSource:[NSString stringWithUTF8String:source_of(launch.file)]
-                     options:compile_options(instances)
+        newLibraryWithSource:[NSString stringWithUTF8String:source_of(launch).c_str()]
+                     options:compile_options()
                        error:&error];
     TORCH_CHECK(
-        entry != nil, "[quantization_mlx] Metal does not compile metal/", launch.file, ".metal for ", launch.kernel,
-        ":\n", text_of(error));
+        entry != nil, "[quantization_mlx] Metal does not compile ", launch.kernel, " of ", launch.file, ".metal:\n",
+        text_of(error));
   }
   return entry;
 }
 
 #endif
 
-// All of them: a kernel takes no notice of those that it does not use.
+// A kernel ignores those that it does not use.
 constexpr int constant_count = QUANTIZATION_MLX_HAS_GLOBAL_SCALE + 1;
 
 MTLFunctionConstantValues* constant_values(uint32_t constants) {

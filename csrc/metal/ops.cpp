@@ -5,13 +5,13 @@
 
 #include "../environment.h"
 #include "encode.h"
-#include "plan.h"
 #include "self_check.h"
 
 namespace quantization_mlx::metal {
 namespace {
 
 using at::Tensor;
+using namespace gpu;
 
 Operands operands_of(const QuantizedMatrices& weights, const Tensor& y) {
   Operands operands;
@@ -34,7 +34,7 @@ bool is_debugging() {
 
 }  // namespace
 
-Tensor quantized_matmul(const MatmulProblem& given) {
+Tensor run(const MatmulProblem& given) {
   Tensor y = empty_result(given);
   if (y.numel() > 0) {
     const MatmulProblem problem = with_kernel_dtype(given);
@@ -45,7 +45,7 @@ Tensor quantized_matmul(const MatmulProblem& given) {
   return y;
 }
 
-Tensor gather_qmm(const GatherProblem& given) {
+Tensor run(const GatherProblem& given) {
   if (is_debugging()) {
     check_range(given.matmul.op, "lhs_indices", given.lhs_indices.cpu(), given.matmul.x.count);
     check_range(given.matmul.op, "rhs_indices", given.rhs_indices.cpu(), given.matmul.weights.words.count);
@@ -62,7 +62,7 @@ Tensor gather_qmm(const GatherProblem& given) {
   return y;
 }
 
-Tensor dequantize(const DequantizeProblem& given) {
+Tensor run(const DequantizeProblem& given) {
   const DequantizeProblem problem = with_kernel_dtype(given);
   Tensor y = at::empty(problem.output, problem.weights.words.tensor.options().dtype(problem.dtype));
   if (y.numel() > 0) {
@@ -71,7 +71,7 @@ Tensor dequantize(const DequantizeProblem& given) {
   return problem.dtype == given.dtype ? y : y.to(given.dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize(const QuantizeProblem& problem) {
+std::tuple<Tensor, Tensor, Tensor> run(const QuantizeProblem& problem) {
   auto results = empty_quantized(problem);
   if (problem.w.numel() > 0) {
     Operands operands;

@@ -5,18 +5,18 @@
 
 #include <tuple>
 
-#include "../problem.h"
+#include "../problem/problem.h"
 
 namespace quantization_mlx::metal {
 
-at::Tensor quantized_matmul(const MatmulProblem& problem);
+at::Tensor run(const MatmulProblem& problem);
 
 // A row of the result whose pair has an index out of range is NaN. With the environment variable QUANTIZATION_MLX_DEBUG
 // set, waits for the device and raises IndexError instead, as the CPU does.
-at::Tensor gather_qmm(const GatherProblem& problem);
+at::Tensor run(const GatherProblem& problem);
 
-at::Tensor dequantize(const DequantizeProblem& problem);
+at::Tensor run(const DequantizeProblem& problem);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const QuantizeProblem& problem);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const QuantizeProblem& problem);
 
 }  // namespace quantization_mlx::metal

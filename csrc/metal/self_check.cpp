@@ -15,8 +15,8 @@
 #include <string_view>
 #include <vector>
 
-#include "../../torch-ext/torch_binding.h"
 #include "../environment.h"
+#include "../ops.h"
 #include "device.h"
 #include "encode.h"
 
@@ -24,9 +24,10 @@ namespace quantization_mlx::metal {
 namespace {
 
 using at::Tensor;
+using namespace gpu;
 
-// Row counts of one product for each kind of kernel in a family; among them more than one tile of rows, with a last one
-// that is not full. N is no multiple of a tile's columns, and K several steps.
+// Rows of x for each kind of kernel in a family; among them more than one tile with a last one that is not full. N is
+// no multiple of a tile's columns, and K is several steps.
 std::vector<int64_t> check_rows(Family family) {
   switch (family) {
     case Family::matvec: return {1, 33};
@@ -64,12 +65,15 @@ struct Example {
   Tensor w;
   Tensor scales;
   std::optional<Tensor> biases;
-  std::optional<Tensor> global_scale;  // none
   Format format;
   bool transpose;
 
-  WeightArguments arguments() const {
-    return {"self-check", w, scales, biases, format.group_size, format.bits, name_of(format.mode), global_scale};
+  // What `check` or an op makes of it.
+  template <typename Function>
+  auto product(const Function& function) const {
+    return function(
+        x, w, scales, biases, transpose, format.group_size, format.bits, name_of(format.mode), std::nullopt,
+        "self-check");
   }
 
   Example on(at::Device device) const {
@@ -98,7 +102,7 @@ Example example(Format format, at::ScalarType dtype, bool transpose, int64_t x_r
   result.format = format;
   result.transpose = transpose;
   result.x = filled<float>({x_rows, check_k}, at::kFloat, [&] { return random.uniform(-1.0f, 1.0f); }).to(dtype);
-  // Every code but, of E4M3, those from 2 up, among which is NaN.
+  // Any code, except in E4M3 those of 2 and more, which include NaN.
   const uint32_t mask = is_e4m3(format.mode) ? 0xBFBFBFBFu : 0xFFFFFFFFu;
   result.w = filled<uint32_t>(sizes(length * format.bits / 32), at::kUInt32, [&] { return random.bits() & mask; });
   if (has_biases(format.mode)) {
@@ -118,8 +122,9 @@ Example example(Format format, at::ScalarType dtype, bool transpose, int64_t x_r
     }
   } else {
     // Powers of two from 2^-7 to 1, as E8M0; of E4M3, values from 0.5 to 1.875.
-    const uint32_t first = format.mode == Mode::nvfp4 ? 0x30u : 120u;
-    const uint32_t count = format.mode == Mode::nvfp4 ? 16u : 8u;
+    const bool e4m3 = traits_of(format.mode).scale == Scale::e4m3;
+    const uint32_t first = e4m3 ? 0x30u : 120u;
+    const uint32_t count = e4m3 ? 16u : 8u;
     result.scales = filled<uint8_t>(groups, at::kByte, [&] { return first + random.bits() % count; });
   }
   return result;
@@ -129,7 +134,7 @@ Example example(Format format, at::ScalarType dtype, bool transpose, int64_t x_r
 
 double tolerance(at::ScalarType dtype) { return dtype == at::kFloat ? 1e-4 : (dtype == at::kHalf ? 5e-3 : 4e-2); }
 
-// The greatest difference as a part of the greatest value expected; infinite where a value is NaN.
+// The largest difference relative to the largest expected value; infinite where a value is NaN.
 double difference(const Tensor& result, const Tensor& expected) {
   const Tensor ours = result.cpu().to(at::kFloat).contiguous();
   const Tensor theirs = expected.to(at::kFloat).contiguous();
@@ -145,20 +150,6 @@ double difference(const Tensor& result, const Tensor& expected) {
   return distance / largest;
 }
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> cpu_op(const std::string& name) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow((QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE) "::" + name).c_str(), "")
-      .typed<Signature>();
-}
-
-Tensor cpu_product(const Example& example) {
-  return cpu_op<decltype(ops::quantized_matmul)>("quantized_matmul")
-      .call(
-          example.x, example.w, example.scales, example.biases, example.transpose, example.format.group_size,
-          example.format.bits, name_of(example.format.mode), std::nullopt, "self-check");
-}
-
 struct Subject {
   GpuTraits gpu;
   Family family;
@@ -171,7 +162,7 @@ struct Subject {
 std::optional<std::string> failure(const Subject& subject, int64_t rows) {
   const Example host = example(subject.format, subject.dtype, subject.transpose, rows);
   const Example device = host.on(at::Device(at::kMPS, 0));
-  const MatmulProblem problem = with_kernel_dtype(MatmulProblem::check(device.arguments(), device.x, device.transpose));
+  const MatmulProblem problem = with_kernel_dtype(device.product(MatmulProblem::check));
   Target alone{subject.gpu, {}};
   for (const Family family : all_families) {
     if (family != subject.family) {
@@ -192,7 +183,7 @@ std::optional<std::string> failure(const Subject& subject, int64_t rows) {
   operand(operands, Role::biases) = problem.weights.biases.tensor;
   operand(operands, Role::y) = y;
   encode(product, std::move(operands));
-  const double apart = difference(y, cpu_product(host));
+  const double apart = difference(y, host.product(ops::quantized_matmul));
   if (apart <= tolerance(subject.dtype)) {
     return std::nullopt;
   }
@@ -226,8 +217,7 @@ std::optional<std::string> dequantize_failure(
   const std::optional<Tensor> given = third ? std::optional(biases) : none;
   const DequantizeProblem problem = with_kernel_dtype(
       DequantizeProblem::check(
-          {"self-check", words, scales, given, format.group_size, format.bits, name_of(format.mode), none},
-          subject.dtype));
+          words, scales, given, format.group_size, format.bits, name_of(format.mode), none, subject.dtype));
   const Tensor y = at::empty(problem.output, words.options().dtype(problem.dtype));
   Operands operands;
   operand(operands, Role::w) = words;
@@ -235,10 +225,9 @@ std::optional<std::string> dequantize_failure(
   operand(operands, Role::biases) = problem.weights.biases.tensor;
   operand(operands, Role::y) = y;
   encode(plan(problem, {subject.gpu, {}}), std::move(operands));
-  const Tensor expected = cpu_op<decltype(ops::dequantize)>("dequantize")
-                              .call(
-                                  words.cpu(), scales.cpu(), given.has_value() ? std::optional(given->cpu()) : none,
-                                  format.group_size, format.bits, name_of(format.mode), none, subject.dtype);
+  const Tensor expected = ops::dequantize(
+      words.cpu(), scales.cpu(), given.has_value() ? std::optional(given->cpu()) : none, format.group_size, format.bits,
+      name_of(format.mode), none, subject.dtype);
   const double apart = difference(y, expected);
   if (apart <= tolerance(subject.dtype)) {
     return std::nullopt;
@@ -251,8 +240,7 @@ std::optional<std::string> conversion_failure(const Subject& subject) {
   const Format format = subject.format;
   const Tensor x = example({Mode::affine, 4, 64}, subject.dtype, /*transpose=*/true, /*x_rows=*/33).x;
   const Tensor matrix = is_column_packed(format.mode) ? x.t().contiguous() : x;  // whole groups, but no more
-  const auto expected = cpu_op<decltype(ops::quantize)>("quantize")
-                            .call(matrix, format.group_size, format.bits, name_of(format.mode), std::nullopt);
+  const auto expected = ops::quantize(matrix, format.group_size, format.bits, name_of(format.mode), std::nullopt);
   const QuantizeProblem problem = QuantizeProblem::check(
       matrix.to(at::Device(at::kMPS, 0)), format.group_size, format.bits, name_of(format.mode), std::nullopt);
   const auto [words, scales, biases] = empty_quantized(problem);

@@ -5,7 +5,7 @@
 
 namespace quantization_mlx::metal {
 
-// A .metal file with the project's own headers in the place of their #include.
+// The templates of a .metal file, with the project's own headers in the place of their #include.
 struct ShaderSource {
   const char* file;  // stem of its name
   const char* text;

@@ -22,8 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import mlx_peer
 import numpy as np
+
+import mlx_peer
+import quantization_mlx as qm
 import suites
 from bundle import NUMPY
 from calls import Call
@@ -33,8 +35,6 @@ from mutants import METAL, MUTANTS
 from operands import random_operands
 from plans import plan_of
 from suites import Item
-
-import quantization_mlx as qm
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpu_lane" / "cache"

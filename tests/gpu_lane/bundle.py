@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from calls import ITEM_BYTES, Call
 from driver import Kernel, Memory, Module
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bundle import FILLING, NUMPY
-from calls import ITEM_BYTES, Call
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bundle import FILLING, NUMPY
+from calls import ITEM_BYTES, Call
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import oracle
 

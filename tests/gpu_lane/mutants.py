@@ -8,7 +8,7 @@ from pathlib import Path
 
 from calls import Call
 
-METAL = Path(__file__).resolve().parents[2] / "metal"
+METAL = Path(__file__).resolve().parents[2] / "metal/quantized"
 BARRIER = re.escape("threadgroup_barrier(mem_flags::mem_threadgroup);")
 
 # By what follows it: its header is a part of matvec.metal.
@@ -19,7 +19,7 @@ ROW_OF_W = r"row_(words|halves|bytes) = ([^;]+);"
 
 @dataclass(frozen=True)
 class Mutant:
-    """An edit of the preprocessed text of metal/<file>.metal: what matches `old` becomes `new`.
+    """An edit of the preprocessed text of metal/quantized/<file>.metal: what matches `old` becomes `new`.
 
     only: the number of the match that is edited; None: all of them.
     """

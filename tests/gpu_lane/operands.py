@@ -6,6 +6,7 @@ x and w begin with the `offset` elements that the call does not use, and rows of
 from __future__ import annotations
 
 import numpy as np
+
 from calls import Call
 
 # Scale bytes that keep weights between about 1/8 and 4.

@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from calls import Call
 
 import quantization_mlx as qm
+from calls import Call
 
 # An Apple GPU without tensor operations, which NVIDIA's GPUs have no equal of, and with as many cores as an H100 or
 # H200 has multiprocessors: how far a product is cut up depends on it.

@@ -19,10 +19,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import driver
 import sanitizer
 import tables
-import torch
 from bundle import Archive, Buffers, Item
 from check import compare
 from mutants import MUTANTS

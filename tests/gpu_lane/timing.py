@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+
 from bundle import Buffers, Item
 from calls import Call
 from check import compare

@@ -22,15 +22,17 @@ class Launch:
     """One kernel of a plan.
 
     kernel: its name, which is its specification; file: the stem of the .metal file that it is in.
+    instance: the template of that file, with its arguments, that the kernel is.
     family: "tensor" (Metal 4 tensor operations, "NAX"), "tile" (8x8 simdgroup matrices), "matvec" or "quantize".
     constants: the facts about shapes and alignment that the kernel is specialised for.
     threadgroups: of the grid, by x, y and z; threads: of one threadgroup.
     arguments: by buffer index, the operand's role ("none": left unbound) and the element that it begins with.
-    params_index, params: the buffer index and the bytes of the parameter struct (csrc/metal/launch.h).
+    params_index, params: the buffer index and the bytes of the parameter struct (csrc/gpu/launch.h).
     """
 
     kernel: str
     file: str
+    instance: str
     family: str
     constants: tuple[str, ...]
     threadgroups: tuple[int, int, int]

@@ -288,11 +288,10 @@ struct LayerLists {
     TORCH_CHECK_VALUE(
         numbers[2] >= 0 && numbers[2] < mode_count(), "[", steps_op, "] mode ", numbers[2], " of product ", which,
         " is unknown.");
-    const Tensor y = quantized_matmul(
-        MatmulProblem::check(
-            {steps_op, *weight, *scales, tensor(2), numbers[0], numbers[1], name_of(static_cast<Mode>(numbers[2])),
-             std::nullopt},
-            x, /*transpose=*/true));
+    const Tensor y =
+        run(MatmulProblem::check(
+            x, *weight, *scales, tensor(2), /*transpose=*/true, numbers[0], numbers[1],
+            name_of(static_cast<Mode>(numbers[2])), std::nullopt, steps_op));
     const auto bias = tensor(3);
     return bias.has_value() ? y.add(*bias) : y;
   }

@@ -1,0 +1,78 @@
+// Every kernel: its name, and the template of metal/ that it is an instance of. Macros alone, for two readers: the host
+// finds the names of a plan here, and the one instance that a library compiled at run time holds; the .metal files make
+// all instances of a library that is compiled beforehand.
+//
+// KERNEL(name, instance) for each kernel of an element type T, that of x and y, and a format. A name is a row of string
+// literals: what stands before the op, the op, what stands after it, and rows where there are several. affine_qmv_ is
+// followed by float16_gs_64_b_4 and perhaps _rows_2. The format's template arguments, such as Mode::affine, 64, 4, come
+// last.
+#pragma once
+
+#define MATVEC_KERNELS_rows(KERNEL, before, after, T, ...)                         \
+  KERNEL(before "qmv" after, qmv<T, __VA_ARGS__, 1>)                               \
+  KERNEL(before "qmv" after "_rows_2", qmv<T, __VA_ARGS__, 2>)                     \
+  KERNEL(before "qmv" after "_rows_3", qmv<T, __VA_ARGS__, 3>)                     \
+  KERNEL(before "qmv" after "_rows_4", qmv<T, __VA_ARGS__, 4>)                     \
+  KERNEL(before "qmv" after "_rows_6", qmv<T, __VA_ARGS__, 6>)                     \
+  KERNEL(before "qmv" after "_rows_8", qmv<T, __VA_ARGS__, 8>)                     \
+  KERNEL(before "qmv" after "_rows_12", qmv<T, __VA_ARGS__, 12>)                   \
+  KERNEL(before "gather_qmv" after, gather_qmv<T, __VA_ARGS__, 1>)                 \
+  KERNEL(before "gather_qmv" after "_rows_4", gather_qmv<T, __VA_ARGS__, 4>)       \
+  KERNEL(before "gather_qmv" after "_rows_8", gather_qmv<T, __VA_ARGS__, 8>)       \
+  KERNEL(before "gather_qmv" after "_rows_12", gather_qmv<T, __VA_ARGS__, 12>)     \
+  QVM_KERNELS(KERNEL, before, after, qvm, gather_qvm, 1, T, __VA_ARGS__)           \
+  QVM_KERNELS(KERNEL, before, after "_rows_4", qvm, gather_qvm, 4, T, __VA_ARGS__) \
+  QVM_KERNELS(KERNEL, before, after "_rows_8", qvm, gather_qvm, 8, T, __VA_ARGS__)
+
+// Where columns are packed.
+#define MATVEC_KERNELS_columns(KERNEL, before, after, T, ...)                                    \
+  QVM_KERNELS(KERNEL, before, after, column_qvm, gather_column_qvm, 1, T, __VA_ARGS__)           \
+  QVM_KERNELS(KERNEL, before, after "_rows_4", column_qvm, gather_column_qvm, 4, T, __VA_ARGS__) \
+  QVM_KERNELS(KERNEL, before, after "_rows_8", column_qvm, gather_column_qvm, 8, T, __VA_ARGS__)
+
+#define QVM_KERNELS(KERNEL, before, after, plain, gathered, rows, T, ...) \
+  KERNEL(before "qvm" after, plain<T, __VA_ARGS__, rows, T>)              \
+  KERNEL(before "qvm_splitk" after, plain<T, __VA_ARGS__, rows, float>)   \
+  KERNEL(before "gather_qvm" after, gathered<T, __VA_ARGS__, rows>)
+
+// Of a type alone.
+#define SUM_KERNELS(KERNEL, after, T) KERNEL("sum_parts" after, sum_parts<T>)
+
+#define MATMUL_KERNELS_rows(KERNEL, before, after, T, ...)       \
+  QMM_KERNELS(KERNEL, before, "_t", after, true, T, __VA_ARGS__) \
+  QMM_KERNELS(KERNEL, before, "_n", after, false, T, __VA_ARGS__)
+
+// Where columns are packed, blocks of w are laid out as transposed ones: see tile.h.
+#define MATMUL_KERNELS_columns(KERNEL, before, after, T, ...) \
+  QMM_KERNELS(KERNEL, before, "_n", after, true, T, __VA_ARGS__)
+
+#define QMM_KERNELS(KERNEL, before, side, after, transpose, T, ...)                               \
+  KERNEL(before "qmm" side after "_rows_16", qmm<T, __VA_ARGS__, 16, transpose, T>)               \
+  KERNEL(before "qmm" side after "_rows_32", qmm<T, __VA_ARGS__, 32, transpose, T>)               \
+  KERNEL(before "qmm" side after "_rows_64", qmm<T, __VA_ARGS__, 64, transpose, T>)               \
+  KERNEL(before "qmm" side "_splitk" after "_rows_16", qmm<T, __VA_ARGS__, 16, transpose, float>) \
+  KERNEL(before "qmm" side "_splitk" after "_rows_32", qmm<T, __VA_ARGS__, 32, transpose, float>) \
+  KERNEL(before "qmm" side "_splitk" after "_rows_64", qmm<T, __VA_ARGS__, 64, transpose, float>) \
+  KERNEL(before "gather_qmm" side after "_rows_32", gather_qmm<T, __VA_ARGS__, 32, transpose>)    \
+  KERNEL(before "gather_qmm_rhs" side after "_rows_32", gather_qmm_rhs<T, __VA_ARGS__, 32, transpose>)
+
+// Not of float32.
+#define TENSOR_KERNELS_rows(KERNEL, before, after, T, ...)           \
+  QMM_NAX_KERNELS(KERNEL, before, "_t", after, true, T, __VA_ARGS__) \
+  QMM_NAX_KERNELS(KERNEL, before, "_n", after, false, T, __VA_ARGS__)
+
+#define TENSOR_KERNELS_columns(KERNEL, before, after, T, ...) \
+  QMM_NAX_KERNELS(KERNEL, before, "_n", after, true, T, __VA_ARGS__)
+
+#define QMM_NAX_KERNELS(KERNEL, before, side, after, transpose, T, ...)                     \
+  KERNEL(before "qmm" side "_nax" after "_rows_32", qmm_nax<T, __VA_ARGS__, 32, transpose>) \
+  KERNEL(before "qmm" side "_nax" after "_rows_64", qmm_nax<T, __VA_ARGS__, 64, transpose>) \
+  KERNEL(before "gather_qmm_rhs" side "_nax" after "_rows_32", gather_qmm_rhs_nax<T, __VA_ARGS__, transpose>)
+
+#define QUANTIZE_KERNELS_rows(KERNEL, before, after, T, ...) \
+  KERNEL(before "quantize" after, quantize<T, __VA_ARGS__>)  \
+  KERNEL(before "dequantize" after, dequantize<T, __VA_ARGS__>)
+
+#define QUANTIZE_KERNELS_columns(KERNEL, before, after, T, ...)     \
+  KERNEL(before "quantize" after, quantize_columns<T, __VA_ARGS__>) \
+  KERNEL(before "dequantize" after, dequantize_columns<T, __VA_ARGS__>)

@@ -1,0 +1,103 @@
+// What the host and the Metal shaders agree on for a launch: parameter structs, function constants and tile sizes.
+// Valid C++ and valid MSL; every struct has the same layout in both, with the 64-bit fields first.
+#pragma once
+
+#ifdef __METAL_VERSION__
+#include <metal_stdlib>
+#else
+#include <cstdint>
+#endif
+
+// Function constants, all bool. Macros, because MSL wants literals as their indices.
+#define QUANTIZATION_MLX_ALIGNED_OUTPUTS 0  // N is a multiple of the columns of one threadgroup
+#define QUANTIZATION_MLX_ALIGNED_WEIGHTS 1  // every run of packed weights starts at a multiple of its load width
+#define QUANTIZATION_MLX_ALIGNED_X 2  // every row of x starts at a multiple of 16 bytes
+#define QUANTIZATION_MLX_ALIGNED_K 3  // every part of K is a multiple of a tile's depth
+#define QUANTIZATION_MLX_HAS_GLOBAL_SCALE 4  // nvfp4 with a global scale
+
+namespace quantization_mlx {
+
+// --- Sizes that the shaders are written for and the plans count with ------------------------------------------------
+
+// qmv: the simdgroups of a threadgroup divide K and compute the same columns of y. Of a simdgroup, 16 lanes lie along K
+// and two across; qmv_outputs: rows of w to a lane.
+inline constexpr int qmv_simdgroups() { return 4; }
+inline constexpr int qmv_lanes_across() { return 2; }
+inline constexpr int qmv_outputs() { return 4; }
+inline constexpr int qmv_columns() { return qmv_lanes_across() * qmv_outputs(); }
+
+// qvm; columns: of y, to a threadgroup.
+inline constexpr int qvm_simdgroups() { return 4; }
+inline constexpr int qvm_columns() { return 256; }
+
+// qvm of packed columns; lane_columns: adjacent columns per lane.
+inline constexpr int column_qvm_simdgroups() { return 8; }
+inline constexpr int column_qvm_lane_columns() { return 2; }
+inline constexpr int column_qvm_columns() { return 32 * column_qvm_lane_columns(); }
+
+// The tiled products: tiles of 16, 32 or 64 rows; tile_k: elements of K per step. Tiles of few rows wait for memory
+// rather than for the matrix units, so their steps are longer.
+inline constexpr int tile_columns() { return 64; }
+inline constexpr int tile_k(int rows, int element_size) { return rows < 64 && element_size == 2 ? 64 : 32; }
+inline constexpr int tile_simdgroups() { return 4; }
+
+// The tensor-op products: tiles of 32 or 64 rows.
+inline constexpr int tensor_tile_columns() { return 64; }
+inline constexpr int tensor_tile_k() { return 64; }
+inline constexpr int tensor_tile_simdgroups() { return 4; }
+
+// --- Parameters -----------------------------------------------------------------------------------------------------
+
+// The z dimension of a grid counts two batch dimensions, z = outer * inner_size + inner. Every operand has its own
+// strides, 0 where it is broadcast; in elements, for weights in 32-bit words.
+struct BatchStrides {
+  int64_t outer;
+  int64_t inner;
+};
+
+// y [batch, rows, N] = x [batch, rows, K] times a quantized matrix. With split-K, y are the partial sums, in float32.
+struct ProductParams {
+  BatchStrides x;
+  BatchStrides w;
+  BatchStrides scales;
+  BatchStrides biases;
+  BatchStrides global_scale;
+  BatchStrides y;
+  int64_t x_row_stride;
+  int64_t y_part_stride;
+  int inner_size;
+  int rows;
+  int k;
+  int n;
+  int parts;  // of K, each to a threadgroup of its own; 1 without split-K
+  int part_k;  // elements of K for each part: a multiple of 32, of a tile's depth in a tiled product, and of a group in
+               // a matvec of packed columns
+};
+
+// As ProductParams, for pairs of indices: z is the position in both lists. The outer strides lead from one matrix to
+// the next, y.outer from one pair to the next; the inner ones are unused. The sorted form has one row of x for each
+// pair, and rows counts the pairs.
+struct GatherParams {
+  ProductParams product;
+  int lhs_count;  // matrices of x
+  int rhs_count;  // matrices of w
+};
+
+// Sums the parts of a split-K product: y [batch, size] of partial sums float32 [batch, parts, size].
+struct SumPartsParams {
+  int parts;
+  int size;
+};
+
+// A matrix of whole groups, contiguous, seen as one row.
+struct QuantizeParams {
+  int64_t elements;
+};
+
+// The same where columns are packed, as one matrix of n columns.
+struct QuantizeColumnsParams {
+  int64_t elements;
+  int n;
+};
+
+}  // namespace quantization_mlx

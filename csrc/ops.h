@@ -1,0 +1,93 @@
+// The ops: handles that call them, and their kernels for a back end, both from the problems that their arguments make.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "problem/problem.h"
+
+// kernel-builder gives every build its own name, so that two builds can live in one process; the pip build names its
+// ops quantization_mlx, so that exported programs can refer to them.
+#ifndef QUANTIZATION_MLX_NAMESPACE
+#define QUANTIZATION_MLX_NAMESPACE TORCH_EXTENSION_NAME
+#endif
+
+// The library macros paste their argument: one more level lets it expand first.
+#define TORCH_LIBRARY_EXPAND(name, module) TORCH_LIBRARY(name, module)
+#define TORCH_LIBRARY_IMPL_EXPAND(name, key, module) TORCH_LIBRARY_IMPL(name, key, module)
+#define QUANTIZATION_MLX_STRING(name) #name
+#define QUANTIZATION_MLX_STRING_EXPAND(name) QUANTIZATION_MLX_STRING(name)
+
+namespace quantization_mlx {
+
+namespace ops {
+
+template <typename Problem, typename Signature = decltype(Problem::meta)>
+struct Op;
+
+// Goes through the dispatcher, so that autograd, tracing and devices apply.
+template <typename Problem, typename Result, typename... Arguments>
+struct Op<Problem, Result(Arguments...)> {
+  Result operator()(Arguments... arguments) const {
+    static const auto handle =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow(
+                (QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE) + std::string("::") + Problem::name)
+                    .c_str(),
+                "")
+            .template typed<Result(Arguments...)>();
+    return handle.call(std::forward<Arguments>(arguments)...);
+  }
+};
+
+inline constexpr Op<QuantizeProblem> quantize;
+inline constexpr Op<DequantizeProblem> dequantize;
+inline constexpr Op<MatmulProblem> quantized_matmul;
+inline constexpr Op<GatherProblem> gather_qmm;
+
+template <typename Visitor>
+void for_each(const Visitor& visit) {
+  visit(quantize);
+  visit(dequantize);
+  visit(quantized_matmul);
+  visit(gather_qmm);
+}
+
+}  // namespace ops
+
+// An op and its twin explain_... on a back end: `BackEnd::run(problem)` computes, and `BackEnd::explain(problem, gpu,
+// macos)` tells what would run on the GPU of this name, or here where it is empty.
+template <typename BackEnd, typename Problem, typename Signature = decltype(Problem::check)>
+struct Kernel;
+
+template <typename BackEnd, typename Problem, typename... Arguments>
+struct Kernel<BackEnd, Problem, Problem(Arguments...)> {
+  static auto run(Arguments... arguments) {
+    return BackEnd::run(Problem::check(std::forward<Arguments>(arguments)...));
+  }
+
+  static std::string explain(Arguments... arguments, std::string_view gpu, int64_t macos) {
+    return BackEnd::explain(Problem::check(std::forward<Arguments>(arguments)...), gpu, macos);
+  }
+};
+
+template <typename BackEnd>
+void implement_explain(torch::Library& library) {
+  ops::for_each([&]<typename Problem>(ops::Op<Problem>) {
+    library.impl((std::string("explain_") + Problem::name).c_str(), Kernel<BackEnd, Problem>::explain);
+  });
+}
+
+template <typename BackEnd>
+void implement(torch::Library& library) {
+  ops::for_each(
+      [&]<typename Problem>(ops::Op<Problem>) { library.impl(Problem::name, Kernel<BackEnd, Problem>::run); });
+  implement_explain<BackEnd>(library);
+}
+
+}  // namespace quantization_mlx

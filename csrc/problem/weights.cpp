@@ -1,0 +1,191 @@
+#include "weights.h"
+
+#include <c10/core/ScalarType.h>
+
+namespace quantization_mlx {
+
+using at::ScalarType;
+using at::Tensor;
+using c10::sym_eq;
+
+namespace {
+
+bool is_words(ScalarType dtype) { return dtype == at::kUInt32 || dtype == at::kInt; }
+
+void check_float16(const WeightArguments& arguments, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(
+      tensor.defined() && tensor.scalar_type() == at::kHalf, "[", arguments.op, "] ", name, " have dtype ",
+      tensor.scalar_type(), "; mode \"", arguments.mode, "\" has float16 ", name, ".");
+}
+
+void check_column_packed(const WeightArguments& arguments, Mode mode) {
+  check_float16(arguments, "scales", arguments.scales);
+  if (has_zeros(mode)) {
+    TORCH_CHECK_VALUE(
+        arguments.biases.has_value(), "[", arguments.op, "] mode \"", arguments.mode, "\" needs zeros, as biases.");
+    check_float16(arguments, "zeros", *arguments.biases);
+    check_device(arguments.op, "zeros", *arguments.biases, "w", arguments.w);
+  } else {
+    TORCH_CHECK_VALUE(
+        !arguments.biases.has_value(), "[", arguments.op, "] mode \"", arguments.mode, "\" has no biases.");
+  }
+}
+
+// The stride of all leading sizes seen as one; nothing where they have no common one.
+std::optional<int64_t> leading_stride(const Tensor& tensor) {
+  int64_t count = 1;
+  int64_t stride = 0;
+  for (int64_t i = tensor.dim() - 3; i >= 0; --i) {
+    if (tensor.size(i) == 1) {
+      continue;
+    }
+    if (count > 1 && tensor.stride(i) != count * stride) {
+      return std::nullopt;
+    }
+    stride = count > 1 ? stride : tensor.stride(i);
+    count *= tensor.size(i);
+  }
+  return stride;
+}
+
+// Copies only what has gaps within a matrix or, between matrices, gaps of several sizes.
+Matrices weight_matrices(const Tensor& tensor) {
+  const int64_t rows = tensor.size(-2);
+  const int64_t columns = tensor.size(-1);
+  const int64_t count = product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2));
+  const bool dense_matrix = (tensor.stride(-1) == 1 || columns <= 1) && (tensor.stride(-2) == columns || rows <= 1);
+  const std::optional<int64_t> stride = dense_matrix ? leading_stride(tensor) : std::nullopt;
+  if (stride.has_value()) {
+    return {tensor, count, *stride, columns};
+  }
+  return {tensor.contiguous(), count, rows * columns, columns};
+}
+
+}  // namespace
+
+bool is_activation(ScalarType dtype) { return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16; }
+
+void check_activation(std::string_view op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), "[", op, "] ", name, " is None; it must be a tensor.");
+  TORCH_CHECK_TYPE(
+      is_activation(tensor.scalar_type()), "[", op, "] ", name, " has dtype ", tensor.scalar_type(),
+      "; supported are float32, float16 and bfloat16.");
+}
+
+void check_device(
+    std::string_view op,
+    const char* name,
+    const Tensor& tensor,
+    const char* other_name,
+    const Tensor& other) {
+  TORCH_CHECK_VALUE(
+      tensor.device() == other.device(), "[", op, "] ", name, " is on ", tensor.device(), " and ", other_name, " on ",
+      other.device(), "; all arguments must be on one device.");
+}
+
+void check_global_scale(
+    std::string_view op,
+    Mode mode,
+    const std::optional<Tensor>& global_scale,
+    const char* other_name,
+    const Tensor& other,
+    bool one_per_matrix) {
+  if (!global_scale.has_value()) {
+    return;
+  }
+  TORCH_CHECK_VALUE(
+      takes_global_scale(mode), "[", op, "] global_scale is given with mode \"", name_of(mode),
+      "\"; it is only for mode \"nvfp4\".");
+  TORCH_CHECK_TYPE(
+      global_scale->scalar_type() == at::kFloat, "[", op, "] global_scale has dtype ", global_scale->scalar_type(),
+      "; it must be float32.");
+  check_device(op, "global_scale", *global_scale, other_name, other);
+  TORCH_CHECK_VALUE(
+      is_known(global_scale->sym_numel().sym_eq(1)) ||
+          (one_per_matrix && other.dim() > 2
+               ? same_sizes(global_scale->sym_sizes(), other.sym_sizes().slice(0, other.dim() - 2))
+               : holds(global_scale->sym_numel().sym_eq(1))),
+      "[", op, "] global_scale has shape ", global_scale->sym_sizes(), "; it must have one element",
+      one_per_matrix ? " or the leading shape of w." : ".");
+}
+
+Format check_weights(const WeightArguments& arguments) {
+  std::string_view op = arguments.op;
+  const Format format = parse_format(op, arguments.mode, arguments.group_size, arguments.bits);
+  const auto& [w, scales, biases] = std::tie(arguments.w, arguments.scales, arguments.biases);
+  TORCH_CHECK_TYPE(
+      w.defined() && scales.defined(), "[", op, "] ", w.defined() ? "scales" : "w", " is None; it must be a tensor.");
+  TORCH_CHECK_TYPE(
+      is_words(w.scalar_type()), "[", op, "] w has dtype ", w.scalar_type(),
+      "; packed weights must be uint32 or int32 words.");
+  TORCH_CHECK_VALUE(
+      w.dim() >= 2 && scales.dim() >= 2, "[", op, "] w of shape ", w.sym_sizes(), " and scales of shape ",
+      scales.sym_sizes(), " must have at least two dimensions.");
+  check_device(op, "scales", scales, "w", w);
+  if (is_column_packed(format.mode)) {
+    check_column_packed(arguments, format.mode);
+  } else if (has_biases(format.mode)) {
+    TORCH_CHECK_VALUE(biases.has_value(), "[", op, "] mode \"", arguments.mode, "\" needs biases.");
+    check_activation(op, "scales", scales);
+    check_activation(op, "biases", *biases);
+    check_device(op, "biases", *biases, "w", w);
+  } else {
+    TORCH_CHECK_VALUE(!biases.has_value(), "[", op, "] mode \"", arguments.mode, "\" has no biases.");
+    TORCH_CHECK_TYPE(
+        scales.scalar_type() == at::kByte, "[", op, "] scales have dtype ", scales.scalar_type(), "; mode \"",
+        arguments.mode, "\" has uint8 scales.");
+  }
+  return format;
+}
+
+template <typename Int>
+Int check_packing(const WeightArguments& arguments, Format format) {
+  const auto w = sizes_of<Int>(arguments.w);
+  const auto scales = sizes_of<Int>(arguments.scales);
+  const Int bits = format.bits;
+  const Int group_size = format.group_size;
+  const bool columns = is_column_packed(format.mode);
+  const size_t from_last = columns ? 2 : 1;  // of the packed dimension
+  const Int words = w[w.size() - from_last];
+  const Int groups = scales[scales.size() - from_last];
+  const Int length = groups * group_size;
+  TORCH_CHECK_VALUE(
+      w.size() == scales.size() &&
+          same_sizes(w.slice(0, w.size() - from_last), scales.slice(0, scales.size() - from_last)) &&
+          (!columns || holds(sym_eq(w.back(), scales.back()))) && holds(sym_eq(words * 32, length * bits)),
+      "[", arguments.op, "] w of shape ", w, " and scales of shape ", scales, " do not belong together: ", bits,
+      "-bit ", columns ? "columns" : "rows", " of ", words, " words hold ", words * 32, "/", bits, " elements, and ",
+      groups, " groups of ", group_size, " hold ", length, ".");
+  if (arguments.biases.has_value()) {
+    TORCH_CHECK_VALUE(
+        same_sizes(sizes_of<Int>(*arguments.biases), scales), "[", arguments.op, "] ",
+        has_zeros(format.mode) ? "zeros" : "biases", " of shape ", sizes_of<Int>(*arguments.biases),
+        " must have the shape of scales, ", scales, ".");
+  }
+  return length;
+}
+
+template int64_t check_packing(const WeightArguments& arguments, Format format);
+template c10::SymInt check_packing(const WeightArguments& arguments, Format format);
+
+Tensor with_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
+QuantizedMatrices matrices_of(const WeightArguments& arguments, Format format) {
+  QuantizedMatrices result{format, weight_matrices(arguments.w), {}, {}, {}};
+  if (arguments.biases.has_value()) {
+    // One dtype for both; promoting a value is exact.
+    const auto dtype = c10::promoteTypes(arguments.scales.scalar_type(), arguments.biases->scalar_type());
+    result.scales = weight_matrices(with_dtype(arguments.scales, dtype));
+    result.biases = weight_matrices(with_dtype(*arguments.biases, dtype));
+  } else {
+    result.scales = weight_matrices(arguments.scales);
+  }
+  if (arguments.global_scale.has_value()) {
+    result.global_scale = arguments.global_scale->contiguous();
+  }
+  return result;
+}
+
+}  // namespace quantization_mlx

@@ -1,0 +1,273 @@
+// Tiled products on the matrix units of M5-class GPUs, through Metal 4's tensor operations.
+//
+// One threadgroup of four simdgroups computes a tile of y, `rows` x 64, and walks K in steps of 64:
+//
+//            K ->  64     64     64                 w (packed)
+//          +------+------+------+---                  |  tile.h: a thread unpacks a run of 32 weights, with scale
+//     rows |  x   |  x   |  x   |                     |  and bias, to the type of x
+//          +------+------+------+---                  v
+//     a tensor in device memory: the       x     +---------+ 64     a tensor in threadgroup memory
+//     matrix units read it themselves            |         |
+//                                                +---------+
+//                                                    64
+//          = sums, float32, spread over the 128 threads: a cooperative destination tensor
+//
+// A weight is unpacked once for all rows of the tile. The packed words of the next step are loaded before the matrix
+// units start on this one, which hides their latency. All four simdgroups run one operation together, and the library
+// splits it as suits the GPU. Which of the sums a thread holds differs between GPU generations, so it is asked for,
+// never assumed.
+//
+// Whole tiles have static sizes, so that the matrix units check nothing. Tiles at the edge of M, and a K that is no
+// multiple of 64, have sizes known at run time, and nothing beyond x's last row or column is read.
+//
+// gather_qmm_rhs: a tile of 32 pairs goes through the runs of equal experts in it, and the weights of a run's expert
+// meet all rows of the tile, of which those of the run count. Rows of x come from anywhere, so they go through
+// threadgroup memory, too. With sorted pairs most tiles are one run.
+#pragma once
+
+#if __METAL_VERSION__ >= 400 && __has_include(<MetalPerformancePrimitives/MetalPerformancePrimitives.h>)
+#define QUANTIZATION_MLX_TENSOR_OPS 1
+
+#include "../common/metal.h"
+#include <metal_tensor>
+#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>
+
+#include "../../csrc/gpu/launch.h"
+#include "operands.h"
+#include "tile.h"
+
+namespace quantization_mlx {
+
+static constant constexpr const int tensor_depth = tensor_tile_k();
+static constant constexpr const int tensor_columns = tensor_tile_columns();
+static constant constexpr const int tensor_simdgroups = tensor_tile_simdgroups();
+static constant constexpr const int tensor_threads = 32 * tensor_tile_simdgroups();
+static constant constexpr const int tensor_gather_rows = 32;
+static_assert(tensor_depth == 64 && tensor_columns == 64, "a block of w has rows of 64 elements either way round");
+
+// --- Operands ------------------------------------------------------------------------------------------------------
+
+// Threadgroup memory for `rows` rows of one step, counted in vectors, whose alignment it needs.
+template <typename T>
+inline constexpr int step_vectors(int rows) {
+  return rows * padded<T>(64) * static_cast<int>(sizeof(T)) / 16;
+}
+
+// The step of x at its first element, `rows_left` x `depth_left`; a whole one has static sizes. Where it begins is
+// computed here, in 64 bits: slices of a large tensor go wrong beyond 2 GiB.
+template <bool whole, int rows, typename T>
+inline auto step_of_x(const device T* x, long row_stride, int depth_left, int rows_left) {
+  // The operation takes no const elements; it writes none.
+  tensor<device T, dextents<int, 2>, tensor_inline> left(
+      (device T*)x, dextents<int, 2>(depth_left, rows_left), array<int, 2>{1, static_cast<int>(row_stride)});
+  if constexpr (whole) {
+    return left.template slice<tensor_depth, rows>(0, 0);
+  } else {
+    return left;
+  }
+}
+
+// A step in threadgroup memory, `rows_left` rows of `elements` elements; a whole one has static sizes.
+template <bool whole, int rows, typename T>
+inline auto step_in_threadgroup(threadgroup T* block, int elements, int rows_left) {
+  tensor<threadgroup T, dextents<int, 2>, tensor_inline> step(
+      block, dextents<int, 2>(elements, rows_left), array<int, 2>{1, padded<T>(64)});
+  if constexpr (whole) {
+    return step.template slice<64, rows>(0, 0);
+  } else {
+    return step;
+  }
+}
+
+// --- Sums ----------------------------------------------------------------------------------------------------------
+
+template <typename Sums>
+inline void clear(thread Sums& sums) {
+#pragma unroll
+  for (ushort i = 0; i < sums.get_capacity(); ++i) {
+    if (sums.is_valid_element(i)) {
+      sums[i] = 0.0f;
+    }
+  }
+}
+
+// Rows first_row to end_row - 1 of the tile, times `factor` and, with `scaled`, the factor of each column. Row 0 of the
+// tile is at y.
+template <typename T, typename Sums>
+inline void store_sums(
+    thread Sums& sums,
+    device T* y,
+    constant ProductParams& params,
+    int first_row,
+    int end_row,
+    int column,
+    float factor,
+    bool scaled,
+    threadgroup const float* column_factors) {
+#pragma unroll
+  for (ushort i = 0; i < sums.get_capacity(); ++i) {
+    if (sums.is_valid_element(i)) {
+      const auto place = sums.get_multidimensional_index(i);  // column, row
+      const int row = place[1];
+      const int n = column + place[0];
+      if (row >= first_row && row < end_row && (aligned_outputs || n < params.n)) {
+        const float sum = scaled ? sums[i] * column_factors[place[0]] : sums[i];
+        y[static_cast<long>(row) * params.n + n] = static_cast<T>(sum * factor);
+      }
+    }
+  }
+}
+
+// --- Products ------------------------------------------------------------------------------------------------------
+
+// `whole`: a tile of whole rows, and K is a multiple of the depth.
+template <bool whole, bool transpose, int rows, Mode mode, int group_size, int bits, typename T, typename Scale>
+inline void tensor_product(
+    thread const Operands<T, Scale>& operands,
+    constant ProductParams& params,
+    device T* y,
+    threadgroup T* weights,
+    int rows_left,
+    int column,
+    int thread_index) {
+  constexpr auto descriptor = mpp::tensor_ops::matmul2d_descriptor(
+      rows, tensor_columns, whole ? tensor_depth : static_cast<int>(dynamic_extent), false, transpose, true,
+      mpp::tensor_ops::matmul2d_descriptor::mode::multiply_accumulate);
+  mpp::tensor_ops::matmul2d<descriptor, execution_simdgroups<tensor_simdgroups>> product;
+  typedef decltype(step_of_x<whole, rows>(operands.x, 0, 0, 0)) Left;
+  typedef decltype(step_in_threadgroup<whole, 64>(weights, 0, 0)) Right;
+  auto sums = product.template get_destination_cooperative_tensor<Left, Right, float>();
+
+  WeightRange range = initial_range();
+  bool scaled = false;
+  do {
+    clear(sums);
+    PackedWeights<mode, group_size, bits, run_elements> packed;
+    fetch_block<transpose, tensor_columns, tensor_depth>(operands, params, 0, column, thread_index, packed);
+    for (int k = 0; k < params.k; k += tensor_depth) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has used the weights
+      store_block<transpose, tensor_columns, tensor_depth>(packed, thread_index, weights, range);
+      if (k + tensor_depth >= params.k) {
+        share_range<transpose, tensor_columns, tensor_depth, mode>(range, thread_index, weights);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (k + tensor_depth < params.k) {
+        fetch_block<transpose, tensor_columns, tensor_depth>(
+            operands, params, k + tensor_depth, column, thread_index, packed);
+      }
+      const int depth = min(tensor_depth, params.k - k);
+      Left left = step_of_x<whole, rows>(operands.x + k, params.x_row_stride, depth, rows_left);
+      Right right = step_in_threadgroup<whole, 64>(
+          weights, transpose ? depth : tensor_columns, transpose ? tensor_columns : depth);
+      product.run(left, right, sums);
+    }
+  } while (
+      needs_factors<transpose, tensor_columns, tensor_depth, mode, run_elements>(range, scaled, thread_index, weights));
+  store_sums(sums, y, params, 0, rows_left, column, operands.factor, scaled, (threadgroup const float*)weights);
+}
+
+template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
+[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void qmm_nax(PRODUCT_ARGUMENTS(T, mode, T)) {
+  const int thread_index = 32 * simdgroup + lane;
+  threadgroup uint4 weights[step_vectors<T>(64)];
+  const int row = threadgroup_index.y * rows;
+  const int column = threadgroup_index.x * tensor_columns;
+  const int rows_left = min(rows, params.rows - row);
+  Operands<T, ScaleType<mode, T>> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
+  operands.x += row * params.x_row_stride;
+  device T* out = batch_output(y, params, 0, threadgroup_index.z) + static_cast<long>(row) * params.n;
+  if (aligned_k && rows_left == rows) {
+    tensor_product<true, transpose, rows, mode, group_size, bits>(
+        operands, params, out, (threadgroup T*)weights, rows, column, thread_index);
+  } else {
+    tensor_product<false, transpose, rows, mode, group_size, bits>(
+        operands, params, out, (threadgroup T*)weights, rows_left, column, thread_index);
+  }
+}
+
+// --- Gathered products of sorted pairs -----------------------------------------------------------------------------
+
+// One run of pairs with the same expert: rows first to last - 1 of the tile, whose x is in `pieces`.
+template <bool transpose, Mode mode, int group_size, int bits, typename T, typename Scale>
+inline void tensor_gather_run(
+    thread const Operands<T, Scale>& operands,
+    thread RowPieces<T, tensor_gather_rows, tensor_depth, tensor_threads>& pieces,
+    constant ProductParams& params,
+    device T* y,
+    threadgroup T* weights,
+    threadgroup T* activations,
+    int first,
+    int last,
+    int column,
+    int thread_index) {
+  constexpr auto descriptor = mpp::tensor_ops::matmul2d_descriptor(
+      tensor_gather_rows, tensor_columns, tensor_depth, false, transpose, true,
+      mpp::tensor_ops::matmul2d_descriptor::mode::multiply_accumulate);
+  mpp::tensor_ops::matmul2d<descriptor, execution_simdgroups<tensor_simdgroups>> product;
+  typedef decltype(step_in_threadgroup<true, tensor_gather_rows>(activations, 0, 0)) Left;
+  typedef decltype(step_in_threadgroup<true, 64>(weights, 0, 0)) Right;
+  Left left = step_in_threadgroup<true, tensor_gather_rows>(activations, tensor_depth, tensor_gather_rows);
+  Right right = step_in_threadgroup<true, 64>(weights, 64, 64);
+  auto sums = product.template get_destination_cooperative_tensor<Left, Right, float>();
+
+  WeightRange range = initial_range();
+  bool scaled = false;
+  do {
+    clear(sums);
+    PackedWeights<mode, group_size, bits, run_elements> packed;
+    fetch_block<transpose, tensor_columns, tensor_depth>(operands, params, 0, column, thread_index, packed);
+    fetch_rows(0, thread_index, pieces);
+    for (int k = 0; k < params.k; k += tensor_depth) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has used both blocks
+      store_block<transpose, tensor_columns, tensor_depth>(packed, thread_index, weights, range);
+      if (k + tensor_depth >= params.k) {
+        share_range<transpose, tensor_columns, tensor_depth, mode>(range, thread_index, weights);
+      }
+      store_rows(pieces, thread_index, activations);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (k + tensor_depth < params.k) {
+        fetch_block<transpose, tensor_columns, tensor_depth>(
+            operands, params, k + tensor_depth, column, thread_index, packed);
+        fetch_rows(k + tensor_depth, thread_index, pieces);
+      }
+      product.run(left, right, sums);
+    }
+  } while (
+      needs_factors<transpose, tensor_columns, tensor_depth, mode, run_elements>(range, scaled, thread_index, weights));
+  store_sums(sums, y, params, first, last, column, operands.factor, scaled, (threadgroup const float*)weights);
+}
+
+template <typename T, Mode mode, int group_size, int bits, bool transpose>
+[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void gather_qmm_rhs_nax(GATHER_ARGUMENTS(T, mode)) {
+  const int thread_index = 32 * simdgroup + lane;
+  threadgroup uint4 weights[step_vectors<T>(64)];
+  threadgroup uint4 activations[step_vectors<T>(tensor_gather_rows)];
+  constant ProductParams& product = params.product;
+  const int first_pair = threadgroup_index.y * tensor_gather_rows;
+  const int column = threadgroup_index.x * tensor_columns;
+  const int pairs = min(tensor_gather_rows, product.rows - first_pair);
+  device T* out = y + static_cast<long>(first_pair) * product.n;
+
+  const Pair pair = pair_of_lane(lhs_indices, rhs_indices, params, first_pair, pairs, lane);
+  RowPieces<T, tensor_gather_rows, tensor_depth, tensor_threads> pieces;
+  gather_rows(x, product.x.outer, pair.lhs, thread_index, pieces);
+
+  for (int first = 0; first < pairs;) {
+    const int matrix = simd_shuffle(pair.rhs, static_cast<ushort>(first));
+    const int end = end_of_run(pair.rhs, first, pairs);
+    if (matrix < 0) {
+      write_nan(y, product, first_pair + first, first_pair + end, column, tensor_columns, thread_index, tensor_threads);
+    } else {
+      set_rows(first, end, product.k, thread_index, pieces);
+      const Operands<T, ScaleType<mode, T>> operands = operands_of_matrix<mode>(TENSORS(T, mode), product, matrix);
+      tensor_gather_run<transpose, mode, group_size, bits>(
+          operands, pieces, product, out, (threadgroup T*)weights, (threadgroup T*)activations, first, end, column,
+          thread_index);
+    }
+    first = end;
+  }
+}
+
+}  // namespace quantization_mlx
+
+#endif

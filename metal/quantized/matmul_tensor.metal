@@ -1,0 +1,18 @@
+// The kernels of matmul_tensor.h, where the language and the SDK have tensor operations: qmm and the sorted gather. No
+// float32: the matrix units would round it to ten bits of mantissa.
+#include "matmul_tensor.h"
+
+// --- Instances -----------------------------------------------------------------------------------------------------
+
+#include "formats.h"
+
+#if QUANTIZATION_MLX_TENSOR_OPS
+
+namespace quantization_mlx {
+
+#define ALL(type_name, T) FOR_EACH_FORMAT(TENSOR_KERNELS_, type_name, T)
+FOR_EACH_HALF_TYPE(ALL)
+
+}  // namespace quantization_mlx
+
+#endif

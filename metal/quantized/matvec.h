@@ -1,0 +1,528 @@
+// Products of one to twelve rows of x with a quantized matrix, plain and gathered.
+//
+// qmv: y = x @ w.T, w [N, K], groups along K.
+//
+//   simdgroup 0:  lane         0   1  ...  15 | 16  17  ...  31
+//                 part of K    0   1  ...  15 |  0   1  ...  15    parts of 32 elements for few rows of half, else of
+//                 16 row of w           n        |       n + 1        with n + 2, n + 4, n + 6 in more registers
+//   simdgroups 1, 2, 3:       16  17  ...  31 ...  63 of the same rows of w; then all of them go on by 64 parts
+//
+// Sixteen lanes read a row of w side by side, 16 bytes a lane at 4 bits: whole lines. What is in registers of x serves
+// four rows of w, and every part of w that is loaded and unpacked serves all rows of x. Each pair of a row of x and a
+// row of w has an accumulator of its own, so no addition waits for another. At the end four shuffles add up the lanes,
+// and threadgroup memory the simdgroups, with the one barrier of the kernel.
+//
+// What timing this source on a GPU taught (docs/gpu-lane.md), and why it should hold on Apple's: a threadgroup whose
+// simdgroups divide K puts four times as many loads on their way as one that divides N, and needs no second kernel to
+// add up parts; four rows of w to a lane instead of two halve what is loaded and added of x; codes and addresses are
+// the rest of the work, so both are kept to few and cheap operations; and the code of one step is kept short enough for
+// an instruction cache, by taking 16 elements at a time where there are many rows.
+//
+// qvm of one row: y = x @ w, w [K, N], groups along N.
+//
+//   simdgroup:  lane         0  1  2 ... 7 | 8  9 ... 15 | 16 ... 23 | 24 ... 31
+//               run of 32    0  1  2 ... 7 | 0  1 ...  7 |  0 ...  7 |  0 ...  7   along N: 256 columns
+//               row of w           k       |    k + 1    |   k + 2   |   k + 3     then on by 4 * simdgroups, along K
+//
+// A lane keeps its 32 columns to the end: shuffles then add up the four rows, and threadgroup memory the simdgroups.
+//
+// qvm of up to eight rows: the 256 columns are one row of w in one simdgroup, eight columns to a lane.
+//
+//   simdgroup:  lane         0       1        2        3   ...     31
+//               columns   [0, 8)  [8, 16) [16, 24) [24, 32)   [248, 256)          of rows k, k + 1, ... at once
+//
+// So a lane has eight accumulators for each row of x, which is what its registers hold, and unpacks each weight once
+// for all of them; at 4 bits the simdgroup reads whole lines as before. All lanes want the same values of x: the loads
+// of a simdgroup are one address.
+//
+// Split-K, of qvm: part p of the y dimension takes its share of K and writes float32 partial sums; sum_parts adds them
+// up.
+#pragma once
+
+#include "../common/metal.h"
+#include "operands.h"
+
+namespace quantization_mlx {
+
+// --- Transposed ----------------------------------------------------------------------------------------------------
+
+static constant constexpr const int qmv_lanes_along = 32 / qmv_lanes_across();
+
+// Elements of a row of w that a lane takes at a time: a whole run, in the widest loads, for few rows of x; half of one
+// for more rows, which keeps the code of a step short, for groups of 16, so that a lane needs one scale, and for x in
+// float32, of which sixteen lanes would load 2 KiB at once.
+inline constexpr int qmv_elements(int rows, int group_size, int element_size) {
+  return rows <= 3 && group_size >= run_elements && element_size == 2 ? run_elements : half_run_elements;
+}
+
+inline constexpr int words_of(int elements, int bits) { return (elements * bits + 31) / 32; }
+
+// Packed elements of each of a lane's rows of w, with their scales and biases.
+template <int words, int outputs>
+struct PackedRows {
+  uint packed[outputs * words];
+  float scales[outputs];
+  float biases[outputs];
+};
+
+// Elements [step * elements, (step + 1) * elements) of rows first + 2 * r of w. Rows that do not exist are zeros.
+template <Mode mode, int group_size, int bits, int elements, int words, int outputs, typename T, typename Scale>
+inline void load_rows(
+    thread const Operands<T, Scale>& operands,
+    constant ProductParams& params,
+    int step,
+    int first,
+    thread PackedRows<words, outputs>& rows) {
+  // One base address for each operand; from there on 32 bits are enough, which cost a quarter of 64.
+  const int row_halves = params.k / 16 * bits;
+  const int row_groups = params.k / group_size;
+  const device ushort* w = (const device ushort*)operands.w + static_cast<long>(first) * row_halves;
+  const device Scale* scales = operands.scales + static_cast<long>(first) * row_groups;
+  const device Scale* biases = has_biases(mode) ? operands.biases + static_cast<long>(first) * row_groups : scales;
+  const int step_group = step / (group_size / elements);
+#pragma unroll
+  for (int r = 0; r < outputs; ++r) {
+    const int row = qmv_lanes_across() * r;
+    if (aligned_outputs || first + row < params.n) {
+      const device ushort* source = w + (row * row_halves + step * (elements / 16 * bits));
+      if (elements == run_elements) {
+        load_words<bits>((const device uint*)source, aligned_weights, rows.packed + r * words);
+      } else {
+        load_half_run<bits>(source, aligned_weights, rows.packed + r * words);
+      }
+      rows.scales[r] = decode_scale<mode>(scales[row * row_groups + step_group]);
+      rows.biases[r] = decode_bias<mode>(biases, row * row_groups + step_group);
+      if (is_e4m3(mode) && has_e4m3_nan<words>(rows.packed + r * words)) {
+        rows.scales[r] = quiet_nan();  // the whole sum is no number
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < words; ++i) {
+        rows.packed[r * words + i] = 0u;
+      }
+      rows.scales[r] = 0.0f;
+      rows.biases[r] = 0.0f;
+    }
+  }
+}
+
+// Adds the products of all rows of x, from element `first` on, with loaded rows of w to sums[m * outputs + r].
+//
+// Few rows: codes are summed first, and the sums are scaled; the bias meets the sum of x. More rows: weights are scaled
+// before they meet x, which is then fewer operations.
+template <Mode mode, int bits, int rows, int elements, int words, int outputs, typename T>
+inline void multiply_rows(
+    const device T* x,
+    constant ProductParams& params,
+    int first,
+    thread const PackedRows<words, outputs>& w,
+    thread float* sums) {
+  constexpr bool scales_sums = rows <= 3;
+  float partial[scales_sums ? rows * outputs : 1];
+  float x_sums[rows];
+  if (scales_sums) {
+#pragma unroll
+    for (int i = 0; i < rows * outputs; ++i) {
+      partial[i] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < rows; ++m) {
+    x_sums[m] = 0.0f;
+  }
+#pragma unroll
+  for (int chunk = 0; chunk < elements / chunk_elements; ++chunk) {
+    float weights[outputs * chunk_elements];
+#pragma unroll
+    for (int r = 0; r < outputs; ++r) {
+      decode_finite_chunk<mode, bits>(w.packed + r * words, chunk, weights + r * chunk_elements);
+      if (!scales_sums) {
+#pragma unroll
+        for (int i = 0; i < chunk_elements; ++i) {
+          weights[r * chunk_elements + i] = fma(weights[r * chunk_elements + i], w.scales[r], w.biases[r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < rows; ++m) {
+      // An instance for more rows than there are repeats the last one, and does not write it.
+      const int row = min(m, params.rows - 1) * static_cast<int>(params.x_row_stride);
+      float activations[chunk_elements];
+      load_values<chunk_elements>(x + (row + first + chunk * chunk_elements), aligned_x, activations);
+      thread float* target = scales_sums ? partial : sums;
+#pragma unroll
+      for (int i = 0; i < chunk_elements; ++i) {
+        if (scales_sums && has_biases(mode)) {
+          x_sums[m] += activations[i];
+        }
+#pragma unroll
+        for (int r = 0; r < outputs; ++r) {
+          target[m * outputs + r] = fma(weights[r * chunk_elements + i], activations[i], target[m * outputs + r]);
+        }
+      }
+    }
+  }
+  if (scales_sums) {
+#pragma unroll
+    for (int m = 0; m < rows; ++m) {
+#pragma unroll
+      for (int r = 0; r < outputs; ++r) {
+        const float sum = fma(w.biases[r], x_sums[m], sums[m * outputs + r]);
+        sums[m * outputs + r] = fma(w.scales[r], partial[m * outputs + r], sum);
+      }
+    }
+  }
+}
+
+// Sums that a threadgroup's simdgroups have for the same elements of y.
+inline constexpr int qmv_memory(int rows) { return qmv_simdgroups() * rows * qmv_columns(); }
+
+// shared: qmv_memory(rows) floats.
+template <typename T, Mode mode, int group_size, int bits, int rows, typename Scale, typename Y>
+inline void matvec_transposed(
+    thread const Operands<T, Scale>& operands,
+    constant ProductParams& params,
+    device Y* y,
+    threadgroup float* shared,
+    uint block,
+    uint simdgroup,
+    uint lane) {
+  constexpr int outputs = qmv_outputs();
+  constexpr int columns = qmv_columns();
+  constexpr int elements = qmv_elements(rows, group_size, sizeof(T));
+  constexpr int words = words_of(elements, bits);
+  const int lane_step = lane % qmv_lanes_along;
+  const int column = lane / qmv_lanes_along;
+  const int first = block * columns + column;
+  const int steps = params.k / elements;
+
+  float sums[rows * outputs];
+#pragma unroll
+  for (int i = 0; i < rows * outputs; ++i) {
+    sums[i] = 0.0f;
+  }
+  for (int step = simdgroup * qmv_lanes_along + lane_step; step < steps; step += qmv_simdgroups() * qmv_lanes_along) {
+    PackedRows<words, outputs> w;
+    load_rows<mode, group_size, bits, elements>(operands, params, step, first, w);
+    multiply_rows<mode, bits, rows, elements>(operands.x, params, step * elements, w, sums);
+  }
+#pragma unroll
+  for (int i = 0; i < rows * outputs; ++i) {
+    float sum = sums[i];
+#pragma unroll
+    for (int mask = 1; mask < qmv_lanes_along; mask *= 2) {
+      sum += simd_shuffle_xor(sum, static_cast<ushort>(mask));
+    }
+    if (lane_step == 0) {
+      shared[(simdgroup * rows + i / outputs) * columns + qmv_lanes_across() * (i % outputs) + column] = sum;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int i = simdgroup * 32 + lane; i < rows * columns; i += qmv_simdgroups() * 32) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int s = 0; s < qmv_simdgroups(); ++s) {
+      sum += shared[s * rows * columns + i];
+    }
+    const int m = i / columns;
+    const int n = block * columns + i % columns;
+    if (m < params.rows && (aligned_outputs || n < params.n)) {
+      y[static_cast<long>(m) * params.n + n] = static_cast<Y>(sum * operands.factor);
+    }
+  }
+}
+
+template <typename T, Mode mode, int group_size, int bits, int rows>
+[[kernel]] void qmv(PRODUCT_ARGUMENTS(T, mode, T)) {
+  threadgroup float shared[qmv_memory(rows)];
+  const Operands<T, ScaleType<mode, T>> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
+  matvec_transposed<T, mode, group_size, bits, rows>(
+      operands, params, batch_output(y, params, 0, threadgroup_index.z), shared, threadgroup_index.x, simdgroup, lane);
+}
+
+template <typename T, Mode mode, int group_size, int bits, int rows>
+[[kernel]] void gather_qmv(GATHER_ARGUMENTS(T, mode)) {
+  threadgroup float shared[qmv_memory(rows)];
+  Operands<T, ScaleType<mode, T>> operands;
+  device T* out = y + threadgroup_index.z * params.product.y.outer;
+  if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
+    matvec_transposed<T, mode, group_size, bits, rows>(
+        operands, params.product, out, shared, threadgroup_index.x, simdgroup, lane);
+  } else {
+    write_nan(
+        out, params.product, 0, params.product.rows, threadgroup_index.x * qmv_columns(), qmv_columns(),
+        simdgroup * 32 + lane, qmv_simdgroups() * 32);
+  }
+}
+
+// --- Not transposed ------------------------------------------------------------------------------------------------
+
+static constant constexpr const int qvm_lanes_along = 8;  // of one row of x
+static constant constexpr const int qvm_lanes_across = 4;
+
+// One row: adds the product of row k of w, 32 columns of it, to the sums; their biases count for all columns alike, and
+// are summed on their own.
+template <Mode mode, int group_size, int bits, typename T, typename Scale>
+inline void accumulate_run_of_columns(
+    Operands<T, Scale> operands,
+    constant ProductParams& params,
+    int k,
+    int column,
+    thread float* sums,
+    thread float& bias_sum) {
+  constexpr int span = group_size < run_elements ? group_size / chunk_elements : 4;  // chunks with one scale
+  const int columns = params.n - column;  // 32 or more, or in nvfp4 16
+  const long row_words = static_cast<long>(params.n / 16) * bits / 2;
+  const long first_group = k * static_cast<long>(params.n / group_size) + column / group_size;
+  const device uint* source = operands.w + k * row_words + column / run_elements * bits;
+  uint packed[bits];
+  if (group_size >= run_elements || columns >= run_elements) {
+    load_words<bits>(source, aligned_weights, packed);
+  } else {
+#pragma unroll
+    for (int i = 0; i < bits; ++i) {
+      packed[i] = i < bits / 2 ? source[i] : 0u;
+    }
+  }
+  const float activation = static_cast<float>(operands.x[k]);
+  bias_sum = fma(decode_bias<mode>(operands.biases, first_group), activation, bias_sum);
+#pragma unroll
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    if (group_size >= run_elements || chunk * chunk_elements < columns) {
+      const float scale = decode_scale<mode>(operands.scales[first_group + chunk / span]) * activation;
+      float weights[chunk_elements];
+      decode_chunk<mode, bits>(packed, chunk, weights);
+#pragma unroll
+      for (int i = 0; i < chunk_elements; ++i) {
+        sums[chunk * chunk_elements + i] = fma(weights[i], scale, sums[chunk * chunk_elements + i]);
+      }
+    }
+  }
+}
+
+// Lanes whose numbers differ in bit `mask` have sums of the same `count` columns. Each adds the other's to its own for
+// half of them, the `upper` lane for the second half: what is given away need not be added twice.
+template <int count>
+inline void share_columns(ushort mask, bool upper, thread float* sums) {
+#pragma unroll
+  for (int i = 0; i < count / 2; ++i) {
+    const float kept = upper ? sums[count / 2 + i] : sums[i];
+    const float given = upper ? sums[i] : sums[count / 2 + i];
+    sums[i] = kept + simd_shuffle_xor(given, mask);
+  }
+}
+
+// The sums of eight columns from `lane_column` on of the 256 of this block, for one row. Lanes eight apart read every
+// fourth row of w, and in the end have a quarter of their 32 columns each.
+template <Mode mode, int group_size, int bits, typename T, typename Scale>
+inline void sum_one_row(
+    Operands<T, Scale> operands,
+    constant ProductParams& params,
+    int first_column,
+    int begin,
+    int end,
+    uint simdgroup,
+    uint lane,
+    thread float* chunk_sums,
+    thread int& lane_column) {
+  const int run = lane % qvm_lanes_along;
+  const int column = first_column + run * run_elements;
+  float sums[run_elements];
+#pragma unroll
+  for (int i = 0; i < run_elements; ++i) {
+    sums[i] = 0.0f;
+  }
+  float bias_sum = 0.0f;
+  if (aligned_outputs || column < params.n) {
+    const int stride = qvm_lanes_across * qvm_simdgroups();
+    for (int k = begin + simdgroup * qvm_lanes_across + lane / qvm_lanes_along; k < end; k += stride) {
+      accumulate_run_of_columns<mode, group_size, bits>(operands, params, k, column, sums, bias_sum);
+    }
+  }
+  share_columns<run_elements>(16, (lane & 16) != 0, sums);
+  share_columns<run_elements / 2>(8, (lane & 8) != 0, sums);
+  bias_sum += simd_shuffle_xor(bias_sum, 16);
+  bias_sum += simd_shuffle_xor(bias_sum, 8);
+#pragma unroll
+  for (int i = 0; i < chunk_elements; ++i) {
+    chunk_sums[i] = sums[i] + bias_sum;
+  }
+  lane_column = run * run_elements + (lane / 16 * 2 + lane / 8 % 2) * chunk_elements;
+}
+
+// Several rows: adds the products of rows k to k + count - 1 of w, all of one chunk of columns, to sums[8 * m + i].
+template <Mode mode, int group_size, int bits, int rows, int count, typename T, typename Scale>
+inline void accumulate_columns(
+    Operands<T, Scale> operands,
+    constant ProductParams& params,
+    int k,
+    int column,
+    thread float* sums) {
+  const long row_bytes = static_cast<long>(params.n / 16) * (2 * bits);
+  const long row_groups = params.n / group_size;
+  uint packed[count * 2];
+  float scales[count];
+  float biases[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const device uchar* source = (const device uchar*)operands.w + (k + i) * row_bytes + column / chunk_elements * bits;
+    load_chunk_codes<bits>(source, aligned_weights, packed + 2 * i);
+    const long group = (k + i) * row_groups + column / group_size;
+    scales[i] = decode_scale<mode>(operands.scales[group]);
+    biases[i] = decode_bias<mode>(operands.biases, group);
+  }
+  float activations[rows * count];
+#pragma unroll
+  for (int m = 0; m < rows; ++m) {
+    // An instance for more rows than there are repeats the last one, and does not write it.
+    const device T* x = operands.x + min(m, params.rows - 1) * params.x_row_stride + k;
+    load_values<count>(x, aligned_x, activations + m * count);
+  }
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    float weights[chunk_elements];
+    decode_chunk<mode, bits>(packed + 2 * i, 0, weights);
+#pragma unroll
+    for (int j = 0; j < chunk_elements; ++j) {
+      const float weight = fma(weights[j], scales[i], biases[i]);
+#pragma unroll
+      for (int m = 0; m < rows; ++m) {
+        sums[m * chunk_elements + j] = fma(weight, activations[m * count + i], sums[m * chunk_elements + j]);
+      }
+    }
+  }
+}
+
+// As sum_one_row, for `rows` rows: sums[8 * m + i]. All lanes of a simdgroup read one row of w.
+template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
+inline void sum_rows(
+    Operands<T, Scale> operands,
+    constant ProductParams& params,
+    int first_column,
+    int begin,
+    int end,
+    uint simdgroup,
+    uint lane,
+    thread float* sums,
+    thread int& lane_column) {
+  constexpr int count = rows > 4 ? 2 : 4;  // rows of w in flight, as far as the registers go
+  lane_column = lane * chunk_elements;
+  const int column = first_column + lane_column;
+#pragma unroll
+  for (int i = 0; i < rows * chunk_elements; ++i) {
+    sums[i] = 0.0f;
+  }
+  if (aligned_outputs || column < params.n) {
+    int k = begin + static_cast<int>(simdgroup) * count;
+    for (; k + count <= end; k += qvm_simdgroups() * count) {
+      accumulate_columns<mode, group_size, bits, rows, count>(operands, params, k, column, sums);
+    }
+    for (; k < end; ++k) {  // of the last ones, fewer than count
+      accumulate_columns<mode, group_size, bits, rows, 1>(operands, params, k, column, sums);
+    }
+  }
+}
+
+// Rows of y that the simdgroups add up in threadgroup memory at a time.
+inline constexpr int rows_at_once(int rows) { return rows == 1 ? 1 : 2; }
+inline constexpr int qvm_memory(int rows) { return rows_at_once(rows) * qvm_simdgroups() * qvm_columns(); }
+
+// shared: qvm_memory(rows) floats.
+template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale, typename Y>
+inline void matvec_plain(
+    Operands<T, Scale> operands,
+    constant ProductParams& params,
+    device Y* y,
+    threadgroup float* shared,
+    uint block,
+    uint part,
+    uint simdgroup,
+    uint lane) {
+  const int first_column = block * qvm_columns();
+  const int begin = part * params.part_k;
+  const int end = min(params.k, begin + params.part_k);
+  float sums[rows * chunk_elements];
+  int lane_column;
+  if (rows == 1) {
+    sum_one_row<mode, group_size, bits>(operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
+  } else {
+    sum_rows<mode, group_size, bits, rows>(
+        operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
+  }
+
+#pragma unroll
+  for (int first = 0; first < rows; first += rows_at_once(rows)) {
+    if (first > 0) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows before have been added up
+    }
+#pragma unroll
+    for (int m = 0; m < rows_at_once(rows); ++m) {
+#pragma unroll
+      for (int i = 0; i < chunk_elements; ++i) {
+        shared[(m * qvm_simdgroups() + simdgroup) * qvm_columns() + lane_column + i] =
+            sums[(first + m) * chunk_elements + i];
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int m = 0; m < rows_at_once(rows); ++m) {
+      for (int i = simdgroup * 32 + lane; i < qvm_columns(); i += qvm_simdgroups() * 32) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int s = 0; s < qvm_simdgroups(); ++s) {
+          sum += shared[(m * qvm_simdgroups() + s) * qvm_columns() + i];
+        }
+        if (first + m < params.rows && (aligned_outputs || first_column + i < params.n)) {
+          y[static_cast<long>(first + m) * params.n + first_column + i] = static_cast<Y>(sum * operands.factor);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
+[[kernel]] void qvm(PRODUCT_ARGUMENTS(T, mode, Y)) {
+  threadgroup float shared[qvm_memory(rows)];
+  matvec_plain<mode, group_size, bits, rows>(
+      batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z), params,
+      batch_output(y, params, threadgroup_index.y, threadgroup_index.z), shared, threadgroup_index.x,
+      threadgroup_index.y, simdgroup, lane);
+}
+
+template <typename T, Mode mode, int group_size, int bits, int rows>
+[[kernel]] void gather_qvm(GATHER_ARGUMENTS(T, mode)) {
+  threadgroup float shared[qvm_memory(rows)];
+  Operands<T, ScaleType<mode, T>> operands;
+  device T* out = y + threadgroup_index.z * params.product.y.outer;
+  if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
+    matvec_plain<mode, group_size, bits, rows>(
+        operands, params.product, out, shared, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);
+  } else {
+    write_nan(
+        out, params.product, 0, params.product.rows, threadgroup_index.x * qvm_columns(), qvm_columns(),
+        simdgroup * 32 + lane, qvm_simdgroups() * 32);
+  }
+}
+
+// --- Split-K ------------------------------------------------------------------------------------------------------
+
+// One thread per element of y, x dimension: size, y dimension: batch. The order of the additions is fixed.
+template <typename T>
+[[kernel]] void sum_parts(
+    const device float* partial_sums [[buffer(0)]],
+    device T* y [[buffer(1)]],
+    constant SumPartsParams& params [[buffer(2)]],
+    uint3 position [[thread_position_in_grid]]) {
+  const int element = position.x;
+  if (element >= params.size) {
+    return;
+  }
+  const long batch = position.y;
+  float sum = 0.0f;
+  for (int part = 0; part < params.parts; ++part) {
+    sum += partial_sums[(batch * params.parts + part) * params.size + element];
+  }
+  y[batch * params.size + element] = static_cast<T>(sum);
+}
+
+}  // namespace quantization_mlx

@@ -1,0 +1,173 @@
+// Which matrices a threadgroup works on: the batch strides of a plain product, the indices of a gathered one.
+#pragma once
+
+#include "../common/metal.h"
+#include "../../csrc/gpu/launch.h"
+#include "dequantize.h"
+
+namespace quantization_mlx {
+
+constant bool aligned_outputs [[function_constant(QUANTIZATION_MLX_ALIGNED_OUTPUTS)]];
+constant bool aligned_weights [[function_constant(QUANTIZATION_MLX_ALIGNED_WEIGHTS)]];
+constant bool aligned_x [[function_constant(QUANTIZATION_MLX_ALIGNED_X)]];
+constant bool aligned_k [[function_constant(QUANTIZATION_MLX_ALIGNED_K)]];
+constant bool has_global_scale [[function_constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE)]];
+
+// The tensors that a kernel is given, and the matrices among them that one product multiplies.
+template <typename T, typename Scales>
+struct Tensors {
+  const device T* x;
+  const device uint* w;
+  const device Scales* scales;
+  const device Scales* biases;  // or the zeros of packed columns
+  const device float* global_scale;
+};
+
+template <typename T, typename Scales>
+struct Operands {
+  const device T* x;
+  const device uint* w;
+  const device Scales* scales;
+  const device Scales* biases;
+  float factor;  // of all scales
+};
+
+// The arguments of all product kernels, in the order of the plans (csrc/gpu/plan/products.cpp), and the thread's place.
+// clang-format off
+#define ARGUMENTS(T, mode, Y, Params)                       \
+    const device T* x [[buffer(0)]],                        \
+    const device uint* w [[buffer(1)]],                     \
+    const device ScaleType<mode, T>* scales [[buffer(2)]],  \
+    const device ScaleType<mode, T>* biases [[buffer(3)]],  \
+    const device float* global_scale [[buffer(4)]],         \
+    device Y* y [[buffer(5)]],                              \
+    constant Params& params [[buffer(6)]],                  \
+    uint3 threadgroup_index [[threadgroup_position_in_grid]], \
+    uint simdgroup [[simdgroup_index_in_threadgroup]],      \
+    uint lane [[thread_index_in_simdgroup]]
+#define PRODUCT_ARGUMENTS(T, mode, Y) ARGUMENTS(T, mode, Y, ProductParams)
+#define GATHER_ARGUMENTS(T, mode)                    \
+    ARGUMENTS(T, mode, T, GatherParams),             \
+    const device long* lhs_indices [[buffer(7)]],    \
+    const device long* rhs_indices [[buffer(8)]]
+#define TENSORS(T, mode) Tensors<T, ScaleType<mode, T>>{x, w, scales, biases, global_scale}
+// clang-format on
+
+inline float factor_at(const device float* global_scale, long offset) {
+  return has_global_scale ? nvfp4_decode_factor(global_scale[offset]) : 1.0f;
+}
+
+inline long batch_offset(constant BatchStrides& strides, uint position, int inner_size) {
+  const long outer = position / static_cast<uint>(inner_size);
+  const long inner = position % static_cast<uint>(inner_size);
+  return outer * strides.outer + inner * strides.inner;
+}
+
+// At one position of the batch.
+template <Mode mode, typename T, typename Scales>
+inline Operands<T, Scales> batch_operands(Tensors<T, Scales> all, constant ProductParams& params, uint position) {
+  Operands<T, Scales> result;
+  result.x = all.x + batch_offset(params.x, position, params.inner_size);
+  result.w = all.w + batch_offset(params.w, position, params.inner_size);
+  result.scales = all.scales + batch_offset(params.scales, position, params.inner_size);
+  result.biases =
+      reads_biases(mode) ? all.biases + batch_offset(params.biases, position, params.inner_size) : all.biases;
+  result.factor = factor_at(all.global_scale, batch_offset(params.global_scale, position, params.inner_size));
+  return result;
+}
+
+// Where y of one position and part begins.
+template <typename Y>
+inline device Y* batch_output(device Y* y, constant ProductParams& params, uint part, uint position) {
+  return y + batch_offset(params.y, position, params.inner_size) + part * params.y_part_stride;
+}
+
+// Of matrix `rhs`, x being left where it is.
+template <Mode mode, typename T, typename Scales>
+inline Operands<T, Scales> operands_of_matrix(Tensors<T, Scales> all, constant ProductParams& params, long rhs) {
+  Operands<T, Scales> result;
+  result.x = all.x;
+  result.w = all.w + rhs * params.w.outer;
+  result.scales = all.scales + rhs * params.scales.outer;
+  result.biases = reads_biases(mode) ? all.biases + rhs * params.biases.outer : all.biases;
+  result.factor = factor_at(all.global_scale, rhs * params.global_scale.outer);
+  return result;
+}
+
+inline bool is_valid_index(long index, int count) { return index >= 0 && index < count; }
+
+// Of one pair of indices. False where one of them is out of range: then nothing may be read.
+template <Mode mode, typename T, typename Scales>
+inline bool gather_operands(
+    Tensors<T, Scales> all,
+    const device long* lhs_indices,
+    const device long* rhs_indices,
+    constant GatherParams& params,
+    uint pair,
+    thread Operands<T, Scales>& result) {
+  const long lhs = lhs_indices[pair];
+  const long rhs = rhs_indices[pair];
+  if (!is_valid_index(lhs, params.lhs_count) || !is_valid_index(rhs, params.rhs_count)) {
+    return false;
+  }
+  all.x += lhs * params.product.x.outer;
+  result = operands_of_matrix<mode>(all, params.product, rhs);
+  return true;
+}
+
+// A tile of pairs, of which lane i of every simdgroup holds pair i: a row of x, and a matrix or, where one of the two
+// indices is out of range, -1.
+struct Pair {
+  int lhs;
+  int rhs;
+};
+
+// Of the `pairs` pairs from `first` on.
+inline Pair pair_of_lane(
+    const device long* lhs_indices,
+    const device long* rhs_indices,
+    constant GatherParams& params,
+    int first,
+    int pairs,
+    uint lane) {
+  Pair pair = {0, -1};
+  if (static_cast<int>(lane) < pairs) {
+    const long lhs = lhs_indices[first + lane];
+    const long rhs = rhs_indices[first + lane];
+    if (is_valid_index(lhs, params.lhs_count) && is_valid_index(rhs, params.rhs_count)) {
+      pair.lhs = static_cast<int>(lhs);
+      pair.rhs = static_cast<int>(rhs);
+    }
+  }
+  return pair;
+}
+
+// Where the run of equal matrices ends that begins with pair `first`; rhs: this lane's.
+inline int end_of_run(int rhs, int first, int pairs) {
+  const int matrix = simd_shuffle(rhs, static_cast<ushort>(first));
+  int end = first + 1;
+  while (end < pairs && simd_shuffle(rhs, static_cast<ushort>(end)) == matrix) {
+    ++end;
+  }
+  return end;
+}
+
+// NaN to `columns` columns, from `first` on, of rows [first_row, end_row), as far as the matrix goes.
+template <typename Y>
+inline void write_nan(
+    device Y* y,
+    constant ProductParams& params,
+    int first_row,
+    int end_row,
+    int first,
+    int columns,
+    int thread_index,
+    int threads) {
+  for (int row = first_row; row < min(end_row, params.rows); ++row) {
+    for (int column = first + thread_index; column < min(first + columns, params.n); column += threads) {
+      y[static_cast<long>(row) * params.n + column] = static_cast<Y>(quiet_nan());
+    }
+  }
+}
+
+}  // namespace quantization_mlx

@@ -1,0 +1,51 @@
+"""The CPU's kernels for instruction sets other than the best: each runs the op tests in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+from repository import ROOT
+
+VARIABLE = "QUANTIZATION_MLX_CPU"
+CALL = "import torch, quantization_mlx as q; q.quantized_matmul(torch.ones(64), *q.quantize(torch.ones(2, 64)))"
+# Files, and which of their tests.
+TESTS = (
+    (
+        ("ops/test_matmul.py", "ops/test_gather.py"),
+        "not mps and not usage_example and not explicit and not (6-bit-720 or wide-n)",
+    ),
+    (("models/test_generation.py",), "rms_norm or silu_mul or decode_attention"),
+)
+
+
+def _run(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, VARIABLE: instruction_set}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def _available() -> list[str]:
+    """The names that the package offers on this machine, from the error about one that it does not."""
+    error = _run("none of them", "-c", CALL).stderr
+    found = re.search(rf'ValueError: {VARIABLE} is "none of them"; this machine has (.*)\.', error)
+    assert found, error
+    return found[1].split(", ")
+
+
+def test_other_kernels() -> None:
+    best, *others = _available()
+    assert "baseline" in (best, *others)
+    for instruction_set in others:  # the best one serves all other tests
+        for files, wanted in TESTS:
+            result = _run(
+                instruction_set,
+                *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "-k", wanted),
+                "--capture=sys",  # so that what a sanitizer reports as the process ends is not lost
+                *files,
+            )
+            assert result.returncode == 0, f"{instruction_set}: {result.stdout}{result.stderr}"
+            assert " passed" in result.stdout

@@ -1,0 +1,254 @@
+"""The GPU lane as far as it goes without a GPU: its calls, its comparisons, its reading of sanitizers' reports."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+
+if sys.platform == "darwin":
+    pytest.skip("the shaders are compiled with what the software Metal device needs", allow_module_level=True)
+
+import bundle
+import check
+import driver
+import mutants
+import operands
+import quantization_mlx as qm
+import sanitizer
+import shapes
+import suites
+import tables
+from calls import Call
+from plans import plan_of
+
+DTYPES = [oracle.name_of(dtype) for dtype in oracle.DTYPES]
+
+
+def stored(tensor: torch.Tensor) -> np.ndarray:
+    """As the lane holds it: bfloat16 as uint16."""
+    tensor = tensor.contiguous()
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def computed(call: Call, given: dict[str, np.ndarray]) -> torch.Tensor:
+    """The result of a product or of dequantize, by the CPU's kernels."""
+    w = torch.from_numpy(given["w"][call.offset :].reshape(call.words_shape))
+    scales = check.tensor(given["scales"], call.scale_dtype)
+    biases = check.tensor(given["biases"], call.scale_dtype) if "biases" in given else None
+    format = {"group_size": call.group_size, "bits": call.bits, "mode": call.mode}
+    if call.global_scale:
+        format["global_scale"] = torch.from_numpy(given["global_scale"])
+    if call.op == "dequantize":
+        return qm.dequantize(w, scales, biases, **format, dtype=getattr(torch, call.dtype))
+    x = check.rows_of_x(call, given)
+    if call.op == "quantized_matmul":
+        return qm.quantized_matmul(x, w, scales, biases, transpose=call.transpose, **format)
+    lhs, rhs = (torch.from_numpy(given[name]) for name in ("lhs_indices", "rhs_indices"))
+    valid = (lhs >= 0) & (lhs < call.pairs) & (rhs >= 0) & (rhs < call.experts)
+    indices = (torch.where(valid, index, 0) for index in (lhs, rhs))
+    y = qm.gather_qmm(x, w, scales, biases, *indices, transpose=call.transpose, **format)
+    y[~valid] = torch.nan
+    return y
+
+
+CALLS = [
+    Call(rows=3, n=37, k=192, offset=1, x_padding=3),
+    Call(rows=20, n=64, k=37, transpose=False, dtype="bfloat16", batch=3, batched_w=True),
+    shapes.call_of(shapes.NVFP4, op="gather_qmm", n=37, k=80, experts=4, pairs=9, invalid=True, global_scale=True),
+    shapes.call_of(("mxfp8", 32, 8), op="dequantize", n=5, k=96, dtype="float32"),
+    shapes.call_of(("marlin_int4", 64, 4), rows=3, n=37, k=192, transpose=False, dtype="bfloat16", offset=1),
+    shapes.call_of(("marlin_int4", 64, 4), op="dequantize", n=5, k=192, transpose=False),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_compare(call):
+    """Right results are within what is allowed, and one wrong value is not."""
+    given = operands.random_operands(call)
+    y = computed(call, given)
+    assert check.compare(call, given, {"y": stored(y)}) <= 1
+    good = next(position for position in range(y.numel()) if not y.view(-1)[position].isnan())
+    for wrong in (y.view(-1)[good] * 1.5 + 1, torch.nan):
+        broken = y.clone()
+        broken.view(-1)[good] = wrong
+        assert not check.compare(call, given, {"y": stored(broken)}) <= 1
+
+
+def test_compare_wants_nan():
+    """Of a pair with an index out of range; what nobody wrote is no such NaN."""
+    call = CALLS[2]
+    given = operands.random_operands(call)
+    for bits in (0, -1):
+        y = computed(call, given)
+        y.view(torch.int16)[y.isnan()] = bits
+        with pytest.raises(AssertionError, match="out of range"):
+            check.compare(call, given, {"y": stored(y)})
+
+
+def test_encode():
+    values = torch.randn(1000, generator=oracle.generator(0)) * 2.0 ** torch.arange(-40, 60).repeat(10)
+    assert np.array_equal(operands.encode(values.numpy(), "bfloat16"), stored(values.bfloat16()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "format", (shapes.FOUR_BIT, ("affine", 128, 3), ("mxfp8", 32, 8), shapes.NVFP4, ("marlin_int4", 32, 4))
+)
+def test_calls_meet_and_miss_every_fast_path(format, dtype):
+    """The same kernels, with all function constants and with none."""
+    seen = {}
+    for layout in (suites.RAGGED, suites.ALIGNED):
+        plans = map(plan_of, suites.reaching(suites.products(format, dtype, layout)))
+        launches = [launch for plan in plans for launch in plan.launches]
+        seen[layout.offset] = {launch.kernel for launch in launches}
+        products = [launch for launch in launches if "sum_parts" not in launch.kernel]
+        fast = {"aligned_outputs", "aligned_weights", "aligned_x"}
+        assert all(bool(fast <= set(launch.constants)) == (layout is suites.ALIGNED) for launch in products)
+    assert seen[0] == seen[1]
+    ops = {tables.KERNEL.fullmatch(kernel)["op"] for kernel in seen[0] if "sum_parts" not in kernel}
+    expected = {"qvm", "qvm_splitk", "gather_qvm", "qmm_n", "qmm_n_splitk", "gather_qmm_rhs_n"}
+    if format not in shapes.COLUMN_FORMATS:
+        expected |= {"qmv", "gather_qmv", "qmm_t", "gather_qmm_rhs_t"}
+    assert expected <= ops
+
+
+@pytest.mark.parametrize("name", mutants.MUTANTS)
+def test_mutants_edit_their_shader(name):
+    mutant = mutants.MUTANTS[name]
+    headers = ["operands.h", "tile.h", "dequantize.h", f"{mutant.file}.h"]
+    headers += ["matvec_columns.h"] if mutant.file == "matvec" else []
+    text = "".join((mutants.METAL / header).read_text() for header in headers)
+    assert mutant(text) != text
+    kernels = {launch.file for call in mutant.calls for launch in plan_of(call).launches}
+    assert mutant.file in kernels
+
+
+def test_buffers(monkeypatch):
+    """Offsets, guards, and copies of weights, with a driver whose memory is the host's."""
+    blocks: dict[int, np.ndarray] = {}
+
+    class Memory:
+        def __init__(self, size):
+            self.size, self.bytes = size, np.zeros(size, np.uint8)
+            self.address = 1000 * (len(blocks) + 1) + 10**6
+            blocks[self.address] = self.bytes
+
+        @classmethod
+        def of(cls, array):
+            memory = cls(array.nbytes)
+            memory.bytes[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            return memory
+
+        def copy(self):
+            return Memory.of(self.bytes)
+
+        def fill(self, byte):
+            self.bytes[:] = byte
+
+        def read(self):
+            return self.bytes.copy()
+
+    monkeypatch.setattr(bundle, "Memory", Memory)
+    call = Call(rows=1, n=4, k=64, offset=3)
+    item = bundle.Item(None, {"call": call.as_dict(), "workspace": 0})
+    given = operands.random_operands(call)
+    buffers = bundle.Buffers(item, given, guard=16)
+    bases = {"x": 3 * 2, "w": 3 * 4, "scales": 0, "y": 16}
+    addresses = {role: buffers.argument(role, 5) for role in bases}
+    item_bytes = {"x": 2, "w": 4, "scales": 2, "y": 2}
+    assert all((addresses[role] - base - 5 * item_bytes[role]) in blocks for role, base in bases.items())
+    assert np.isnan(buffers.results()["y"]).all()
+    moved = buffers.moved("w")
+    assert moved.argument("w", 0) != buffers.argument("w", 0) and moved.argument("x", 0) == buffers.argument("x", 0)
+    blocks[buffers.argument("y", 0) - 16][-1] = 0
+    with pytest.raises(AssertionError, match="outside"):
+        buffers.results()
+
+
+# --- Sanitizers' reports ----------------------------------------------------------------------------------------------
+
+HEAD = "========= COMPUTE-SANITIZER\nlaunches 7\n"
+REPORTS = {
+    "clean memcheck": (HEAD + "========= ERROR SUMMARY: 0 errors\n", 0, "", ()),
+    "clean racecheck": (HEAD + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, "", ()),
+    "out of bounds": (
+        HEAD + "========= Invalid __global__ read of size 16 bytes\n=========     at affine_qmv_1a2b3c4d+0x4d0\n"
+        "=========     by thread (8,0,0) in block (1,0,0)\n========= ERROR SUMMARY: 3 errors\n",
+        *(3, "", ("affine_qmv_1a2b3c4d",)),
+    ),
+    "race": (
+        HEAD + "========= Error: Race reported between Write access at affine_qvm_00ff00ff+0x310 in matvec.h:478\n"
+        "=========     and Read access at affine_qvm_00ff00ff+0x490 [384 hazards]\n"
+        "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n",
+        *(1, "", ("affine_qvm_00ff00ff",)),
+    ),
+    "no device": ("========= COMPUTE-SANITIZER\n========= Error: Device not supported\n", None, "not supported", ()),
+    "killed": (HEAD.replace("launches 7\n", ""), None, "did not finish", ()),
+    "failed launch": (
+        HEAD + "failed [sanitize] plain qmv: too many resources (701)\n========= ERROR SUMMARY: 0 errors\n",
+        *(0, "too many resources", ()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_reports(name):
+    text, errors, failure, symbols = REPORTS[name]
+    report = sanitizer.parse(text, sanitizer.Report("memcheck", ()))
+    assert report.errors == errors
+    shown = report.as_dict()["failure"]
+    assert (failure in shown) if failure else not shown
+    assert report.is_clean == (errors == 0 and not failure)
+    for symbol in symbols:
+        assert report.names(bundle.Item(None, {"launches": [{"symbol": symbol}]}))
+    assert not report.names(bundle.Item(None, {"launches": [{"symbol": "affine_qmv_other"}]}))
+
+
+def test_judging_mutants():
+    """Flagged where the tool names the mutant; a twin that it names, or that did not run, is not clean."""
+    items = [
+        bundle.Item(None, {"tag": tag, "launches": [{"symbol": symbol}]})
+        for tag, symbol in (("bug", "broken"), ("twin of bug", "whole"))
+    ]
+    failed = "failed [twin of bug] plain qmv: an illegal instruction"
+    for words, failures, expected in (
+        ({"broken"}, [], (True, True)),
+        ({"whole"}, [], (False, False)),
+        (set(), [], (False, True)),
+        ({"broken"}, [failed.replace("twin of ", "")], (True, True)),
+        ({"broken"}, [failed], (True, False)),
+    ):
+        report = sanitizer.Report("memcheck", (), errors=0, words=words, failed=failures)
+        verdict = sanitizer.judge_mutant("bug", items, report)
+        assert (verdict["flagged"], verdict["twin_is_clean"]) == expected
+
+
+def test_tables_of_times():
+    """From the results of a run; a call that was not timed leaves its cell empty."""
+    call = Call(rows=1, n=4096, k=4096)
+    measured = {"seconds": 1e-5, "bytes": call.weight_bytes, "kernels": ["affine_qmv_float16_gs_64_b_4"]}
+    results = {"copy": 4e12, "peers": [{"shape": [1, 4096, 4096], "linear": 2e-5, "int4pack": 3e-5}]}
+    results["times"] = [{"call": call.as_dict(), "build": "generic", **measured}]
+    first, *others = tables.Times(results).tables()
+    line = next(line for line in first.splitlines() if line.startswith("| 1 "))
+    share = f"{100 * call.weight_bytes / 1e-5 / 4e12:.0f}%"
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["1", "qmv", "10.0", share, "", "", "", "30.0", "20.0"]
+    assert others
+
+
+def test_driver_error_names_the_call(monkeypatch):
+    class Library:
+        def cuMemAlloc_v2(self, *arguments):
+            return 2
+
+        def cuGetErrorString(self, code, text):
+            return 0
+
+    monkeypatch.setattr(driver, "_library", Library)
+    with pytest.raises(driver.DriverError, match=r"cuMemAlloc_v2.*\(2\)"):
+        driver.call("cuMemAlloc_v2")

@@ -1,0 +1,134 @@
+"""The macOS build, as far as Linux can check it, and that those checks find what they are there for."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import mac_check
+import type_encodings
+from covering import mostly_exhaustive
+from mac_check import CheckFailed
+
+pytestmark = pytest.mark.xdist_group("mac_check")  # one process: the steps share build folders
+
+
+@pytest.fixture(scope="module")
+def objective_cxx() -> dict[str, mac_check.CompileCommand]:
+    folder = mac_check.build(mac_check.TORCH_RELEASES[-1])
+    return {command.file.name: command for command in mac_check.objective_cxx_commands(folder)}
+
+
+@pytest.mark.parametrize("version", mostly_exhaustive(mac_check.TORCH_RELEASES, mac_check.TORCH_RELEASES[-1]))
+def test_compiles_and_links_for_apple_silicon(version):
+    folder = mac_check.build(version)
+    assert (folder / "_C.abi3.so").read_bytes()[:8] == bytes.fromhex("cffaedfe0c000001"), "no arm64 Mach-O file"
+
+
+def test_declarations_agree_with_public_type_encodings():
+    report = mac_check.compare_declarations()
+    assert report.compared > 200
+
+
+def test_references_are_balanced(objective_cxx):
+    for command in objective_cxx.values():
+        mac_check.analyze(command)
+
+
+def test_the_form_for_kernel_builder_compiles(objective_cxx, tmp_path):
+    """There the shaders are compiled beforehand, and a generated header has the function that loads them."""
+    header = tmp_path / "metallib.h"
+    header.write_text(
+        "#import <Metal/Metal.h>\n"
+        "namespace embedded { id<MTLLibrary> createLibrary(id<MTLDevice> device, NSError** error); }\n"
+    )
+    flags = [f'-DEMBEDDED_METALLIB_HEADER="{header}"', "-DEMBEDDED_METALLIB_NAMESPACE=embedded"]
+    objective_cxx["library.mm"].compile(flags=flags)
+
+
+# --- Seeded mistakes -------------------------------------------------------------------------------------------------
+
+
+def changed(command: mac_check.CompileCommand, folder: Path, right: str, wrong: str) -> Path:
+    """A copy of a file with a mistake in it."""
+    text = command.file.read_text()
+    assert right in text
+    copy = folder / command.file.name
+    copy.write_text(text.replace(right, wrong, 1))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "message"),
+    [
+        ("encode.mm", "setComputePipelineState:", "setComputePipelineStat:", "setComputePipelineStat:"),
+        ("encode.mm", "setBytes:launch.params.data()", "setBytes:launch.params_size", "cannot initialize a parameter"),
+        ("library.mm", "if (__builtin_available(macOS 15.0, *))", "if (true)", "only available on macOS 15.0"),
+    ],
+    ids=["selector", "argument type", "availability"],
+)
+def test_compiler_finds(objective_cxx, tmp_path, file, right, wrong, message):
+    command = objective_cxx[file]
+    command.compile()
+    with pytest.raises(CheckFailed, match=message):
+        command.compile(changed(command, tmp_path, right, wrong))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("[[MTLFunctionConstantValues new] autorelease]", "[MTLFunctionConstantValues new]", "Potential leak"),
+        ("[state release];", "[state release]; [state release];", "after it is released|not owned"),
+    ],
+    ids=["leak", "released twice"],
+)
+def test_analyzer_finds(objective_cxx, tmp_path, right, wrong, message):
+    command = objective_cxx["library.mm"]
+    with pytest.raises(CheckFailed, match=message):
+        mac_check.analyze(command, changed(command, tmp_path, right, wrong))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("setBytes:(const void*)bytes length:(NSUInteger)", "setBytes:(const void*)bytes length:(int)", "argument 2"),
+        ("- (BOOL)supportsFamily:", "- (NSUInteger)supportsFamily:", "the result is B, not Q"),
+        ("setBufferOffset:(NSUInteger)", "setBufferOfset:(NSUInteger)", "no package knows this selector"),
+        ("MTLDataTypeBool = 53", "MTLDataTypeBool = 54", "MTLDataTypeBool is 53, not 54"),
+        ("NSUInteger depth;", "uint32_t depth;", "struct MTLSize"),
+    ],
+    ids=["argument", "result", "selector", "enum", "struct"],
+)
+def test_type_encodings_find(tmp_path, right, wrong, message):
+    stubs = shutil.copytree(type_encodings.STUBS, tmp_path / "apple")
+    header = stubs / "Metal" / "Metal.h"
+    text = header.read_text()
+    assert right in text
+    header.write_text(text.replace(right, wrong, 1))
+    with pytest.raises(CheckFailed, match=message):
+        mac_check.compare_declarations(stubs)
+
+
+@pytest.mark.parametrize(
+    ("caller", "message"),
+    [
+        (
+            "namespace at::mps { void no_such_function(); } void caller() { at::mps::no_such_function(); }",
+            "no_such_fun",
+        ),
+        ("void shared(void* buffer); void caller() { shared(nullptr); }", "sharedPv"),
+    ],
+    ids=["not in torch", "Objective-C type in a signature"],
+)
+def test_linker_finds(tmp_path, caller, message):
+    (tmp_path / "caller.cpp").write_text(caller)
+    (tmp_path / "shared.mm").write_text("#import <Metal/Metal.h>\nvoid shared(id<MTLBuffer>) {}\n")
+    torch = mac_check.torch_release(mac_check.TORCH_RELEASES[-1]) / "torch" / "lib"
+    toolchain = mac_check.write_toolchain().parent
+    target = f"--target=aarch64-macos.{mac_check.DEPLOYMENT_TARGET}"
+    command = [toolchain / "c++", target, f"-I{type_encodings.STUBS}", "-bundle", "-o", tmp_path / "_C.so"]
+    command += ["-Xlinker", "-undefined", "-Xlinker", "dynamic_lookup"]  # what CMake says to the linker of a module
+    with pytest.raises(CheckFailed, match=f"undefined symbol: .*{message}"):
+        mac_check.run([*command, tmp_path / "caller.cpp", tmp_path / "shared.mm", torch / "libtorch_cpu.dylib"])

@@ -1,0 +1,593 @@
+"""prepare_for_generation against the unprepared model, and its ops against float64 arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from peft import LoraConfig, get_peft_model
+from quantization_mlx._ops import ops
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import oracle
+from oracle import DTYPES, name_of
+from quantization_mlx import generation
+from quantization_mlx.checkpoint import dequantize_model, load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx.compat import cache_name
+from quantization_mlx.generation import prepare_for_generation
+from repository import ROOT
+
+DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+DEMO = ROOT / "examples" / "demo.py"
+VOCABULARY = 96
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama-many-heads": LlamaConfig(**{**SIZES, "num_attention_heads": 8, "num_key_value_heads": 1}, head_dim=32),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral-sliding": MistralConfig(**SIZES, sliding_window=8),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=64),
+}
+FAMILY = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+# --- Ops --------------------------------------------------------------------------------------------------------------
+
+
+def bound(reference: Tensor, dtype: torch.dtype, sums: float = 0.0) -> Tensor:
+    """One rounding of each value, and what float32 loses in sums of this size."""
+    info = torch.finfo(dtype)
+    rounding = info.eps * torch.clamp(reference.abs(), min=info.smallest_normal)
+    return rounding + 16 * torch.finfo(torch.float32).eps * (reference.abs() + sums)
+
+
+def exact_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight.double()
+
+
+def exact_rotation(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cosines.double() + torch.cat((-second, first), -1) * sines.double()
+
+
+@DTYPE
+@pytest.mark.parametrize("shape", [(16,), (1, 1, 576), (2, 3, 48), (700, 128), (0, 32)], ids=str)
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, weight = oracle.random_x(*shape, dtype=dtype), oracle.random_x(shape[-1], seed=1, dtype=dtype)
+    y = ops._rms_norm(x, weight, 1e-5)
+    reference = exact_rms_norm(x, weight, 1e-5)
+    assert y.dtype == dtype
+    oracle.assert_within(y, reference, bound(reference, dtype))
+
+
+@DTYPE
+def test_add_rms_norm_normalises_the_stored_sum(dtype: torch.dtype) -> None:
+    x, residual = (oracle.random_x(2, 130, 96, seed=seed, dtype=dtype) for seed in range(2))
+    weight = oracle.random_x(96, seed=2, dtype=dtype)
+    total, y = ops._add_rms_norm(x, residual, weight, 1e-5)
+    oracle.assert_identical(total, x + residual)
+    reference = exact_rms_norm(total, weight, 1e-5)
+    oracle.assert_within(y, reference, bound(reference, dtype))
+
+
+@DTYPE
+@pytest.mark.parametrize("shape", [(32,), (1, 1, 3072), (2, 0, 32), (500, 96)], ids=str)
+def test_silu_mul(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = 8 * oracle.random_x(*shape, dtype=dtype)
+    gate, value = x.double().chunk(2, -1)
+    reference = F.silu(gate) * value
+    oracle.assert_within(ops._silu_mul(x), reference, bound(reference, dtype))
+
+
+def test_silu_mul_at_the_ends() -> None:
+    gate = torch.tensor([-torch.inf, -1e4, -100, -88, -1e-30, -0.0, 0.0, 1e-30, 88, 100, 1e4, 3e38, torch.nan, 1, 2, 3])
+    y = ops._silu_mul(torch.cat((gate, torch.ones(16))))
+    assert y[gate.isnan()].isnan().all()
+    finite = gate.isfinite()
+    oracle.assert_within(y[finite], F.silu(gate[finite].double()), 1e-35 + bound(gate[finite], torch.float32))
+
+
+@DTYPE
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(
+    "batch, key_heads, heads, dim, position",
+    [
+        (1, 1, 1, 32, 0),
+        (1, 3, 3, 64, 17),
+        (2, 2, 4, 96, 40),
+        (1, 2, 7, 128, 31),
+        (3, 1, 5, 32, 700),
+        (1, 1, 6, 256, 15),
+    ],
+)
+def test_decode_attention(
+    dtype: torch.dtype, normed: bool, batch: int, key_heads: int, heads: int, dim: int, position: int
+) -> None:
+    x = oracle.random_x(batch, 1, (heads * key_heads + 2 * key_heads) * dim, dtype=dtype)
+    angles = oracle.random_x(batch, 1, dim // 2, seed=1).repeat(1, 1, 2)
+    cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
+    # What lies behind the position is not to be read.
+    keys, values = (torch.full((batch, key_heads, position + 3, dim), torch.nan, dtype=dtype) for _ in range(2))
+    keys[:, :, :position] = oracle.random_x(batch, key_heads, position, dim, seed=2, dtype=dtype)
+    values[:, :, :position] = oracle.random_x(batch, key_heads, position, dim, seed=3, dtype=dtype)
+    norms = [oracle.random_x(dim, seed=4 + i, dtype=dtype) for i in range(2)] if normed else [None, None]
+    before = keys.clone(), values.clone()
+
+    y = ops._decode_attention(x, cosines, sines, keys, values, position, dim**-0.5, *norms, 1e-6)
+
+    split = x.double().view(batch, -1, 1, dim).split([heads * key_heads, key_heads, key_heads], 1)
+    query, key = (
+        exact_rotation(each if norm is None else exact_rms_norm(each, norm, 1e-6), cosines[:, None], sines[:, None])
+        for each, norm in zip(split, norms, strict=False)
+    )
+    oracle.assert_within(keys[:, :, position], key[:, :, 0], 2 * bound(key[:, :, 0], dtype, 2 * key.abs().max()))
+    oracle.assert_identical(values[:, :, position], x.view(batch, -1, 1, dim)[:, -key_heads:, 0])
+    for now, then in zip((keys, values), before, strict=True):
+        now[:, :, position] = then[:, :, position]
+        oracle.assert_identical(now, then, "other positions")
+
+    all_keys = torch.cat((keys[:, :, :position].double(), key.to(dtype).double()), 2)
+    all_values = torch.cat((values[:, :, :position].double(), split[2]), 2)
+    reference = F.scaled_dot_product_attention(query, all_keys, all_values, enable_gqa=True)
+    reference = reference.transpose(1, 2).reshape(batch, 1, -1)
+    # A rounding of the new key moves a score by as much; a weight, relatively, as far as a score.
+    spread = query.norm(dim=-1).max() * key.norm(dim=-1).max() * dim**-0.5 if normed else 4.0
+    slack = (torch.finfo(dtype).eps + 1e-5) * spread * all_values.abs().max()
+    oracle.assert_within(y, reference, bound(reference, dtype) + slack)
+
+
+OP_ERRORS = {
+    "dtype": (lambda x, w: ops._rms_norm(x.double(), w, 1e-5), TypeError, r"\[rms_norm\] x has dtype"),
+    "weight dtype": (lambda x, w: ops._rms_norm(x, w.half(), 1e-5), TypeError, r"weight has dtype .* and x"),
+    "length": (lambda x, w: ops._rms_norm(x[:, :17], w[:17], 1e-5), ValueError, r"multiple of 16"),
+    "weight": (lambda x, w: ops._rms_norm(x, w[:32], 1e-5), ValueError, r"weight has shape \[32\]"),
+    "residual": (lambda x, w: ops._add_rms_norm(x, x[:1], w, 1e-5), ValueError, r"residual has shape \[1, 64\]"),
+    "gate": (lambda x, w: ops._silu_mul(x[:, :48]), ValueError, r"\[silu_mul\] x of shape .* multiple of 32"),
+    "position": (
+        lambda x, w: ops._decode_attention(x, w[:32], w[:32], *torch.zeros(2, 1, 1, 4, 32), 4, 1.0),
+        ValueError,
+        r"capacity above the position 4",
+    ),
+    "heads": (
+        lambda x, w: ops._decode_attention(x[:1], w[:32], w[:32], *torch.zeros(2, 1, 1, 4, 32), 0, 1.0),
+        ValueError,
+        r"x of shape \[1, 64\] does not fit keys",
+    ),
+}
+
+
+@pytest.mark.parametrize("call, error, message", OP_ERRORS.values(), ids=OP_ERRORS.keys())
+def test_ops_refuse_what_does_not_fit(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.ones(2, 64), torch.ones(64))
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+def tiny_model(config, dtype: torch.dtype = torch.float32, quantized: bool = True, **options: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:  # ones and zeros would hide a mix-up
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return quantize_model(model, group_size=32) if quantized else model
+
+
+def pair(config, **options: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model and its prepared copy."""
+    model = tiny_model(config, **options)
+    return model, prepare_for_generation(copy.deepcopy(model))
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=oracle.generator(seed))
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: Tensor, prompt: int, **options: Any) -> Tensor:
+    """All logits of ids, of which the first `prompt` come at once and the others one by one."""
+    cache = DynamicCache(config=model.config)
+    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, 1)]
+    return torch.cat([model(part, **{cache_name(): cache}, **options).logits for part in parts], 1)
+
+
+class Steps:
+    """Counts the calls of the ops for attention of one layer and for all layers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts = {"_decode_attention": 0, "_decoder_steps": 0}
+        for name in self.counts:
+            monkeypatch.setattr(generation, name, self.counted(name, getattr(generation, name)))
+
+    def counted(self, name: str, op: Any) -> Any:
+        def call(*arguments: Any) -> Tensor:
+            self.counts[name] += 1
+            return op(*arguments)
+
+        return call
+
+    def of_layers(self) -> int:
+        return self.counts["_decode_attention"]
+
+    def of_stacks(self) -> int:
+        return self.counts["_decoder_steps"]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    return Steps(monkeypatch)
+
+
+@FAMILY
+@pytest.mark.parametrize("quantized", [True, False], ids=["quantized", "dense"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_same_logits(config, quantized: bool, batch: int, steps: Steps) -> None:
+    model, prepared = pair(config, quantized=quantized)
+    ids = tokens(batch, 24)
+    expected, logits = (logits_of(each, ids, 5) for each in (model, prepared))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    fast = config is not FAMILIES["mistral-sliding"]
+    assert steps.of_stacks() == (19 if fast and quantized else 0)
+    assert steps.of_layers() == (19 * config.num_hidden_layers if fast and not quantized else 0)
+
+
+@FAMILY
+def test_same_logits_of_long_prompts(config) -> None:
+    model, prepared = pair(config)
+    with torch.no_grad():
+        for length in (255, 256, 300):
+            ids = tokens(2, length)
+            expected, logits = (each(ids).logits for each in (model, prepared))
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_no_further_from_float32_than_the_unprepared_model(dtype: torch.dtype, steps: Steps) -> None:
+    model, prepared = pair(FAMILIES["qwen3"], dtype=dtype)
+    ids = tokens(2, 60)
+    exact = logits_of(copy.deepcopy(model).float(), ids, 20)
+    errors = [(logits_of(each, ids, 20).float() - exact).square().mean().sqrt() for each in (model, prepared)]
+    assert steps.of_stacks() > 0
+    assert errors[1] <= 1.25 * errors[0]
+
+
+def test_mixed_formats_of_one_input(steps: Steps) -> None:
+    def predicate(path: str, layer: nn.Module) -> bool | dict[str, int]:
+        return "k_proj" not in path and {"bits": 8 if "v_proj" in path or "up_proj" in path else 4}
+
+    model = quantize_model(tiny_model(FAMILIES["llama"], quantized=False), group_size=32, predicate=predicate)
+    prepared = prepare_for_generation(copy.deepcopy(model))
+    ids = tokens(1, 12)
+    torch.testing.assert_close(logits_of(prepared, ids, 5), logits_of(model, ids, 5), rtol=1e-4, atol=1e-3)
+    assert steps.of_layers() > 0
+
+
+GENERATE = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampled": {"do_sample": True, "top_k": 20},
+    "prompt look-up": {"prompt_lookup_num_tokens": 3},  # crops the cache
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "chunked prompt": {"prefill_chunk_size": 4},
+    "scores": {"output_scores": True, "return_dict_in_generate": True},
+    "attentions": {"output_attentions": True, "return_dict_in_generate": True},
+}
+
+
+@pytest.mark.parametrize("options", GENERATE.values(), ids=GENERATE.keys())
+def test_generate_gives_the_same_tokens(options: dict[str, Any]) -> None:
+    attention = {"attn_implementation": "eager"} if "output_attentions" in options else {}
+    model, prepared = pair(FAMILIES["llama"], **attention)
+    prompt = tokens(1, 6).repeat(1, 3)
+    results = []
+    for each in (model, prepared):
+        torch.manual_seed(1)
+        result = each.generate(prompt, max_new_tokens=300 if not options else 20, **options)
+        if "output_attentions" in options:
+            assert len(result.attentions[1]) == each.config.num_hidden_layers
+        results.append(result if isinstance(result, Tensor) else result.sequences)
+    assert torch.equal(*results)
+
+
+def test_padded_batches() -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    prompt = tokens(2, 8)
+    mask = torch.ones_like(prompt)
+    prompt[0, :3] = mask[0, :3] = 0
+    texts = [each.generate(prompt, attention_mask=mask, max_new_tokens=12) for each in (model, prepared)]
+    assert torch.equal(*texts)
+
+
+def test_a_cache_that_others_change(steps: Steps) -> None:
+    """Tokens that come several at once, and a cache that is cropped, reordered, copied and continued."""
+    model, prepared = pair(FAMILIES["llama"])
+    ids = tokens(2, 16)
+    results = []
+    with torch.no_grad():
+        for each in (model, prepared):
+            cache = DynamicCache(config=each.config)
+            logits = [each(part, **{cache_name(): cache}).logits for part in ids.split([4, 1, 1, 3, 1, 6], 1)]
+            cache.crop(-5)
+            logits += [each(ids[:, 11:12], **{cache_name(): cache}).logits]
+            twin = copy.deepcopy(cache)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            logits += [each(ids[:, 12:13], **{cache_name(): each_cache}).logits for each_cache in (cache, twin, cache)]
+            assert cache.get_seq_length() == 14 and twin.get_seq_length() == 13
+            results.append(torch.cat(logits, 1))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-3)
+    assert steps.of_stacks() == 7
+
+
+def test_parameters_keep_names_and_values_and_share_memory() -> None:
+    model = tiny_model(FAMILIES["llama-biases"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    prepare_for_generation(model)
+    assert list(model.state_dict()) == list(before)
+    for name, tensor in model.state_dict().items():
+        oracle.assert_identical(tensor, before[name], name)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    attention = model.model.layers[0].self_attn
+    storages = {layer.weight_packed.untyped_storage().data_ptr() for layer in (attention.q_proj, attention.v_proj)}
+    assert len(storages) == 1
+
+
+def test_checkpoints_of_prepared_models(tmp_path: Path) -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    save_checkpoint(prepared, tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    for name, tensor in loaded.state_dict().items():
+        oracle.assert_identical(tensor, model.state_dict()[name], name)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_tensors_loaded_later_count(assign: bool) -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flip(0)
+    prepared.load_state_dict(model.state_dict(), assign=assign)
+    ids = tokens(1, 12)
+    torch.testing.assert_close(logits_of(prepared, ids, 5), logits_of(model, ids, 5), rtol=1e-4, atol=1e-3)
+
+
+def test_change_of_dtype(steps: Steps) -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    ids = tokens(1, 12)
+    expected = logits_of(model, ids, 5)
+    logits = logits_of(prepared.bfloat16(), ids, 5)
+    assert logits.dtype == torch.bfloat16 and steps.of_stacks() > 0
+    assert (logits.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_gradients_are_those_of_the_unprepared_model() -> None:
+    gradients = []
+    for model in pair(FAMILIES["llama"], quantized=False):
+        model(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    torch._dynamo.reset()
+    model, prepared = pair(FAMILIES["llama"])
+    compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True)
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-3)
+
+
+def test_autocast_gives_what_it_gives_unprepared() -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, expected = (logits_of(each, tokens(1, 9), 5) for each in (prepared, model))
+    assert torch.equal(ours, expected) and ours.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", ["adapters", "dequantized", "another layer"])
+def test_what_takes_the_place_of_projections_is_called(change: str) -> None:
+    """Also where no gradients are wanted, in steps and in prompts."""
+    _, prepared = pair(FAMILIES["llama"])
+    before = logits_of(prepared, tokens(1, 9), 5)
+    if change == "adapters":
+        config = LoraConfig(target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+        prepared = get_peft_model(prepared, config).eval()
+    elif change == "dequantized":
+        dequantize_model(prepared)
+        prepared.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+    else:
+        linear = nn.Linear(*prepared.model.layers[1].self_attn.o_proj.weight.shape, bias=False)
+        prepared.model.layers[1].self_attn.o_proj = linear
+    with torch.enable_grad():  # by Transformers' own code
+        expected = logits_of(prepared, tokens(1, 9), 5).detach()
+    ours = logits_of(prepared, tokens(1, 9), 5)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(ours, before, rtol=1e-2, atol=1e-2)
+
+
+def test_second_call_changes_nothing() -> None:
+    _, prepared = pair(FAMILIES["llama"])
+    kinds = [type(module) for module in prepared.modules()]
+    assert prepare_for_generation(prepared) is prepared
+    assert [type(module) for module in prepared.modules()] == kinds
+
+
+def test_refuses_unknown_models() -> None:
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=64, vocab_size=VOCABULARY)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no decoder layer of a known kind; known are .*Llama"):
+        prepare_for_generation(AutoModelForCausalLM.from_config(config))
+
+
+# --- Keyword arguments of forward, and other versions of Transformers ------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["layer", "stack", "prompt", "gradients"])
+def test_unknown_keyword_arguments_are_refused(part: str) -> None:
+    """A name that another version of Transformers gives to something is not one to drop."""
+    _, prepared = pair(FAMILIES["llama"])
+    stack, ids = prepared.model, tokens(1, 1 if part == "stack" else 5)
+    call = partial(stack, ids)
+    if part == "layer":
+        x = torch.ones(1, 5, SIZES["hidden_size"])
+        call = partial(stack.layers[0], x, position_embeddings=stack.rotary_emb(x, torch.arange(5)[None]))
+    cache = DynamicCache(config=prepared.config)
+    with torch.set_grad_enabled(part == "gradients"):
+        call(**{cache_name(): cache})
+        with pytest.raises(TypeError, match=r"\.forward\(\) got unexpected keyword arguments: kv_cache; supported are"):
+            call(kv_cache=cache)
+
+
+@torch.no_grad()
+def test_the_cache_by_either_name() -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    ids = tokens(1, 8)
+    expected = logits_of(model, ids, 5)
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config)
+        states = [prepared.model(part, **{name: cache}).last_hidden_state for part in ids.split([5, 1, 1, 1], 1)]
+        torch.testing.assert_close(prepared.lm_head(torch.cat(states, 1)), expected, rtol=1e-4, atol=1e-3)
+        assert cache.get_seq_length() == 8
+    with pytest.raises(TypeError, match="the cache twice, as cache and as past_key_values"):
+        prepared.model(ids, cache=cache, past_key_values=cache)
+
+
+@pytest.mark.exhaustive
+def test_continuous_batching() -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 5)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    texts = []
+    for each in (model, prepared):
+        results = each.generate_batch(inputs=prompts, generation_config=config).values()
+        texts.append(sorted((result.prompt_ids, result.generated_tokens) for result in results))
+    assert texts[0] == texts[1]
+    alone = [model.generate(torch.tensor([prompt]), generation_config=config)[0].tolist() for prompt in prompts]
+    assert sorted(prompt + text for prompt, text in texts[1]) == sorted(alone)
+
+
+def test_prepared_modules_are_modules() -> None:
+    """Nothing of theirs has another meaning in their new class."""
+    for module in pair(FAMILIES["llama"])[1].modules():
+        changed = [
+            name
+            for name in dir(nn.Module)
+            if callable(getattr(nn.Module, name)) and not callable(getattr(module, name))
+        ]
+        assert changed == []
+
+
+OPTIONS = {
+    "bidirectional": {"is_causal": False},
+    "tuple": {"return_dict": False},
+    "hidden states": {"output_hidden_states": True},
+    "sequence lengths": {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 4])},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_known_keyword_arguments_count(options: dict[str, Any]) -> None:
+    model, prepared = pair(FAMILIES["llama"])
+    ids = tokens(1, 6)
+    results = []
+    for each in (model.model, prepared.model):
+        cache = DynamicCache(config=model.config)
+        outputs = [each(part, **{cache_name(): cache}, **options) for part in ids.split([4, 1, 1], 1)]
+        assert {type(output) is tuple for output in outputs} == {"return_dict" in options}
+        hidden = [output.hidden_states for output in outputs if "output_hidden_states" in options]
+        results.append([output[0] for output in outputs] + [state for states in hidden for state in states])
+    assert len(results[0]) == len(results[1])
+    for state, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_signature_is_refused() -> None:
+    """What another version of Transformers passes to its layers, prepared ones would not know."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, kv: Any = None) -> Tensor:
+        return hidden_states
+
+    names = {"__module__": LlamaDecoderLayer.__module__, "forward": forward}
+    model = tiny_model(FAMILIES["llama"])
+    model.model.layers[0].__class__ = type("LlamaDecoderLayer", (LlamaDecoderLayer,), names)
+    with pytest.raises(TypeError, match=r"forward has none of the parameters cache, past_key_values; it takes .* kv"):
+        prepare_for_generation(model)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp"])
+def test_further_submodules_are_refused(part: str) -> None:
+    """They would be left out of what the ops compute."""
+    model = tiny_model(FAMILIES["llama"])
+    for layer in model.model.layers:
+        getattr(layer, part).gate = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="no decoder layer of a known kind"):
+        prepare_for_generation(model)
+
+
+# --- The demo's model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive  # the demo, which test_demo.py runs, compares the two answers as well
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_same_greedy_text_on_a_real_model(dtype: torch.dtype) -> None:
+    """Up to ties: where the two first differ, the unprepared model takes both tokens for about equally likely."""
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    tokenizer, model = demo.load_gguf()
+    quantize_model(model.to(dtype), group_size=demo.GROUP_SIZE)
+    prompt = demo.chat(tokenizer, "What is the capital of France?")
+    texts = [
+        each.generate(prompt, max_new_tokens=48, do_sample=False)[0]
+        for each in (model, prepare_for_generation(copy.deepcopy(model)))
+    ]
+    assert "Paris" in tokenizer.decode(texts[1])
+    length = min(map(len, texts))
+    differs = (texts[0][:length] != texts[1][:length]).nonzero()
+    if len(differs):
+        first = int(differs[0])
+        with torch.no_grad():
+            logits = model(texts[0][None, :first]).logits[0, -1].float()
+        gap = (logits[texts[0][first]] - logits[texts[1][first]]).item()
+        assert 0 <= gap <= 8 * torch.finfo(dtype).eps * logits.abs().max().item()
+    else:
+        assert len(texts[0]) == len(texts[1])

@@ -1,0 +1,342 @@
+"""Plans: every kernel that any of them names exists, on every GPU, and is the one that its reasons ask for."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import struct
+import subprocess
+
+import pytest
+import torch
+
+import oracle
+import quantization_mlx as qm
+from oracle import DTYPES, FORMATS, Format
+from repository import ROOT
+
+GPUS = [f"applegpu_g{generation}{variant}" for generation in range(13, 19) for variant in "pgscd"]
+# One for each way in which plans differ: no tensor ops on few and on many cores, tensor ops, a phone's chip without.
+SOME_GPUS = ["applegpu_g13g", "applegpu_g14d", "applegpu_g17s", "applegpu_g17p"]
+FOUR_BIT = Format("affine", 64, 4)
+
+
+@functools.cache
+def kernels_in(stem: str) -> dict[str, str]:
+    """What metal/quantized/<stem>.metal instantiates, by host name, by expanding its macros alone."""
+    path = ROOT / f"metal/quantized/{stem}.metal"
+    text = path.read_text().partition("// --- Instances")[2]  # without the templates, and the gate of tensor operations
+    done = subprocess.run(
+        ["c++", "-E", "-P", "-x", "c++", "-DQUANTIZATION_MLX_TENSOR_OPS=1", f"-I{path.parent}", "-"],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.findall(r"host_name\(([^)]*)\)\]\] \[\[kernel\]\] decltype\(([^()]*)\)", done.stdout)
+    return {"".join(re.findall(r'"([^"]*)"', literals)): instance for literals, instance in found}
+
+
+def weights(format: Format, *shape: int, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, ...]:
+    """Packed weights of a matrix of this shape on device "meta": plans ask for shapes and types alone."""
+    if format.is_column_packed:
+        *batch, k, n = shape
+        words = torch.empty(*batch, k * format.bits // 32, n, dtype=torch.uint32, device="meta")
+        scales = torch.empty(*batch, k // format.group_size, n, dtype=torch.float16, device="meta")
+        return words, scales, scales if format.has_zeros else None
+    groups = (*shape[:-1], shape[-1] // format.group_size)
+    words = torch.empty(*shape[:-1], shape[-1] * format.bits // 32, dtype=torch.uint32, device="meta")
+    if not format.is_affine:
+        return words, torch.empty(groups, dtype=torch.uint8, device="meta"), None
+    return words, *(torch.empty(groups, dtype=dtype, device="meta") for _ in range(2))
+
+
+def matmul_plan(
+    gpu: str, M: int, N: int, K: int, format: Format = FOUR_BIT, dtype=torch.float16, transpose=True, macos=(26, 2)
+):
+    x = torch.empty(M, K, dtype=dtype, device="meta")
+    matrix = weights(format, *((N, K) if transpose else (K, N)), dtype=dtype)
+    [plan] = qm.explain(qm.quantized_matmul, x, *matrix, transpose=transpose, **format.options, gpu=gpu, macos=macos)
+    return plan
+
+
+def gather_plan(gpu: str, pairs: int, M: int, experts: int, sorted_indices: bool, format: Format = FOUR_BIT, **kwargs):
+    dtype, transpose = kwargs.get("dtype", torch.float16), kwargs.get("transpose", True)
+    x = torch.empty(pairs, M, 256, dtype=dtype, device="meta")
+    indices = torch.empty(pairs, dtype=torch.int64, device="meta")
+    matrices = weights(format, experts, *((384, 256) if transpose else (256, 384)), dtype=dtype)
+    [plan] = qm.explain(
+        qm.gather_qmm, x, *matrices, None, indices, transpose=transpose, sorted_indices=sorted_indices,
+        **format.options, gpu=gpu,
+    )  # fmt: skip
+    return plan
+
+
+def assert_exists(plan) -> None:
+    assert plan.launches
+    for launch in plan.launches:
+        # A library of all kernels, and one that is compiled for this launch, have the same one of that name.
+        assert kernels_in(launch.file).get(launch.kernel) == launch.instance, launch.kernel
+        assert launch.threads <= 1024
+        assert all(launch.threadgroups)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_has_the_kernels_of_its_plans(gpu):
+    for transpose in (True, False):
+        for rows in (1, 2, 3, 5, 9, 13, 17, 33, 65, 512):
+            for N, K in ((384, 256), (64, 16384), (4096, 4096)):
+                assert_exists(matmul_plan(gpu, rows, N, K, transpose=transpose))
+        for pairs, rows, sorted_indices in (
+            (1, 1, True),
+            (33000, 1, True),
+            (64, 1, False),
+            (6, 5, True),
+            (3, 40, False),
+        ):
+            assert_exists(gather_plan(gpu, pairs, rows, 4, sorted_indices, transpose=transpose))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=oracle.name_of)
+@pytest.mark.parametrize("format", FORMATS, ids=oracle.name_of)
+def test_every_format_has_the_kernels_of_its_plans(format, dtype):
+    for gpu in SOME_GPUS:
+        for transpose in (True, False):
+            for rows in (*range(1, 18), 33):
+                assert_exists(matmul_plan(gpu, rows, 384, 256, format, dtype, transpose))
+            for rows in (1, 3, 7, 20):
+                assert_exists(matmul_plan(gpu, rows, 256, 16384, format, dtype, transpose))
+            for pairs, rows, sorted_indices in (
+                (3, 1, False),
+                (64, 1, True),
+                (3, 5, False),
+                (3, 11, False),
+                (3, 20, False),
+            ):
+                assert_exists(
+                    gather_plan(gpu, pairs, rows, 4, sorted_indices, format, dtype=dtype, transpose=transpose)
+                )
+        x = torch.empty(4, 256, dtype=dtype, device="meta")
+        [plan] = qm.explain(qm.quantize, x, **format.options, gpu=gpu)
+        assert_exists(plan)
+        [plan] = qm.explain(
+            qm.dequantize, *weights(format, 4, 256, dtype=dtype), **format.options, dtype=dtype, gpu=gpu
+        )
+        assert_exists(plan)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_packed_columns_have_the_kernels_of_their_plans(gpu):
+    for format, dtype in itertools.product(oracle.MARLIN_FORMATS, DTYPES):
+        for N, K in ((384, 256), (64, 16384)):
+            for rows in (1, 3, 7, 9, 33, 65):
+                assert_exists(matmul_plan(gpu, rows, N, K, format, dtype, transpose=False))
+        for pairs, rows, sorted_indices in ((3, 1, False), (64, 1, True), (3, 5, False), (3, 20, False)):
+            assert_exists(gather_plan(gpu, pairs, rows, 4, sorted_indices, format, dtype=dtype, transpose=False))
+        [plan] = qm.explain(qm.quantize, torch.empty(256, 5, dtype=dtype, device="meta"), **format.options, gpu=gpu)
+        assert_exists(plan)
+        matrix = weights(format, 256, 5)
+        [plan] = qm.explain(qm.dequantize, *matrix, **format.options, dtype=dtype, gpu=gpu)
+        assert_exists(plan)
+
+
+# --- The choices -----------------------------------------------------------------------------------------------------
+
+
+def families(plan) -> list[str]:
+    return [launch.family for launch in plan.launches]
+
+
+def test_tensor_ops_run_where_gpu_system_and_dtype_have_them():
+    assert families(matmul_plan("applegpu_g17s", 64, 4096, 4096)) == ["tensor"]
+    assert families(matmul_plan("applegpu_g18p", 64, 4096, 4096)) == ["tensor"]
+    for gpu, dtype, macos in (
+        ("applegpu_g16s", torch.float16, (26, 2)),
+        ("applegpu_g17p", torch.float16, (26, 2)),  # a phone's chip, without matrix units
+        ("applegpu_g17s", torch.float32, (26, 2)),  # they would round float32
+        ("applegpu_g17s", torch.float16, (26, 1)),
+    ):
+        assert families(matmul_plan(gpu, 64, 4096, 4096, dtype=dtype, macos=macos)) == ["tile"], (gpu, dtype, macos)
+
+
+@pytest.mark.parametrize("gpu", ["applegpu_g14s", "applegpu_g17s"])
+def test_few_rows_are_one_matvec(gpu):
+    for rows in range(1, 13):
+        plan = matmul_plan(gpu, rows, 4096, 4096)
+        assert families(plan) == ["matvec"]
+        instance = int(re.search(r"_rows_(\d+)|$", plan.launches[0].kernel)[1] or 1)
+        assert rows <= instance <= 2 * rows, "a matvec for many more rows than there are"
+    assert "_rows_16" in matmul_plan("applegpu_g14s", 16, 4096, 4096).launches[0].kernel
+
+
+def tile_of(plan) -> int:
+    return int(plan.launches[0].kernel.split("_rows_")[1])
+
+
+def test_tiles_follow_the_rows():
+    for rows, tile in ((13, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 32), (96, 32), (97, 64), (512, 64)):
+        assert tile_of(matmul_plan("applegpu_g14s", rows, 4096, 4096)) == tile, rows
+    for rows, tile in ((13, 32), (32, 32), (33, 64), (512, 64)):
+        assert tile_of(matmul_plan("applegpu_g17s", rows, 4096, 4096)) == tile, rows
+
+
+def test_cores_can_be_named():
+    """Fewer cores want a product cut into fewer parts."""
+    parts = [
+        matmul_plan(f"applegpu_g14d{cores}", 16, 1024, 16384).launches[0].threadgroups[1]
+        for cores in ("", "/64", "/16")
+    ]
+    assert parts[0] == parts[1] > parts[2]
+
+
+def test_plans_are_complete():
+    """A host can run a launch from what explain tells: here that of x [3, 256] and w [40, 256]."""
+    [launch] = matmul_plan("applegpu_g14s", 3, 40, 256).launches
+    roles = ["x", "w", "scales", "biases", "none", "y"]
+    assert launch.arguments == tuple((role, 0) for role in roles)
+    assert launch.params_index == 6
+    *strides, x_row_stride, _ = struct.unpack_from("<14q", launch.params)
+    assert strides == [0] * 12
+    assert x_row_stride == 256
+    inner_size, rows, k, n, parts, part_k = struct.unpack_from("<6i", launch.params, 14 * 8)
+    assert (inner_size, rows, k, n, parts, part_k) == (1, 3, 256, 40, 1, 256)
+
+
+def test_far_rows_of_x_are_taken_one_by_one():
+    """Matvecs of several rows count in 32 bits from one row of x to the others."""
+    x = torch.empty(1, dtype=torch.float16, device="meta").as_strided((3, 256), (2**28, 1))
+    [plan] = qm.explain(qm.quantized_matmul, x, *weights(FOUR_BIT, 40, 256), group_size=64, bits=4, gpu="applegpu_g14s")
+    assert [launch.kernel for launch in plan.launches] == ["affine_qmv_float16_gs_64_b_4"] * 3
+    assert [dict(launch.arguments)["x"] for launch in plan.launches] == [0, 2**28, 2**29]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20])
+@pytest.mark.parametrize("transpose", [True, False], ids=["transposed", "plain"])
+def test_long_k_and_short_n_is_split(rows, transpose):
+    plan = matmul_plan("applegpu_g14s", rows, 64, 16384, transpose=transpose)
+    if transpose and rows < 13:  # the simdgroups of a threadgroup divide K
+        assert [launch.kernel.startswith("affine_qmv_float16") for launch in plan.launches] == [True]
+        return
+    assert [("splitk" in launch.kernel, "sum_parts" in launch.kernel) for launch in plan.launches] == [
+        (True, False),
+        (False, True),
+    ]
+    assert len(matmul_plan("applegpu_g14s", rows, 16384, 512).launches) == 1
+
+
+MARLIN = Format("marlin_fp4", 128, 4)
+
+
+def test_packed_columns_run_as_any_other_untransposed_weights():
+    for gpu in ("applegpu_g14s", "applegpu_g17s"):
+        for rows, op in ((1, "qvm"), (4, "qvm"), (8, "qvm"), (9, "qmm_n"), (64, "qmm_n")):
+            if op == "qmm_n" and gpu == "applegpu_g17s":
+                op = "qmm_n_nax"
+            plan = matmul_plan(gpu, rows, 8192, 1024, MARLIN, transpose=False)
+            assert [launch.kernel.split("_float16")[0] for launch in plan.launches] == [f"marlin_fp4_{op}"], (gpu, rows)
+    assert families(matmul_plan("applegpu_g17s", 64, 4096, 4096, MARLIN, transpose=False)) == ["tensor"]
+    assert "nax" in gather_plan("applegpu_g17s", 256, 1, 8, True, MARLIN, transpose=False).launches[0].kernel
+    # What a threadgroup computes: 64 columns. K is cut where there are few of them, at whole groups.
+    [whole] = matmul_plan("applegpu_g14s", 1, 8192, 1024, MARLIN, transpose=False).launches
+    assert (whole.threadgroups, whole.threads) == ((128, 1, 1), 256)
+    split, _ = matmul_plan("applegpu_g14s", 1, 64, 16384, MARLIN, transpose=False).launches
+    inner_size, rows, k, n, parts, part_k = struct.unpack_from("<6i", split.params, 14 * 8)
+    assert (inner_size, rows, k, n) == (1, 1, 16384, 64)
+    assert split.threadgroups == (1, parts, 1) and parts > 1
+    assert part_k % 128 == 0 and (parts - 1) * part_k < 16384 <= parts * part_k
+
+
+def test_alignment_of_packed_columns():
+    """Words are read by twos, and so are scales."""
+
+    def is_aligned(words, scales):
+        x = torch.empty(1, 128, dtype=torch.float16, device="meta")
+        [plan] = qm.explain(
+            qm.quantized_matmul, x, words, scales, transpose=False, **MARLIN.options, gpu="applegpu_g14s"
+        )
+        return "aligned_weights" in plan.launches[0].constants
+
+    def after(offset, n, rows, dtype):
+        return torch.empty(offset + rows * n, dtype=dtype, device="meta")[offset:].view(rows, n)
+
+    for words, scales, n, expected in ((0, 0, 64, True), (1, 0, 64, False), (0, 1, 64, False), (0, 0, 33, False)):
+        given = after(words, n, 16, torch.uint32), after(scales, n, 1, torch.float16)
+        assert is_aligned(*given) == expected, (words, scales, n)
+
+
+def test_sorted_experts_share_a_tile():
+    sorted_plan, unsorted = (gather_plan("applegpu_g14s", 256, 1, 8, promise) for promise in (True, False))
+    assert "gather_qmm_rhs_t" in sorted_plan.launches[0].kernel
+    assert "gather_qmv" in unsorted.launches[0].kernel
+    assert "nax" in gather_plan("applegpu_g17s", 256, 1, 8, True).launches[0].kernel
+    assert "gather_qmv" in gather_plan("applegpu_g14s", 24, 1, 8, True).launches[0].kernel, "too few for each expert"
+
+
+def test_alignment_is_a_constant():
+    def constants(x, w):
+        [plan] = qm.explain(qm.quantized_matmul, x, w, *weights(FOUR_BIT, 64, 512)[1:], gpu="applegpu_g14s")
+        return set(plan.launches[0].constants)
+
+    words = weights(FOUR_BIT, 64, 512)[0]
+    shifted = torch.empty(64 * 64 + 1, dtype=torch.uint32, device="meta")[1:].view(64, 64)
+    x = torch.empty(3, 520, dtype=torch.float16, device="meta")
+    everything = {"aligned_outputs", "aligned_weights", "aligned_x", "aligned_k"}
+    assert constants(x[:, :512], words) == everything
+    assert constants(x[:, 1:513], words) == everything - {"aligned_x"}
+    assert constants(x[:, 8:], words) == everything
+    assert constants(x[:, :512], shifted) == everything - {"aligned_weights"}
+    odd = torch.empty(3, 513, dtype=torch.float16, device="meta")
+    assert constants(odd[:, :512], words) == everything - {"aligned_x"}
+    assert constants(odd[:1, :512], words) == everything, "the distance of rows is nothing to a single row"
+
+
+def test_batches_of_any_layout():
+    """Two batch dimensions to a launch; the rest of them as launches of their own."""
+    matrices = weights(FOUR_BIT, 4, 1, 3, 1, 64, 128)
+    x = torch.empty(2, 1, 5, 3, 128, dtype=torch.float16, device="meta")
+    [plan] = qm.explain(qm.quantized_matmul, x, *matrices, gpu="applegpu_g14s")
+    assert sum(launch.threadgroups[2] for launch in plan.launches) == 4 * 2 * 3 * 5
+    [plan] = qm.explain(
+        qm.quantized_matmul, x.expand(4, 2, 3, 5, 3, 128).contiguous(), *weights(FOUR_BIT, 4, 2, 3, 5, 64, 128),
+        gpu="applegpu_g14s",
+    )  # fmt: skip
+    assert [launch.threadgroups[2] for launch in plan.launches] == [120]
+
+
+# --- The question ----------------------------------------------------------------------------------------------------
+
+
+def test_explain_follows_a_model():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+    qm.quantize_model(model, bits=4, group_size=32)
+    plans = qm.explain(model, torch.randn(20, 64), gpu="applegpu_g15c")
+    assert [plan.launches[0].kernel for plan in plans] == ["affine_qmm_t_float32_gs_32_b_4_rows_32"] * 2
+    assert [(plan.device, plan.gpu) for plan in plans] == [("mps", "applegpu_g15c")] * 2
+    assert "affine_qmm_t_float32_gs_32_b_4_rows_32" in str(plans[0])
+
+
+def test_explain_on_cpu_names_the_instruction_set():
+    [plan] = qm.explain(qm.affine_qmv, torch.randn(3, 128), *qm.quantize(torch.randn(8, 128), 128, 4), 8)
+    assert (plan.op, plan.device, plan.launches) == ("affine_qmv", "cpu", ())
+    assert plan.instruction_set in ("baseline", "avx2", "avx512", "amx", "neon")
+
+
+BAD_NAMES = ["m1", "applegpu_g", "applegpu_g16", "applegpu_g16x", "applegpu_gs", "applegpu_g1234s"]
+
+
+@pytest.mark.parametrize("gpu", [*BAD_NAMES, "applegpu_g16s/", "applegpu_g16s/x", "applegpu_g16s/12345", "/16"])
+def test_explain_wants_metals_name_of_a_gpu(gpu):
+    with pytest.raises(ValueError, match=f'"{gpu}".*applegpu_g16s'):
+        matmul_plan(gpu, 1, 64, 64)
+
+
+def test_explain_on_meta_wants_a_gpu():
+    with pytest.raises(ValueError, match="device meta"):
+        qm.explain(qm.quantize, torch.empty(4, 64, device="meta"))
+
+
+def test_sizes_beyond_the_kernels_counters():
+    x = torch.empty(1, 2**31, dtype=torch.float16, device="meta")
+    with pytest.raises(NotImplementedError, match=r"\[quantized_matmul\] K is 2147483648"):
+        qm.explain(qm.quantized_matmul, x, *weights(FOUR_BIT, 2, 2**31), gpu="applegpu_g14s")
