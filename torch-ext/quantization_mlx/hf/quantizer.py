@@ -16,7 +16,7 @@ from ..checkpoint.read import Checkpoint
 from ..checkpoint.record import MLX_METHOD, entry_format, format_of_tensors
 from ..checkpoint.validate import check_tensors
 from ..families import family_of
-from ..formats import Format
+from ..formats import MODES, Format
 from ..messages import listed
 from ..nn.conv1d import as_linear, finish_conv1d, place_linear
 from ..nn.module import PackedModule, QuantizedModule
