@@ -130,7 +130,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         words = F.embedding(flat, self.weight_packed.view(torch.int32))
         scales = F.embedding(flat, self.scales)
         biases = None if self.biases is None else F.embedding(flat, self.biases)
-        dtype = None if self.mode == "affine" else self.weight_dtype
+        dtype = self.weight_dtype if self.biases is None else None
         rows = _dequantize(words, scales, biases, self.group_size, self.bits, self.mode, None, dtype)
         if self._is_scaled:
             rows = rows * _rounded(self.scale, rows.dtype)
