@@ -592,7 +592,7 @@ def test_what_metal_config_cannot_have_is_refused(options: dict[str, Any], messa
 # --- A real model -----------------------------------------------------------------------------------------------------
 
 REAL_FORMATS = {
-    **{f"{bits} bits": {"q_bits": bits} for bits in (2, 3, 4, 5, 6, 8)},
+    **{f"{bits} bits": {"q_bits": bits} for bits in (1, 2, 3, 4, 5, 6, 8)},
     **{mode: {"q_mode": mode} for mode in ("mxfp4", "mxfp8", "nvfp4")},
 }
 NEW_TOKENS = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -202,6 +203,18 @@ def test_every_half_precision_magnitude(device: str, tally: Tally, format: Forma
     w = (absmax.float()[:, None] * ramp).to(dtype)
     w[::2] = -w[::2]
     compare_with_mlx(tally, device, w, format, str(format))
+
+
+def test_formats_are_those_of_mlx() -> None:
+    mx = oracle.mlx()
+    known = set()
+    for mode in ("affine", "mxfp4", "mxfp8", "nvfp4"):
+        for group_size in (8, 16, 32, 64, 128, 256):
+            for bits in range(1, 9):
+                with contextlib.suppress(ValueError):
+                    mx.quantize(mx.ones((1, 256)), group_size=group_size, bits=bits, mode=mode)
+                    known.add(oracle.Format(mode, group_size, bits))
+    assert set(oracle.FORMATS) == known
 
 
 @pytest.mark.parametrize("group_size, bits, mode", [(None, None, "affine"), (None, None, "nvfp4"), (None, 8, "affine")])

@@ -36,9 +36,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the local build stan
 
 @pytest.fixture(scope="session")
 def variant(tmp_path_factory, pytestconfig) -> Path:
-    """The CPU variant, compiled in an empty folder; as fast as the Hub's with --exhaustive, else in less time."""
-    optimization = "-O3" if pytestconfig.option.exhaustive else "-O1"
-    return kernel_builder.build_cpu_variant(tmp_path_factory.mktemp("kernel_builder"), optimization=optimization)
+    """The CPU variant, made in an empty folder of what nix sees; with --exhaustive, all of it is compiled there."""
+    folder = tmp_path_factory.mktemp("kernel_builder")
+    return kernel_builder.build_cpu_variant(folder, from_scratch=pytestconfig.option.exhaustive)
 
 
 @pytest.fixture(scope="session")

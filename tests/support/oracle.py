@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantization_mlx.formats import MODES
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -50,15 +52,18 @@ class Format:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
-AFFINE_FORMATS = tuple(
-    Format("affine", group_size, bits) for bits in (2, 3, 4, 5, 6, 8) for group_size in (32, 64, 128)
+# All that the package has: test_quantize.py holds its table against mlx, test_marlin_ops.py against the documentation.
+ALL_FORMATS = tuple(
+    Format(mode.name, group_size, bits)
+    for mode in MODES.values()
+    for bits in sorted(mode.bits)
+    for group_size in sorted(mode.group_sizes)
 )
-FLOAT_FORMATS = (Format("mxfp4", 32, 4), Format("mxfp8", 32, 8), Format("nvfp4", 16, 4))
-FORMATS = AFFINE_FORMATS + FLOAT_FORMATS
-MARLIN_BITS = {"marlin_fp4": 4, "marlin_fp8": 8, "marlin_int2": 2, "marlin_int4": 4, "marlin_int4_sym": 4}
-MARLIN_FORMATS = tuple(
-    Format(mode, group_size, bits) for mode, bits in MARLIN_BITS.items() for group_size in (32, 64, 128)
-)
+MARLIN_FORMATS = tuple(format for format in ALL_FORMATS if format.is_column_packed)
+MARLIN_BITS = {format.mode: format.bits for format in MARLIN_FORMATS}
+FORMATS = tuple(format for format in ALL_FORMATS if not format.is_column_packed)
+AFFINE_FORMATS = tuple(format for format in FORMATS if format.is_affine)
+FLOAT_FORMATS = tuple(format for format in FORMATS if not format.is_affine)
 # One of each kind of packing and scale, for tests whose subject is not the number format.
 SOME_FORMATS = (Format("affine", 64, 4), Format("affine", 32, 3), Format("affine", 128, 8), *FLOAT_FORMATS)
 
