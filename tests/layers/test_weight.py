@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import oracle
 import quantization_mlx as qm
-from oracle import SOME_FORMATS, name_of
+from cases import SOME_FORMATS
+from oracle import name_of
 from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, replace_linear_layers
 from quantization_mlx.nn.embedding import QuantizedEmbedding
 from quantization_mlx.nn.linear import PackedLinear, QuantizedLinear

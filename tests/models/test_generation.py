@@ -31,7 +31,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import oracle
-from oracle import DTYPES, name_of
+from cases import DTYPES
+from oracle import name_of
 from quantization_mlx._ops import ops
 from quantization_mlx.hf import decoder as generation
 from quantization_mlx.hf.compat import cache_name
