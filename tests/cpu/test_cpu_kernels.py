@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,11 @@ from repository import ROOT
 TEST = ROOT / "tests/cpu/cpu_kernels.cpp"
 KERNELS = [ROOT / f"csrc/cpu/isa/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")]
 SOURCES = (TEST, *KERNELS)
+# Those of other processors need the compiler's own headers for them.
+X86 = platform.machine() in ("x86_64", "AMD64")
+FOREIGN = {"neon.h"} if X86 else {"avx2.h", "avx512.h", "amx.h", "int8.h"}
+WITH_TORCH = {"ops.h", "parallel.h"}
+HEADERS = [path for path in sorted((ROOT / "csrc/cpu").rglob("*.h")) if path.name not in FOREIGN | WITH_TORCH]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,11 @@ def test_kernels_against_float64(target: str, tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, SOURCES))
+    if target == "native":
+        # The linker may take a weak function from any object, and run it on a processor without its instructions.
+        for path in (path for path in objects if path.name.split(".")[0] in ("avx2", "avx512")):
+            symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
+            assert not re.search(r"^\w* W .*", symbols.stdout, re.MULTILINE)
     program = tmp_path / "cpu_kernels"
     subprocess.run([how.compiler, *how.flags, *objects, "-o", program], check=True)
     result = subprocess.run([*how.launcher, program, *how.arguments], capture_output=True, text=True)
@@ -69,3 +80,12 @@ def test_kernels_against_float64(target: str, tmp_path: Path) -> None:
     tested = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(", 0 failures")}
     wanted = "neon" if "arm" in target or platform.machine() in ("arm64", "aarch64") else "avx2"
     assert {"baseline", wanted} <= tested
+
+
+def test_every_header_compiles_by_itself() -> None:
+    """Those without torch: they depend on nothing that was included, or defined, before them."""
+    command = ["c++", "-std=c++20", "-w", "-fsyntax-only", f"-I{ROOT / 'csrc'}", "-x", "c++", os.devnull, "-include"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda path: subprocess.run([*command, path], capture_output=True, text=True), HEADERS))
+    assert len(HEADERS) > 15
+    assert [done.stderr for done in results if done.returncode != 0] == []

@@ -217,7 +217,7 @@ def test_reports(name):
     assert not report.names(bundle.Item(None, {"launches": [{"symbol": "affine_qmv_other"}]}))
 
 
-def test_judging_mutants():
+def test_verdicts_on_mutants():
     """Flagged where the tool names the mutant; a twin that it names, or that did not run, is not clean."""
     items = [
         bundle.Item(None, {"tag": tag, "launches": [{"symbol": symbol}]})

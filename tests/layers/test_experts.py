@@ -23,12 +23,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import oracle
 from oracle import Format, name_of
+from quantization_mlx import (
+    QuantizedSwitchLinear,
+    load_checkpoint,
+    patch_transformers,
+    quantize_model,
+    save_checkpoint,
+    unpatch_transformers,
+)
 from quantization_mlx.hf.experts import IMPLEMENTATION, experts_forward, register_experts, split_experts
-from quantization_mlx.hf.load import load_checkpoint
-from quantization_mlx.hf.patch import patch_transformers, unpatch_transformers
-from quantization_mlx.hf.save import save_checkpoint
-from quantization_mlx.nn.switch import QuantizedSwitchLinear, SwitchLinear
-from quantization_mlx.quantization.model import quantize_model
+from quantization_mlx.nn.switch import SwitchLinear
 
 VOCABULARY, HIDDEN, EXPERT = 96, 64, 128
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])

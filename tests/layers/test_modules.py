@@ -13,8 +13,7 @@ from torch.nn.utils import parametrize
 import oracle
 from cases import DTYPES, SOME_FORMATS
 from oracle import Format, name_of
-from quantization_mlx.nn.embedding import QuantizedEmbedding
-from quantization_mlx.nn.linear import QuantizedLinear
+from quantization_mlx import QuantizedEmbedding, QuantizedLinear
 
 AFFINE, _, _, *FLOATS = SOME_FORMATS
 FORMAT = pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)

@@ -19,12 +19,12 @@ import oracle
 import quantization_mlx as qm
 from cases import SOME_FORMATS
 from oracle import name_of
-from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, replace_linear_layers
-from quantization_mlx.nn.embedding import QuantizedEmbedding
-from quantization_mlx.nn.linear import PackedLinear, QuantizedLinear
+from quantization_mlx import QuantizedEmbedding, QuantizedLinear, dequantize_model, quantize_model
+from quantization_mlx.marlin.layers import MarlinLinear, MetalQuantizedLinear
+from quantization_mlx.marlin.models import replace_linear_layers
+from quantization_mlx.nn.linear import PackedLinear
 from quantization_mlx.nn.module import PackedModule
 from quantization_mlx.nn.packed_weight import PackedWeight
-from quantization_mlx.quantization.model import dequantize_model, quantize_model
 
 IN, OUT = 256, 48
 replace_groups_of_64 = functools.partial(replace_linear_layers, group_size=64)

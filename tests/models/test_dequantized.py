@@ -24,9 +24,8 @@ from transformers import (
 )
 
 import oracle
-from quantization_mlx import QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx import QuantizedLinear, dequantize_model, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.nn.module import QuantizedModule
-from quantization_mlx.quantization.model import dequantize_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}

@@ -33,13 +33,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import oracle
 from cases import DTYPES
 from oracle import name_of
+from quantization_mlx import dequantize_model, load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
 from quantization_mlx._ops import ops
-from quantization_mlx.hf import decoder as generation
+from quantization_mlx.hf import decoder
 from quantization_mlx.hf.compat import cache_name
-from quantization_mlx.hf.decoder import prepare_for_generation
-from quantization_mlx.hf.load import load_checkpoint
-from quantization_mlx.hf.save import save_checkpoint
-from quantization_mlx.quantization.model import dequantize_model, quantize_model
 from repository import ROOT
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -237,7 +234,7 @@ class Steps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts = {"_decode_attention": 0, "_decoder_steps": 0}
         for name in self.counts:
-            monkeypatch.setattr(generation, name, self.counted(name, getattr(generation, name)))
+            monkeypatch.setattr(decoder, name, self.counted(name, getattr(decoder, name)))
 
     def counted(self, name: str, op: Any) -> Any:
         def call(*arguments: Any) -> Tensor:

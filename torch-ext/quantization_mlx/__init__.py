@@ -3,7 +3,10 @@
 from . import int4 as int4
 from . import layers
 from . import marlin as marlin
-from .convert.checkpoint import convert_awq, convert_compressed_tensors, convert_foreign_checkpoint, convert_gptq
+from .convert.awq import convert_awq
+from .convert.checkpoint import convert_foreign_checkpoint
+from .convert.compressed_tensors import convert_compressed_tensors
+from .convert.gptq import convert_gptq
 from .hf.decoder import prepare_for_generation
 from .hf.distributed import prepare_for_ddp
 from .hf.load import load_checkpoint

@@ -6,9 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ._ops import ops
 
 Format = dict[str, Any]  # the keyword arguments group_size, bits and mode of ops and layers
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of activations and of weights to quantize
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ def _mode(row: dict[str, Any]) -> Mode:
 
 # In the order of their numbers in the library.
 MODES = {row["name"]: _mode(row) for row in json.loads(ops._modes())}
+MARLIN_MODES = {name: mode for name, mode in MODES.items() if mode.packing == "columns"}
 MLX_MODES = {name: mode for name, mode in MODES.items() if mode.packing == "rows"}
 
 

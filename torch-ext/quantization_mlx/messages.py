@@ -1,7 +1,5 @@
 """Lists of names and of dtypes in error messages."""
 
-from __future__ import annotations
-
 from typing import Any
 
 _SHOWN_NAMES = 8

@@ -39,8 +39,6 @@ Every op raises ``ValueError`` for shapes, devices or options that do not fit, `
 supported.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Packages that are used where they are installed."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterable
 from typing import Any

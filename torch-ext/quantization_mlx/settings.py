@@ -1,7 +1,5 @@
 """Whether products on CPU may quantize their activations to int8."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal

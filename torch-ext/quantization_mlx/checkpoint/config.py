@@ -25,7 +25,7 @@ def in_mlx_terms(
         formats: by the paths of the layers in the checkpoint.
         reader: the class by which Transformers reads `config`; None if it is not known.
     """
-    # Transformers knows some of these by other names than MLX.
+    # Transformers has other names for some of these.
     for name, own_name in getattr(reader, "attribute_map", {}).items():
         if own_name in config:
             config.setdefault(name, config[own_name])
@@ -50,12 +50,12 @@ def _harmless(
 
     def read(record: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
-            with warnings.catch_warnings():  # of names that are out of use
+            with warnings.catch_warnings():  # about deprecated names
                 warnings.simplefilter("ignore")
                 config = reader.from_dict(copy.deepcopy(dict(record)))
-                config.standardize_rope_params()  # as models do when they are made
+                config.standardize_rope_params()  # as models do
                 return config.to_dict()
-        except Exception:  # whatever the class has against it
+        except Exception:  # the class rejects it
             return None
 
     kept: dict[str, Any] = {}

@@ -1,7 +1,5 @@
 """The record of formats in config.json: which layers of a checkpoint are quantized, and how."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +8,13 @@ import torch
 from ..formats import MLX_MODES, Format, complete_format
 from ..messages import listed
 
-RECORDS = ("quantization", "quantization_config")  # the names under which config.json has the formats
-MLX_METHOD = "mlx"  # the quantizer of MLX's formats by its name in Transformers
-MARLIN_METHOD = "quantization_mlx_marlin"  # that of Marlin's formats
-# What config.json has as quantization_config beside weights of Marlin. Transformers refuses what has no `quant_method`,
-# where it would pass over a method that it does not know and make random layers.
+RECORDS = ("quantization", "quantization_config")  # keys of the record in config.json
+MLX_METHOD = "mlx"  # Transformers' name of the quantizer for MLX's formats
+MARLIN_METHOD = "quantization_mlx_marlin"  # and of that for Marlin's
+# quantization_config beside Marlin's weights. Without a `quant_method`, Transformers raises; an unknown one it ignores,
+# and makes random layers.
 MARLIN_RECORD = {"format": "marlin"}
-MARLIN_FILE = "quantization_config.json"  # has the layers of Marlin, beside the weights
+MARLIN_FILE = "quantization_config.json"  # beside the weights; describes Marlin's layers
 
 
 def find_record(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -1,7 +1,5 @@
 """Files that take their places all together, or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -15,8 +13,8 @@ from typing import Any
 
 from .read import WEIGHT_FILES
 
-_PREFIX = ".save-"  # of the directories in which files are gathered
-_SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT")  # by which a process is told to end, where the system has them
+_PREFIX = ".save-"  # of scratch directories
+_SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT")  # that ask a process to end
 
 
 @contextlib.contextmanager
@@ -33,14 +31,14 @@ def staged(directory: Path) -> Iterator[Path]:
     signals = _Signals()
     with signals:
         try:
-            # Inside of the directory, because a rename cannot leave its file system.
+            # Inside the directory: a rename cannot cross file systems.
             with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as scratch, _locked(Path(scratch)):
                 yield Path(scratch)
                 with signals.held():
                     _move_files(Path(scratch), directory)
         except BaseException:
             if is_new:
-                with contextlib.suppress(OSError):  # somebody else has put something there
+                with contextlib.suppress(OSError):  # not empty: someone else wrote there
                     directory.rmdir()
             raise
 
@@ -56,7 +54,7 @@ def _move_files(source: Path, target: Path) -> None:
     mode = _mode_of_new_files(source)
     files = sorted(path for path in source.rglob("*") if path.is_file())
     for file in files:
-        # safetensors gives its files to their owner alone.
+        # safetensors makes its files readable by their owner only.
         file.chmod(file.stat().st_mode | mode)
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +89,7 @@ def _locked(directory: Path) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # another process has it, or the file system has no locks
+        except OSError:  # another process holds it, or there are no locks
             yield False
         else:
             yield True
@@ -122,7 +120,7 @@ class _Signals:
     """
 
     def __init__(self) -> None:
-        self._handled: dict[signal.Signals, Any] = {}  # and what handled them before
+        self._handled: dict[signal.Signals, Any] = {}  # signal -> previous handler
         self._is_held = False
         self._received: int | None = None
 

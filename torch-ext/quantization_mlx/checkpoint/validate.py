@@ -1,7 +1,5 @@
 """Stored tensors are compared with those of the model, all together and before any is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -31,7 +29,7 @@ def check_tensors(
     Raises:
         ValueError: tensors are missing, unknown, or of another shape or kind of dtype; the message names them.
     """
-    wanted: dict[torch.Tensor, list[str]] = {}  # several names where parameters are shared
+    wanted: dict[torch.Tensor, list[str]] = {}  # parameter -> its names
     for name, placeholder in model.state_dict(keep_vars=True).items():
         wanted.setdefault(placeholder, []).append(name)
     names = {name for aliases in wanted.values() for name in aliases}

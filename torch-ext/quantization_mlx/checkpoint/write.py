@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,6 @@ from .staging import staged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-INDEX = "model.safetensors.index.json"
 
 
 def write_directory(
@@ -39,7 +37,7 @@ def write_directory(
         max_shard_size: tensors beyond this size are split over several files; in bytes, or a string such as "5GB".
     """
     with staged(directory) as scratch:
-        _write_weights(tensors, scratch, max_shard_size, format)
+        write_weights(scratch, _shards(tensors, max_shard_size), format)
         for name, record in records(scratch).items():
             write_json(scratch / name, record)
         if getattr(model, "generation_config", None) is not None:
@@ -56,22 +54,27 @@ def distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | 
     return {name: (tensor if state_dict is None else state_dict[name]).detach() for tensor, name in distinct.items()}
 
 
-def _write_weights(
-    tensors: Mapping[str, torch.Tensor], directory: Path, max_shard_size: int | str, format: str
-) -> None:
-    """Writes the weight files and their index."""
-    save_file = require("safetensors.torch").save_file
+def _shards(
+    tensors: Mapping[str, torch.Tensor], max_shard_size: int | str
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     split = require("huggingface_hub").split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     for file, names in progress(list(split.filename_to_tensors.items()), "Writing"):
-        on_host = {name: tensors[name].cpu().contiguous() for name in names}
-        save_file(on_host, directory / file, metadata={"format": format})
-    weight_map = {name: file for file, names in split.filename_to_tensors.items() for name in names}
-    total_size = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(
-        directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    )
+        yield file, {name: tensors[name].cpu().contiguous() for name in names}
+
+
+def write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, torch.Tensor]]], format: str) -> None:
+    """Writes weight files, given as their names and tensors, one after the other, and their index."""
+    save_file = require("safetensors.torch").save_file
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for file, tensors in shards:
+        save_file(tensors, directory / file, metadata={"format": format})
+        weight_map.update(dict.fromkeys(tensors, file))
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / "model.safetensors.index.json", index)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

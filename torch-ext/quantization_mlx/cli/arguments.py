@@ -1,7 +1,5 @@
 """What may be typed after `quantization-mlx`: its commands' flags, and the flags of mlx_lm that it does not have."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
@@ -30,16 +28,14 @@ class UsageError(Exception):
     """Arguments that are right one by one and make no sense together."""
 
 
-# mlx_lm's flags and commands that are not here, with what to do instead.
+# Flags and commands of mlx_lm that are not supported -> what to do instead.
 
 _QUANTIZED_ACTIVATIONS = "activations stay in --dtype"
 _WHOLE_PROMPT = "a prompt is processed as a whole"
 _PLAIN_CACHE = "keys and values are cached in --dtype"
 _ONE_MODEL = "there is no speculative decoding"
 _NOT_HERE: dict[str, dict[tuple[str, ...], str]] = {
-    "convert": {
-        ("--upload-repo",): "convert writes a directory; upload it with: hf upload REPO DIR",
-    },
+    "convert": {("--upload-repo",): "convert writes a directory; upload it with: hf upload REPO DIR"},
     "generate": {
         ("--image",): "prompts are text",
         ("--prefill-response",): "a reply begins with the model's own first token",
@@ -56,9 +52,7 @@ _NOT_HERE: dict[str, dict[tuple[str, ...], str]] = {
         ("--draft-model",): _ONE_MODEL,
         ("--num-draft-tokens",): _ONE_MODEL,
     },
-    "perplexity": {
-        ("--seed",): "sequences are taken in the order of the text, none at random",
-    },
+    "perplexity": {("--seed",): "sequences are taken in the order of the text, none at random"},
     "benchmark": {
         ("--pipeline",): "a model runs on one device",
         ("-qa", "--quantize-activations"): _QUANTIZED_ACTIVATIONS,
@@ -182,8 +176,10 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf-file", metavar="NAME", help="GGUF file inside of --hf-path to read")
     parser.add_argument("--mlx-path", default="mlx_model", metavar="DIR", help="directory to write, not there yet")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantize linear layers and embeddings")
-    parser.add_argument("--q-bits", type=int, metavar="BITS", help=f"bits of a code ({_defaults("bits")})")
-    parser.add_argument("--q-group-size", type=int, metavar="SIZE", help=f"weights that share a scale ({_defaults("group_sizes")})")
+    parser.add_argument("--q-bits", type=int, metavar="BITS", help=f"bits of a code ({_defaults('bits')})")
+    parser.add_argument(
+        "--q-group-size", type=int, metavar="SIZE", help=f"weights that share a scale ({_defaults('group_sizes')})"
+    )
     parser.add_argument("--q-mode", choices=list(MLX_MODES), help="kind of the format (default: affine)")
     parser.add_argument("--quant-predicate", choices=list(RECIPES), help="recipe that mixes two numbers of bits")
     parser.add_argument("-d", "--dequantize", action="store_true", help="make an MLX checkpoint floating-point again")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint.read import has_tokenizer, read_config
+from ..checkpoint.read import Checkpoint, has_tokenizer
 from ..checkpoint.record import RECORDS, find_record, other_method
 from ..hf import compat
 from ..hf.load import load_checkpoint
@@ -24,7 +24,7 @@ from .arguments import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_GGUF = b"GGUF"  # what a file of that kind begins with
+_GGUF = b"GGUF"  # the first bytes of a GGUF file
 
 
 def _transformers() -> Any:
@@ -38,8 +38,8 @@ def _transformers() -> Any:
 # Directories
 
 
-def read_directory(directory: Path, hint: str = "") -> dict[str, Any]:
-    """The content of a checkpoint's config.json.
+def read_directory(directory: Path, hint: str = "") -> Checkpoint:
+    """A checkpoint with a config.json.
 
     Raises:
         FileNotFoundError: there is no such directory, which the hint then follows, or no config.json in it.
@@ -48,18 +48,18 @@ def read_directory(directory: Path, hint: str = "") -> dict[str, Any]:
         raise NotADirectoryError(f"{directory} is a file; a model is the directory that holds its config.json")
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}{hint}")
-    config = read_config(directory)
-    if config is None:
+    checkpoint = Checkpoint.at(directory)
+    if checkpoint.config is None:
         raise FileNotFoundError(f"{directory} has no config.json and so is no checkpoint")
-    return config
+    return checkpoint
 
 
-def read_mlx_directory(directory: Path) -> dict[str, Any]:
+def read_mlx_directory(directory: Path) -> Checkpoint:
     """`read_directory` of an MLX checkpoint, quantized or not."""
-    config = read_directory(directory, "; models on the Hub are downloaded by convert")
-    if (method := other_method(config)) is not None:
+    checkpoint = read_directory(directory, "; models on the Hub are downloaded by convert")
+    if (method := other_method(checkpoint.config)) is not None:
         raise ValueError(f"{directory} is quantized by {method!r} and no MLX checkpoint")
-    return config
+    return checkpoint
 
 
 # What convert reads
@@ -99,14 +99,13 @@ def _read_gguf(directory: Path, name: str, arguments: argparse.Namespace) -> tup
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=name)
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, **options)
-    except Exception as error:  # damaged files raise whatever a parser of bytes may raise
+    except Exception as error:  # the parser may raise anything on damaged files
         raise ValueError(f"{file} cannot be read, it may be cut off: {error}") from error
     return model.eval(), tokenizer
 
 
 def _read_mlx(directory: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    config = read_mlx_directory(directory)
-    if find_record(config) is None:
+    if read_mlx_directory(directory).record is None:
         raise ValueError(f"{directory} is not quantized, so there is nothing that -d could do")
     tokenizer = _tokenizer(directory, arguments)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -116,7 +115,7 @@ def _read_mlx(directory: Path, arguments: argparse.Namespace) -> tuple[Any, Any]
 def _read_transformers(source: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
     transformers = _transformers()
     if Path(source).exists():
-        _check_float(read_directory(Path(source)), source)
+        _check_float(read_directory(Path(source)).config, source)
     config = _config(source, arguments)
     if not Path(source).exists():
         _check_float({name: getattr(config, name, None) for name in RECORDS}, source)

@@ -2,4 +2,6 @@
 
 from .family import Family
 
-FAMILY = Family(experts="mlp.experts")
+
+class AFMoE(Family):
+    experts = "mlp.experts"

@@ -4,8 +4,6 @@ with the transposed matrices of the keys and `unembed_out` with those of the val
 Known by these names, since models of many families have such attention.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
@@ -13,7 +11,7 @@ from ..nn.switch import QuantizedSwitchLinear, SwitchLinear
 from .family import Family
 
 
-class _DeepSeek(Family):
+class DeepSeekV3(Family):
     def place(self, path: str, module: nn.Module, stored: set[str]) -> None:
         if f"{path}.embed_q.weight" not in stored or not isinstance(getattr(module, "kv_b_proj", None), nn.Linear):
             return
@@ -38,6 +36,3 @@ def _float_weight(layer: SwitchLinear | QuantizedSwitchLinear, dtype: torch.dtyp
     if isinstance(layer, SwitchLinear):
         return layer.weight.detach()
     return layer.packed().dequantize(dtype).detach()
-
-
-FAMILY = _DeepSeek()

@@ -2,4 +2,6 @@
 
 from .family import Family
 
-FAMILY = Family(experts="mlp.experts")
+
+class Dots1(Family):
+    experts = "mlp.experts"

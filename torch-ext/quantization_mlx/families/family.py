@@ -1,37 +1,40 @@
-"""What families of models have to say about themselves."""
+"""What a family of models can say about itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..nn.fused import StandIn
 
-@dataclass(frozen=True)
+FAMILIES: dict[str, Family] = {}  # by the model_types in config.json
+
+
 class Family:
-    """Models of one `model_type`, the name of the file in which `FAMILY` is one. The defaults are what most have.
+    """Models of the `model_type` that is the name of the file with their subclass. The defaults are what most have.
 
     also: further model_types of the same models.
     experts: where an MLX checkpoint has the experts of a layer, stacked. The first part takes the place of "mlp", by
         which Transformers knows most blocks of router and experts; other names of blocks are the same in both.
     projections: MLX's names of the projections of an expert, by those in checkpoints that store each expert by itself.
     decoder: what the names of Transformers' classes begin with, where `prepare_for_generation` knows the layers.
-    stand_ins: what takes the place of modules of experts of these classes, by their names.
+    stand_in: what takes the place of its modules of experts, if their forward pass reads fused parameters.
     """
 
     also: tuple[str, ...] = ()
-    experts: str = "mlp.switch_mlp"
-    projections: Mapping[str, str] = field(
-        default_factory=lambda: {
-            **{name: name for name in ("gate_proj", "up_proj", "down_proj")},
-            **{"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
-        }
-    )
+    experts = "mlp.switch_mlp"
+    projections: Mapping[str, str] = {
+        **{name: name for name in ("gate_proj", "up_proj", "down_proj")},
+        **{"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+    }
     decoder: str | None = None
-    stand_ins: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    stand_in: type[StandIn] | None = None
+
+    def __init_subclass__(cls) -> None:
+        FAMILIES.update(dict.fromkeys((cls.__module__.rpartition(".")[2], *cls.also), cls()))
 
     # Loading: while the model is on the meta device, before and after the tensors are read
 

@@ -2,8 +2,6 @@
 weights of `Conv1D` layers are transposed. A checkpoint with Transformers' names has Transformers' layout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +14,7 @@ from .family import Family
 _PREFIX = "model"
 
 
-class _GPT2(Family):
+class GPT2(Family):
     def prefix(self, model: nn.Module) -> str:
         return _PREFIX
 
@@ -30,6 +28,3 @@ class _GPT2(Family):
 
     def complete_config(self, config: dict[str, Any]) -> None:
         config["n_ctx"] = config["n_positions"]
-
-
-FAMILY = _GPT2()

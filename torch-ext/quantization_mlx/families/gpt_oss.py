@@ -2,8 +2,6 @@
 and up in turns. The module of Transformers wants them so, and these layers stay fused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +13,12 @@ from ..nn.module import frozen
 from ..nn.switch import QuantizedSwitchLinear, SwitchLinear
 from .family import Family
 
-_PARTS = {"blocks": "weight", "scales": "scales", "bias": "bias"}  # of a layer, by their names in OpenAI's files
+_PARTS = {"blocks": "weight", "scales": "scales", "bias": "bias"}  # OpenAI's name -> ours
 
 
-class _GptOss(Family):
+class GptOss(Family):
+    experts = "mlp.experts"
+
     def record(self, config: Any) -> Mapping[str, Any] | None:
         """That of mode mxfp4 where Transformers would dequantize the experts: without a GPU for its own kernels."""
         stored = getattr(config, "quantization_config", None)
@@ -61,6 +61,3 @@ def _words_of_blocks(blocks: torch.Tensor) -> torch.Tensor:
     """
     flat = blocks.detach().flatten(-2)
     return (flat.clone() if flat.data_ptr() % 4 else flat).view(torch.uint32)
-
-
-FAMILY = _GptOss(experts="mlp.experts")

@@ -2,4 +2,6 @@
 
 from .family import Family
 
-FAMILY = Family(decoder="Llama")
+
+class Llama(Family):
+    decoder = "Llama"

@@ -1,7 +1,5 @@
 """Llama 4: its experts are no module that Transformers' decorator marks, and all of them see all tokens."""
 
-from __future__ import annotations
-
 import torch
 
 from ..nn.fused import StandIn, experts_mlp
@@ -11,7 +9,7 @@ from .family import Family
 class Llama4Experts(StandIn):
     """Stands in for the `Llama4TextExperts` of Transformers."""
 
-    model_type = "llama4"
+    model_type, stands_for = "llama4", "Llama4TextExperts"
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, -1)
@@ -29,4 +27,7 @@ class Llama4Experts(StandIn):
         return torch.zeros_like(rows).index_copy(0, chosen, y)
 
 
-FAMILY = Family(also=("llama4_text",), experts="feed_forward.experts", stand_ins={"Llama4TextExperts": Llama4Experts})
+class Llama4(Family):
+    also = ("llama4_text",)
+    experts = "feed_forward.experts"
+    stand_in = Llama4Experts

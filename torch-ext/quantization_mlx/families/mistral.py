@@ -2,4 +2,6 @@
 
 from .family import Family
 
-FAMILY = Family(decoder="Mistral")
+
+class Mistral(Family):
+    decoder = "Mistral"

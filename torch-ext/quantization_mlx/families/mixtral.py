@@ -2,4 +2,7 @@
 
 from .family import Family
 
-FAMILY = Family(also=("phimoe", "minimax_m2"), experts="block_sparse_moe.switch_mlp")
+
+class Mixtral(Family):
+    also = ("phimoe", "minimax_m2")
+    experts = "block_sparse_moe.switch_mlp"

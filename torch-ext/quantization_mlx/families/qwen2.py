@@ -2,4 +2,6 @@
 
 from .family import Family
 
-FAMILY = Family(decoder="Qwen2")
+
+class Qwen2(Family):
+    decoder = "Qwen2"

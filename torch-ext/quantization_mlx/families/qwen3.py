@@ -2,4 +2,6 @@
 
 from .family import Family
 
-FAMILY = Family(decoder="Qwen3")
+
+class Qwen3(Family):
+    decoder = "Qwen3"

@@ -2,4 +2,7 @@
 
 from .family import Family
 
-FAMILY = Family(also=("qwen2_moe", "olmoe"), experts="mlp.switch_mlp")
+
+class Qwen3MoE(Family):
+    also = ("qwen2_moe", "olmoe")
+    experts = "mlp.switch_mlp"

@@ -12,7 +12,7 @@ from . import compat
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEPT = 4  # first positions, which attention needs more than most others and which are never dropped
+KEPT = 4  # first positions, never dropped: attention needs them most
 
 
 def bounded_cache(model: PreTrainedModel, size: int) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _layer_class() -> type:
             self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
             count = key_states.shape[-2]
-            if self.seen and count == 1:  # room for it, before it comes
+            if self.seen and count == 1:  # drops a position first
                 self._keep(self.size - 1)
             self.seen += count
             return super().update(key_states, value_states, *args, **kwargs)

@@ -6,8 +6,6 @@ name which another version lacks is an error there and not a wrong result later.
 by Transformers alone, and patched so that it moves packed words.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.metadata
@@ -22,216 +20,162 @@ from typing import Any, is_typeddict
 
 from .. import optional
 
-# The oldest and the newest minor version; pyproject.toml admits these, and `make test` installs the oldest ones, too.
-TESTED = {
-    "transformers": ("5.23", "5.24"),
-    "peft": ("0.20", "0.21"),
-    "accelerate": ("1.14", "1.15"),
-}
-
-# By the functions that rely on them: names, the parameters or keys of each that are relied on, and what it is for.
-PRIVATE = {
-    "patch_transformers": (
-        (
-            "transformers.modeling_utils:get_hf_quantizer",
-            ("config", "user_agent"),
-            "patched: finds the quantizer of a config; notes its name as quant in user_agent",
-        ),
-        ("transformers:PreTrainedConfig.get_config_dict", (), "patched: gives parts of a config the record of formats"),
-        ("transformers:PreTrainedConfig.base_config_key", (), "which part a class reads"),
-        (
-            "transformers.modeling_utils:_get_resolved_checkpoint_files",
-            (
-                "pretrained_model_name_or_path",
-                "variant",
-                "gguf_file",
-                "transformers_explicit_filename",
-                "download_kwargs",
-                "user_agent",
-            ),
-            "patched: finds the weight files; quant in user_agent names the quantizer",
-        ),
-        (
-            "transformers.utils.hub:DownloadKwargs",
-            ("subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token"),
-            "where a checkpoint of the Hub is downloaded from",
-        ),
-        (
-            "transformers.utils.hub:cached_files",
-            ("_raise_exceptions_for_missing_entries",),
-            "looks for config.json without an error",
-        ),
-        (
-            "transformers:PreTrainedModel.save_pretrained",
-            ("save_directory", "is_main_process", "state_dict", "push_to_hub", "max_shard_size", "variant"),
-            "patched: writes MLX checkpoints",
-        ),
-        ("transformers:PreTrainedModel._hf_peft_config_loaded", (), "whether a model has adapters"),
-        ("transformers:PreTrainedModel._tied_weights_keys", (), "which weights are tied"),
-        ("transformers:PreTrainedModel.get_expanded_tied_weights_keys", ("all_submodels",), "which weights are tied"),
-        ("transformers:PreTrainedModel._keys_to_ignore_on_load_missing", (), "which tensors a checkpoint may lack"),
-        ("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected", (), "which tensors a model does without"),
-        ("transformers.quantizers.auto:AUTO_QUANTIZER_MAPPING", (), "quantizers by name"),
-        ("transformers.quantizers.auto:AUTO_QUANTIZATION_CONFIG_MAPPING", (), "their configs by name"),
-        ("transformers.utils.quantization_config:QuantizationConfigMixin", (), "their base"),
-        (
-            "transformers.quantizers:HfQuantizer._process_model_before_weight_loading",
-            ("model",),
-            "overridden: places quantized layers",
-        ),
-        (
-            "transformers.quantizers:HfQuantizer._process_model_after_weight_loading",
-            ("model",),
-            "overridden: finishes them",
-        ),
-        (
-            "transformers.quantizers:HfQuantizer.update_weight_conversions",
-            ("weight_conversions", "model"),
-            "overridden: MLX's names of tensors",
-        ),
-        (
-            "transformers.quantizers:HfQuantizer.get_new_dtype",
-            ("converter", "param", "dtype"),
-            "overridden by Marlin's",
-        ),
-        (
-            "transformers.quantizers:HfQuantizer.param_needs_quantization",
-            ("model", "param_name"),
-            "overridden: packed words have a shape of their own",
-        ),
-        ("transformers.quantizers:HfQuantizer.dequantize", ("model", "dtype"), "calls `_dequantize`, which is ours"),
-        ("transformers.quantizers:HfQuantizer.is_serializable", (), "overridden"),
-        ("transformers.quantizers:HfQuantizer.is_trainable", (), "overridden"),
-        ("transformers.quantizers:HfQuantizer.is_compileable", (), "overridden"),
-        ("transformers.quantizers:HfQuantizer.remove_quantization_config", ("model",), "forgets the format"),
-        (
-            "transformers.conversion_mapping:get_model_conversion_mapping",
-            ("model", "key_mapping", "hf_quantizer"),
-            "rules from stored names to those in the model",
-        ),
-        (
-            "transformers.core_model_loading:rename_source_key",
-            ("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"),
-            "applies them",
-        ),
-        ("transformers.core_model_loading:WeightRenaming", ("source_patterns", "target_patterns"), "such a rule"),
-        ("transformers.core_model_loading:WeightConverter", ("source_patterns", "target_patterns"), "such a rule"),
-        ("transformers.core_model_loading:PrefixChange", ("prefix_to_remove",), "such a rule"),
-        ("transformers.core_model_loading:dot_natural_key", (), "the order in which they are applied"),
-        ("transformers.integrations.metal_quantization:_metal_kernel", (), "patched: runs MetalConfig here"),
-        ("transformers.quantizers.quantizer_metal:MetalHfQuantizer.validate_environment", (), "patched: any device"),
-        ("transformers.quantizers.quantizer_metal:MetalHfQuantizer.update_device_map", ("device_map",), "patched"),
-    ),
-    "metal_to_mlx": (
-        (
-            "transformers.integrations.metal_quantization:MetalLinear",
-            ("in_features", "out_features", "bits", "group_size"),
-            "the layer of MetalConfig",
-        ),
-        ("transformers.quantizers.quantizer_metal:MetalHfQuantizer", (), "its quantizer"),
-    ),
-    "experts": (
-        (
-            "transformers.integrations.moe:use_experts_implementation",
-            ("is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"),
-            "marks the modules of experts and says how they store their parameters",
-        ),
-        ("transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.register", ("key", "value"), "adds ours"),
-        ("transformers:PreTrainedModel.set_experts_implementation", (), "chooses it"),
-        ("transformers:PreTrainedConfig._experts_implementation", (), "which one is chosen"),
-        ("transformers.integrations.moe:_default_apply_gate", (), "what experts without a gate of their own call"),
-        (
-            "transformers.models.llama4.modeling_llama4:Llama4TextExperts.forward",
-            ("hidden_states",),
-            "known by its name: our module takes its place, with its num_experts, hidden_size, act_fn and parameters",
-        ),
-        ("transformers.pytorch_utils:Conv1D", ("nf", "nx"), "known by its name: a linear layer, transposed"),
-    ),
-    "save_checkpoint": (
-        ("transformers:LlamaConfig", ("rope_parameters", "tie_word_embeddings"), "what MLX reads at the top"),
-        ("transformers:Gemma3TextConfig", ("rope_parameters", "layer_types"), "what MLX reads at the top"),
-        ("transformers:PreTrainedConfig.attribute_map", (), "names that MLX does not know"),
-        (
-            "transformers:PreTrainedConfig.standardize_rope_params",
-            (),
-            "what models make of rope_parameters beside MLX's names",
-        ),
-    ),
-    "save_quantized": (
-        (
-            "transformers.dynamic_module_utils:custom_object_save",
-            ("obj", "folder", "config"),
-            "copies the code of a model that came with its own",
-        ),
-        ("transformers:PreTrainedModel._auto_class", (), "whether it did"),
-        ("transformers:PreTrainedConfig._auto_class", (), "whether it did"),
-    ),
-    "prepare_for_generation": (
-        (
-            "transformers.models.llama.modeling_llama:LlamaDecoderLayer.forward",
-            ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings"),
-            "overridden, and those of the other kinds: runs the ops; `forward_options` compares all of them",
-        ),
-        (
-            "transformers.models.llama.modeling_llama:LlamaModel.forward",
-            ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
-            "overridden, and those of the other kinds",
-        ),
-        ("transformers.utils:TransformersKwargs", ("is_causal", "position_ids"), "documented options of forward"),
-        (
-            "transformers.generation.continuous_batching.input_outputs:PagedAttentionArgs",
-            ("read_index", "write_index", "logits_indices"),
-            "further ones, of continuous batching",
-        ),
-        ("transformers.modeling_outputs:BaseModelOutputWithPast", ("last_hidden_state",), "the output"),
-        ("transformers.cache_utils:Cache.update", ("key_states", "value_states", "layer_idx"), "takes a prompt's"),
-        ("transformers.cache_utils:Cache.get_seq_length", ("layer_idx",), "how many positions are taken"),
-        ("transformers.cache_utils:DynamicLayer.get_seq_length", (), "overridden: the same of one layer"),
-        ("transformers.cache_utils:DynamicLayer.update", ("key_states", "value_states"), "assigns keys and values"),
-        ("transformers:MistralConfig", ("sliding_window",), "the keys that attention sees"),
-    ),
-    "offload": (
-        (
-            "accelerate.utils.modeling:set_module_tensor_to_device",
-            ("module", "tensor_name"),
-            "patched: moves a parameter by the attribute of its name",
-        ),
-        ("accelerate.hooks:set_module_tensor_to_device", ("module", "tensor_name"), "patched: the same function"),
-    ),
-    "patch_peft": (
-        ("peft:LoraConfig.__post_init__", (), "patched: declares our layer"),
-        ("peft:LoraConfig._register_custom_module", ("mapping",), "declares it"),
-        ("peft:LoraConfig", ("init_lora_weights", "lora_bias"), "options that it refuses"),
-        ("peft.tuners.lora:Linear.lora_variants", (), "overridden: refuses the variants of LoRA"),
-        ("peft.tuners.lora:Linear._get_in_out_features", ("module",), "overridden: sizes of a packed layer"),
-        ("peft.tuners.lora:Linear.update_layer", ("adapter_name", "r", "lora_alpha", "config"), "overridden"),
-        ("peft.tuners.lora:Linear.merge", ("safe_merge", "adapter_names"), "overridden: quantizes the sum"),
-        ("peft.tuners.lora:Linear.unmerge", (), "overridden: brings back the old layer"),
-        ("peft.tuners.lora:Linear.get_delta_weight", ("adapter",), "what is merged"),
-        ("peft.tuners.lora:Linear.get_base_layer", (), "the layer with an adapter"),
-        ("peft.tuners.tuners_utils:check_adapters_to_merge", ("module", "adapter_names"), "what is merged"),
-        (
-            "peft.utils.other:ModulesToSaveWrapper.update",
-            ("adapter_name",),
-            "patched: copies a floating-point layer",
-        ),
-    ),
-    "load_adapter": (
-        ("peft.utils:load_peft_weights", ("model_id", "device"), "reads an adapter's file"),
-        ("peft.utils:set_peft_model_state_dict", ("model", "peft_model_state_dict"), "says which tensors do not fit"),
-    ),
-    "bounded_cache": (
-        ("transformers.cache_utils:Cache", ("layers",), "a cache of layers that are ours"),
-        ("transformers.cache_utils:DynamicCache", ("config",), "the layers that the model would have"),
-        ("transformers.cache_utils:DynamicLayer.update", ("key_states", "value_states"), "overridden"),
-        ("transformers.cache_utils:DynamicLayer.get_mask_sizes", ("query_length",), "overridden"),
-        ("transformers.cache_utils:DynamicLayer.get_seq_length", (), "overridden"),
-    ),
-}
+# The oldest and the newest minor version: the bounds in pyproject.toml, and `make test` runs on both.
+TESTED = {"transformers": ("5.23", "5.24"), "peft": ("0.20", "0.21"), "accelerate": ("1.14", "1.15")}
 
 
-# Of the decoders that `prepare_for_generation` knows: by the part, its submodules, of which some may be missing and no
-# other one may be there, because it would be left out of what is computed, and the attributes that are read.
+def _rows(table: str) -> dict[str, list[tuple[str, tuple[str, ...], str]]]:
+    """The rows of `PRIVATE` by function: "module:name", parameters or keys, and what it is for."""
+    rows: dict[str, list[tuple[str, tuple[str, ...], str]]] = {}
+    for line in table.strip().splitlines():
+        if not line.startswith(" "):
+            of_function = rows[line] = []
+        elif not line.startswith("    "):
+            module = line.strip()
+        else:
+            name, _, purpose = line.strip().partition(": ")
+            name, _, parameters = name.removesuffix(")").partition("(")
+            of_function.append((f"{module}:{name}", tuple(filter(None, parameters.split(", "))), purpose))
+    return rows
+
+
+# Function that relies on it -> module -> name(parameters or keys that are relied on): what it is for.
+PRIVATE = _rows("""
+patch_transformers
+  transformers.modeling_utils
+    get_hf_quantizer(config, user_agent): patched: finds the quantizer of a config; its name is quant in user_agent
+    _get_resolved_checkpoint_files(pretrained_model_name_or_path, download_kwargs): patched: finds the weight files
+    _get_resolved_checkpoint_files(user_agent): its quant names the quantizer
+    _get_resolved_checkpoint_files(variant, gguf_file, transformers_explicit_filename): files of another kind
+  transformers
+    PreTrainedConfig.get_config_dict: patched: gives parts of a config the record of formats
+    PreTrainedConfig.base_config_key: which part a class reads
+    PreTrainedModel.save_pretrained(save_directory, is_main_process, state_dict): patched: writes MLX checkpoints
+    PreTrainedModel.save_pretrained(push_to_hub, max_shard_size, variant): options that it takes
+    PreTrainedModel._hf_peft_config_loaded: whether a model has adapters
+    PreTrainedModel._tied_weights_keys: which weights are tied
+    PreTrainedModel.from_pretrained: patched: reads each file once
+    PreTrainedModel.get_expanded_tied_weights_keys(all_submodels): which weights are tied
+    PreTrainedModel._keys_to_ignore_on_load_missing: which tensors a checkpoint may lack
+    PreTrainedModel._keys_to_ignore_on_load_unexpected: which tensors a model does without
+  transformers.utils.hub
+    DownloadKwargs(subfolder, revision, cache_dir, force_download, local_files_only, token): where a checkpoint is
+    cached_files(_raise_exceptions_for_missing_entries): looks for config.json without an error
+  transformers.quantizers.auto
+    AUTO_QUANTIZER_MAPPING: quantizers by name
+    AUTO_QUANTIZATION_CONFIG_MAPPING: their configs by name
+  transformers.utils.quantization_config
+    QuantizationConfigMixin: their base
+  transformers.quantizers
+    HfQuantizer._process_model_before_weight_loading(model): overridden: places quantized layers
+    HfQuantizer._process_model_after_weight_loading(model): overridden: finishes them
+    HfQuantizer.update_weight_conversions(weight_conversions, model): overridden: MLX's names of tensors
+    HfQuantizer.get_new_dtype(converter, param, dtype): overridden by Marlin's
+    HfQuantizer.param_needs_quantization(model, param_name): overridden: packed words have a shape of their own
+    HfQuantizer.dequantize(model, dtype): calls `_dequantize`, which is ours
+    HfQuantizer.is_serializable: overridden
+    HfQuantizer.is_trainable: overridden
+    HfQuantizer.is_compileable: overridden
+    HfQuantizer.remove_quantization_config(model): forgets the format
+  transformers.conversion_mapping
+    get_model_conversion_mapping(model, key_mapping, hf_quantizer): rules from stored names to those in the model
+  transformers.core_model_loading
+    rename_source_key(source_key, weight_renamings, weight_converters, base_model_prefix, meta_state_dict): applies them
+    WeightRenaming(source_patterns, target_patterns): such a rule
+    WeightConverter(source_patterns, target_patterns): such a rule
+    PrefixChange(prefix_to_remove): such a rule
+    dot_natural_key: the order in which they are applied
+  transformers.integrations.metal_quantization
+    _metal_kernel: patched: runs MetalConfig here
+  transformers.quantizers.quantizer_metal
+    MetalHfQuantizer.validate_environment: patched: any device
+    MetalHfQuantizer.update_device_map(device_map): patched
+metal_to_mlx
+  transformers.integrations.metal_quantization
+    MetalLinear(in_features, out_features, bits, group_size): the layer of MetalConfig
+  transformers.quantizers.quantizer_metal
+    MetalHfQuantizer: its quantizer
+experts
+  transformers.integrations.moe
+    use_experts_implementation(is_concatenated, is_transposed): marks modules of experts, says how they store parameters
+    use_experts_implementation(has_bias, has_gate, has_post_expert_norm): and which ones
+    ALL_EXPERTS_FUNCTIONS.register(key, value): adds ours
+    _default_apply_gate: what experts without a gate of their own call
+  transformers
+    PreTrainedModel.set_experts_implementation: chooses it
+    PreTrainedConfig._experts_implementation: which one is chosen
+  transformers.models.llama4.modeling_llama4
+    Llama4TextExperts.forward(hidden_states): known by its name; has num_experts, hidden_size and act_fn
+  transformers.pytorch_utils
+    Conv1D(nf, nx): known by its name: a linear layer, transposed
+save_checkpoint
+  transformers
+    LlamaConfig(rope_parameters, tie_word_embeddings): what MLX reads at the top
+    Gemma3TextConfig(rope_parameters, layer_types): what MLX reads at the top
+    PreTrainedConfig.attribute_map: names that MLX does not know
+    PreTrainedConfig.standardize_rope_params: what models make of rope_parameters beside MLX's names
+save_quantized
+  transformers.dynamic_module_utils
+    custom_object_save(obj, folder, config): copies the code of a model that came with its own
+  transformers
+    PreTrainedModel._auto_class: whether it did
+    PreTrainedConfig._auto_class: whether it did
+prepare_for_generation
+  transformers.models.llama.modeling_llama
+    LlamaDecoderLayer.forward(hidden_states, attention_mask, position_ids, use_cache): overridden, as in other families
+    LlamaDecoderLayer.forward(position_embeddings): one more; `forward_options` compares all of them
+    LlamaModel.forward(input_ids, attention_mask, position_ids, inputs_embeds, use_cache): overridden likewise
+  transformers.utils
+    TransformersKwargs(is_causal, position_ids): documented options of forward
+  transformers.generation.continuous_batching.input_outputs
+    PagedAttentionArgs(read_index, write_index, logits_indices): further ones, of continuous batching
+  transformers.modeling_outputs
+    BaseModelOutputWithPast(last_hidden_state): the output
+  transformers.cache_utils
+    Cache.update(key_states, value_states, layer_idx): takes a prompt's
+    Cache.get_seq_length(layer_idx): how many positions are taken
+    DynamicLayer.get_seq_length: overridden: the same of one layer
+    DynamicLayer.update(key_states, value_states): assigns keys and values
+  transformers
+    MistralConfig(sliding_window): the keys that attention sees
+offload
+  accelerate.utils.modeling
+    set_module_tensor_to_device(module, tensor_name): patched: moves a parameter by the attribute of its name
+  accelerate.hooks
+    set_module_tensor_to_device(module, tensor_name): patched: the same function
+patch_peft
+  peft
+    LoraConfig.__post_init__: patched: declares our layer
+    LoraConfig._register_custom_module(mapping): declares it
+    LoraConfig(init_lora_weights, lora_bias): options that it refuses
+  peft.tuners.lora
+    Linear.lora_variants: overridden: refuses the variants of LoRA
+    Linear._get_in_out_features(module): overridden: sizes of a packed layer
+    Linear.update_layer(adapter_name, r, lora_alpha, config): overridden
+    Linear.merge(safe_merge, adapter_names): overridden: quantizes the sum
+    Linear.unmerge: overridden: brings back the old layer
+    Linear.get_delta_weight(adapter): what is merged
+    Linear.get_base_layer: the layer with an adapter
+  peft.tuners.tuners_utils
+    check_adapters_to_merge(module, adapter_names): what is merged
+  peft.utils.other
+    ModulesToSaveWrapper.update(adapter_name): patched: copies a floating-point layer
+load_adapter
+  peft.utils
+    load_peft_weights(model_id, device): reads an adapter's file
+    set_peft_model_state_dict(model, peft_model_state_dict): says which tensors do not fit
+bounded_cache
+  transformers.cache_utils
+    Cache(layers): a cache of layers that are ours
+    DynamicCache(config): the layers that the model would have
+    DynamicLayer.update(key_states, value_states): overridden
+    DynamicLayer.get_mask_sizes(query_length): overridden
+    DynamicLayer.get_seq_length: overridden
+""")
+
+
+# Parts of the decoders that `prepare_for_generation` knows -> (submodules, attributes that are read). Submodules may be
+# missing, but there may be no others: they would be left out of the computation.
 DECODERS = {
     "model": (("embed_tokens", "layers", "norm", "rotary_emb"), ("config",)),
     "layer": (("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"), ("hidden_size",)),
@@ -241,11 +185,11 @@ DECODERS = {
     ),
     "mlp": (("gate_proj", "up_proj", "down_proj", "act_fn"), ("intermediate_size",)),
 }
-# The attributes of a cache's layer that holds all positions. Another one would not be kept up to date.
+# Attributes of a cache's layer that holds all positions. Others would not be updated.
 CACHE_STATE = ("keys", "values", "is_initialized", "device", "dtype")
 
-# Attributes of a quantized model that Transformers has loaded. The package assigns to these, too, which in a version
-# that knows them by other names would go unnoticed; a test compares.
+# Attributes of a loaded quantized model. The package assigns to them, and would not notice if a version renamed them; a
+# test does.
 LOADED_MODEL = ("_is_hf_initialized", "all_tied_weights_keys", "hf_quantizer", "is_quantized", "quantization_method")
 
 
@@ -334,10 +278,10 @@ def _tested(library: str) -> str:
 
 # Names that differ between the tested versions
 
-# The keyword argument that carries the cache in `forward` of models, decoder layers and attention: its name today,
-# and the one before Transformers 5.24.
+# The cache's keyword argument in `forward` of models, decoder layers and attention: today, and before
+# Transformers 5.24.
 _CACHE_NAMES = ("cache", "past_key_values")
-# That of the cache of continuous batching, in every version.
+# With continuous batching, in every version.
 PAGED_CACHE_NAME = "cache"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._ops import ops
-from ..families import families
+from ..families import FAMILIES
 from ..formats import MODES
 from ..nn.linear import QuantizedLinear
 from ..nn.obstacles import HOOKS
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 # The models whose decoder layer is known to be norm, attention, sum, norm, gated MLP, sum.
 _KNOWN_MODELS = {
     f"transformers.models.{name}.modeling_{name}": family.decoder
-    for name, family in families().items()
+    for name, family in FAMILIES.items()
     if family.decoder is not None
 }
-_HEAD_MULTIPLE = 32  # of a head's size, in the op for attention
-_ROW_MULTIPLE = 16  # of a row's size, in the others
-_SPARE_POSITIONS = 256  # in a cache that has to grow
-_QUERY_BLOCK = 256  # queries of a prompt that meet the same keys
-_MODES = list(MODES)  # a mode's place is its number in the op for all layers
-# Keyword arguments of forward that ask for further outputs; false is as good as none.
+_HEAD_MULTIPLE = 32  # of head sizes, in the attention op
+_ROW_MULTIPLE = 16  # of row sizes, in the other ops
+_SPARE_POSITIONS = 256  # added when a cache grows
+_QUERY_BLOCK = 256  # queries of a prompt that are masked together
+_MODES = list(MODES)  # the op for all layers takes a mode's index
+# Keyword arguments that request further outputs; False is the same as None.
 _REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
-# The overloads themselves: the shortest way from Python into the dispatcher.
+# The overloads: the fastest way from Python into the dispatcher.
 _add_rms_norm = ops._add_rms_norm.default
 _decode_attention = ops._decode_attention.default
 _decoder_steps = ops._decoder_steps.default
@@ -143,9 +143,9 @@ def _mixed_module(mixin: type[_FastLayer | _FastStack], kind: type[nn.Module]) -
 class _Forward:
     """What the `forward` of a prepared module knows of its keyword arguments."""
 
-    overridden: tuple[str, ...]  # the parameters of the class before, but for the cache
+    overridden: tuple[str, ...]  # parameters of the original forward, without the cache
     cache_name: str
-    option_names: frozenset[str]  # of the others, which `forward` of the class before takes
+    option_names: frozenset[str]  # further keyword arguments of the original forward
 
     def own_options(self, cache: Any, past_key_values: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The cache, by whichever of its names it came, and the keyword arguments for `forward` of the class before.
@@ -295,22 +295,22 @@ class _FastLayer(_Forward):
         project_in, project_out, gate_and_up, down = self.products
         x = _rms_norm(hidden_states, first_norm.weight, first_norm.variance_epsilon)
         plain = attention_mask is None and self.are_ordinary(options)
-        room = _room(self.self_attn, cache, x) if plain else None
-        if room is None and plain and _is_plain_prompt(self.self_attn, cache, x):
+        held = _reserved(self.self_attn, cache, x) if plain else None
+        if held is None and plain and _is_plain_prompt(self.self_attn, cache, x):
             x = project_out(self._attend_prompt(project_in(x), *position_embeddings, cache))
-        elif room is None:
+        elif held is None:
             x, _ = self.self_attn(hidden_states=x, **own_options)
         else:
             y = _decode_attention(
                 project_in(x),
                 *position_embeddings,
-                *room.buffers,
-                room.length,
+                *held.buffers,
+                held.length,
                 self.self_attn.scaling,
                 *([norm.weight for norm in head_norms] or (None, None)),
                 head_norms[0].variance_epsilon if head_norms else 0.0,
             )
-            room.length += 1
+            held.length += 1
             x = project_out(y)
         hidden_states, x = _add_rms_norm(x, hidden_states, second_norm.weight, second_norm.variance_epsilon)
         return hidden_states + down(_silu_mul(gate_and_up(x)))
@@ -411,9 +411,9 @@ class _FastStack(_Forward):
         x = self.embed_tokens(input_ids)
         if not _serves(x, self.norm):
             return None
-        rooms = [_room(layer.self_attn, cache, x) for layer in layers]
-        length = rooms[0].length if rooms[0] is not None else -1
-        if any(room is None or room.length != length for room in rooms):
+        held = [_reserved(layer.self_attn, cache, x) for layer in layers]
+        length = held[0].length if held[0] is not None else -1
+        if any(each is None or each.length != length for each in held):
             return None
         if position_ids is None:
             position_ids = torch.full((1, 1), length)
@@ -421,15 +421,15 @@ class _FastStack(_Forward):
         x = _decoder_steps(
             x,
             *self.rotary_emb(x, position_ids),
-            [room.buffers[0] for room in rooms],
-            [room.buffers[1] for room in rooms],
+            [each.buffers[0] for each in held],
+            [each.buffers[1] for each in held],
             length,
             *lists,
             layers[0].self_attn.scaling,
             epsilon,
         )
-        for room in rooms:
-            room.length += 1
+        for each in held:
+            each.length += 1
         x = _rms_norm(x, self.norm.weight, epsilon)
         return self._output_class(last_hidden_state=x, **{self.cache_name: cache})
 
@@ -443,7 +443,7 @@ class _FastStack(_Forward):
         """The norms, products and formats of all layers, as the op takes them; None if it does not."""
         products = [layer.products for layer in layers]
         known, lists = self.__dict__.get("_known_lists", ((), None))
-        # Whatever puts other parameters in place joins the projections anew.
+        # Replaced parameters make `products` a new list.
         if len(known) != len(products) or any(one is not other for one, other in zip(known, products, strict=True)):
             lists = _step_lists(layers, self.norm.variance_epsilon)
             self._known_lists = (products, lists)
@@ -487,8 +487,8 @@ def _hides_nothing(mask: Any) -> bool:
 # Caches
 
 
-class _RoomyLayer:
-    """What the class of a cache's layer has in front, to hold keys and values with memory for more positions.
+class _GrowingLayer:
+    """What the class of a cache's layer has in front, to hold keys and values in buffers with spare capacity.
 
     While there are `buffers` [batch, heads, capacity, head_dim], of keys and of values, `length` of their positions are
     taken, and `keys` and `values` are views of those. Who assigns to either ends that.
@@ -497,8 +497,8 @@ class _RoomyLayer:
     buffers: tuple[Tensor, Tensor] | None = None
     length: int = 0
 
-    def make_room(self) -> None:
-        """Sees to it that there is place for one more position."""
+    def reserve(self) -> None:
+        """Makes sure that the buffers have place for one more position."""
         if self.buffers is None or self.length == self.buffers[0].shape[2]:
             states = (self.keys, self.values)
             self.length = states[0].shape[2]
@@ -521,8 +521,8 @@ class _RoomyLayer:
         return super().get_seq_length() if self.buffers is None else self.length
 
 
-def _room(attention: nn.Module, cache: Any, x: Tensor) -> _RoomyLayer | None:
-    """Where the keys and values of one more token go, None if attention is not of one token to all before it."""
+def _reserved(attention: nn.Module, cache: Any, x: Tensor) -> _GrowingLayer | None:
+    """The cache's layer with place for one more token, None if attention is not of one token to all before it."""
     layers = getattr(cache, "layers", ())
     index = attention.layer_idx
     if x.shape[1] != 1 or index >= len(layers) or attention._forward_hooks:
@@ -530,15 +530,15 @@ def _room(attention: nn.Module, cache: Any, x: Tensor) -> _RoomyLayer | None:
     if attention.training and attention.attention_dropout > 0:
         return None
     layer = layers[index]
-    if not isinstance(layer, _RoomyLayer):
+    if not isinstance(layer, _GrowingLayer):
         known = type(layer).__name__ == "DynamicLayer" and all(name in compat.CACHE_STATE for name in vars(layer))
         if not known or layer.get_seq_length() == 0:
             return None
-        roomy = object.__new__(_mixed(_RoomyLayer, type(layer)))
-        roomy.__dict__.update(layer.__dict__, _states=[layer.keys, layer.values])
-        layer = layers[index] = roomy
+        growing = object.__new__(_mixed(_GrowingLayer, type(layer)))
+        growing.__dict__.update(layer.__dict__, _states=[layer.keys, layer.values])
+        layer = layers[index] = growing
     if layer.get_seq_length() == 0:
         return None
-    layer.make_room()
+    layer.reserve()
     keys = layer.buffers[0]
     return layer if keys.shape[0] == x.shape[0] and keys.dtype == x.dtype else None

@@ -1,7 +1,5 @@
 """Quantized models under `torch.nn.parallel.DistributedDataParallel`."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import torch

@@ -4,17 +4,13 @@ While a model is built for a checkpoint, on the meta device, `place_experts` giv
 after the tensors are loaded `finish_experts` makes of that what the model computes with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..families import families, family_of
-from ..families.family import Family
+from ..families import EVERY_FAMILY, family_of
 from ..nn.fused import (
     FUSED,
     PROJECTIONS,
@@ -66,7 +62,7 @@ def use_experts(model: nn.Module) -> None:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(IMPLEMENTATION)
     for experts in ours:
-        # A model that is no PreTrainedModel, or whose class's source Transformers cannot read.
+        # Not a PreTrainedModel, or Transformers could not read the class's source.
         if experts.config._experts_implementation != IMPLEMENTATION:
             experts.config._experts_implementation = IMPLEMENTATION
 
@@ -115,16 +111,6 @@ def _transformers_experts() -> Any:
 # Fused parameters and layers
 
 
-@contextmanager
-def unfused(model: nn.Module) -> Iterator[None]:
-    """`unfuse(model)` before, and `fuse(model)` after what is done within the context, also if that fails."""
-    unfuse(model)
-    try:
-        yield
-    finally:
-        fuse(model)
-
-
 def unfuse(model: nn.Module, among: Iterable[str] | None = None) -> None:
     """Puts a `SwitchLinear` in the place of each projection of the fused experts in `model`, to be replaced.
 
@@ -144,7 +130,7 @@ def unfuse(model: nn.Module, among: Iterable[str] | None = None) -> None:
     def is_wanted(path: str) -> bool:
         return wanted is None or any(f"{path}.{name}" in wanted for name in PROJECTIONS)
 
-    stand_ins = {name: kind for family in families().values() for name, kind in family.stand_ins.items()}
+    stand_ins = {each.stand_in.stands_for: each.stand_in for each in EVERY_FAMILY if each.stand_in is not None}
     for path, module in list(model.named_modules()):
         stand_in = stand_ins.get(type(module).__name__)
         if path and stand_in is not None and is_wanted(path) and can_be_unfused(module):
@@ -185,12 +171,8 @@ def expert_renamings(model: nn.Module) -> list[Any]:
     renamed = {stored: own for own, stored in _stored_prefixes(model).items()}
     blocks = {(s.rpartition(".")[2], o.rpartition(".")[2]) for s, o in renamed.items()}
     rules = [(rf"\.{stored}\.", f".{own}.") for stored, own in sorted(blocks) if stored != own]
-    rules += [rule for family in _distinct_families() for rule in family.renamings(model)]
+    rules += [rule for family in EVERY_FAMILY for rule in family.renamings(model)]
     return [WeightRenaming(*rule) for rule in rules]
-
-
-def _distinct_families() -> Iterable[Family]:
-    return {id(family): family for family in families().values()}.values()
 
 
 def place_experts(model: nn.Module, stored: Iterable[str]) -> None:
@@ -203,7 +185,7 @@ def place_experts(model: nn.Module, stored: Iterable[str]) -> None:
     """
     names = set(stored)
     for path, module in list(model.named_modules()):
-        for family in _distinct_families():
+        for family in EVERY_FAMILY:
             family.place(path, module, names)
     layers = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
     unfuse(model, [*_projections(model), *layers])
@@ -233,6 +215,11 @@ def place_routers(model: nn.Module, format_of: Callable[[str, nn.Module], dict[s
                     router.register_parameter(name, parameter)
 
 
+def is_packed_router(module: nn.Module) -> bool:
+    """Whether `place_routers` has given it packed weights."""
+    return "_packed" in vars(module)
+
+
 def finish_experts(model: nn.Module) -> None:
     """Fuses floating-point experts, and unpacks what Transformers computes with in floating point; see `place_experts`
     and `place_routers`. To be called with the tensors in place.
@@ -247,7 +234,7 @@ def finish_experts(model: nn.Module) -> None:
                 raise ValueError(f"[from_pretrained] {path}.scales has values that are not finite numbers")
             del module.scales
             module.weight = nn.Parameter(weight, requires_grad=False)
-        for family in _distinct_families():
+        for family in EVERY_FAMILY:
             family.finish(module)
     fuse(model)
 
@@ -271,7 +258,7 @@ def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict
     split = dict(tensors)
     for path, experts in experts_modules(model):
         for name in fused_names(experts):
-            # A layer, where gate and up are packed together; or else a parameter, which may be transposed.
+            # Either a packed layer's tensors, or a parameter and its bias.
             for part, key in (
                 *((part, f"{name}.{part}") for part in _PARTS),
                 ("weight", name),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint.read import read_config, read_headers, weight_files
+from ..checkpoint.read import Checkpoint, reading_once
 from ..checkpoint.record import other_method
 from ..optional import require
 from . import compat
@@ -47,19 +46,17 @@ def load_checkpoint(
     """
     transformers = compat.require("transformers")
     require("safetensors")
-
-    directory = Path(directory)
-    stored_config = read_config(directory)
-    if stored_config is None:
-        raise FileNotFoundError(f"[load_checkpoint] {directory} has no config.json")
-    if (method := other_method(stored_config)) is not None:
-        raise ValueError(f"[load_checkpoint] {directory} is quantized by {method!r}, which is not the MLX format")
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    mark_as_mlx(config, always=True)
-    if dtype is None:
-        stored = read_headers(weight_files(directory)).values()
-        dtype = next((tensor.dtype for tensor in stored if tensor.is_floating_point()), None)
-    with patched_transformers():
+    with reading_once(), patched_transformers():
+        checkpoint = Checkpoint.at(directory)
+        if checkpoint.config is None:
+            raise FileNotFoundError(f"[load_checkpoint] {directory} has no config.json")
+        if (method := other_method(checkpoint.config)) is not None:
+            raise ValueError(f"[load_checkpoint] {directory} is quantized by {method!r}, which is not the MLX format")
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        mark_as_mlx(config, always=True)
+        if dtype is None:
+            dtypes = (tensor.dtype for tensor in checkpoint.tensors().values() if tensor.is_floating_point())
+            dtype = next(dtypes, None)
         options = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
     return model if device is None else model.to(device)

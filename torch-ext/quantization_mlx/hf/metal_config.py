@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..messages import listed
-from ..nn.conv1d import stands_for_conv1d
+from ..nn.conv1d import conv1d_of
 from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import QuantizedLinear
 from ..nn.module import QuantizedModule
@@ -72,7 +72,7 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
     scaled = [path for path, layer in quantized.items() if getattr(layer, "scale", 1) != 1]
     formats = {(layer.mode, layer.group_size, layer.bits) for layer in linear.values()}
     strange = [
-        path for path, layer in linear.items() if type(layer) is not QuantizedLinear or stands_for_conv1d(layer)
+        path for path, layer in linear.items() if type(layer) is not QuantizedLinear or conv1d_of(layer) is not None
     ] + scaled
     if not linear or strange or len(formats) > 1:
         what = f"layers of other kinds: {listed(strange)}" if strange else f"the formats {sorted(formats)}"
@@ -83,7 +83,7 @@ def mlx_to_metal(model: PreTrainedModel) -> PreTrainedModel:
             f"[mlx_to_metal] mode {mode!r} with {bits!r} bits is not supported by MetalConfig; it takes 'affine' with "
             f"bits of {list(_BITS)}"
         )
-    dense: dict[int, nn.Parameter] = {}  # what takes the place of packed weights, by their identity
+    dense: dict[int, nn.Parameter] = {}  # floating-point weights by the ids of packed ones
 
     def convert(path: str, layer: nn.Module) -> nn.Module | None:
         if path in linear:

@@ -13,12 +13,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from .. import ops
-from ..checkpoint.read import WEIGHT_FILES, is_mlx_directory, read_config, weight_files
+from ..checkpoint.read import WEIGHT_FILES, Checkpoint, reading_once
 from ..checkpoint.record import MARLIN_FILE, MARLIN_METHOD, MLX_METHOD, RECORDS, find_record, own_method
 from ..families import family_of
 from ..nn.module import QuantizedModule
@@ -30,6 +31,20 @@ from .save import write_checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+
+class StoredKind(NamedTuple):
+    """Quantized models of a kind that `from_pretrained` and `save_pretrained` know.
+
+    quantizer_classes: makes the classes of config and quantizer. layer: the class of its layers. write: called with the
+    model, the directory, max_shard_size and state_dict.
+    """
+
+    quantizer_classes: Callable[[], tuple[type, type]]
+    layer: type[nn.Module]
+    write: Callable[..., None]
+
+
+STORED_KINDS = {MLX_METHOD: StoredKind(quantizer_classes, QuantizedModule, write_checkpoint)}  # by the quantizer's name
 
 # Patching
 
@@ -111,10 +126,8 @@ def _apply(stack: contextlib.ExitStack) -> None:
     from transformers.quantizers import auto
     from transformers.quantizers.quantizer_metal import MetalHfQuantizer
 
-    from ..marlin.saved import marlin_quantizer_classes  # its package imports this one's modules
-
-    for method, classes in ((MLX_METHOD, quantizer_classes()), (MARLIN_METHOD, marlin_quantizer_classes())):
-        config_class, quantizer_class = classes
+    for method, kind in STORED_KINDS.items():
+        config_class, quantizer_class = kind.quantizer_classes()
         quantizers.register_quantization_config(method)(config_class)
         stack.callback(auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop, method)
         quantizers.register_quantizer(method)(quantizer_class)
@@ -122,6 +135,7 @@ def _apply(stack: contextlib.ExitStack) -> None:
 
     for target, name, replacement in (
         (PreTrainedConfig, "get_config_dict", _gives_parts_the_record(PreTrainedConfig.get_config_dict)),
+        (PreTrainedModel, "from_pretrained", _reads_files_once(PreTrainedModel.from_pretrained)),
         (modeling_utils, "get_hf_quantizer", _reads_mlx_configs(modeling_utils.get_hf_quantizer)),
         (
             modeling_utils,
@@ -159,6 +173,17 @@ def _gives_parts_the_record(original: Any) -> Any:
         return config, unused
 
     return classmethod(get_config_dict)
+
+
+def _reads_files_once(original: Any) -> Any:
+    """`from_pretrained` within which the hooks below share what they have read."""
+
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
+        with reading_once():
+            return original.__func__(cls, *args, **kwargs)
+
+    return classmethod(from_pretrained)
 
 
 def _reads_mlx_configs(original: Any) -> Any:
@@ -224,31 +249,36 @@ def _takes_all_weight_files(original: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         source = given.get("pretrained_model_name_or_path")
         plain = not any(given.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
-        named = plain and source is not None and not os.path.isfile(source)
         options = given.get("download_kwargs") or {}
-        if named and (method := own_method(_stored_config(source, options))) is not None:
+        known = plain and source is not None and not os.path.isfile(source)
+        checkpoint = _stored_checkpoint(source, options) if known else None
+        if checkpoint is None:
+            return original(*args, **kwargs)
+        is_local = os.path.isdir(source)
+        if (method := own_method(checkpoint.config or {})) is not None:
             chosen = (given.get("user_agent") or {}).get("quant")
             if chosen != method:
                 raise ValueError(
                     f"[from_pretrained] config.json of {source} says that the weights are quantized, which the config "
                     "of the model does not; load with the class that config.json names, without a config of your own"
                 )
-            if method == MARLIN_METHOD and not os.path.isdir(source):
-                _cached(source, MARLIN_FILE, options)  # comes to lie beside the weights
-        directory = _mlx_directory(source, options) if named else None
-        if directory is None:
+            if method == MARLIN_METHOD and not is_local:
+                _cached(source, MARLIN_FILE, options)  # downloaded into the directory of the weights
+        if not checkpoint.is_mlx if is_local else checkpoint.record is None:
             return original(*args, **kwargs)
-        return [str(file) for file in weight_files(directory)], None
+        if not is_local:
+            checkpoint = Checkpoint.at(_downloaded(source, options))
+        return [str(file) for file in checkpoint.files], None
 
     return _get_resolved_checkpoint_files
 
 
-def _stored_config(source: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of config.json of a directory or a repository, empty if there is none."""
+def _stored_checkpoint(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Checkpoint | None:
+    """The directory, or that in the cache into which config.json of a repository is downloaded; None if it has none."""
     if os.path.isdir(source):
-        return read_config(Path(source, options.get("subfolder") or "")) or {}
+        return Checkpoint.at(Path(source, options.get("subfolder") or ""))
     file = _cached(source, "config.json", options)
-    return {} if file is None else read_config(Path(file).parent) or {}
+    return None if file is None else Checkpoint.at(Path(file).parent)
 
 
 def _cached(source: str | os.PathLike[str], name: str, options: Mapping[str, Any]) -> str | None:
@@ -258,16 +288,11 @@ def _cached(source: str | os.PathLike[str], name: str, options: Mapping[str, Any
     return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **_given(options))
 
 
-def _mlx_directory(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Path | None:
-    """Where the MLX checkpoint `source` is, after the download of its weights; None if it is of another kind."""
-    subfolder = options.get("subfolder") or ""
-    if os.path.isdir(source):
-        directory = Path(source, subfolder)
-        return directory if is_mlx_directory(directory) else None
-    if find_record(_stored_config(source, options)) is None:
-        return None
+def _downloaded(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
+    """Where the weights of an MLX checkpoint on the Hub are, after their download."""
     from huggingface_hub import snapshot_download
 
+    subfolder = options.get("subfolder") or ""
     names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
     snapshot = snapshot_download(
         str(source),
@@ -318,10 +343,5 @@ def _writes_quantized_models(original: Any) -> Any:
 
 def _writer(model: PreTrainedModel) -> Callable[..., None] | None:
     """What writes the model with its quantized layers, None if it has none."""
-    from ..marlin.layers import ColumnPackedLinear
-    from ..marlin.saved import write_quantized
-
-    for kind, write in ((ColumnPackedLinear, write_quantized), (QuantizedModule, write_checkpoint)):
-        if any(isinstance(module, kind) for module in model.modules()):
-            return write
-    return None
+    kinds = STORED_KINDS.values()
+    return next((kind.write for kind in kinds if any(isinstance(each, kind.layer) for each in model.modules())), None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint.read import read_json
 from ..messages import listed
-from ..nn.conv1d import stands_for_conv1d
+from ..nn.conv1d import conv1d_of
 from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import PackedLinear, QuantizedLinear
 from ..nn.obstacles import move_hooks
@@ -30,10 +30,10 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MLX_KEYS = {"fine_tune_type", "lora_parameters", "num_layers"}  # of mlx_lm's adapter_config.json
 
-# Other ways to initialise an adapter start from the float weight, of which there is none.
+# All others start from the float weight, which does not exist.
 _INITIALISATIONS = ("gaussian", "orthogonal")
 
-_patched = contextlib.ExitStack()  # what takes the patch back; empty without it
+_patched = contextlib.ExitStack()  # undoes the patch; empty while not patched
 _is_patched = False
 
 
@@ -77,7 +77,7 @@ def _knows_quantized_layers(original: Any) -> Any:
     @functools.wraps(original)
     def post_init(config: Any) -> None:
         original(config)
-        # PEFT's way to declare layers that it does not know.
+        # PEFT's way to register further layer classes.
         config._register_custom_module({QuantizedLinear: _lora_layer_class()})
 
     return post_init
@@ -89,7 +89,7 @@ def _trains_float_copies(original: Any) -> Any:
         layer = wrapper.original_module
         if not isinstance(layer, PackedLinear | QuantizedEmbedding):
             return original(wrapper, *args, **kwargs)
-        wrapper.original_module = layer.dequantize()  # which is copied
+        wrapper.original_module = layer.dequantize()  # update() copies it
         try:
             return original(wrapper, *args, **kwargs)
         finally:
@@ -130,15 +130,15 @@ def _lora_layer_class() -> type:
             if not names:
                 return
             base = self.get_base_layer()
-            merged = _dequantized(base)
+            merged = base.packed().dequantize(torch.float32)
             for name in names:
                 merged += self.get_delta_weight(name).to(merged)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"[merge] the adapters {names} are not finite")
             if not self.merged_adapters:
-                self.unmerged_layer = [base]  # a list, so that it is no submodule and not saved
+                self.unmerged_layer = [base]  # in a list, so that it is not a submodule
             self.base_layer = _quantized_like(base, merged)
-            self.base_layer._stands_for_conv1d = stands_for_conv1d(base)
+            self.base_layer.conv1d_class = conv1d_of(base)
             move_hooks(base, self.base_layer)
             self.merged_adapters.extend(names)
 
@@ -151,17 +151,10 @@ def _lora_layer_class() -> type:
     return LoraQuantizedLinear
 
 
-def _dequantized(layer: QuantizedLinear) -> Tensor:
-    """The layer's values [out_features, in_features] in float32."""
-    return layer.packed().dequantize(torch.float32)
-
-
 def _quantized_like(layer: QuantizedLinear, values: Tensor) -> QuantizedLinear:
     """values [out_features, in_features] in the format of `layer`, with its bias."""
-    quantized = QuantizedLinear(
-        layer.in_features, layer.out_features, False, layer.group_size, layer.bits, layer.mode, device="meta"
-    )
-    quantized._pack(values)
+    quantized = QuantizedLinear(layer.in_features, layer.out_features, False, **layer.format, device="meta")
+    quantized.pack(values)
     quantized.to(layer.weight.dtype)
     quantized.bias = layer.bias
     return quantized.train(layer.training)

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..checkpoint.read import read_config, read_headers, weight_files
-from ..checkpoint.record import MLX_METHOD, entry_format, find_record, format_of_tensors
+from ..checkpoint.read import Checkpoint
+from ..checkpoint.record import MLX_METHOD, entry_format, format_of_tensors
 from ..checkpoint.validate import check_tensors
 from ..families import family_of
 from ..formats import MODES, Format
 from ..messages import listed
 from ..nn.conv1d import as_linear, finish_conv1d, place_linear
-from ..nn.module import QuantizedModule
-from ..quantization.model import dequantize_model, quantize_model, replace_quantized, shell_of
-from ..quantization.replacement import Refusal
-from .experts import expert_renamings, finish_experts, place_experts, place_routers
+from ..nn.module import PackedModule, QuantizedModule
+from ..quantization.model import dequantize_model, quantize_model, shell_like, shell_of
+from ..quantization.replacement import Refusal, class_refusal, replace_layers
+from .experts import expert_renamings, finish_experts, is_packed_router, place_experts, place_routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Checkpoints may hold these although models compute them.
+# Stored by some checkpoints, computed by models.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
@@ -65,14 +65,14 @@ def quantizer_classes() -> tuple[type, type]:
         """Loads MLX checkpoints; quantizes other ones after they are loaded."""
 
         requires_calibration = False
-        is_trainable = True  # adapters are, and gradients reach the activations
+        is_trainable = True  # for adapters: gradients reach the activations
         is_compileable = True
-        prefix: str | None = None  # of all names in the checkpoint, and of none in the model
+        prefix: str | None = None  # of all names in the checkpoint, but not in the model
 
         def is_serializable(self) -> bool:
-            # Asked by Transformers' own save_pretrained only, which does not write the format.
+            # Only Transformers' own save_pretrained asks, and it cannot write the format.
             logging.get_logger("transformers").warning_once(
-                "MLX checkpoints are written by save_pretrained after patch_transformers(), or by save_checkpoint"
+                "quantized models are written by save_pretrained after patch_transformers(), or by save_checkpoint"
             )
             return False
 
@@ -98,7 +98,9 @@ def quantizer_classes() -> tuple[type, type]:
             if not self.pre_quantized:
                 record = self.quantization_config.record
                 quantize_model(model, **entry_format(record), predicate=lambda path, layer: record.get(path, True))
-            _finish_layers(model)
+            freeze_packed(model)
+            finish_experts(model)
+            finish_conv1d(model)
             if not any(isinstance(module, QuantizedModule) for module in model.modules()):
                 self.remove_quantization_config(model)
 
@@ -123,17 +125,12 @@ def _place_layers(
     Raises:
         ValueError: the stored tensors are not those of the model.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
         raise ValueError("[from_pretrained] an MLX checkpoint is read from safetensors files, not from a state_dict")
     files = [Path(file) for file in checkpoint_files]
-    headers = read_headers(files)
-    quantizer.prefix = _foreign_prefix(model, headers)
-    if quantizer.prefix is not None and quantizer.prefix == family_of(model).prefix(model):
-        place_linear(model)
-    place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
-    names, converted = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
+    checkpoint = Checkpoint.at(files[0].parent)
+    headers = checkpoint.tensors(files)
+    names, converted = _place_unusual(model, quantizer, headers)
     if twice := sorted(name for name, count in Counter(names.values()).items() if count > 1):
         raise ValueError(f"[from_pretrained] {files[0].parent} has tensors under several names: {listed(twice)}")
     stored = {names[name]: tensor for name, tensor in headers.items() if name in names}
@@ -141,16 +138,18 @@ def _place_layers(
         names.get(f"{key}.weight", f"{key}.weight").removesuffix(".weight"): entry
         for key, entry in quantizer.quantization_config.record.items()
     }
-    _settle_tying(model, read_config(files[0].parent) or {}, stored)
+    _settle_tying(model, checkpoint.config or {}, stored)
 
     def format_of(path: str, layer: nn.Module) -> Format | None:
         return format_of_tensors(path, as_linear(layer).weight.shape[-1], record, stored)
 
-    done = replace_quantized(
-        model,
-        lambda path, layer: format_of(path, layer) or Refusal("not quantized in the checkpoint", is_asked_for=True),
-        lambda layer, format: shell_of(layer, format, dtype),
-    )
+    def choose(path: str, layer: nn.Module) -> Format | Refusal:
+        return format_of(path, layer) or Refusal("not quantized in the checkpoint", is_asked_for=True)
+
+    def shell(layer: nn.Module, format: Format) -> QuantizedModule:
+        return shell_of(layer, format, dtype)
+
+    done = replace_layers(model, class_refusal, choose, shell, shell_like)
     place_routers(model, format_of)
     _refuse_obstacles(model, done.refusals, format_of, files[0].parent)
     for target, source in list(model.all_tied_weights_keys.items()):
@@ -164,7 +163,7 @@ def _place_layers(
             if getattr(layer, name) is not None:
                 model.all_tied_weights_keys[f"{layer_path}.{name}"] = f"{source.removesuffix('weight')}{name}"
     for target, source in list(model.all_tied_weights_keys.items()):
-        if source not in stored and target in stored:  # or Transformers would make a weight for the source
+        if source not in stored and target in stored:  # else Transformers makes a new source
             model.all_tied_weights_keys[source] = target
             del model.all_tied_weights_keys[target]
     check_tensors(model, _without_ignored(model, stored), str(files[0].parent), converted | _may_be_missing(model))
@@ -181,36 +180,31 @@ def _refuse_obstacles(
         f"{path}: {refusal.reason}"
         for path, refusal in refusals.items()
         if not refusal.is_asked_for
-        and not hasattr(layer := model.get_submodule(path), "_packed")
+        and not is_packed_router(layer := model.get_submodule(path))
         and format_of(path, layer) is not None
     ]
     if obstructed:
         raise ValueError(f"[from_pretrained] {directory} has layers quantized that cannot be: {listed(obstructed)}")
 
 
-def check_checkpoint(directory: Path) -> None:
+def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Compares the headers of an MLX checkpoint with the model that config.json describes; does nothing if Transformers
     does not know that.
 
     Raises:
         ValueError: the stored tensors are not those of the model.
     """
-    if (model := _meta_model(directory)) is not None:
-        _place_layers(model, _quantizer_of(directory), [str(file) for file in weight_files(directory)], None)
+    if (model := _meta_model(checkpoint.directory)) is not None:
+        _place_layers(model, _quantizer_of(checkpoint), [str(file) for file in checkpoint.files], None)
 
 
-def columns_of_layers(directory: Path) -> dict[str, int]:
+def columns_of_layers(checkpoint: Checkpoint) -> dict[str, int]:
     """The columns of the weights in the model that config.json describes, by their paths in the checkpoint; empty if
     Transformers is not installed or does not know the model."""
-    if (model := _meta_model(directory)) is None:
+    if (model := _meta_model(checkpoint.directory)) is None:
         return {}
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    quantizer = _quantizer_of(directory)
-    headers = read_headers(weight_files(directory))
-    quantizer.prefix = _foreign_prefix(model, headers)
-    place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in headers))
-    names, _ = _names_in_model(model, headers, get_model_conversion_mapping(model, None, quantizer))
+    headers = checkpoint.tensors()
+    names, _ = _place_unusual(model, _quantizer_of(checkpoint), headers)
     layers = dict(model.named_modules(remove_duplicate=False))
     columns = {}
     for name in headers:
@@ -232,14 +226,13 @@ def _meta_model(directory: Path) -> PreTrainedModel | None:
             if known:
                 return getattr(transformers, known[0])(config)
             return transformers.AutoModelForCausalLM.from_config(config)
-    except Exception:  # an unknown family, one with code of its own, or whatever the class has against the config
+    except Exception:  # an unknown family, remote code, or a config that the class rejects
         return None
 
 
-def _quantizer_of(directory: Path) -> Any:
+def _quantizer_of(checkpoint: Checkpoint) -> Any:
     config_class, quantizer_class = quantizer_classes()
-    record = find_record(read_config(directory) or {}) or {}
-    return quantizer_class(config_class(**record), pre_quantized=True)
+    return quantizer_class(config_class(**checkpoint.record or {}), pre_quantized=True)
 
 
 def _foreign_prefix(model: nn.Module, names: Iterable[str]) -> str | None:
@@ -249,6 +242,18 @@ def _foreign_prefix(model: nn.Module, names: Iterable[str]) -> str | None:
     if (prefix := family_of(model).prefix(model)) is not None:
         return prefix if prefix in first else None
     return "language_model" if first == {"language_model"} and not hasattr(model, "language_model") else None
+
+
+def _place_unusual(model: PreTrainedModel, quantizer: Any, stored: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """Gives `model` layers for what an MLX checkpoint stores in other ways than Transformers; returns the names in the
+    model of stored tensors, and the names that are computed of several."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    quantizer.prefix = _foreign_prefix(model, stored)
+    if quantizer.prefix is not None and quantizer.prefix == family_of(model).prefix(model):
+        place_linear(model)
+    place_experts(model, (name.removeprefix(f"{quantizer.prefix or ''}.") for name in stored))
+    return _names_in_model(model, stored, get_model_conversion_mapping(model, None, quantizer))
 
 
 def _names_in_model(
@@ -306,7 +311,7 @@ def _without_ignored(model: PreTrainedModel, stored: Mapping[str, torch.Tensor])
     """
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED]
     if model.base_model is model:
-        patterns.append(r"^lm_head\.")  # a model without head reads the checkpoint of one that has it
+        patterns.append(r"^lm_head\.")  # a model without a head reads a checkpoint with one
     ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
     wanted = model.state_dict().keys()
     return {name: tensor for name, tensor in stored.items() if name in wanted or not ignored.search(name)}
@@ -317,30 +322,26 @@ def _may_be_missing(model: PreTrainedModel) -> set[str]:
     return {name for name in model.state_dict() if any(re.search(pattern, name) for pattern in patterns)}
 
 
-def _finish_layers(model: nn.Module) -> None:
-    """Freezes what Transformers made trainable, and looks at the scales.
+def freeze_packed(model: nn.Module, op: str = "from_pretrained") -> None:
+    """Freezes the packed tensors, which Transformers made trainable, and looks at the scales.
 
     Raises:
-        ValueError: scales or biases are not finite numbers.
+        ValueError: scales, biases or zeros are not finite numbers.
     """
     align_parameters(model)
     for path, module in model.named_modules():
-        if not isinstance(module, QuantizedModule):
-            continue
-        for name in module.packed_names:
+        for name in module.packed_names if isinstance(module, PackedModule) else ():
             if (parameter := module._parameters[name]) is None or parameter.is_meta:
                 continue
             parameter.requires_grad_(False)
-            if name != "weight" and not _is_finite(parameter, module.mode):
-                raise ValueError(f"[from_pretrained] {path}.{name} has values that are not finite numbers")
-    finish_experts(model)
-    finish_conv1d(model)
+            if name != module.packed_names[0] and not _is_finite(parameter, module.mode):
+                raise ValueError(f"[{op}] {path}.{name} has values that are not finite numbers")
 
 
 def dequantize_loaded(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
     """What `model.dequantize(dtype)` of Transformers does; without a dtype, each layer keeps its own."""
     model = dequantize_model(model)
-    # Transformers' default is the dtype that the model was loaded in, which may have changed since.
+    # Transformers' default is the dtype at load time, which may have changed since.
     return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
 

@@ -18,9 +18,8 @@ from ..checkpoint.config import in_mlx_terms
 from ..checkpoint.record import RECORDS
 from ..checkpoint.write import distinct_tensors, write_directory
 from ..families import family_of
-from ..messages import listed
+from ..messages import listed, short_name
 from ..nn.module import PackedModule, QuantizedModule
-from ..quantization.model import format_of_layer
 from . import compat
 from .experts import split_experts, stored_paths
 
@@ -77,7 +76,7 @@ def config_record(model: PreTrainedModel) -> dict[str, Any]:
         for name in RECORDS if isinstance(part, dict) else ():
             part.pop(name, None)
     config["architectures"] = [type(model).__name__]
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config["dtype"] = short_name(model.dtype)
     config["tie_word_embeddings"] = bool(getattr(model.config, "tie_word_embeddings", False))
     return config
 
@@ -88,7 +87,7 @@ def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
     config = config_record(model)
     family, names_of = family_of(model), stored_paths(model)
     formats = {
-        family.stored_name(model, stored): format_of_layer(module)
+        family.stored_name(model, stored): module.format
         for path, module in model.named_modules()
         if isinstance(module, QuantizedModule)
         for stored in names_of(path)

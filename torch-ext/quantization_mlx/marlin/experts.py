@@ -50,5 +50,6 @@ class ColumnPackedSwitchLinear(PackedSwitchLinear, ColumnPackedModule):
         sizes = linear.num_experts, linear.in_features, linear.out_features
         layer = cls(*sizes, mode, group_size, device="meta")
         packed = [pack(name, mode, matrix.T, group_size) for matrix in linear.weight.detach()]
-        layer._take((torch.stack(tensors) for tensors in zip(*packed, strict=True)), linear)
+        layer.take(map(torch.stack, zip(*packed, strict=True)), linear.weight)
+        layer.resemble(linear)
         return layer

@@ -3,8 +3,6 @@
 A quantized layer in the place of a `Conv1D` has the rows of MLX.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
@@ -16,9 +14,9 @@ def is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 
-def stands_for_conv1d(layer: nn.Module) -> bool:
-    """Whether it has taken the place of a `Conv1D`."""
-    return getattr(layer, "_stands_for_conv1d", False)
+def conv1d_of(layer: nn.Module) -> type[nn.Module] | None:
+    """The class `Conv1D` if the layer has taken the place of one."""
+    return getattr(layer, "conv1d_class", None)
 
 
 def as_linear(layer: nn.Module) -> nn.Module:
@@ -30,19 +28,17 @@ def as_linear(layer: nn.Module) -> nn.Module:
     linear = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=layer.weight.requires_grad)
     linear.bias = layer.bias
-    linear._stands_for_conv1d = True
+    linear.conv1d_class = type(layer)
     copy_hooks(layer, linear)
     return linear.train(layer.training)
 
 
 def as_conv1d(linear: nn.Module) -> nn.Module:
     """For an `nn.Linear` that stands for a `Conv1D`, that, with its hooks; any other layer as it is."""
-    if not stands_for_conv1d(linear):
+    if (conv1d := conv1d_of(linear)) is None:
         return linear
-    from transformers.pytorch_utils import Conv1D
-
     with torch.device("meta"):
-        layer = Conv1D(linear.out_features, linear.in_features)
+        layer = conv1d(linear.out_features, linear.in_features)
     layer.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=linear.weight.requires_grad)
     layer.bias = linear.bias
     copy_hooks(linear, layer)
@@ -59,5 +55,5 @@ def place_linear(model: nn.Module) -> None:
 def finish_conv1d(model: nn.Module) -> None:
     """Puts a `Conv1D` in the place of each floating-point layer that stands for one."""
     for path, layer in list(model.named_modules()):
-        if path and type(layer) is nn.Linear and stands_for_conv1d(layer):
+        if path and type(layer) is nn.Linear and conv1d_of(layer) is not None:
             model.set_submodule(path, as_conv1d(layer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,9 +11,8 @@ from torch.nn import functional as F
 
 from .._ops import ops
 from .module import QuantizedModule
-from .obstacles import check_state, copy_hooks
 
-# Called with every argument in place: the shortest way from Python into the dispatcher.
+# Called with all arguments: the fastest way from Python into the dispatcher.
 _dequantize = ops.dequantize.default
 
 
@@ -26,7 +26,7 @@ def row_scale(layer: nn.Module) -> float | None:
         return 1.0
     if not isinstance(layer, nn.Embedding) or not type(layer).__name__.endswith("ScaledWordEmbedding"):
         return None
-    # Where embed_scale is a buffer, it is lost on the meta device, and the number stands beside it.
+    # Where embed_scale is a buffer, its value is lost on the meta device; scalar_embed_scale has it.
     scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", None))
     return float(scale) if isinstance(scale, (int, float)) else None
 
@@ -66,7 +66,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         ValueError: the format is not supported, or embedding_dim does not divide into groups.
     """
 
-    # Options of nn.Embedding that this layer does without.
+    # Options of nn.Embedding, all off.
     padding_idx = max_norm = None
     norm_type = 2.0
     scale_grad_by_freq = sparse = False
@@ -86,7 +86,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.scale = scale
-        self._is_scaled = scale != 1  # torch.compile takes a float attribute that is read for a variable
+        self._is_scaled = scale != 1  # torch.compile treats a float attribute as dynamic
 
     @classmethod
     def from_embedding(
@@ -98,21 +98,20 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
             TypeError: it is of a subclass of `nn.Embedding` that may do more than scale its rows.
             ValueError: an option or a state of it, such as `max_norm`, cannot be kept.
         """
-        scale = row_scale(embedding)
-        if scale is None:
+        if row_scale(embedding) is None:
             raise TypeError(f"[QuantizedEmbedding] {type(embedding).__name__} may do more than look up and scale rows")
-        check_state("QuantizedEmbedding.from_embedding", embedding)
-        sizes = (embedding.num_embeddings, embedding.embedding_dim)
-        module = cls(*sizes, group_size, bits, mode, device="meta", scale=scale)
-        module._pack(embedding.weight)
-        copy_hooks(embedding, module)
-        return module.train(embedding.training)
+        return cls.quantized("from_embedding", embedding, None, group_size=group_size, bits=bits, mode=mode)
 
-    def dequantize(self) -> nn.Embedding:
-        """A floating-point layer with the values of `weight`, of its dtype."""
+    @classmethod
+    def shell(cls, layer: nn.Embedding, dtype: torch.dtype | None = None, **format: Any) -> QuantizedEmbedding:
+        sizes = layer.num_embeddings, layer.embedding_dim
+        return cls(*sizes, **format, device="meta", dtype=dtype, scale=row_scale(layer))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """A floating-point layer with the values of `weight`, of its dtype or this one."""
         sizes = self.num_embeddings, self.embedding_dim
         layer = ScaledWordEmbedding(*sizes, self.scale) if self._is_scaled else nn.Embedding(*sizes, device="meta")
-        layer.weight = nn.Parameter(self.weight.dequantize().detach())
+        layer.weight = self.values(dtype)
         return layer.train(self.training)
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
@@ -127,11 +126,11 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
                 "[QuantizedEmbedding] torch.jit.trace is not supported; supported are torch.export and torch.compile"
             )
         flat = indices.reshape(-1)
-        # Torch has no gather of uint32 rows on the CPU; int32 has the same bits.
+        # Torch cannot gather uint32 rows on the CPU; int32 has the same bits.
         words = F.embedding(flat, self.weight_packed.view(torch.int32))
         scales = F.embedding(flat, self.scales)
         biases = None if self.biases is None else F.embedding(flat, self.biases)
-        dtype = None if self._like is None else self._like.dtype
+        dtype = self.weight_dtype if self.biases is None else None
         rows = _dequantize(words, scales, biases, self.group_size, self.bits, self.mode, None, dtype)
         if self._is_scaled:
             rows = rows * _rounded(self.scale, rows.dtype)
@@ -139,7 +138,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
     def as_linear(self, x: torch.Tensor) -> torch.Tensor:
         """The table as an output head: x [..., embedding_dim] -> [..., num_embeddings]."""
-        return self._matmul(x)
+        return self.multiply(x)
 
     def extra_repr(self) -> str:
         scale = f", scale={self.scale:.6g}" if self.scale != 1 else ""

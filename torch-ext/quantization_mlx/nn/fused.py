@@ -6,8 +6,6 @@ for each of the three projections. The module stays, and MLX's three layers beco
 and memory are those of the checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -68,10 +66,10 @@ def unfuse_experts(experts: nn.Module) -> None:
         for part, tensors in parts.items():
             layer = SwitchLinear(*tensors).train(experts.training)
             layer.requires_grad_(origin[name].requires_grad)
-            # The fused parameters live as long as one of their views. On the meta device there is nothing to keep.
-            layer._origin = {} if weight.is_meta else origin
+            # A view keeps its fused parameters alive. On the meta device there is nothing to keep.
+            layer.origin = {} if weight.is_meta else origin
             setattr(experts, part, layer)
-    experts._is_hf_initialized = True  # its class would have Transformers initialise the fused parameters
+    experts._is_hf_initialized = True  # else Transformers initialises the fused parameters
 
 
 def fuse_experts(experts: nn.Module, layers: Mapping[str, SwitchLinear]) -> None:
@@ -79,7 +77,7 @@ def fuse_experts(experts: nn.Module, layers: Mapping[str, SwitchLinear]) -> None
         del experts._modules[name]
     for name in fused_names(experts):
         parts = [layers[part] for part in ((name,) if name in layers else ("gate_proj", "up_proj"))]
-        for key, parameter in (parts[0]._origin or _joined_parameters(experts, name, parts)).items():
+        for key, parameter in (parts[0].origin or _joined_parameters(experts, name, parts)).items():
             experts.register_parameter(key, parameter)
 
 
@@ -99,9 +97,9 @@ def _joined_parameters(experts: nn.Module, name: str, parts: list[SwitchLinear])
 
 def detach(layer: SwitchLinear) -> None:
     """Lets go of the fused parameters, of which `layer` remains alone."""
-    if not layer._origin:
+    if not layer.origin:
         return
-    layer._origin = {}
+    layer.origin = {}
     for name, parameter in list(layer.named_parameters()):
         own = parameter.detach().clone(memory_format=torch.contiguous_format)
         setattr(layer, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
@@ -125,12 +123,15 @@ def experts_mlp(
 class StandIn(nn.Module):
     """Takes the place of a module of experts whose forward pass reads its fused parameters, while these are layers.
 
+    stands_for: the name of its class. model_type: of its config.
+
     Args:
         experts: the module; its parameters move over, until `give_back`.
     """
 
     is_transposed = is_concatenated = has_gate = True
     has_post_expert_norm = False
+    stands_for: str
     model_type: str
 
     def __init__(self, experts: nn.Module) -> None:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from .module import PackedModule, QuantizedModule, own
-from .obstacles import check_class, check_state, copy_hooks
+from .module import PackedModule, QuantizedModule, new_bias, own
 
 
 class PackedLinear(PackedModule, nn.Linear):
     """What linear layers on packed matrices have in common; they are `nn.Linear` ones to whoever asks."""
 
-    def dequantize(self) -> nn.Linear:
-        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A floating-point layer with the values of `weight`, of its dtype or this one, and a copy of the bias."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        layer.weight, layer.bias = nn.Parameter(self.weight.dequantize().detach().contiguous()), own(self.bias)
+        layer.weight, layer.bias = self.values(dtype), own(self.bias)
         return layer.train(self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., out_features], of x's dtype, promoted with that of affine scales."""
+        y = self.multiply(x)
+        try:
+            bias = self._parameters["bias"]
+        except KeyError:
+            bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -54,9 +64,7 @@ class QuantizedLinear(QuantizedModule, PackedLinear):
         super().__init__((out_features, in_features), group_size, bits, mode, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
-        self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        self.register_parameter("bias", new_bias(bias, out_features, device=device, dtype=dtype))
 
     @classmethod
     def from_linear(
@@ -68,19 +76,9 @@ class QuantizedLinear(QuantizedModule, PackedLinear):
             TypeError: it is no `nn.Linear`, or of a subclass with a forward of its own.
             ValueError: an option or a state of it, such as a parametrization, cannot be kept.
         """
-        check_class("QuantizedLinear.from_linear", linear, nn.Linear)
-        check_state("QuantizedLinear.from_linear", linear)
-        module = cls(linear.in_features, linear.out_features, False, group_size, bits, mode, device="meta")
-        module._pack(linear.weight)
-        module.bias = own(linear.bias)
-        copy_hooks(linear, module)
-        return module.train(linear.training)
+        return cls.quantized("from_linear", linear, nn.Linear, group_size=group_size, bits=bits, mode=mode)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> [..., out_features], of x's dtype promoted with that of affine scales."""
-        y = self._matmul(x)
-        try:
-            bias = self._parameters["bias"]
-        except KeyError:
-            bias = self.bias
-        return y if bias is None else y + bias.to(y.dtype)
+    @classmethod
+    def shell(cls, layer: nn.Linear, dtype: torch.dtype | None = None, **format: Any) -> QuantizedLinear:
+        sizes = layer.in_features, layer.out_features
+        return cls(*sizes, layer.bias is not None, **format, device="meta", dtype=dtype)

@@ -11,16 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from .._ops import ops
-from ..formats import MODES, complete_format
+from ..formats import FLOATS, MODES, Format, complete_format
+from ..messages import short_name
 from ..ops import quantize
+from .obstacles import check_class, check_state, copy_hooks
 from .packed_weight import Packed, PackedWeight, packed_weight
 
-# Called with every argument in place: the shortest way from Python into the dispatcher.
+# Called with all arguments: the fastest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def new_bias(
+    wanted: bool, *sizes: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(sizes, device=device, dtype=dtype)) if wanted else None
 
 
 def own(parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -31,21 +39,42 @@ def own(parameter: nn.Parameter | None) -> nn.Parameter | None:
 class PackedModule(nn.Module):
     """A layer on packed matrices, with the floating-point matrix that they stand for as its attribute `weight`.
 
-    Subclasses have the attributes `group_size`, `bits` and `mode`, and parameters of these names:
+    Args:
+        shape: of `weight`, [..., rows, columns].
+        format: group_size, bits and mode, which have been checked.
+        device, dtype: where the parameters live, and the dtype of `weight`.
     """
 
-    packed_names: tuple[str, str, str]  # of the parameters for words, scales, and biases or zeros
-    packed_transposed = False  # whether the matrix of the layer is the transposed one of the packed parameters
+    packed_names: tuple[str, str, str]  # parameters of words, scales, and biases or zeros
+    packed_transposed = False  # whether `weight` is the transposed matrix of the packed parameters
 
     group_size: int
     bits: int
     mode: str
     _shows_words = False
 
-    def __init__(self, group_size: int, bits: int, mode: str) -> None:
-        nn.Module.__init__(self)  # and not that of nn.Linear, which would make a floating-point weight
-        self.group_size, self.bits, self.mode = group_size, bits, mode
+    def __init__(
+        self, shape: tuple[int, ...], format: Format, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate a floating-point weight
+        self.group_size, self.bits, self.mode = format["group_size"], format["bits"], format["mode"]
+        *batch, rows, columns = shape
+        mode = MODES[self.mode]
+
+        def zeros(length: int, dtype: torch.dtype) -> nn.Parameter:
+            sizes = (length, rows) if mode.packing == "columns" else (rows, length)
+            return frozen(torch.zeros(*batch, *sizes, dtype=dtype, device=device))
+
+        scale_dtypes = {"real": dtype or torch.get_default_dtype(), "float16": torch.float16}
+        scale_dtype = scale_dtypes.get(mode.scale, torch.uint8)
+        words, scales, third = self.packed_names
+        # register_parameter refuses the name of a property.
+        self._parameters[words] = zeros(columns * self.bits // 32, torch.uint32)
+        for name, is_there in ((scales, True), (third, mode.offset != "none")):
+            self.register_parameter(name, zeros(columns // self.group_size, scale_dtype) if is_there else None)
         self.register_buffer("_like", None, persistent=False)
+        if mode.scale != "real":
+            self.follow_dtype(dtype, device)
 
     def follow_dtype(self, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
         """Notes the dtype of `weight` where the scales do not tell it: an empty buffer follows `.to(dtype)` and can."""
@@ -56,16 +85,32 @@ class PackedModule(nn.Module):
         """The floating-point matrix [..., rows, columns], a `PackedWeight` of the model's dtype."""
         if self._shows_words:
             return self._parameters["weight"]
-        packed = self.packed()
-        return packed_weight(
-            packed, (packed.scales if self._like is None else self._like).dtype, self.packed_transposed
-        )
+        return packed_weight(self.packed(), self.weight_dtype, self.packed_transposed)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return (self.scales if self._like is None else self._like).dtype
+
+    @property
+    def format(self) -> Format:
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def packed(self) -> Packed:
         words, *tables = self.packed_names
-        # The words' name may be that of the property above.
+        # In MLX's layers, the words have the name of the property above.
         tensors = self._parameters[words], *(getattr(self, name) for name in tables)
         return Packed(*tensors, self.group_size, self.bits, self.mode)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [..., columns] -> [..., rows]."""
+        words, scales, third = self.packed_names
+        # Attribute access to a parameter costs 0.5 us, and a generation step reads a thousand.
+        held = self._parameters
+        try:
+            packed = held[words], held[scales], held[third]
+        except KeyError:  # one of them is parametrized
+            packed = self.weight_packed, getattr(self, scales), getattr(self, third)
+        return _quantized_matmul(x, *packed, not self.packed_transposed, self.group_size, self.bits, self.mode)
 
     @contextmanager
     def showing_words(self) -> Iterator[None]:
@@ -76,6 +121,24 @@ class PackedModule(nn.Module):
         finally:
             del self._shows_words
 
+    def values(self, dtype: torch.dtype | None = None) -> nn.Parameter:
+        """`weight` as a floating-point parameter, of its own dtype or of this one, to which it is rounded once."""
+        return nn.Parameter(self.weight.to(dtype or self.weight_dtype).dequantize().detach().contiguous())
+
+    def take(self, packed: Iterable[Tensor], weight: Tensor) -> None:
+        """Takes packed tensors, which were made of `weight`."""
+        for name, tensor in zip(self.packed_names, packed, strict=False):
+            setattr(self, name, frozen(tensor))
+        if self._like is not None:  # a dtype that products take
+            self.follow_dtype(weight.dtype if weight.dtype in FLOATS else torch.float32, weight.device)
+
+    def resemble(self, layer: nn.Module) -> None:
+        """Takes a copy of the bias of the layer that it was made of, its hooks, and whether it is in training."""
+        if "bias" in self._parameters:
+            self.bias = own(layer.bias)
+        copy_hooks(layer, self)
+        self.train(layer.training)
+
     def share(self, other: PackedModule) -> None:
         """Makes the packed parameters those of `other`, which has the same shape and format."""
         self.weight = other.weight
@@ -84,10 +147,9 @@ class PackedModule(nn.Module):
         if name == "weight" and isinstance(value, PackedWeight):
             self._share(value)
         elif name == "weight" and isinstance(value, Tensor) and value.is_floating_point():
-            dtype = str(value.dtype).removeprefix("torch.")
             raise TypeError(
-                f"[{type(self).__name__}] weight is assigned a {dtype} tensor; it takes the weight of another layer of "
-                "its format. A floating-point layer is what dequantize() returns"
+                f"[{type(self).__name__}] weight is assigned a {short_name(value.dtype)} tensor; it takes the weight "
+                "of another layer of its format. A floating-point layer is what dequantize() returns"
             )
         else:
             super().__setattr__(name, value)
@@ -131,29 +193,18 @@ class QuantizedModule(PackedModule):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        *rows, columns = shape
         if wrong := [size for size in shape if not isinstance(size, Integral)]:
             raise TypeError(f"[{type(self).__name__}] sizes must be whole numbers, not {wrong[0]!r}")
         try:
             format = complete_format(group_size, bits, mode)
         except ValueError as error:
             raise ValueError(f"[{type(self).__name__}] {error}") from error
-        super().__init__(**format)
-        if columns % self.group_size:
+        if shape[-1] % format["group_size"]:
             raise ValueError(
-                f"[{type(self).__name__}] a row of {columns} values does not divide into groups of {self.group_size}"
+                f"[{type(self).__name__}] a row of {shape[-1]} values does not divide into groups of "
+                f"{format['group_size']}"
             )
-        groups = (*rows, columns // self.group_size)
-        has_biases = MODES[mode].offset == "biases"
-        scale_dtype = (dtype or torch.get_default_dtype()) if self._has_real_scales else torch.uint8
-        words = torch.zeros(*rows, columns * self.bits // 32, dtype=torch.uint32, device=device)
-        self._parameters["weight"] = frozen(words)  # register_parameter refuses the name of a property
-        self.scales = frozen(torch.zeros(groups, dtype=scale_dtype, device=device))
-        self.register_parameter(
-            "biases", frozen(torch.zeros(groups, dtype=scale_dtype, device=device)) if has_biases else None
-        )
-        if not self._has_real_scales:
-            self.follow_dtype(dtype, device)
+        super().__init__(shape, format, device, dtype)
 
     @property
     def _has_real_scales(self) -> bool:
@@ -165,23 +216,30 @@ class QuantizedModule(PackedModule):
         """The words, uint32 [..., rows, columns * bits / 32]."""
         return self._parameters["weight"]
 
-    def _pack(self, weight: torch.Tensor) -> None:
-        """Quantizes weight [..., rows, columns] into this module's parameters."""
-        self._hold(quantize(weight.detach(), self.group_size, self.bits, self.mode), weight)
+    @classmethod
+    def shell(cls, layer: Any, dtype: torch.dtype | None = None, **format: Any) -> QuantizedModule:
+        """A layer of the sizes of `layer` on device "meta" that waits for its tensors."""
+        raise NotImplementedError
 
-    def _hold(self, packed: Iterable[torch.Tensor], weight: torch.Tensor) -> None:
-        """Takes packed tensors, which were made of `weight`."""
-        for name, tensor in zip(self.packed_names, packed, strict=False):
-            setattr(self, name, frozen(tensor))
-        if not self._has_real_scales:
-            self.follow_dtype(weight.dtype, weight.device)
+    @classmethod
+    def quantized(cls, function: str, layer: nn.Module, base: type[nn.Module] | None, **format: Any) -> QuantizedModule:
+        """A layer with the quantized weight of `layer`, which shares nothing with it and must have the forward pass of
+        `base`, unless that is None; errors name the method `function`."""
+        name = f"{cls.__name__}.{function}"
+        if base is not None:
+            check_class(name, layer, base)
+        check_state(name, layer)
+        made = cls.shell(layer, **format)
+        made.pack(layer.weight)
+        made.resemble(layer)
+        return made
 
-    def _matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., columns] -> [..., rows]."""
-        # Reading a parameter as an attribute costs half a microsecond, and a step of generation reads a thousand.
-        held = self._parameters
-        try:
-            packed = held["weight"], held["scales"], held["biases"]
-        except KeyError:  # a parametrization has taken one's place
-            packed = held["weight"], self.scales, self.biases
-        return _quantized_matmul(x, *packed, True, self.group_size, self.bits, self.mode)
+    def pack(self, weight: torch.Tensor) -> None:
+        """Quantizes weight [rows, columns] or [num_experts, rows, columns] into this module's parameters."""
+        weight = weight.detach()
+        if weight.dim() == 2:
+            packed = quantize(weight, **self.format)
+        else:  # one by one: quantizing copies what is not contiguous
+            experts = [quantize(matrix, **self.format) for matrix in weight]
+            packed = map(torch.stack, zip(*experts, strict=True))
+        self.take(packed, weight)

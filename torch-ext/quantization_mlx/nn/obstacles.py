@@ -1,15 +1,13 @@
 """What of a layer a quantized one does not take over: options and state that its forward pass depends on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # that `quantize` takes
+from ..formats import FLOATS
+from ..messages import short_name
 
 
 def obstacle(layer: nn.Module, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
@@ -22,7 +20,7 @@ def obstacle(layer: nn.Module, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str 
     if (reason := next((reason for check in _CHECKS if (reason := check(layer)) is not None), None)) is not None:
         return reason
     dtype = layer._parameters["weight"].dtype
-    return None if dtype in dtypes else f"its weight is {_short(dtype)}"
+    return None if dtype in dtypes else f"its weight is {short_name(dtype)}"
 
 
 def check_class(op: str, layer: nn.Module, base: type[nn.Module]) -> None:
@@ -46,7 +44,7 @@ def _parametrized(layer: nn.Module) -> str | None:
         return f"has parametrizations of {', '.join(layer.parametrizations)}"
     for name in ("weight", "bias"):
         if hasattr(layer, name) and name not in layer._parameters:
-            return f"has no parameter as its {name}"  # a hook computes it, of the older weight_norm for example
+            return f"has no parameter as its {name}"  # a hook computes it, as the older weight_norm does
     return None
 
 
@@ -56,11 +54,7 @@ def _weight_of_another_kind(layer: nn.Module) -> str | None:
         return "has no weight"
     if type(weight) is not nn.Parameter:
         return f"its weight is of type {type(weight).__name__}"
-    return None if weight.layout is torch.strided else f"its weight is {_short(weight.layout)}"
-
-
-def _short(of_torch: Any) -> str:
-    return str(of_torch).removeprefix("torch.")
+    return None if weight.layout is torch.strided else f"its weight is {short_name(weight.layout)}"
 
 
 def _forward_of_its_own(layer: nn.Module) -> str | None:
@@ -72,20 +66,20 @@ def _forward_of_its_own(layer: nn.Module) -> str | None:
 def _options(layer: nn.Module) -> str | None:
     if not isinstance(layer, nn.Embedding):
         return None
-    # padding_idx and sparse concern the gradient of the weight, and a packed weight has none.
+    # padding_idx and sparse only affect the gradient of the weight, and a packed weight has none.
     options = {name: getattr(layer, name) for name in ("max_norm", "scale_grad_by_freq")}
     given = [f"has {name}={value}" for name, value in options.items() if value is not None and value is not False]
     return ", ".join(given) or None
 
 
 def _further_state(layer: nn.Module) -> str | None:
-    known = {"weight", "bias", "embed_scale"}  # the last one of Transformers' ScaledWordEmbedding
+    known = {"weight", "bias", "embed_scale"}  # embed_scale: of Transformers' ScaledWordEmbedding
     held = [*layer._parameters, *layer._buffers, *layer._modules]
     further = [name for name in held if name not in known]
     return f"has further state: {', '.join(further)}" if further else None
 
 
-# Hooks that see tensors which a quantized layer has not, or has packed.
+# Hooks that see tensors which are missing or packed in a quantized layer.
 _FIXED_HOOKS = {
     "_state_dict_hooks": "a state_dict hook",
     "_state_dict_pre_hooks": "a state_dict pre-hook",

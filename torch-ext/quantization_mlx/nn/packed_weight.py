@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_any, tree_map_only
 
 from .._ops import add_op_namespace_prefix, ops
+from ..formats import FLOATS, MARLIN_MODES
+from ..messages import short_name
 
 _NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
-_ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Packed(NamedTuple):
@@ -35,7 +36,7 @@ class Packed(NamedTuple):
     @property
     def by_columns(self) -> bool:
         """Whether words and groups run along the columns of the matrix, as in the marlin modes."""
-        return self.mode.startswith("marlin_")
+        return self.mode in MARLIN_MODES
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,7 +52,7 @@ class Packed(NamedTuple):
         return Packed(*(None if each is None else each.to(device) for each in self[:3]), *self[3:])
 
 
-# By the identities of the tensors, which a weight keeps alive, and what else tells weights apart.
+# By the ids of the tensors, which the weight keeps alive, device, dtype and orientation.
 _known: WeakValueDictionary[tuple[Any, ...], PackedWeight] = WeakValueDictionary()
 
 
@@ -81,7 +82,7 @@ class PackedWeight(torch.Tensor):
         transposed: whether the values are those of `packed` with the last two dimensions swapped.
     """
 
-    _is_param = True  # an nn.Parameter to isinstance: it may be tied, by assigning it to a quantized layer's `weight`
+    _is_param = True  # isinstance says nn.Parameter, so that code can tie it by assignment
     _is_hf_initialized = True  # Transformers must not initialise it
 
     def __new__(cls, packed: Packed, dtype: torch.dtype, transposed: bool = False) -> PackedWeight:
@@ -138,7 +139,7 @@ class PackedWeight(torch.Tensor):
         like = args[0] if args else kwargs.get("other")
         if isinstance(like, Tensor):
             args, kwargs = (like.device, like.dtype), {}
-        kwargs = {name: value for name, value in kwargs.items() if name != "copy"}  # it cannot be written to
+        kwargs = {name: value for name, value in kwargs.items() if name != "copy"}  # there is nothing to write to
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and not dtype.is_floating_point:
             return self.dequantize().to(*args, **kwargs)
@@ -171,8 +172,7 @@ class PackedWeight(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:
         _, _, _, group_size, bits, mode = self.packed
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"PackedWeight({list(self.shape)}, {dtype}, {group_size=}, {bits=}, {mode=})"
+        return f"PackedWeight({list(self.shape)}, {short_name(self.dtype)}, {group_size=}, {bits=}, {mode=})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dequantize().detach().clone()
@@ -222,7 +222,7 @@ def _members(*names: str) -> set[Any]:
     return {member if callable(member) else member.__get__ for member in members}
 
 
-# What a wrapper without storage answers by itself.
+# Answered by the wrapper, which has no storage.
 _METADATA = _members(
     "__hash__", "device", "dim", "dtype", "element_size", "get_device", "grad", "grad_fn", "is_complex", "is_cpu",
     "is_cuda", "is_floating_point", "is_leaf", "is_meta", "is_mps", "is_quantized", "is_sparse", "itemsize", "layout",
@@ -262,7 +262,7 @@ def _matmul(left: Any = None, right: Any = None, **options: Any) -> Any:
         result = _matmul(right if is_vector else right.mT, left.mT)
         return result if is_vector or result is NotImplemented else result.mT
     transpose = right.transposed
-    if type(left) is PackedWeight or left.dtype not in _ACTIVATIONS or (transpose and right.packed.by_columns):
+    if type(left) is PackedWeight or left.dtype not in FLOATS or (transpose and right.packed.by_columns):
         return NotImplemented
     words, scales, biases, *format = right.packed
     return ops.quantized_matmul(left, words, scales, biases, transpose, *format)

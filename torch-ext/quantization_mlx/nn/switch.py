@@ -10,9 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .._ops import ops
-from ..ops import quantize
-from .module import PackedModule, QuantizedModule, own
-from .obstacles import check_class, check_state, copy_hooks
+from .module import PackedModule, QuantizedModule, new_bias, own
 
 _gather_qmm = ops.gather_qmm.default
 
@@ -25,7 +23,7 @@ class SwitchLinear(nn.Module):
         weight, bias: the parameters; they may be views of fused ones.
     """
 
-    _origin: Mapping[str, nn.Parameter] = {}  # the fused ones by their names
+    origin: Mapping[str, nn.Parameter] = {}  # the fused parameters by name
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -55,9 +53,9 @@ class PackedSwitchLinear(PackedModule):
     in_features: int
     out_features: int
 
-    def dequantize(self) -> SwitchLinear:
-        """A floating-point layer with the values of `weight`, of its dtype, and a copy of the bias."""
-        return SwitchLinear(self.weight.dequantize().detach(), own(self.bias)).train(self.training)
+    def dequantize(self, dtype: torch.dtype | None = None) -> SwitchLinear:
+        """A floating-point layer with the values of `weight`, of its dtype or this one, and a copy of the bias."""
+        return SwitchLinear(self.values(dtype), own(self.bias)).train(self.training)
 
     def forward(self, x: torch.Tensor, indices: torch.Tensor, sorted_indices: bool = False) -> torch.Tensor:
         """Row i of x times the matrix of expert indices[i].
@@ -124,15 +122,12 @@ class QuantizedSwitchLinear(PackedSwitchLinear, QuantizedModule):
         self.num_experts = num_experts
         self.in_features = in_features
         self.out_features = out_features
-        self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(num_experts, out_features, device=device, dtype=dtype)) if bias else None
-        )
+        self.register_parameter("bias", new_bias(bias, num_experts, out_features, device=device, dtype=dtype))
 
     @classmethod
-    def shell(cls, linear: SwitchLinear, dtype: torch.dtype | None = None, **format: Any) -> QuantizedSwitchLinear:
-        """A layer of the sizes of `linear` on device "meta" that waits for its tensors."""
-        sizes = linear.num_experts, linear.in_features, linear.out_features
-        return cls(*sizes, linear.bias is not None, **format, device="meta", dtype=dtype)
+    def shell(cls, layer: SwitchLinear, dtype: torch.dtype | None = None, **format: Any) -> QuantizedSwitchLinear:
+        sizes = layer.num_experts, layer.in_features, layer.out_features
+        return cls(*sizes, layer.bias is not None, **format, device="meta", dtype=dtype)
 
     @classmethod
     def from_switch_linear(
@@ -143,15 +138,4 @@ class QuantizedSwitchLinear(PackedSwitchLinear, QuantizedModule):
         Raises:
             TypeError, ValueError: as in `QuantizedLinear.from_linear`.
         """
-        check_class("QuantizedSwitchLinear.from_switch_linear", linear, SwitchLinear)
-        check_state("QuantizedSwitchLinear.from_switch_linear", linear)
-        module = cls.shell(linear, group_size=group_size, bits=bits, mode=mode)
-        module._pack(linear.weight)
-        module.bias = own(linear.bias)
-        copy_hooks(linear, module)
-        return module.train(linear.training)
-
-    def _pack(self, weight: torch.Tensor) -> None:
-        # One at a time, because quantizing copies what is not contiguous.
-        packed = [quantize(matrix, self.group_size, self.bits, self.mode) for matrix in weight.detach()]
-        self._hold([torch.stack(tensors) for tensors in zip(*packed, strict=True)], weight)
+        return cls.quantized("from_switch_linear", linear, SwitchLinear, group_size=group_size, bits=bits, mode=mode)

@@ -1,7 +1,5 @@
 """Whole models: their layers are quantized in place, and made floating-point again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,26 +7,22 @@ import torch
 from torch import nn
 
 from ..formats import Format, complete_format
-from ..nn.conv1d import as_conv1d, as_linear, is_conv1d, stands_for_conv1d
-from ..nn.embedding import QuantizedEmbedding, row_scale
+from ..nn.conv1d import as_conv1d, as_linear, conv1d_of
+from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import QuantizedLinear
 from ..nn.module import PackedModule, QuantizedModule
 from ..nn.obstacles import copy_hooks, move_hooks
 from ..nn.switch import QuantizedSwitchLinear, SwitchLinear
-from ..optional import progress
 from .recipes import mixed_recipe
 from .replacement import (
-    Left,
     OnLayer,
     Refusal,
-    Replacement,
+    class_refusal,
     float_weights,
     parameter_count,
-    reason_of_class,
     replace_layers,
-    shared_refusals,
+    surgery,
     warn_of_float_weights,
-    why_not,
 )
 from .report import QuantizationReport
 
@@ -48,7 +42,7 @@ def quantize_model(
     `model` in place, one after the other, and returns it.
 
     Fused experts of Transformers count as layers `….experts.gate_proj`, `up_proj` and `down_proj`, of type
-    `SwitchLinear`, and become `QuantizedSwitchLinear`; `quantization_mlx.experts` has both. A `Conv1D` becomes a
+    `SwitchLinear`, and become `QuantizedSwitchLinear`; `nn/switch.py` has both. A `Conv1D` becomes a
     `QuantizedLinear` of the transposed weight. Embeddings that scale their rows, as Gemma's do, are quantized. Layers
     that share a weight, as tied embeddings do, go on sharing one packed copy; the first decides for all.
 
@@ -101,10 +95,8 @@ def quantize_model(
             if each is not None:
                 each(path, weight, quantized)
 
-    from ..hf.experts import unfused
-
-    with unfused(model):
-        done = replace_quantized(model, format_of, _quantized, collect)
+    with surgery(model):
+        done = replace_layers(model, class_refusal, format_of, _quantized, shell_like, collect)
         left, parameters = float_weights(done.model, done.refusals), parameter_count(done.model)
     if report is not None:
         report.skip(left, parameters)
@@ -122,40 +114,24 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             floating-point form is returned.
         dtype: of the weights that are made; that of each layer's `weight` if None.
     """
-    dense: dict[int, nn.Parameter] = {}  # by the identity of the packed words
-    done: dict[int, nn.Module] = {}  # by the identity of the layer, which may have several paths
-    for path, layer in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, PackedModule):
-            continue
-        if id(layer) in done:
+    dense: dict[int, nn.Parameter] = {}  # by the id of the packed words
+    done: dict[int, nn.Module] = {}  # by the id of the layer, which may have several paths
+    with surgery(model):
+        for path, layer in list(model.named_modules(remove_duplicate=False)):
+            if not isinstance(layer, PackedModule):
+                continue
+            if id(layer) not in done:
+                bias, made = getattr(layer, "bias", None), layer.dequantize(dtype)
+                made.conv1d_class = conv1d_of(layer)
+                made = done[id(layer)] = as_conv1d(made)
+                made.weight = dense.setdefault(id(layer.packed().words), made.weight)
+                if not path:
+                    copy_hooks(layer, made)
+                    return made
+                if bias is not None:
+                    made.bias = bias
+                move_hooks(layer, made)
             model.set_submodule(path, done[id(layer)])
-            continue
-        bias, made = getattr(layer, "bias", None), layer.dequantize()
-        made._stands_for_conv1d = stands_for_conv1d(layer)
-        if dtype not in (None, made.weight.dtype):  # rounded once, from the packed values
-            packed = layer.packed()
-            values = packed.dequantize(dtype).detach()
-            made.weight = nn.Parameter(values.mT.contiguous() if packed.by_columns else values)
-        made = as_conv1d(made)
-        made.weight = dense.setdefault(id(layer.packed().words), made.weight)
-        done[id(layer)] = made
-        if not path:
-            copy_hooks(layer, made)
-            return made
-        if bias is not None:
-            made.bias = bias
-        move_hooks(layer, made)
-        model.set_submodule(path, made)
-    from ..checkpoint.record import MARLIN_METHOD, MARLIN_RECORD, MLX_METHOD
-    from ..hf.experts import fuse
-
-    fuse(model)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and quantizer.quantization_config.quant_method in (MLX_METHOD, MARLIN_METHOD):
-        quantizer.remove_quantization_config(model)
-    for module in model.modules():
-        if getattr(config := getattr(module, "config", None), "quantization_config", None) == MARLIN_RECORD:
-            del config.quantization_config  # what is saved from now on is in floating point
     return model
 
 
@@ -173,67 +149,28 @@ def _checked_format(where: str, given: Mapping[str, Any]) -> Format:
         raise ValueError(f"{where} {error}") from error
 
 
-def format_of_layer(module: QuantizedModule) -> Format:
-    return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-
-
 # Layers
 
-
-def _quantized(layer: nn.Linear | nn.Embedding | SwitchLinear, format: Format) -> QuantizedModule:
-    if isinstance(layer, SwitchLinear):
-        return QuantizedSwitchLinear.from_switch_linear(layer, **format)
-    if isinstance(layer, nn.Linear):
-        return QuantizedLinear.from_linear(layer, **format)
-    return QuantizedEmbedding.from_embedding(layer, **format)
+_KINDS: tuple[tuple[type[nn.Module], type[QuantizedModule]], ...] = (
+    (SwitchLinear, QuantizedSwitchLinear),
+    (nn.Linear, QuantizedLinear),
+    (nn.Embedding, QuantizedEmbedding),
+)
 
 
-def shell_of(
-    layer: nn.Linear | nn.Embedding | SwitchLinear, format: Format, dtype: torch.dtype | None
-) -> QuantizedModule:
+def _kind_of(layer: nn.Module) -> type[QuantizedModule]:
+    return next(quantized for kind, quantized in _KINDS if isinstance(layer, kind))
+
+
+def shell_of(layer: nn.Module, format: Format, dtype: torch.dtype | None) -> QuantizedModule:
     """A quantized layer of the same sizes that waits for its tensors."""
-    if isinstance(layer, SwitchLinear):
-        return QuantizedSwitchLinear.shell(layer, dtype, **format)
-    if isinstance(layer, nn.Linear):
-        has_bias = layer.bias is not None
-        return QuantizedLinear(layer.in_features, layer.out_features, has_bias, **format, device="meta", dtype=dtype)
-    sizes = (layer.num_embeddings, layer.embedding_dim)
-    return QuantizedEmbedding(*sizes, **format, device="meta", dtype=dtype, scale=row_scale(layer))
+    return _kind_of(layer).shell(layer, dtype, **format)
 
 
-def replace_quantized(
-    model: nn.Module,
-    format_of: Callable[[str, nn.Module], Format | Refusal],
-    convert: Callable[[Any, Format], QuantizedModule],
-    on_layer: OnLayer | None = None,
-) -> Replacement:
-    """Puts convert(layer, format) in the place of every layer that has a format and can be replaced."""
-
-    def choose(holders: Mapping[str, nn.Module]) -> Format | Left:
-        reasons = {path: _refusal(path, layer) for path, layer in holders.items()}
-        if (left := shared_refusals(holders, reasons)) is not None:
-            return left
-        format = format_of(*next(iter(holders.items())))
-        return Left(dict.fromkeys(holders, format)) if isinstance(format, Refusal) else format
-
-    return replace_layers(model, choose, convert, _tied, on_layer, progress)
+def shell_like(layer: nn.Module, twin: QuantizedModule) -> QuantizedModule:
+    """`shell_of` in the format of `twin`."""
+    return shell_of(layer, twin.format, layer.weight.dtype)
 
 
-def _refusal(path: str, layer: nn.Module) -> Refusal | None:
-    """Why a module that holds a weight is left alone whatever its format would be."""
-    if type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer) or row_scale(layer) is not None:
-        reason = why_not(path, layer)
-    else:
-        reason = reason_of_class(path, layer)
-    return None if reason is None else Refusal(reason)
-
-
-def _tied(
-    layer: nn.Linear | nn.Embedding, twin: QuantizedLinear | QuantizedEmbedding
-) -> QuantizedLinear | QuantizedEmbedding:
-    """`layer` on the packed weight of `twin`, which had the same floating-point weight."""
-    tied = shell_of(layer, format_of_layer(twin), layer.weight.dtype)
-    tied.share(twin)
-    if isinstance(tied, QuantizedLinear):
-        tied.bias = layer.bias
-    return tied.train(layer.training)
+def _quantized(layer: nn.Module, format: Format) -> QuantizedModule:
+    return _kind_of(layer).quantized("quantize_model", layer, None, **format)

@@ -1,7 +1,5 @@
 """Mixed recipes: which layer of a model gets how many bits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn
@@ -11,7 +9,7 @@ from ..formats import Format
 # Bits of most layers and of the sensitive ones, by mlx-lm's names.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 
-_SENSITIVE = ("v_proj", "v_a_proj", "v_b_proj", "down_proj")  # errors in these show most in what the model says
+_SENSITIVE = ("v_proj", "v_a_proj", "v_b_proj", "down_proj")  # errors in these hurt most
 
 
 def mixed_recipe(name: str, model: nn.Module, group_size: int | None = None) -> Callable[[str, nn.Module], Format]:
@@ -45,7 +43,7 @@ def mixed_recipe(name: str, model: nn.Module, group_size: int | None = None) -> 
 def _decoder_layers(model: nn.Module) -> tuple[int, int]:
     """Where in a dotted path the number of a decoder layer stands, and how many there are."""
     modules = (path for path, _ in model.named_modules())
-    parameters = (path for path, _ in model.named_parameters())  # fused experts are no modules
+    parameters = (path for path, _ in model.named_parameters())  # fused experts are parameters
     for path in (*modules, *parameters):
         parts = path.split(".")
         position = next((i for i, part in enumerate(parts) if part.isdigit()), 0)

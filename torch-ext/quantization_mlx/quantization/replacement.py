@@ -1,14 +1,13 @@
-"""The replacement of a model's layers by quantized ones: which can be replaced, what is kept of them, and what remains.
+"""The one way in which layers of a model are replaced: which can be, what is kept of them, and what remains.
 
-A quantized layer takes over the weight, the bias and the hooks. A layer whose forward pass depends on more is left
-alone, with the reason. Every matrix that remains in floating point is counted and named.
+A packed layer takes over the weight, the bias and the hooks. A layer whose forward pass depends on more is left alone,
+with the reason. Every matrix that remains in floating point is counted and named.
 """
-
-from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,31 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..hf import compat
+from ..formats import FLOATS
 from ..messages import listed
-from ..nn.conv1d import as_linear, is_conv1d, stands_for_conv1d
+from ..nn.conv1d import as_linear, conv1d_of, is_conv1d
+from ..nn.embedding import row_scale
 from ..nn.module import PackedModule
-from ..nn.obstacles import FLOATS, move_hooks, obstacle
+from ..nn.obstacles import move_hooks, obstacle
 from ..nn.switch import SwitchLinear
+from ..optional import progress
 
 OnLayer = Callable[[str, torch.Tensor, Any], None]
 
-_NOTICEABLE = 0.01  # share of the parameters whose staying in floating point is worth a warning
+_NOTICEABLE = 0.01  # warn if this share of the parameters stays in floating point
+
+# Context managers that `surgery` enters; `hf` adds its own for Transformers' models.
+integrations: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
+
+
+@contextmanager
+def surgery(model: nn.Module) -> Iterator[None]:
+    """Within, layers of `model` may be replaced, and fused experts have theirs as children; for `replace_layers`."""
+    with ExitStack() as stack:
+        for integration in integrations:
+            stack.enter_context(integration(model))
+        yield
+
 
 # Replacing
 
@@ -64,46 +78,44 @@ class Replacement:
     refusals: Mapping[str, Refusal]
 
 
-class Left(dict[str, Refusal]):
-    """What `choose` returns for layers that are left alone: the reasons, by their paths."""
-
-
 def replace_layers(
     model: nn.Module,
-    choose: Callable[[Mapping[str, nn.Module]], Any],
-    convert: Callable[[Any, Any], nn.Module],
-    tie: Callable[[Any, Any], nn.Module],
+    refuse: Callable[[str, nn.Module], Refusal | None],
+    choose: Callable[[str, Any], Any],
+    convert: Callable[[Any, Any], PackedModule],
+    shell: Callable[[Any, PackedModule], PackedModule],
     on_layer: OnLayer | None = None,
-    progress: Callable[[list[Any], str], Iterable[Any]] = lambda items, what: items,
 ) -> Replacement:
-    """Puts other modules in the place of layers of `model`, one weight after the other.
+    """Puts packed layers in the place of layers of `model`, one weight after the other, within `surgery(model)`.
 
     All choices are made before the first layer changes. A float weight is let go once its last layer is replaced. The
-    hooks of a layer move to what takes its place, and so does its bias.
+    hooks of a layer move to what takes its place, and so does its bias. Layers that share a weight share what it
+    becomes, or are all left alone.
 
     Args:
         model: changed in place; a layer by itself is not changed, what takes its place is returned.
-        choose: called for each weight with the modules that hold it, by their paths, or by the parameter's path where
-            it is not called `weight`; returns what `convert` is to make of them, or `Left` to leave them alone.
+        refuse: called with each module that has a parameter in common with a `weight`, and its path, or that of the
+            parameter where it is not called `weight`; returns why it cannot be replaced, None if it can.
+        choose: called with the first of those that share a weight; returns what `convert` is to make of them, or a
+            Refusal.
         convert: called with the first of them and that choice; returns what takes its place.
-        tie: called with each further one and what took the place of the first; returns what takes its place.
+        shell: called with each further one and what took the place of the first; returns a layer of its sizes in the
+            same format, without tensors.
         on_layer: called with the path, the weight [..., rows, columns] and what takes its layer's place, while both
             exist.
-        progress: called with a list and a title; returns what to iterate over instead of the list.
     """
-    compat.adapt_accelerate()
-    plan, refusals = _plan(model, choose)
+    plan, refusals = _plan(model, refuse, choose)
     replaced: list[str] = []
     for paths, choice in progress(plan, "Quantizing"):
-        layers = [model.get_submodule(path) for path in paths]  # that share this weight, or are one and the same
-        made: dict[int, nn.Module] = {}
+        layers = [model.get_submodule(path) for path in paths]  # sharing one weight; may be the same layer twice
+        made: dict[int, PackedModule] = {}
         for path, layer in zip(paths, layers, strict=True):
             if id(layer) not in made:
                 linear = as_linear(layer)
                 twin = next(iter(made.values()), None)
-                made[id(layer)] = convert(linear, choice) if twin is None else tie(linear, twin)
-                made[id(layer)]._stands_for_conv1d = stands_for_conv1d(linear)
-                if path:  # a layer by itself keeps its own
+                made[id(layer)] = convert(linear, choice) if twin is None else _tied(shell(linear, twin), linear, twin)
+                made[id(layer)].conv1d_class = conv1d_of(linear)
+                if path:  # a lone layer is not changed
                     _hand_over(layer, made[id(layer)])
                 if twin is None and on_layer is not None:
                     on_layer(path, linear.weight.detach(), made[id(layer)])
@@ -115,22 +127,32 @@ def replace_layers(
     return Replacement(model, replaced, refusals)
 
 
+def _tied(made: PackedModule, layer: nn.Module, twin: PackedModule) -> PackedModule:
+    """`made`, without tensors, on the packed ones of `twin`, which had the same floating-point weight as `layer`."""
+    made.share(twin)
+    if getattr(layer, "bias", None) is not None:
+        made.bias = layer.bias
+    return made.train(layer.training)
+
+
 def _hand_over(layer: nn.Module, made: nn.Module) -> None:
     """What one layer has and its replacement takes: the hooks, and the bias that an optimizer may know."""
     move_hooks(layer, made)
-    if layer._parameters.get("bias") is not None and not isinstance(layer, SwitchLinear):  # those are views
+    if layer._parameters.get("bias") is not None and not isinstance(
+        layer, SwitchLinear
+    ):  # a SwitchLinear's bias is a view
         made.bias = layer.bias
 
 
 def _plan(
-    model: nn.Module, choose: Callable[[Mapping[str, nn.Module]], Any]
+    model: nn.Module, refuse: Callable[[str, nn.Module], Refusal | None], choose: Callable[[str, Any], Any]
 ) -> tuple[list[tuple[list[str], Any]], dict[str, Refusal]]:
     """The paths of the layers to replace, those together that share a weight, with what was chosen for them; and the
     reasons for the others.
 
     A function of its own, because a weight that a variable still names is not let go.
     """
-    holders: dict[int, dict[str, nn.Module]] = {}  # all modules with a parameter, by its identity
+    holders: dict[int, dict[str, nn.Module]] = {}  # id of a parameter -> path -> module that has it
     layers: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in () if isinstance(module, PackedModule) else module._parameters.items():
@@ -138,40 +160,55 @@ def _plan(
                 holders.setdefault(id(parameter), {})[path if name == "weight" else _joined(path, name)] = module
                 layers.update({id(parameter)} if name == "weight" else ())
     plan, refusals = [], {}
-    for identity, held in holders.items():
-        if identity not in layers:
-            continue
-        choice = choose(held)
-        if isinstance(choice, Left):
-            refusals.update(choice)
-        else:
+    for held in (held for identity, held in holders.items() if identity in layers):
+        refused = _refusals(held, {path: refuse(path, layer) for path, layer in held.items()})
+        choice = None if refused else choose(*next(iter(held.items())))
+        if isinstance(choice, Refusal):
+            refused = dict.fromkeys(held, choice)
+        refusals.update(refused)
+        if not refused:
             plan.append((list(held), choice))
     return plan, refusals
+
+
+def _refusals(held: Mapping[str, nn.Module], reasons: Mapping[str, Refusal | None]) -> dict[str, Refusal]:
+    """The reasons for all modules that hold one weight if one of them cannot be replaced, else none.
+
+    Args:
+        reasons: by the path of a module, why it is left alone, None if it need not be.
+    """
+    refused = [path for path, reason in reasons.items() if reason is not None]
+    first, *_ = refused or held
+    if refused:
+        shared = Refusal(f"shares its weight with {first}", reasons[first].is_asked_for)
+        return {path: reasons[path] or shared for path in held}
+    if len({is_conv1d(layer) for layer in held.values()}) > 1:  # one has it transposed
+        return dict.fromkeys(held, Refusal(f"shares its weight with {first}, which has it transposed"))
+    return {}
+
+
+def class_refusal(
+    path: str, layer: nn.Module, dtypes: tuple[torch.dtype, ...] = FLOATS, embeddings: bool = True
+) -> Refusal | None:
+    """Why a module that holds a weight is left alone whatever its format would be; None if it need not be.
+
+    Args:
+        dtypes: that its weight may have.
+        embeddings: whether these are replaced, too.
+    """
+    if type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer) or (embeddings and row_scale(layer) is not None):
+        reason = why_not(path, layer, dtypes)
+    else:
+        reason = reason_of_class(path, layer)
+    return None if reason is None else Refusal(reason)
 
 
 def why_not(path: str, layer: nn.Module, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
     """Why a layer of a class that is replaced has to be left alone; None if it need not be. `dtypes` are those that its
     weight may have."""
     if path.rpartition(".")[2] == "_orig_mod":
-        return "is compiled by torch.compile"  # whose code would go on calling the layer itself
+        return "is compiled by torch.compile"  # compiled code would go on calling the old layer
     return obstacle(layer, dtypes)
-
-
-def shared_refusals(holders: Mapping[str, nn.Module], reasons: Mapping[str, Refusal | None]) -> Left | None:
-    """`Left` for all the holders of one weight if one of them cannot be replaced; None if all can.
-
-    Args:
-        holders: as `choose` gets them.
-        reasons: by the path of a holder, why it is left alone, None if it need not be.
-    """
-    refused = [path for path, reason in reasons.items() if reason is not None]
-    first, *_ = refused or holders
-    if refused:
-        shared = Refusal(f"shares its weight with {first}", reasons[first].is_asked_for)
-        return Left({path: reasons[path] or shared for path in holders})
-    if len({is_conv1d(layer) for layer in holders.values()}) > 1:  # rows of the one are columns of the other
-        return Left({path: Refusal(f"shares its weight with {first}, which has it transposed") for path in holders})
-    return None
 
 
 def _joined(path: str, name: str) -> str:
@@ -203,7 +240,7 @@ def float_weights(model: nn.Module, refusals: Mapping[str, Refusal]) -> list[Flo
     seen: set[int] = set()
     for path, name, module, parameter in _matrices(model, refusals):
         owner, _, part = path.partition(".parametrizations.")
-        if part:  # its tensors belong to the layer that they are for
+        if part:  # tensors of a parametrization count for their layer
             path, module = owner, model.get_submodule(owner)
         elif name != "weight" and not isinstance(module, (nn.Linear, nn.Embedding)):
             path = _joined(path, name)

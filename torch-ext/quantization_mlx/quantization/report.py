@@ -1,7 +1,5 @@
 """What quantization does to each layer of a model: bits per weight and errors, as a table and as a picture."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -13,6 +11,7 @@ import torch
 
 from ..formats import format_name
 from ..ops import dequantize
+from ..optional import require
 from .replacement import FloatWeight, share
 
 _CHUNK = 1 << 22  # weights that are dequantized at once
@@ -168,14 +167,6 @@ def _count(number: int, of: str = "weights") -> str:
     return f"{number:,} {of}".replace(",", " ")
 
 
-def quantization_report(layers: Iterable[tuple[str, torch.Tensor, Any]]) -> QuantizationReport:
-    """The report of (path, weight, quantized module) triples, as `QuantizationReport.add` takes them."""
-    report = QuantizationReport()
-    for path, weight, quantized in layers:
-        report.add(path, weight, quantized)
-    return report
-
-
 def _error_and_norm(weight: torch.Tensor, quantized: Any) -> tuple[float, float]:
     """||dequantized - weight|| and ||weight||."""
     original = weight.detach().flatten(0, -2)
@@ -203,15 +194,12 @@ _SIZE = (9.0, 4.8)  # inches
 def _draw(report: QuantizationReport, file: str | os.PathLike[str]) -> None:
     if not report.layers:
         raise ValueError("[QuantizationReport] there are no layers to draw")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise ImportError('plots need the package matplotlib: pip install "quantization-mlx[plot]"') from error
+    agg = require("matplotlib.backends.backend_agg", "plot")
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=_SIZE, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    agg.FigureCanvasAgg(figure)
     axes = figure.subplots()
     markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(dict.fromkeys(_formats(report)))}
     series: dict[str, list[tuple[float, LayerError]]] = {}
