@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize
 
 import oracle
-from oracle import DTYPES, SOME_FORMATS, Format, name_of
+from cases import DTYPES, SOME_FORMATS
+from oracle import Format, name_of
 from quantization_mlx import QuantizedEmbedding, QuantizedLinear
 
 AFFINE, _, _, *FLOATS = SOME_FORMATS

@@ -19,7 +19,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import oracle
-from oracle import FORMATS, name_of
+from cases import FORMATS
+from oracle import name_of
 from quantization_mlx import QuantizedEmbedding, QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.quantization.recipes import RECIPES, mixed_recipe
 from quantization_mlx.quantization.report import QuantizationReport

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import oracle
 import quantization_mlx as qm
-from oracle import SOME_FORMATS, name_of
+from cases import SOME_FORMATS
+from oracle import name_of
 from quantization_mlx import QuantizedEmbedding, QuantizedLinear, dequantize_model, quantize_model
 from quantization_mlx.marlin.layers import MarlinLinear, MetalQuantizedLinear
 from quantization_mlx.marlin.models import replace_linear_layers

@@ -34,8 +34,9 @@ from transformers import (
 )
 
 import oracle
+from cases import FLOAT_FORMATS, SOME_FORMATS
 from disk import fill_disk
-from oracle import FLOAT_FORMATS, SOME_FORMATS, name_of
+from oracle import name_of
 from quantization_mlx import QuantizedEmbedding, QuantizedLinear, cli, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.checkpoint.record import format_of_tensors
 from quantization_mlx.checkpoint.staging import staged

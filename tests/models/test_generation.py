@@ -31,7 +31,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import oracle
-from oracle import DTYPES, name_of
+from cases import DTYPES
+from oracle import name_of
 from quantization_mlx import dequantize_model, load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
 from quantization_mlx._ops import ops
 from quantization_mlx.hf import decoder

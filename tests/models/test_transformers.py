@@ -26,8 +26,9 @@ from transformers import (
 )
 
 import oracle
+from cases import SOME_FORMATS
 from covering import mostly_exhaustive
-from oracle import SOME_FORMATS, name_of
+from oracle import name_of
 from quantization_mlx import (
     QuantizedEmbedding,
     QuantizedLinear,

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import oracle
 import quantization_mlx as qm
-from oracle import AFFINE_FORMATS, DTYPES, FLOAT_FORMATS, FORMATS, SOME_FORMATS, Format, Quantized, name_of
+from cases import AFFINE_FORMATS, DTYPES, FLOAT_FORMATS, FORMATS, SOME_FORMATS
+from oracle import Format, Quantized, name_of
 
 pytestmark = pytest.mark.kernels_ci
 
@@ -546,7 +548,7 @@ LARGE_FORMATS = (
     Format("affine", 128, 3),
     Format("affine", 32, 8),
     *FLOAT_FORMATS,
-    *(Format(mode, 32, bits) for mode, bits in oracle.MARLIN_BITS.items()),
+    *(Format(mode, 32, bits) for mode, bits in cases.MARLIN_BITS.items()),
     Format("marlin_fp8", 128, 8),
 )
 # Around where "mps" goes from matvecs to tiles, and to larger tiles.

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import oracle
 import quantization_mlx as qm
-from oracle import AFFINE_FORMATS, DTYPES, FLOAT_FORMATS, FORMATS, Format, Quantized, name_of
+from cases import AFFINE_FORMATS, DTYPES, FLOAT_FORMATS, FORMATS
+from oracle import Format, Quantized, name_of
 from tally import Tally
 
 pytestmark = pytest.mark.kernels_ci
@@ -135,7 +137,7 @@ def test_quantize_shapes(device: str, tally: Tally, format: Format, leading: tup
             compare_with_mlx(tally, device, w, format, f"{format} {tuple(w.shape)}")
 
 
-@pytest.mark.parametrize("format", oracle.SOME_FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", cases.SOME_FORMATS, ids=name_of)
 def test_quantize_takes_any_strides(device: str, format: Format) -> None:
     rows, columns = 6, 2 * format.group_size
     base = _randn((2 * columns, 2 * rows), seed=0).to(device)
@@ -214,7 +216,7 @@ def test_formats_are_those_of_mlx() -> None:
                 with contextlib.suppress(ValueError):
                     mx.quantize(mx.ones((1, 256)), group_size=group_size, bits=bits, mode=mode)
                     known.add(oracle.Format(mode, group_size, bits))
-    assert set(oracle.FORMATS) == known
+    assert set(cases.FORMATS) == known
 
 
 @pytest.mark.parametrize("group_size, bits, mode", [(None, None, "affine"), (None, None, "nvfp4"), (None, 8, "affine")])
@@ -353,7 +355,7 @@ def test_dequantize(device: str, format: Format, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("format", oracle.SOME_FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", cases.SOME_FORMATS, ids=name_of)
 def test_dequantize_to_a_dtype(device: str, format: Format, dtype: torch.dtype) -> None:
     for stored in DTYPES:
         weights = oracle.random_quantized(format, 5, 3 * format.group_size, dtype=stored)
@@ -393,7 +395,7 @@ def test_dequantize_global_scale(device: str, dtype: torch.dtype) -> None:
         oracle.assert_within(ours, theirs, 2 * torch.finfo(dtype).eps * weights.dense.abs(), "mlx")
 
 
-@pytest.mark.parametrize("format", oracle.SOME_FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", cases.SOME_FORMATS, ids=name_of)
 def test_dequantize_takes_any_strides_and_signed_words(device: str, format: Format) -> None:
     weights = oracle.random_quantized(format, 6, 4 * format.group_size).to(device)
     expected = _ours(weights, device)

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oracle
 import quantization_mlx as qm
+from cases import DTYPES, FLOAT_FORMATS, SOME_FORMATS
 from devices import NATIVE_DEVICES
-from oracle import DTYPES, FLOAT_FORMATS, SOME_FORMATS, Format, Quantized, name_of
+from oracle import Format, Quantized, name_of
 from quantization_mlx._ops import ops
 from quantization_mlx.marlin import (
     MetalKernelLibrary,
