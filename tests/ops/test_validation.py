@@ -141,7 +141,7 @@ CASES: dict[str, Case] = {
     "quantize group_size negative": Case("quantize", {"group_size": -64}, ("-64",)),
     "quantize group_size 2**40": Case("quantize", {"group_size": 2**40}, (str(2**40),)),
     "quantize group_size float": Case("quantize", {"group_size": 64.5}, ("64.5|float",)),
-    "quantize bits 1": Case("quantize", {"bits": 1}, (r"\b1\b",)),
+    "quantize bits 0": Case("quantize", {"bits": 0}, (r"bits 0\b",)),
     "quantize bits 7": Case("quantize", {"bits": 7}, (r"\b7\b",)),
     "quantize bits 16": Case("quantize", {"bits": 16}, (r"\b16\b",)),
     "quantize bits negative": Case("quantize", {"bits": -4}, ("-4",)),
