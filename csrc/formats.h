@@ -13,12 +13,11 @@ namespace quantization_mlx {
 #define QUANTIZATION_MLX_16(EACH, ...) EACH(16, __VA_ARGS__)
 #define QUANTIZATION_MLX_32(EACH, ...) EACH(32, __VA_ARGS__)
 #define QUANTIZATION_MLX_32_64_128(EACH, ...) EACH(32, __VA_ARGS__) EACH(64, __VA_ARGS__) EACH(128, __VA_ARGS__)
-#define QUANTIZATION_MLX_1_TO_6_AND_8(EACH, ...)                                                           \
-  EACH(1, __VA_ARGS__)                                                                                     \
-  EACH(2, __VA_ARGS__) EACH(3, __VA_ARGS__) EACH(4, __VA_ARGS__) EACH(5, __VA_ARGS__) EACH(6, __VA_ARGS__) \
-      EACH(8, __VA_ARGS__)
-
 // clang-format off
+#define QUANTIZATION_MLX_1_TO_6_AND_8(EACH, ...)                                      \
+  EACH(1, __VA_ARGS__) EACH(2, __VA_ARGS__) EACH(3, __VA_ARGS__) EACH(4, __VA_ARGS__) \
+  EACH(5, __VA_ARGS__) EACH(6, __VA_ARGS__) EACH(8, __VA_ARGS__)
+
 // ROW(name, packing, element, scale, offset, zero, group sizes, widths, default group size, default bits, ...)
 #define QUANTIZATION_MLX_MODES(ROW, ...)                                                                      \
   ROW(affine,          rows,    integer, real,    biases, 0.0f, 32_64_128, 1_TO_6_AND_8, 64,  4, __VA_ARGS__) \

@@ -1,4 +1,4 @@
-// Which matrices a threadgroup works on: the batch strides of a plain product, the indices of a gathered one.
+// What product kernels share: their arguments, the matrices that a threadgroup works on, and the sums that it writes.
 #pragma once
 
 #include "../common/metal.h"

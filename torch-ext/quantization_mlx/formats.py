@@ -1,7 +1,5 @@
 """The modes of quantized matrices and their formats, as the library's table has them (csrc/formats.h)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 
 from ._ops import ops
 
-Format = dict[str, Any]  # the keyword arguments group_size, bits and mode of ops and layers
+Format = dict[str, Any]  # group_size, bits and mode, as keyword arguments
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of activations and of weights to quantize
 
@@ -47,8 +45,8 @@ def _mode(row: dict[str, Any]) -> Mode:
 
 # In the order of their numbers in the library.
 MODES = {row["name"]: _mode(row) for row in json.loads(ops._modes())}
-MARLIN_MODES = {name: mode for name, mode in MODES.items() if mode.packing == "columns"}
 MLX_MODES = {name: mode for name, mode in MODES.items() if mode.packing == "rows"}
+MARLIN_MODES = {name: mode for name, mode in MODES.items() if mode.packing == "columns"}
 
 
 def complete_format(group_size: int | None = None, bits: int | None = None, mode: str = "affine") -> Format:

@@ -22,6 +22,7 @@ from ..nn.conv1d import as_linear, finish_conv1d, place_linear
 from ..nn.module import PackedModule, QuantizedModule
 from ..quantization.model import dequantize_model, quantize_model, shell_like, shell_of
 from ..quantization.replacement import Refusal, class_refusal, replace_layers
+from . import compat
 from .experts import expert_renamings, finish_experts, is_packed_router, place_experts, place_routers
 
 if TYPE_CHECKING:
@@ -149,9 +150,16 @@ def _place_layers(
     def shell(layer: nn.Module, format: Format) -> QuantizedModule:
         return shell_of(layer, format, dtype)
 
+    compat.adapt_accelerate()
     done = replace_layers(model, class_refusal, choose, shell, shell_like)
     place_routers(model, format_of)
     _refuse_obstacles(model, done.refusals, format_of, files[0].parent)
+    _tie_packed(model, stored)
+    check_tensors(model, _without_ignored(model, stored), str(files[0].parent), converted | _may_be_missing(model))
+
+
+def _tie_packed(model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> None:
+    """Lets Transformers tie the scales and biases with the words, and tie to what is stored."""
     for target, source in list(model.all_tied_weights_keys.items()):
         layer_path, _, attribute = target.rpartition(".")
         if not isinstance(layer := model.get_submodule(layer_path), QuantizedModule):
@@ -166,7 +174,6 @@ def _place_layers(
         if source not in stored and target in stored:  # else Transformers makes a new source
             model.all_tied_weights_keys[source] = target
             del model.all_tied_weights_keys[target]
-    check_tensors(model, _without_ignored(model, stored), str(files[0].parent), converted | _may_be_missing(model))
 
 
 def _refuse_obstacles(
@@ -354,8 +361,7 @@ def align_parameters(model: nn.Module) -> None:
 
 
 def _is_finite(scales: torch.Tensor, mode: str) -> bool:
-    kind = MODES[mode].scale
-    if kind == "real":
+    if scales.is_floating_point():
         return bool(scales.isfinite().all())
     # Bytes that stand for no number.
-    return not bool(((scales & 0x7F) == 0x7F if kind == "e4m3" else scales == 0xFF).any())
+    return not bool(((scales & 0x7F) == 0x7F if MODES[mode].scale == "e4m3" else scales == 0xFF).any())

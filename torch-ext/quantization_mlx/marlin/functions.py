@@ -22,7 +22,7 @@ from .arrays import accepts_mlx_arrays
 from .library import MetalKernelLibrary
 
 BITS = {name: mode.bits[0] for name, mode in MARLIN_MODES.items()}
-GROUP_SIZES = MARLIN_MODES["marlin_fp4"].group_sizes  # the same in all modes
+GROUP_SIZES = tuple(sorted(MARLIN_MODES["marlin_fp4"].group_sizes, reverse=True))  # the same in all modes
 
 # Called with all arguments: the fastest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default

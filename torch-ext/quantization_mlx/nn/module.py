@@ -21,6 +21,9 @@ from .packed_weight import Packed, PackedWeight, packed_weight
 _quantized_matmul = ops.quantized_matmul.default
 
 
+_SCALE_DTYPES = {"float16": torch.float16, "e8m0": torch.uint8, "e4m3": torch.uint8}  # "real": that of the model
+
+
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
@@ -65,15 +68,15 @@ class PackedModule(nn.Module):
             sizes = (length, rows) if mode.packing == "columns" else (rows, length)
             return frozen(torch.zeros(*batch, *sizes, dtype=dtype, device=device))
 
-        scale_dtypes = {"real": dtype or torch.get_default_dtype(), "float16": torch.float16}
-        scale_dtype = scale_dtypes.get(mode.scale, torch.uint8)
+        scale_dtype = _SCALE_DTYPES.get(mode.scale) or dtype or torch.get_default_dtype()
         words, scales, third = self.packed_names
-        # register_parameter refuses the name of a property.
-        self._parameters[words] = zeros(columns * self.bits // 32, torch.uint32)
+        self._parameters[words] = zeros(
+            columns * self.bits // 32, torch.uint32
+        )  # register_parameter refuses a property's name
         for name, is_there in ((scales, True), (third, mode.offset != "none")):
             self.register_parameter(name, zeros(columns // self.group_size, scale_dtype) if is_there else None)
         self.register_buffer("_like", None, persistent=False)
-        if mode.scale != "real":
+        if mode.scale != "real":  # real scales tell the dtype of `weight`
             self.follow_dtype(dtype, device)
 
     def follow_dtype(self, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
@@ -205,11 +208,6 @@ class QuantizedModule(PackedModule):
                 f"{format['group_size']}"
             )
         super().__init__(shape, format, device, dtype)
-
-    @property
-    def _has_real_scales(self) -> bool:
-        """Whether the scales tell the dtype of the matrix; otherwise the module remembers it."""
-        return MODES[self.mode].scale == "real"
 
     @property
     def weight_packed(self) -> nn.Parameter:

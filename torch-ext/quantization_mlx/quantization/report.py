@@ -194,12 +194,9 @@ _SIZE = (9.0, 4.8)  # inches
 def _draw(report: QuantizationReport, file: str | os.PathLike[str]) -> None:
     if not report.layers:
         raise ValueError("[QuantizationReport] there are no layers to draw")
-    agg = require("matplotlib.backends.backend_agg", "plot")
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    figure = Figure(figsize=_SIZE, dpi=120, layout="constrained")
-    agg.FigureCanvasAgg(figure)
+    figure = require("matplotlib.figure", "plot").Figure(figsize=_SIZE, dpi=120, layout="constrained")
+    require("matplotlib.backends.backend_agg", "plot").FigureCanvasAgg(figure)
+    line = require("matplotlib.lines", "plot").Line2D
     axes = figure.subplots()
     markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(dict.fromkeys(_formats(report)))}
     series: dict[str, list[tuple[float, LayerError]]] = {}
@@ -214,8 +211,8 @@ def _draw(report: QuantizationReport, file: str | os.PathLike[str]) -> None:
         for x, y, layer in zip(xs, ys, layers, strict=True):
             axes.plot(x, y, markers[layer.format], color=f"C{color % 10}", markersize=5)
     handles = [
-        *(Line2D([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(series)),
-        *(Line2D([], [], color="black", marker=mark, linestyle="", label=name) for name, mark in markers.items()),
+        *(line([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(series)),
+        *(line([], [], color="black", marker=mark, linestyle="", label=name) for name, mark in markers.items()),
     ]
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
     axes.set_xlabel("decoder layer (-1: outside of them)")
