@@ -31,7 +31,7 @@ from tally import Tally
 # The software device, the cross build and GCC's sanitizers are for machines that are no Macs.
 if sys.platform == "darwin":
     collect_ignore = [
-        *("shaders/test_shaders.py", "shaders/test_tensor_ops.py", "shaders/test_metal_cost.py"),
+        *("shaders/test_shaders.py", "shaders/test_tensor_shaders.py", "shaders/test_metal_cost.py"),
         *("host/test_metal_host.py", "host/test_mac_check.py", "cpu/test_sanitized_ops.py"),
     ]
 

@@ -1,7 +1,7 @@
 // The kernels of every instruction set that this machine has, without torch, against float64 on decoded weights.
 //
-// Small enough to compile for another architecture and run in an emulator, and to run under sanitizers. Every buffer ends
-// where the kernels may not go any further. Prints one line per instruction set; exits with 1 when
+// Small enough to compile for another architecture and run in an emulator, and to run under sanitizers. Every buffer
+// ends where the kernels may not go any further. Prints one line per instruction set; exits with 1 when
 // a result is outside the bound. With the argument "brief", long sums, which take most of the time, meet only the
 // fewest and the most rows.
 #include <sys/mman.h>
@@ -278,7 +278,8 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8, b
         magnitudes += std::fabs(activation) * (std::fabs(column[k].value) + 2 * std::fabs(column[k].bias));
         doubt += step * std::fabs(column[k].value);
       }
-      const double error = std::fabs(y.get()[m * product.y_row + n] - expected) / (epsilon * (magnitudes + 1e-30) + doubt);
+      const double error =
+          std::fabs(y.get()[m * product.y_row + n] - expected) / (epsilon * (magnitudes + 1e-30) + doubt);
       worst = error > worst || std::isnan(error) ? error : worst;
     }
   }

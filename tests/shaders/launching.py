@@ -1,0 +1,48 @@
+"""What hand-planned launches of the shaders have in common."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import oracle
+from oracle import Format, Quantized
+
+ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)  # csrc/gpu/launch.h
+FOUR_BIT = Format("affine", 64, 4)
+NVFP4 = Format("nvfp4", 16, 4)
+
+
+def kernel_name(format: Format, op: str, dtype: torch.dtype, rows: int = 1) -> str:
+    suffix = f"_rows_{rows}" if rows > 1 else ""
+    return f"{format.mode}_{op}_{oracle.name_of(dtype)}_gs_{format.group_size}_b_{format.bits}{suffix}"
+
+
+def memory(tensor: Tensor | None) -> np.ndarray | None:
+    """The whole storage under a tensor, as the device sees it; bfloat16 as uint16."""
+    if tensor is None:
+        return None
+    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return flat.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else flat.numpy()
+
+
+def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, 77, dtype=dtype)
+
+
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def columns_of(weights: Quantized, transpose: bool) -> int:
+    if weights.format.is_column_packed:
+        return weights.w.shape[-1]
+    return weights.w.shape[-2] if transpose else weights.w.shape[-1] * 32 // weights.format.bits
+
+
+def expanded(weights: Quantized, outer: int = 1, inner: int = 1) -> Quantized:
+    """The matrices [N, K] or [inner, N, K], broadcast to two batch dimensions."""
+    shape = (outer, inner, -1, -1)
+    w, scales, biases = (None if tensor is None else tensor.expand(shape) for tensor in weights.tensors)
+    return Quantized(weights.format, w, scales, biases, weights.global_scale)
