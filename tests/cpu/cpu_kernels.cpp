@@ -213,12 +213,7 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8, b
   std::vector<float> workspace(products.workspace(product));
   product.y_row = (test.N + broadcast_columns - 1) / broadcast_columns * broadcast_columns;
   std::vector<float> y(test.rows * product.y_row);
-  switch (layout) {
-    case Layout::streamed: products.streamed(product, 0, test.N, y.data()); break;
-    case Layout::tiled: products.tiled(product, 0, test.N, workspace.data(), y.data()); break;
-    case Layout::broadcast: products.broadcast(product, 0, test.N, workspace.data(), y.data()); break;
-    case Layout::plain: products.plain(product, 0, test.N, workspace.data(), y.data()); break;
-  }
+  products.multiply[static_cast<int>(layout)](product, 0, test.N, workspace.data(), y.data());
 
   // Float32 sums of K terms, which one lane adds where x is broadcast; a bfloat16 tile also rounds each weight.
   const bool one_lane = layout == Layout::broadcast || is_column_packed(test.format.mode);
