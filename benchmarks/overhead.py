@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from quantization_mlx._ops import ops
 
 import quantization_mlx
+from quantization_mlx._ops import ops
 
 CALLS = 1000
 TURNS = 31

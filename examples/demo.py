@@ -28,9 +28,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.compat import cache_name
-from quantization_mlx.generation import prepare_for_generation
+from quantization_mlx import load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
+from quantization_mlx.hf.compat import cache_name
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).resolve().parent

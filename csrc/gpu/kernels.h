@@ -1,11 +1,10 @@
-// Every kernel: its name, and the template of metal/ that it is an instance of. Macros alone, for two readers: the host
-// finds the names of a plan here, and the one instance that a library compiled at run time holds; the .metal files make
-// all instances of a library that is compiled beforehand.
+// Every kernel: its name, and the template of metal/ that it is an instance of. Macros, because both read them: the
+// host for the kernels of a plan and the one instance that a library compiled at run time holds, and the .metal files
+// for all instances of a library that is compiled beforehand.
 //
-// KERNEL(name, instance) for each kernel of an element type T, that of x and y, and a format. A name is a row of string
-// literals: what stands before the op, the op, what stands after it, and rows where there are several. affine_qmv_ is
-// followed by float16_gs_64_b_4 and perhaps _rows_2. The format's template arguments, such as Mode::affine, 64, 4, come
-// last.
+// KERNEL(name, instance) for each kernel of an element type T, that of x and y, and a format. A name is `before`, such
+// as "affine_", the op, `after`, such as "_float16_gs_64_b_4", and for several rows "_rows_2". The last arguments are
+// those of the format: Mode::affine, 64, 4.
 #pragma once
 
 #define MATVEC_KERNELS_rows(KERNEL, before, after, T, ...)                         \

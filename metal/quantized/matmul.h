@@ -14,19 +14,19 @@
 //   fetch 0 | store | barrier | fetch 1, multiply 0 | barrier | store | barrier | fetch 2, multiply 1 | ...
 //
 // Every weight is unpacked once for all rows of the tile, by the thread that loaded it, and every value of x is loaded
-// once for all 64 columns. What a step needs is on its way to registers while the matrix units work on the step before,
-// so neither their latency nor a second copy in threadgroup memory is paid for: there is room for several threadgroups
-// on a core. A fragment of x, once in registers, meets two or four fragments of weights, and the other way round, and
-// each pair has its own accumulator: up to sixteen independent multiplications of 8x8 matrices between two loads.
-// Fragments of rows that do not exist are not multiplied.
+// once for all 64 columns. The next step is loaded into registers while the matrix units work on this one, which hides
+// the latency without a second copy in threadgroup memory, so that several threadgroups fit on a core. A fragment of x,
+// once in registers, is multiplied by two or four fragments of weights, and the other way round, and each pair has its
+// own accumulator: up to sixteen independent multiplications of 8x8 matrices between two loads. Fragments of rows that
+// do not exist are not multiplied.
 //
-// What timing this source on a GPU taught (docs/gpu-lane.md): with few rows a step is short, and its two barriers and
-// the wait for w are most of it, so steps of 64 take four fifths of the time; with 64 rows they would gain little and
-// leave room for half as many threadgroups. A product is cut along K until every core has several threadgroups,
-// whatever the tile, because unpacking each weight once is worth more than a smaller tile.
+// Measured on another GPU (docs/gpu-lane.md): with few rows, the two barriers of a step and the wait for w take most of
+// its time, so steps of 64 take four fifths of the time; with 64 rows they would gain little and halve the threadgroups
+// on a core. A product is cut along K until every core has several threadgroups, whatever the tile, because unpacking
+// each weight once is worth more than a smaller tile.
 //
-// gather_qmm_rhs: a tile of 32 pairs goes through the runs of equal matrices in it. Lane i of every simdgroup knows
-// pair i, so the runs are found without memory; sorted pairs make one run of most tiles.
+// gather_qmm_rhs: a tile of 32 pairs is computed as its runs of equal matrices. Lane i of every simdgroup holds pair i,
+// so runs are found without memory; where pairs are sorted, most tiles are one run.
 #pragma once
 
 #include "../common/metal.h"

@@ -14,15 +14,14 @@
 //
 // A weight is unpacked once for all rows of the tile. The packed words of the next step are loaded before the matrix
 // units start on this one, which hides their latency. All four simdgroups run one operation together, and the library
-// splits it as suits the GPU. Which of the sums a thread holds differs between GPU generations, so it is asked for,
-// never assumed.
+// divides it among them. Which sums a thread holds differs between GPU generations, so the tensor is asked.
 //
-// Whole tiles have static sizes, so that the matrix units check nothing. Tiles at the edge of M, and a K that is no
-// multiple of 64, have sizes known at run time, and nothing beyond x's last row or column is read.
+// Whole tiles have static sizes, so that no bounds are checked. Tiles at the edge of M, and a K that is no multiple of
+// 64, have sizes known at run time, and nothing beyond the last row or column of x is read.
 //
-// gather_qmm_rhs: a tile of 32 pairs goes through the runs of equal experts in it, and the weights of a run's expert
-// meet all rows of the tile, of which those of the run count. Rows of x come from anywhere, so they go through
-// threadgroup memory, too. With sorted pairs most tiles are one run.
+// gather_qmm_rhs: a tile of 32 pairs is computed as its runs of equal matrices. For each run, all rows of the tile are
+// multiplied, and those of the run are written. Rows of x can be anywhere, so they are copied to threadgroup memory.
+// Where pairs are sorted, most tiles are one run.
 #pragma once
 
 #if __METAL_VERSION__ >= 400 && __has_include(<MetalPerformancePrimitives/MetalPerformancePrimitives.h>)
@@ -53,8 +52,8 @@ inline constexpr int step_vectors(int rows) {
   return rows * padded<T>(64) * static_cast<int>(sizeof(T)) / 16;
 }
 
-// The step of x at its first element, `rows_left` x `depth_left`; a whole one has static sizes. Where it begins is
-// computed here, in 64 bits: slices of a large tensor go wrong beyond 2 GiB.
+// The step of x, `rows_left` x `depth_left`, that begins at x; a whole one has static sizes. The address is computed in
+// 64 bits: slices of a large tensor go wrong beyond 2 GiB.
 template <bool whole, int rows, typename T>
 inline auto step_of_x(const device T* x, long row_stride, int depth_left, int rows_left) {
   // The operation takes no const elements; it writes none.
@@ -187,7 +186,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
 
 // --- Gathered products of sorted pairs -----------------------------------------------------------------------------
 
-// One run of pairs with the same expert: rows first to last - 1 of the tile, whose x is in `pieces`.
+// One run of pairs with the same matrix: rows [first, last) of the tile, whose x is in `pieces`.
 template <bool transpose, Mode mode, int group_size, int bits, typename T, typename Scale>
 inline void tensor_gather_run(
     thread const Operands<T, Scale>& operands,

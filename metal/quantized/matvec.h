@@ -7,16 +7,16 @@
 //                 16 row of w           n        |       n + 1        with n + 2, n + 4, n + 6 in more registers
 //   simdgroups 1, 2, 3:       16  17  ...  31 ...  63 of the same rows of w; then all of them go on by 64 parts
 //
-// Sixteen lanes read a row of w side by side, 16 bytes a lane at 4 bits: whole lines. What is in registers of x serves
-// four rows of w, and every part of w that is loaded and unpacked serves all rows of x. Each pair of a row of x and a
-// row of w has an accumulator of its own, so no addition waits for another. At the end four shuffles add up the lanes,
-// and threadgroup memory the simdgroups, with the one barrier of the kernel.
+// Sixteen lanes read adjacent parts of a row of w, 16 bytes each at 4 bits: whole lines. A value of x in a register is
+// used for four rows of w, and a weight, once unpacked, for all rows of x. Each pair of a row of x and a row of w has
+// an accumulator of its own, so no addition waits for another. At the end four shuffles add up the lanes, and
+// threadgroup memory the simdgroups, with the only barrier of the kernel.
 //
-// What timing this source on a GPU taught (docs/gpu-lane.md), and why it should hold on Apple's: a threadgroup whose
-// simdgroups divide K puts four times as many loads on their way as one that divides N, and needs no second kernel to
-// add up parts; four rows of w to a lane instead of two halve what is loaded and added of x; codes and addresses are
-// the rest of the work, so both are kept to few and cheap operations; and the code of one step is kept short enough for
-// an instruction cache, by taking 16 elements at a time where there are many rows.
+// Measured on another GPU (docs/gpu-lane.md), for reasons that hold on Apple's: a threadgroup whose simdgroups divide K
+// has four times as many loads in flight as one that divides N, and needs no second kernel to add up parts; four rows
+// of w per lane instead of two halve the loads and sums of x; the rest of the time goes into unpacking and addresses,
+// so both take few and cheap operations; and the code of one step fits an instruction cache, because it takes 16
+// elements at a time where there are many rows.
 //
 // qvm of one row: y = x @ w, w [K, N], groups along N.
 //
@@ -31,12 +31,10 @@
 //   simdgroup:  lane         0       1        2        3   ...     31
 //               columns   [0, 8)  [8, 16) [16, 24) [24, 32)   [248, 256)          of rows k, k + 1, ... at once
 //
-// So a lane has eight accumulators for each row of x, which is what its registers hold, and unpacks each weight once
-// for all of them; at 4 bits the simdgroup reads whole lines as before. All lanes want the same values of x: the loads
-// of a simdgroup are one address.
+// So a lane has eight accumulators for each row of x, as many as fit its registers, and unpacks each weight once for
+// all of them; at 4 bits a simdgroup reads whole lines. All lanes load the same values of x, from one address.
 //
-// Split-K, of qvm: part p of the y dimension takes its share of K and writes float32 partial sums; sum_parts adds them
-// up.
+// Split-K, of qvm: threadgroup p along y takes part p of K and writes float32 partial sums; sum_parts adds them up.
 #pragma once
 
 #include "../common/metal.h"
@@ -218,18 +216,8 @@ inline void matvec_transposed(
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int i = simdgroup * 32 + lane; i < rows * columns; i += qmv_simdgroups() * 32) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int s = 0; s < qmv_simdgroups(); ++s) {
-      sum += shared[s * rows * columns + i];
-    }
-    const int m = i / columns;
-    const int n = block * columns + i % columns;
-    if (m < params.rows && (aligned_outputs || n < params.n)) {
-      y[static_cast<long>(m) * params.n + n] = static_cast<Y>(sum * operands.factor);
-    }
-  }
+  write_sums<qmv_simdgroups(), rows, columns>(
+      shared, y, params, 0, block * columns, operands.factor, simdgroup * 32 + lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
@@ -450,33 +438,20 @@ inline void matvec_plain(
         operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
   }
 
+  constexpr int at_once = rows_at_once(rows);
 #pragma unroll
-  for (int first = 0; first < rows; first += rows_at_once(rows)) {
+  for (int first = 0; first < rows; first += at_once) {
     if (first > 0) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows before have been added up
     }
 #pragma unroll
-    for (int m = 0; m < rows_at_once(rows); ++m) {
-#pragma unroll
-      for (int i = 0; i < chunk_elements; ++i) {
-        shared[(m * qvm_simdgroups() + simdgroup) * qvm_columns() + lane_column + i] =
-            sums[(first + m) * chunk_elements + i];
-      }
+    for (int i = 0; i < at_once * chunk_elements; ++i) {
+      const int row = simdgroup * at_once + i / chunk_elements;
+      shared[row * qvm_columns() + lane_column + i % chunk_elements] = sums[first * chunk_elements + i];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
-    for (int m = 0; m < rows_at_once(rows); ++m) {
-      for (int i = simdgroup * 32 + lane; i < qvm_columns(); i += qvm_simdgroups() * 32) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int s = 0; s < qvm_simdgroups(); ++s) {
-          sum += shared[(m * qvm_simdgroups() + s) * qvm_columns() + i];
-        }
-        if (first + m < params.rows && (aligned_outputs || first_column + i < params.n)) {
-          y[static_cast<long>(first + m) * params.n + first_column + i] = static_cast<Y>(sum * operands.factor);
-        }
-      }
-    }
+    write_sums<qvm_simdgroups(), at_once, qvm_columns()>(
+        shared, y, params, first, first_column, operands.factor, simdgroup * 32 + lane);
   }
 }
 

@@ -10,14 +10,13 @@
 //   simdgroups 0, 1, ..., 7:  groups 0, 1, ..., 7 of the same columns; then all of them go on by 8 groups, down K
 //
 // A lane keeps its two columns to the end, so no lane needs another's sum: threadgroup memory adds up the simdgroups,
-// in a fixed order, with the one barrier of the kernel. Every word and every scale is read once, for all rows of x. All
-// lanes want the same values of x: the loads of a simdgroup are one address, and what is in registers of x serves two
-// columns.
+// in a fixed order, with the only barrier of the kernel. Every word and every scale is read once, for all rows of x.
+// All lanes load the same values of x, from one address, and use them for two columns.
 //
-// One row: codes are summed first; once for each group, the sums are scaled. What the codes that stand for zero add to
-// a sum is that code times the sum of x, which is the same for all columns: each lane loads one element of a run of x,
-// and the simdgroup adds them up, in place of 32 additions in every lane. More rows: weights are scaled before they
-// meet x, which leaves more registers for it.
+// One row: the sums of codes times x are scaled once for each group. The zero of a group contributes itself times the
+// sum of x, which is the same for all columns: each lane loads one element of a run of x, and the simdgroup adds them
+// up, instead of 32 additions in every lane. More rows: weights are scaled before they are multiplied by x, which
+// leaves more registers for it.
 //
 // Split-K as in qvm (matvec.h). Parts are whole groups.
 #pragma once
@@ -194,18 +193,8 @@ inline void matvec_of_columns(
     shared[(simdgroup * rows + i / lane_columns) * block_columns + lane * lane_columns + i % lane_columns] = sums[i];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int i = simdgroup * 32 + lane; i < rows * block_columns; i += column_qvm_simdgroups() * 32) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int s = 0; s < column_qvm_simdgroups(); ++s) {
-      sum += shared[s * rows * block_columns + i];
-    }
-    const int m = i / block_columns;
-    const int n = first_column + i % block_columns;
-    if (m < params.rows && (aligned_outputs || n < params.n)) {
-      y[static_cast<long>(m) * params.n + n] = static_cast<Y>(sum);
-    }
-  }
+  write_sums<column_qvm_simdgroups(), rows, block_columns>(
+      shared, y, params, 0, first_column, operands.factor, simdgroup * 32 + lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>

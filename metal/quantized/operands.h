@@ -1,4 +1,4 @@
-// Which matrices a threadgroup works on: the batch strides of a plain product, the indices of a gathered one.
+// What product kernels share: their arguments, the matrices that a threadgroup works on, and the sums that it writes.
 #pragma once
 
 #include "../common/metal.h"
@@ -150,6 +150,32 @@ inline int end_of_run(int rhs, int first, int pairs) {
     ++end;
   }
   return end;
+}
+
+// Adds up, in a fixed order, what each of the simdgroups of a threadgroup has in `shared` for the same rows x columns
+// of y, and writes it, times `factor`, to rows from first_row and columns from first_column on, as far as the matrix
+// goes.
+template <int simdgroups, int rows, int columns, typename Y>
+inline void write_sums(
+    threadgroup const float* shared,
+    device Y* y,
+    constant ProductParams& params,
+    int first_row,
+    int first_column,
+    float factor,
+    int thread_index) {
+  for (int i = thread_index; i < rows * columns; i += simdgroups * 32) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int simdgroup = 0; simdgroup < simdgroups; ++simdgroup) {
+      sum += shared[simdgroup * rows * columns + i];
+    }
+    const int row = first_row + i / columns;
+    const int column = first_column + i % columns;
+    if (row < params.rows && (aligned_outputs || column < params.n)) {
+      y[static_cast<long>(row) * params.n + column] = static_cast<Y>(sum * factor);
+    }
+  }
 }
 
 // NaN to `columns` columns, from `first` on, of rows [first_row, end_row), as far as the matrix goes.

@@ -4,14 +4,14 @@
 //               x     [0, 8)   [8, 16)  [16, 24) [24, 32)| [32, 40)    exactly `bits` bytes out
 //                     +---- group of 32: 4 lanes --------+
 //
-// The lanes of a group find its extremes by shuffles, and every one of them computes the same scale. Nothing is read or
-// computed twice, and no threadgroup memory is needed.
+// The lanes of a group find its extremes by shuffles, and each of them computes its scale. Nothing is read twice, and
+// no threadgroup memory is needed.
 //
 //   dequantize: a lane owns a run of 32 elements (see dequantize.h): `bits` words in, 64 bytes of half out.
 //
-// Rows are contiguous and hold whole groups, so both see a matrix as one long row.
+// Rows are contiguous and hold whole groups, so a matrix is one long row.
 //
-// Packed columns: matrices are contiguous and hold whole groups of rows, so both see them as one tall matrix.
+// Packed columns: matrices are contiguous and hold whole groups of rows, so several of them are one tall matrix.
 //
 //   quantize:   lane            0         1         2  ...        a lane owns a group of one column, and goes down it
 //               column          n       n + 1     n + 2           twice, for the extremes and for the codes: loads and

@@ -7,10 +7,10 @@
 //   | thread 2  | thread 3  |  row 1           | thread 4  | ...
 //   +-----------+-----------+                  +-----------+
 //
-// Every thread takes 16 or 32 consecutive weights of one row, which have one scale for each group, in two
-// steps: fetch_block loads them, packed, into registers, where they can stay until other threads are done with
-// threadgroup memory; store_block unpacks them into the block. What is beyond the matrix becomes
-// zeros. The block has the order of w, so both steps are the same for every product.
+// Every thread takes 16 or 32 consecutive weights of one row, with a scale for each group, in two steps: fetch_block
+// loads them, packed, into registers, where they can stay until other threads are done with threadgroup memory;
+// store_block unpacks them into the block. Beyond the edge of the matrix there are zeros. The block has the order of w,
+// so both steps are the same for every product.
 //
 //   w [K, N] of packed columns: depth x 64          the block: 64 rows x depth, as of w [N, K]
 //   +----------+----------+-----+-----------+       +------------+-------------+
@@ -19,19 +19,18 @@
 //   | thread 64| ...                        |       | thread 1   | ...
 //   +----------+----------------------------+       +------------+
 //
-// There a thread's weights follow one another down a column: its words lie a row apart, and those of adjacent threads
-// side by side. Unpacked, they are a piece of a row of the transposed block, in vector stores of which eight threads
-// meet all memory banks once; so the product is the one with w transposed.
+// There a thread's weights are consecutive in a column: its words are a row apart, and those of adjacent threads are
+// adjacent. Unpacked, they are part of a row of the transposed block, stored as vectors, so that eight threads use
+// every memory bank once; the product is then the one with w transposed.
 //
-// Weights beyond 65504 do not fit into blocks of half, though the matvec kernels and the CPU, which unpack to float32,
-// take them. So a thread notes the largest magnitude that it unpacks: a few instructions for a group, and two registers
-// more. After the last step, one reduction tells whether any weight was too large; it needs no barrier of its own, and
-// no memory but what pads the block. If none was, that is all. Otherwise the tile is computed once more, with the
-// weights of each column (of w [K, N], of each thread's 16 or 32 columns) divided by a power of two, which the float32
-// sums are multiplied by in the end. Both are exact, but that weights below 2^-14 * 2^n, n being that power, lose bits:
-// at most 2^-40 of the largest weight of the column, far below the rounding of a float32 sum. The alternatives cost
-// every product something: blocks of float32 take twice the threadgroup memory, and to look for the largest scale
-// before the first step is to read all scales twice.
+// Weights beyond 65504 do not fit into blocks of half, but the matvec kernels and the CPU, which unpack to float32,
+// compute with them. So a thread keeps the largest magnitude that it unpacks, which takes a few instructions per group
+// and two registers. After the last step, one reduction tells whether any weight was too large; it needs no barrier of
+// its own, and no memory but the padding of the block. If one was, the tile is computed once more, with the weights of
+// each column (of w [K, N], of each thread's 16 or 32 columns) divided by a power of two, 2^n, and the float32 sums are
+// multiplied by it at the end. Both are exact, except that weights below 2^(n - 14) lose bits: at most 2^-40 of the
+// largest weight of the column, far below the rounding of a float32 sum. The alternatives make every product slower:
+// blocks of float32 take twice the threadgroup memory, and finding the largest scale first reads all scales twice.
 #pragma once
 
 #include "../common/metal.h"
@@ -282,7 +281,7 @@ inline void store_block(
 
 static constant constexpr const int range_threads = 128;
 
-// What pads the block's first row: room for four floats that no product reads.
+// The padding of the block's first row: memory for four floats, which no product reads.
 template <bool transpose, int columns, int depth, typename T>
 inline threadgroup float* block_padding(threadgroup T* block) {
   return (threadgroup float*)(block + block_row_elements(transpose, columns, depth));
@@ -299,8 +298,8 @@ inline void share_range(WeightRange range, int thread_index, threadgroup T* bloc
   }
 }
 
-// Sets the factor of a thread's weights: the same for all threads that unpack weights of the same columns. `memory` has
-// room for a float for each thread.
+// Sets the factor of a thread's weights, the same for all threads that unpack weights of the same columns. memory: a
+// float for each thread.
 template <bool transpose, int columns, int depth, Mode mode, int elements>
 inline void set_range_factor(thread WeightRange& range, int thread_index, threadgroup float* memory) {
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has been multiplied, and needs_factors has read
@@ -316,7 +315,7 @@ inline void set_range_factor(thread WeightRange& range, int thread_index, thread
   range.factor = range_factor(range.largest);
 }
 
-// What the sums of each column are to be multiplied by, to the beginning of `memory`.
+// Writes the factor of the sums of each column to the beginning of `memory`.
 template <bool transpose, int columns, int depth, Mode mode, int elements>
 inline void store_sum_factors(WeightRange range, int thread_index, threadgroup float* memory) {
   const BlockPlace place = block_place<transpose, columns, depth, mode, elements>(thread_index);
@@ -334,8 +333,8 @@ inline void store_sum_factors(WeightRange range, int thread_index, threadgroup f
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// After a pass: whether a weight was too large for T, so that another pass is needed, which has factors. After that
-// one, `scaled` is true and the factors of the sums are at `block`. The same for all threads.
+// After a pass: whether a weight was too large for T, so that a second pass with factors is needed. After that one,
+// `scaled` is true and the factors of the sums are at `block`. The same for all threads.
 template <bool transpose, int columns, int depth, Mode mode, int elements, typename T>
 inline bool needs_factors(thread WeightRange& range, thread bool& scaled, int thread_index, threadgroup T* block) {
   if (!may_exceed_range<T>(mode)) {
@@ -395,8 +394,8 @@ inline uint4 fetch_piece(const device bfloat* source, int exist) {
   return fetch_piece((const device ushort*)source, exist);
 }
 
-// A thread's share of a block of x, rows x depth, in pieces of 16 bytes: neighbouring threads have neighbouring pieces.
-// The caller sets `source`, a row of x from its first element on, and how many elements of it exist: K or none.
+// A thread's share of a block of x, rows x depth, in pieces of 16 bytes: adjacent threads have adjacent pieces. The
+// caller sets for each piece `source`, the beginning of its row of x, and `exist`, the elements of that row: K or 0.
 template <typename T, int rows, int depth, int threads>
 struct RowPieces {
   const device T* source[(rows * depth * sizeof(T) / 16 + threads - 1) / threads];
@@ -410,13 +409,13 @@ inline constexpr int pieces_per_thread(int element_size, int rows, int depth, in
   return (rows * row_pieces(element_size, depth) + threads - 1) / threads;
 }
 
-// The row of the block that a thread's piece lies in; `rows` or more where the thread has no such piece.
+// The row of the block that a piece is in; `rows` or more where the thread has no such piece.
 template <typename T, int depth, int threads>
 inline int row_of_piece(int thread_index, int piece) {
   return (thread_index + piece * threads) / row_pieces(sizeof(T), depth);
 }
 
-// Row `lhs` of x, that of lane r, as row r of the block.
+// Row r of the block is row `lhs` of x, lhs being that of lane r.
 template <typename T, int rows, int depth, int threads>
 inline void gather_rows(
     const device T* x,

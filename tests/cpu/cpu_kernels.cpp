@@ -1,13 +1,16 @@
 // The kernels of every instruction set that this machine has, without torch, against float64 on decoded weights.
 //
-// Small enough to compile for another architecture and run in an emulator, and to run under sanitizers: every buffer is
-// an allocation of exactly the size that the kernels may touch. Prints one line per instruction set; exits with 1 when
-// a result is outside the bound. With the argument "brief", long sums, which take most of the time, meet only the
-// fewest and the most rows.
+// Small enough to compile for another architecture and run in an emulator, and to run under sanitizers. Every buffer
+// ends where the kernels may not go any further. Prints one line per instruction set; exits with 1 when a result is
+// outside the bound. With the argument "brief", long sums, which take most of the time, meet only the fewest and the
+// most rows.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <vector>
 
@@ -135,13 +138,46 @@ Weight decoded(const Case& test, const Weights& weights, const Place& place) {
   return {element * scale + bias, bias};
 }
 
-// An allocation of exactly `count` elements, so that a sanitizer sees the first one beyond.
+// Elements with nothing behind them: the page that follows the last one may not be accessed. With a sanitizer, which
+// looks after the heap, they are there.
 template <typename T>
-std::unique_ptr<T[]> exactly(const std::vector<T>& values) {
-  auto copy = std::make_unique<T[]>(values.size());
-  std::copy(values.begin(), values.end(), copy.get());
-  return copy;
-}
+class Exactly {
+ public:
+  // Operands are aligned as their elements are, buffers between kernels to 16 bytes.
+  explicit Exactly(size_t count, size_t alignment = 16) {
+#ifdef __SANITIZE_ADDRESS__
+    data_ = new T[count]();
+    (void)alignment;
+#else
+    const size_t page = sysconf(_SC_PAGESIZE);
+    const size_t bytes = count * sizeof(T);
+    size_ = (bytes + page - 1) / page * page + page;
+    block_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (block_ == MAP_FAILED || mprotect(block_ + size_ - page, page, PROT_NONE) != 0) {
+      std::abort();
+    }
+    data_ = reinterpret_cast<T*>(block_ + (size_ - page - bytes) / alignment * alignment);
+#endif
+  }
+  explicit Exactly(const std::vector<T>& values, size_t alignment) : Exactly(values.size(), alignment) {
+    std::copy(values.begin(), values.end(), data_);
+  }
+  ~Exactly() {
+#ifdef __SANITIZE_ADDRESS__
+    delete[] data_;
+#else
+    munmap(block_, size_);
+#endif
+  }
+  Exactly(const Exactly&) = delete;
+
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+  char* block_ = nullptr;
+  size_t size_ = 0;
+};
 
 // A row of x as the kernels multiply it. A value that lies between two integers of int8, up to float32's rounding, may
 // become either: `doubt` is then the step between them, else 0.
@@ -187,10 +223,10 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8, b
   if (skipped) {
     return -1.0;
   }
-  const auto words = exactly(weights.words);
-  const auto scales = exactly(weights.scales);
-  const auto biases = exactly(weights.biases);
-  const auto activations = exactly(x);
+  const Exactly words(weights.words, 4);
+  const Exactly scales(weights.scales, 1);
+  const Exactly biases(weights.biases, 1);
+  const Exactly activations(x, 1);
 
   Product product{};
   product.format = weight_format(test.format, test.scales);
@@ -205,15 +241,15 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8, b
   product.rows = test.rows;
   const int64_t packed_row = products.packed_row(product, layout);
   const int64_t row_bytes = test.K * (test.x_type == Real::float32 ? 4 : 2);
-  std::vector<float> packed(product.rows * packed_row);
+  const Exactly<float> packed(product.rows * packed_row);
   for (int64_t m = 0; m < product.rows; ++m) {
-    products.pack_row(product, layout, activations.get() + m * row_bytes, packed.data() + m * packed_row);
+    products.pack_row(product, layout, activations.get() + m * row_bytes, packed.get() + m * packed_row);
   }
-  product.x = packed.data();
-  std::vector<float> workspace(products.workspace(product));
+  product.x = packed.get();
+  const Exactly<float> workspace(products.workspace(product));
   product.y_row = (test.N + broadcast_columns - 1) / broadcast_columns * broadcast_columns;
-  std::vector<float> y(test.rows * product.y_row);
-  products.multiply[static_cast<int>(layout)](product, 0, test.N, workspace.data(), y.data());
+  const Exactly<float> y(test.rows * product.y_row);
+  products.multiply[static_cast<int>(layout)](product, 0, test.N, workspace.get(), y.get());
 
   // Float32 sums of K terms, which one lane adds where x is broadcast; a bfloat16 tile also rounds each weight.
   const bool one_lane = layout == Layout::broadcast || is_column_packed(test.format.mode);
@@ -237,7 +273,8 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8, b
         magnitudes += std::fabs(activation) * (std::fabs(column[k].value) + 2 * std::fabs(column[k].bias));
         doubt += step * std::fabs(column[k].value);
       }
-      const double error = std::fabs(y[m * product.y_row + n] - expected) / (epsilon * (magnitudes + 1e-30) + doubt);
+      const double error =
+          std::fabs(y.get()[m * product.y_row + n] - expected) / (epsilon * (magnitudes + 1e-30) + doubt);
       worst = error > worst || std::isnan(error) ? error : worst;
     }
   }
@@ -279,7 +316,7 @@ bool rounds_to_nearest(const Kernels& kernels, Real type) {
     }
   }
   const size_t bytes = type == Real::float32 ? 4 : 2;
-  const auto result = std::make_unique<uint8_t[]>(source.size() * bytes);
+  const Exactly<uint8_t> result(source.size() * bytes, 1);
   kernels.from_float32(source.data(), factor, static_cast<int64_t>(source.size()), type, result.get());
   for (size_t i = 0; i < source.size(); ++i) {
     const float exact = source[i] * factor;
@@ -303,8 +340,7 @@ std::vector<Format> formats() {
     for (int bits = 1; bits <= 8; ++bits) {
       for (int group_size : {16, 32, 64, 128}) {
         const Format format{static_cast<Mode>(mode), bits, group_size};
-        const bool is_one_bit = format.mode == Mode::affine && bits == 1 && group_size >= 32;
-        if ((is_supported(format) || is_one_bit) && !(is_column_packed(format.mode) && group_size == 64)) {
+        if (is_supported(format) && !(is_column_packed(format.mode) && group_size == 64)) {
           all.push_back(format);
         }
       }

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import built
 import sanitized_ops
 from covering import mostly_exhaustive
 from repository import ROOT
 
 TEST = ROOT / "tests/cpu/cpu_kernels.cpp"
-KERNELS = {isa: ROOT / f"csrc/cpu/isa/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")}
-SOURCES = (TEST, *KERNELS.values())
+KERNELS = [ROOT / f"csrc/cpu/isa/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "neon")]
+SOURCES = (TEST, *KERNELS)
 # Those of other processors need the compiler's own headers for them.
 X86 = platform.machine() in ("x86_64", "AMD64")
 FOREIGN = {"neon.h"} if X86 else {"avx2.h", "avx512.h", "amx.h", "int8.h"}
@@ -29,22 +30,21 @@ HEADERS = [path for path in sorted((ROOT / "csrc/cpu").rglob("*.h")) if path.nam
 
 @dataclass(frozen=True)
 class Target:
-    """How the program is compiled and run; under sanitizers, a source takes several times as long to compile."""
+    """How the program is compiled and run."""
 
     compiler: str = "c++"
     flags: Sequence[str] = ("-O1",)
     launcher: Sequence[str] = ()
-    sanitized: Sequence[Path] = ()
     arguments: Sequence[str] = ()
+    is_installed: bool = False  # the kernels are those of the extension, where it is of the same sources
 
-    def flags_of(self, *sources: Path) -> Sequence[str]:
-        return self.flags if set(sources).isdisjoint(self.sanitized) else sanitized_ops.FLAGS
+    def object_of(self, source: Path) -> Path | None:
+        return built.object_of(str(source.relative_to(ROOT))) if self.is_installed else None
 
 
 TARGETS = {
-    # What the sanitizers then see: every allocation, and what the kernels of one instruction set do with it.
-    "native": Target(sanitized=(KERNELS["baseline"],), arguments=("brief",)),
-    "sanitized": Target(sanitized=SOURCES),
+    "native": Target(is_installed=True, arguments=("brief",)),
+    "sanitized": Target(flags=sanitized_ops.FLAGS),
 }
 if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
     ARM = Target("aarch64-linux-gnu-g++", ("-O1", "-static"), ("qemu-aarch64",))
@@ -55,21 +55,25 @@ if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
 @pytest.mark.parametrize("target", mostly_exhaustive(TARGETS, "native", "arm"))
 def test_kernels_against_float64(target: str, tmp_path: Path) -> None:
     how = TARGETS[target]
-    objects = [tmp_path / f"{source.stem}.o" for source in SOURCES]
 
-    def compile_source(source: Path, object_file: Path) -> None:
+    def compiled(source: Path) -> Path:
+        known = how.object_of(source)
+        if known is not None:
+            return known
+        result = tmp_path / f"{source.stem}.o"
         command = [how.compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
-        subprocess.run([*command, *how.flags_of(source), "-c", source, "-o", object_file], check=True)
+        subprocess.run([*command, *how.flags, "-c", source, "-o", result], check=True)
+        return result
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_source, SOURCES, objects))
+        objects = list(pool.map(compiled, SOURCES))
     if target == "native":
         # The linker may take a weak function from any object, and run it on a processor without its instructions.
-        for isa in ("avx2", "avx512"):
-            symbols = subprocess.run(["nm", "-C", tmp_path / f"{isa}.o"], capture_output=True, text=True, check=True)
+        for path in (path for path in objects if path.name.split(".")[0] in ("avx2", "avx512")):
+            symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
             assert not re.search(r"^\w* W .*", symbols.stdout, re.MULTILINE)
     program = tmp_path / "cpu_kernels"
-    subprocess.run([how.compiler, *how.flags_of(*SOURCES), *objects, "-o", program], check=True)
+    subprocess.run([how.compiler, *how.flags, *objects, "-o", program], check=True)
     result = subprocess.run([*how.launcher, program, *how.arguments], capture_output=True, text=True)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr

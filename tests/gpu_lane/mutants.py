@@ -12,7 +12,7 @@ METAL = Path(__file__).resolve().parents[2] / "metal/quantized"
 BARRIER = re.escape("threadgroup_barrier(mem_flags::mem_threadgroup);")
 
 # By what follows it: its header is a part of matvec.metal.
-COLUMN_BARRIER = BARRIER + r"(?=\s*for \(int i = simdgroup \* 32 \+ lane; i < rows \* block_columns;)"
+COLUMN_BARRIER = BARRIER + r"(?=\s*write_sums<column_qvm_simdgroups\(\))"
 
 ROW_OF_W = r"row_(words|halves|bytes) = ([^;]+);"
 

@@ -102,7 +102,7 @@ class Run:
             report = reports[MUTANTS[name].tool]
             if report.failed:  # one of them took the others along
                 report = self._under(report.tool, "mutants", name)
-            verdicts.append(sanitizer.judge_mutant(name, items, report))
+            verdicts.append(sanitizer.verdict_on(name, items, report))
             if not (verdicts[-1]["flagged"] and verdicts[-1]["twin_is_clean"]):
                 self.note(f"{verdicts[-1]} {report.failure}")
         self.results["mutants"] = verdicts

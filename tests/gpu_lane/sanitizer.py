@@ -96,7 +96,7 @@ def run(tool: str, bundle: Path, suite: str, which: str = "") -> Report:
     return parse(result.stdout, report)
 
 
-def judge_mutant(name: str, items: Sequence[Item], report: Report) -> dict[str, Any]:
+def verdict_on(name: str, items: Sequence[Item], report: Report) -> dict[str, Any]:
     """Whether the report names one of a mutant's kernels, and none of its twin's."""
     twin = f"{TWIN}{name}"
     kernels = {tag: [item for item in items if item.data["tag"] == tag] for tag in (name, twin)}

@@ -9,30 +9,28 @@ time       the shapes of language models
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import mlx_peer
 from calls import Call
 from mutants import MUTANTS
 from plans import plan_of
-from shapes import (
-    COLUMN_FORMATS,
-    COLUMN_FP4,
-    DTYPES,
-    EXPERT,
-    FORMATS,
-    FOUR_BIT,
-    LARGE,
-    NVFP4,
-    PLAIN_ROWS,
-    ROWS,
-    SHAPES,
-    SOME_FORMATS,
-    SWEEP,
-    TILE_ROWS,
-    call_of,
-)
+from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SWEEP, TILE_ROWS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from cases import ALL_FORMATS, FORMATS, MARLIN_FORMATS, SOME_FORMATS
+from oracle import Format
+
+FOUR_BIT, NVFP4, COLUMN_FP4 = Format("affine", 64, 4), Format("nvfp4", 16, 4), Format("marlin_fp4", 128, 4)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def call_of(format: Format, **more) -> Call:
+    return Call(**format.options, **more)
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,12 @@ ALIGNED = Shapes(
 )
 
 
-def products(format: tuple[str, int, int], dtype: str, shapes: Shapes) -> Iterator[Call]:
+def products(format: Format, dtype: str, shapes: Shapes) -> Iterator[Call]:
     """Candidates: some for each kernel, in the order in which they are wanted."""
     layout = {"dtype": dtype, "offset": shapes.offset, "x_padding": shapes.x_padding}
-    group_size = format[1]
+    group_size = format.group_size
     grouped = [count * group_size for count in shapes.groups[group_size]]
-    columns = format in COLUMN_FORMATS
+    columns = format.is_column_packed
     sizes = [{"n": shapes.free_n, "k": k, "transpose": not columns} for k in grouped]
     if not columns:
         sizes += [{"n": grouped[0], "k": k, "transpose": False} for k in shapes.free_k]
@@ -106,10 +104,10 @@ def products(format: tuple[str, int, int], dtype: str, shapes: Shapes) -> Iterat
             yield call_of(format, pairs=37 if shapes.invalid else 64, sorted=True, **size, **gathered)
 
 
-def conversions(format: tuple[str, int, int], dtype: str, shapes: Shapes) -> Iterator[Call]:
+def conversions(format: Format, dtype: str, shapes: Shapes) -> Iterator[Call]:
     n, k = (23, 384) if shapes.offset else (16, 256)
     for op in ("quantize", "dequantize"):
-        transpose = format not in COLUMN_FORMATS
+        transpose = not format.is_column_packed
         yield call_of(format, op=op, dtype=dtype, n=n, k=k, offset=shapes.offset, transpose=transpose)
 
 
@@ -123,7 +121,7 @@ def reaching(calls: Iterable[Call]) -> Iterator[Call]:
             yield call
 
 
-def kernels_of(format: tuple[str, int, int], dtype: str) -> Iterator[Call]:
+def kernels_of(format: Format, dtype: str) -> Iterator[Call]:
     for shapes in (RAGGED, ALIGNED):
         yield from reaching(products(format, dtype, shapes))
         yield from conversions(format, dtype, shapes)
@@ -150,14 +148,14 @@ def special() -> Iterator[Call]:
 
 
 def check() -> Iterator[Item]:
-    for format, dtype in itertools.product((*FORMATS, *COLUMN_FORMATS), DTYPES):
+    for format, dtype in itertools.product(ALL_FORMATS, DTYPES):
         yield from (Item("check", call, "plain") for call in kernels_of(format, dtype))
     yield from (Item("check", call, "plain") for call in special())
     # The others are in `time`, on large shapes.
     for format in (FOUR_BIT, COLUMN_FP4):
         yield from (Item("check", call) for call in kernels_of(format, "float16"))
     for format, dtype in itertools.product(FORMATS, DTYPES):
-        n, k = RAGGED.free_n, format[1] * RAGGED.groups[format[1]][0]
+        n, k = RAGGED.free_n, format.group_size * RAGGED.groups[format.group_size][0]
         yield from (Item("check", call_of(format, dtype=dtype, rows=rows, n=n, k=k)) for rows in (1, 29))
 
 
@@ -168,9 +166,9 @@ def sanitized() -> Iterator[Call]:
     for shapes, format in itertools.product((RAGGED, ALIGNED), (FOUR_BIT, COLUMN_FP4)):
         yield from reaching(products(format, "float16", shapes))
         yield from conversions(format, "float16", shapes)
-    for format, dtype in zip(SOME_FORMATS, ("bfloat16", "float32", "float16", "float32"), strict=True):
+    for format, dtype in zip(SOME_FORMATS[1:], itertools.cycle(("bfloat16", "float32", "float16")), strict=False):
         for transpose, rows in itertools.product((True, False), (1, 3, 20)):
-            free, grouped = RAGGED.free_n, format[1] * RAGGED.groups[format[1]][0]
+            free, grouped = RAGGED.free_n, format.group_size * RAGGED.groups[format.group_size][0]
             n, k = (free, grouped) if transpose else (grouped, free)
             layout = {"transpose": transpose, "offset": RAGGED.offset}
             yield call_of(format, dtype=dtype, rows=rows, n=n, k=k, **layout)
@@ -202,11 +200,11 @@ def time() -> Iterator[Item]:
         yield Item("time", Call(rows=rows, **LARGE))
     for format, transpose in itertools.product(FORMATS, (True, False)):
         yield Item("time", call_of(format, transpose=transpose, **LARGE))
-    for format, dtype in itertools.product((FOUR_BIT, *SOME_FORMATS), ("bfloat16", "float32")):
+    for format, dtype in itertools.product(SOME_FORMATS, ("bfloat16", "float32")):
         yield Item("time", call_of(format, dtype=dtype, **LARGE))
     for rows, build in itertools.product(PLAIN_ROWS, ("generic", "known")):
         yield Item("time", Call(rows=rows, transpose=False, **LARGE), build)
-    for format in COLUMN_FORMATS:
+    for format in MARLIN_FORMATS:
         yield Item("time", call_of(format, transpose=False, **LARGE))
     for rows in PLAIN_ROWS:
         yield Item("time", call_of(COLUMN_FP4, rows=rows, transpose=False, **LARGE))

@@ -5,25 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from calls import Call
-from shapes import (
-    COLUMN_FORMATS,
-    COLUMN_FP4,
-    EXPERT,
-    FORMATS,
-    LARGE,
-    PLAIN_ROWS,
-    ROWS,
-    SHAPES,
-    SWEEP,
-    TILE_ROWS,
-    call_of,
-)
+from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SWEEP, TILE_ROWS
 
-MODES = r"(?:affine|mxfp4|mxfp8|nvfp4|marlin_(?:fp4|fp8|int2|int4_sym|int4))"
-KERNEL = re.compile(MODES + r"_(?P<op>\w+?)_(?:float32|float16|bfloat16)_gs_\d+_b_\d+(?P<rows>\w*)")
+KERNEL = re.compile(
+    r"\w+?_(?P<op>(?:gather_q|q|dequantize)\w*?)_(?:float32|float16|bfloat16)_gs_\d+_b_\d+(?P<rows>\w*)"
+)
 NOTHING = ""
 
 
@@ -88,6 +78,7 @@ class Times:
     def __init__(self, results: dict[str, Any]) -> None:
         self._copy = results["copy"]
         self._times = {(Call(**t["call"]), t["build"]): t for t in results["times"]}
+        self._timed = list(dict.fromkeys(call for call, _ in self._times))
         self._peers = {tuple(peer["shape"]): peer for peer in results["peers"]}
 
     def tables(self) -> list[str]:
@@ -172,12 +163,15 @@ class Times:
             "qmv, float32": {"dtype": "float32"},
         }
         rows = []
-        for format in FORMATS:
+        plain = Call(transpose=False, **LARGE)
+        for format in self._timed:
+            if replace(format, mode=plain.mode, group_size=plain.group_size, bits=plain.bits) != plain:
+                continue
+            if format.is_column_packed:
+                continue
             cells = []
             for more in kinds.values():
-                call, four_bits = (
-                    Call(**{**call_of(f).as_dict(), **LARGE, **more}) for f in (format, ("affine", 64, 4))
-                )
+                call, four_bits = (replace(c, **{"transpose": True, **more}) for c in (format, plain))
                 taken, least = self._seconds(call), self._seconds(four_bits)
                 if taken and least:
                     rate = call.weight_bytes / taken
@@ -185,7 +179,7 @@ class Times:
                     cells.append(f"{taken * 1e6:.1f}, {rate / 1e9:.0f} GB/s, {share:.2f}")
                 else:
                     cells.append(NOTHING)
-            rows.append((call_of(format).format, *cells))
+            rows.append((format.format, *cells))
         note = "Each: us, rate of the weights, and the time over what the bytes take at the rate of affine g64 b4."
         return table("Formats, one row, w 8192 x 8192, generic", ("format", *kinds), rows, note)
 
@@ -199,10 +193,10 @@ class Times:
         return table("w not transposed, 8192 x 8192, float16, affine, 4 bits, group_size 64", header, rows)
 
     def _packed_columns(self) -> str:
-        calls = [call_of(format, transpose=False, **LARGE) for format in COLUMN_FORMATS]
-        calls += [call_of(COLUMN_FP4, rows=rows, transpose=False, **LARGE) for rows in PLAIN_ROWS[1:]]
         rows = [
-            (c.format, c.rows, self._kernel(c), self._micros(c, "generic"), self._of_copy(c, "generic")) for c in calls
+            (c.format, c.rows, self._kernel(c), self._micros(c, "generic"), self._of_copy(c, "generic"))
+            for c in self._timed
+            if c.is_column_packed
         ]
         header = ("format", "rows", "kernel", "generic, us", "of copy")
         return table("Packed columns, w 8192 x 8192, float16", header, rows)

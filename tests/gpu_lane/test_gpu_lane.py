@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import cases
 import oracle
+from oracle import Format
 
 if sys.platform == "darwin":
     pytest.skip("the shaders are compiled with what the software Metal device needs", allow_module_level=True)
@@ -20,13 +22,13 @@ import mutants
 import operands
 import quantization_mlx as qm
 import sanitizer
-import shapes
 import suites
 import tables
 from calls import Call
 from plans import plan_of
 
-DTYPES = [oracle.name_of(dtype) for dtype in oracle.DTYPES]
+MARLIN = Format("marlin_int4", 64, 4)
+DTYPES = [oracle.name_of(dtype) for dtype in cases.DTYPES]
 
 
 def stored(tensor: torch.Tensor) -> np.ndarray:
@@ -59,10 +61,10 @@ def computed(call: Call, given: dict[str, np.ndarray]) -> torch.Tensor:
 CALLS = [
     Call(rows=3, n=37, k=192, offset=1, x_padding=3),
     Call(rows=20, n=64, k=37, transpose=False, dtype="bfloat16", batch=3, batched_w=True),
-    shapes.call_of(shapes.NVFP4, op="gather_qmm", n=37, k=80, experts=4, pairs=9, invalid=True, global_scale=True),
-    shapes.call_of(("mxfp8", 32, 8), op="dequantize", n=5, k=96, dtype="float32"),
-    shapes.call_of(("marlin_int4", 64, 4), rows=3, n=37, k=192, transpose=False, dtype="bfloat16", offset=1),
-    shapes.call_of(("marlin_int4", 64, 4), op="dequantize", n=5, k=192, transpose=False),
+    suites.call_of(suites.NVFP4, op="gather_qmm", n=37, k=80, experts=4, pairs=9, invalid=True, global_scale=True),
+    suites.call_of(Format("mxfp8", 32, 8), op="dequantize", n=5, k=96, dtype="float32"),
+    suites.call_of(MARLIN, rows=3, n=37, k=192, transpose=False, dtype="bfloat16", offset=1),
+    suites.call_of(MARLIN, op="dequantize", n=5, k=192, transpose=False),
 ]
 
 
@@ -97,7 +99,13 @@ def test_encode():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "format", (shapes.FOUR_BIT, ("affine", 128, 3), ("mxfp8", 32, 8), shapes.NVFP4, ("marlin_int4", 32, 4))
+    "format",
+    [
+        suites.FOUR_BIT,
+        *(Format(*f) for f in (("affine", 128, 3), ("mxfp8", 32, 8))),
+        suites.NVFP4,
+        Format("marlin_int4", 32, 4),
+    ],
 )
 def test_calls_meet_and_miss_every_fast_path(format, dtype):
     """The same kernels, with all function constants and with none."""
@@ -112,7 +120,7 @@ def test_calls_meet_and_miss_every_fast_path(format, dtype):
     assert seen[0] == seen[1]
     ops = {tables.KERNEL.fullmatch(kernel)["op"] for kernel in seen[0] if "sum_parts" not in kernel}
     expected = {"qvm", "qvm_splitk", "gather_qvm", "qmm_n", "qmm_n_splitk", "gather_qmm_rhs_n"}
-    if format not in shapes.COLUMN_FORMATS:
+    if not format.is_column_packed:
         expected |= {"qmv", "gather_qmv", "qmm_t", "gather_qmm_rhs_t"}
     assert expected <= ops
 
@@ -209,7 +217,7 @@ def test_reports(name):
     assert not report.names(bundle.Item(None, {"launches": [{"symbol": "affine_qmv_other"}]}))
 
 
-def test_judging_mutants():
+def test_verdicts_on_mutants():
     """Flagged where the tool names the mutant; a twin that it names, or that did not run, is not clean."""
     items = [
         bundle.Item(None, {"tag": tag, "launches": [{"symbol": symbol}]})
@@ -224,7 +232,7 @@ def test_judging_mutants():
         ({"broken"}, [failed], (True, False)),
     ):
         report = sanitizer.Report("memcheck", (), errors=0, words=words, failed=failures)
-        verdict = sanitizer.judge_mutant("bug", items, report)
+        verdict = sanitizer.verdict_on("bug", items, report)
         assert (verdict["flagged"], verdict["twin_is_clean"]) == expected
 
 

@@ -23,16 +23,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import oracle
 from oracle import Format, name_of
-from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.experts import (
-    IMPLEMENTATION,
+from quantization_mlx import (
     QuantizedSwitchLinear,
-    SwitchLinear,
-    experts_forward,
-    register_experts,
-    split_experts,
+    load_checkpoint,
+    patch_transformers,
+    quantize_model,
+    save_checkpoint,
+    unpatch_transformers,
 )
-from quantization_mlx.transformers_integration import patch_transformers, unpatch_transformers
+from quantization_mlx.hf.experts import IMPLEMENTATION, experts_forward, register_experts, split_experts
+from quantization_mlx.nn.switch import SwitchLinear
 
 VOCABULARY, HIDDEN, EXPERT = 96, 64, 128
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])

@@ -11,8 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize
 
 import oracle
-from oracle import DTYPES, SOME_FORMATS, Format, name_of
-from quantization_mlx.modules import QuantizedEmbedding, QuantizedLinear
+from cases import DTYPES, SOME_FORMATS
+from oracle import Format, name_of
+from quantization_mlx import QuantizedEmbedding, QuantizedLinear
 
 AFFINE, _, _, *FLOATS = SOME_FORMATS
 FORMAT = pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)

@@ -19,9 +19,11 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import oracle
-from oracle import FORMATS, name_of
+from cases import FORMATS
+from oracle import name_of
 from quantization_mlx import QuantizedEmbedding, QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.recipes import RECIPES, QuantizationReport, mixed_recipe, quantization_report
+from quantization_mlx.quantization.recipes import RECIPES, mixed_recipe
+from quantization_mlx.quantization.report import QuantizationReport
 
 # Recipes look at paths and at how many layers there are; sizes do not matter. The demo's model has 30 layers.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -149,12 +151,14 @@ def test_errors_and_sizes_of_every_format(format: oracle.Format) -> None:
 
 
 def test_layers_in_several_parts_and_more_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantization_mlx.recipes._CHUNK", 5 * 64)  # 5 rows at a time, of 3 * 17
+    monkeypatch.setattr("quantization_mlx.quantization.report._CHUNK", 5 * 64)  # 5 rows at a time, of 3 * 17
     format = oracle.Format("affine", 32, 4)
     weight = torch.randn(3, 17, 64, generator=oracle.generator(4))
     experts = QuantizedLinear(64, 17, False, 32, 4)
-    experts._pack(weight)
-    [row] = quantization_report([("experts", weight, experts)]).layers
+    experts.pack(weight)
+    report = QuantizationReport()
+    report.add("experts", weight, experts)
+    [row] = report.layers
     assert row.shape == (3, 17, 64)
     assert row.relative_error == pytest.approx(exact_error(weight, experts, format), rel=1e-5)
 

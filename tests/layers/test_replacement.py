@@ -28,6 +28,7 @@ import oracle
 from quantization_mlx import (
     QuantizedEmbedding,
     QuantizedLinear,
+    QuantizedSwitchLinear,
     cli,
     dequantize_model,
     load_checkpoint,
@@ -40,12 +41,15 @@ from quantization_mlx import (
     unpatch_peft,
     unpatch_transformers,
 )
-from quantization_mlx.experts import Llama4Experts, QuantizedSwitchLinear, SwitchLinear
-from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, load_quantized, save_quantized
+from quantization_mlx.checkpoint.read import Checkpoint
+from quantization_mlx.families.llama4 import Llama4Experts
+from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
+from quantization_mlx.hf.quantizer import MLXConfig, columns_of_layers
 from quantization_mlx.marlin.experts import ColumnPackedSwitchLinear
-from quantization_mlx.metal_checkpoint import metal_to_mlx, mlx_to_metal
-from quantization_mlx.quantizer import MLXConfig, columns_of_layers
-from quantization_mlx.recipes import QuantizationReport
+from quantization_mlx.marlin.layers import MarlinLinear, MetalQuantizedLinear
+from quantization_mlx.marlin.saved import load_quantized, save_quantized
+from quantization_mlx.nn.switch import SwitchLinear
+from quantization_mlx.quantization.report import QuantizationReport
 
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
 
@@ -567,7 +571,7 @@ def test_gpt2_does_not_become_metal_layers() -> None:
 
 def test_info_knows_the_columns_of_gpt2(tmp_path: Path) -> None:
     save_checkpoint(quantize_model(gpt2(), 32, 8), tmp_path)
-    columns = columns_of_layers(tmp_path)
+    columns = columns_of_layers(Checkpoint.at(tmp_path))
     assert (columns["model.h.0.mlp.c_fc"], columns["model.h.0.mlp.c_proj"]) == (64, 256)
 
 

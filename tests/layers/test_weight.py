@@ -17,11 +17,14 @@ from torch.nn import functional as F
 
 import oracle
 import quantization_mlx as qm
-from oracle import SOME_FORMATS, name_of
-from quantization_mlx.checkpoint import dequantize_model, quantize_model
-from quantization_mlx.marlin import MarlinLinear, MetalQuantizedLinear, replace_linear_layers
-from quantization_mlx.modules import QuantizedEmbedding, QuantizedLinear
-from quantization_mlx.packed_weight import PackedLinear, PackedModule, PackedWeight
+from cases import SOME_FORMATS
+from oracle import name_of
+from quantization_mlx import QuantizedEmbedding, QuantizedLinear, dequantize_model, quantize_model
+from quantization_mlx.marlin.layers import MarlinLinear, MetalQuantizedLinear
+from quantization_mlx.marlin.models import replace_linear_layers
+from quantization_mlx.nn.linear import PackedLinear
+from quantization_mlx.nn.module import PackedModule
+from quantization_mlx.nn.packed_weight import PackedWeight
 
 IN, OUT = 256, 48
 replace_groups_of_64 = functools.partial(replace_linear_layers, group_size=64)

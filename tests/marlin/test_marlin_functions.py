@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 import quantization_mlx as qm
-from oracle import DTYPES, name_of
+from cases import DTYPES
+from oracle import name_of
 from quantization_mlx import marlin
 from quantization_mlx.marlin import (
     MetalKernelLibrary,

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
-from oracle import DTYPES, name_of
+from cases import DTYPES
+from oracle import name_of
 from quantization_mlx.marlin import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
 from test_marlin_functions import DIVISORS, Packed, element_values, exact, reference
 

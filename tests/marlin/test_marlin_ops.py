@@ -11,7 +11,8 @@ from torch import Tensor
 
 import oracle
 import quantization_mlx as qm
-from oracle import DTYPES, MARLIN_BITS, Format, Quantized, name_of
+from cases import DTYPES, MARLIN_BITS
+from oracle import Format, Quantized, name_of
 
 pytestmark = pytest.mark.kernels_ci
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import safetensors
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -33,13 +34,13 @@ from transformers import (
 )
 
 import oracle
+from cases import FLOAT_FORMATS, SOME_FORMATS
 from disk import fill_disk
-from oracle import FLOAT_FORMATS, SOME_FORMATS, name_of
-from quantization_mlx import cli
-from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.modules import QuantizedEmbedding, QuantizedLinear
-from quantization_mlx.staging import staged
-from quantization_mlx.stored import format_of_tensors
+from oracle import name_of
+from quantization_mlx import QuantizedEmbedding, QuantizedLinear, cli, load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx.checkpoint.record import format_of_tensors
+from quantization_mlx.checkpoint.staging import staged
+from quantization_mlx.hf.patch import patched_transformers
 
 VOCABULARY = 96
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
@@ -60,6 +61,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope-llama3": {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 256},
     "ragged": {"intermediate_size": 160, "tie_word_embeddings": True},  # down_proj's rows are no multiple of 64 or 128
 }
+
+
+def from_pretrained(directory: Path) -> PreTrainedModel:
+    with patched_transformers():
+        return transformers.AutoModelForCausalLM.from_pretrained(directory)
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, **options: Any) -> LlamaForCausalLM:
@@ -776,6 +782,32 @@ def test_a_signal_leaves_the_old_checkpoint_and_nothing_in_the_way(
         assert cli.main(["convert", "--hf-path", str(tmp_path / "dense"), "--mlx-path", str(target), "-q"]) == 0
     assert not list(target.glob(".save-*"))
     assert load_checkpoint(target).lm_head.bits == (8 if old else 4)
+
+
+@pytest.mark.parametrize("load", [load_checkpoint, from_pretrained], ids=["load_checkpoint", "from_pretrained"])
+def test_each_file_is_read_once(
+    load: Callable[[Path], Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By this package: Transformers reads config.json for itself, and the tensors."""
+    save_checkpoint(quantize_model(tiny_model()), tmp_path, tokenizer, max_shard_bytes=40_000)
+    files = sorted(file.name for file in tmp_path.glob("model*.safetensors"))
+    assert len(files) > 1
+    read: Counter[str] = Counter()
+    safe_open, read_text = safetensors.safe_open, Path.read_text
+
+    def counted_open(file: Path, **options: Any) -> Any:
+        read[Path(file).name] += 1
+        return safe_open(file, **options)
+
+    def counted_text(file: Path, **options: Any) -> str:
+        read[file.name] += 1
+        return read_text(file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "safe_open", counted_open)
+        patch.setattr(Path, "read_text", counted_text)
+        assert load(tmp_path).lm_head.bits == 4
+    assert read == Counter(["config.json", *files])
 
 
 def test_an_interrupt_waits_until_all_files_are_in_place(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

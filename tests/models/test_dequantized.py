@@ -24,9 +24,8 @@ from transformers import (
 )
 
 import oracle
-from quantization_mlx import QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.checkpoint import dequantize_model
-from quantization_mlx.modules import _QuantizedModule
+from quantization_mlx import QuantizedLinear, dequantize_model, load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx.nn.module import QuantizedModule
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -43,7 +42,7 @@ MODELS = {
 FORMATS = [("affine", 64, 4), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
 
 
-def values_of(layer: _QuantizedModule, dtype: torch.dtype) -> torch.Tensor:
+def values_of(layer: QuantizedModule, dtype: torch.dtype) -> torch.Tensor:
     parts = (None if part is None else part.detach() for part in (layer.weight_packed, layer.scales, layer.biases))
     return oracle.dequantize(*parts, oracle.Format(layer.mode, layer.group_size, layer.bits)).to(dtype)
 
@@ -64,7 +63,7 @@ def test_a_model_comes_back_with_the_classes_it_had(kind: str, tmp_path: Path) -
     for candidate in (model, load_checkpoint(tmp_path / "quantized")):
         assert dequantize_model(candidate) is candidate
         assert {name: tensor.shape for name, tensor in candidate.state_dict().items()} == shapes
-        assert not any(isinstance(module, _QuantizedModule) for module in candidate.modules())
+        assert not any(isinstance(module, QuantizedModule) for module in candidate.modules())
         assert (candidate.get_input_embeddings().weight is candidate.get_output_embeddings().weight) == tied
         with torch.no_grad():
             torch.testing.assert_close(candidate(tokens).logits, expected, rtol=0, atol=1e-2 * expected.abs().max())
@@ -81,7 +80,7 @@ def test_values_are_those_of_the_format(mode: str, group_size: int, bits: int, d
     model = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 8), nn.Linear(8, 128, False)).to(torch.bfloat16)
     model.append(nn.Linear(128, 4, False, dtype=torch.bfloat16))
     quantize_model(model, group_size, bits, mode)
-    quantized = {path: layer for path, layer in model.named_modules() if isinstance(layer, _QuantizedModule)}
+    quantized = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantizedModule)}
     dequantize_model(model, dtype)
     assert list(quantized) == ["0", "1", "3"]
     for path, layer in quantized.items():

@@ -32,14 +32,16 @@ from transformers import (
 
 import oracle
 from disk import fill_disk
-from quantization_mlx import QuantizedSwitchLinear, load_checkpoint, quantized_matmul
-from quantization_mlx.foreign import (
-    ConvertedLinear,
+from quantization_mlx import (
+    QuantizedSwitchLinear,
     convert_awq,
     convert_compressed_tensors,
     convert_foreign_checkpoint,
     convert_gptq,
+    load_checkpoint,
+    quantized_matmul,
 )
+from quantization_mlx.convert.layer import ConvertedLinear
 from test_checkpoint import assert_close, contents, logits, mlx_logits, tiny_model, tokenizer
 
 __all__ = ["tokenizer"]  # a fixture

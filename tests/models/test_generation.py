@@ -17,7 +17,6 @@ from torch.nn import functional as F
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from peft import LoraConfig, get_peft_model
-from quantization_mlx._ops import ops
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -32,11 +31,12 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import oracle
-from oracle import DTYPES, name_of
-from quantization_mlx import generation
-from quantization_mlx.checkpoint import dequantize_model, load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.compat import cache_name
-from quantization_mlx.generation import prepare_for_generation
+from cases import DTYPES
+from oracle import name_of
+from quantization_mlx import dequantize_model, load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
+from quantization_mlx._ops import ops
+from quantization_mlx.hf import decoder
+from quantization_mlx.hf.compat import cache_name
 from repository import ROOT
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -234,7 +234,7 @@ class Steps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts = {"_decode_attention": 0, "_decoder_steps": 0}
         for name in self.counts:
-            monkeypatch.setattr(generation, name, self.counted(name, getattr(generation, name)))
+            monkeypatch.setattr(decoder, name, self.counted(name, getattr(decoder, name)))
 
     def counted(self, name: str, op: Any) -> Any:
         def call(*arguments: Any) -> Tensor:

@@ -21,7 +21,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 import oracle
-from oracle import SOME_FORMATS, name_of
+from cases import SOME_FORMATS
+from oracle import name_of
 from quantization_mlx import (
     QuantizedLinear,
     dequantize,

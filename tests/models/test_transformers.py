@@ -26,8 +26,9 @@ from transformers import (
 )
 
 import oracle
+from cases import SOME_FORMATS
 from covering import mostly_exhaustive
-from oracle import SOME_FORMATS, name_of
+from oracle import name_of
 from quantization_mlx import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -37,9 +38,9 @@ from quantization_mlx import (
     save_checkpoint,
     unpatch_transformers,
 )
-from quantization_mlx.metal_checkpoint import metal_to_mlx, mlx_to_metal
-from quantization_mlx.quantizer import MLXConfig
-from quantization_mlx.transformers_integration import patched_transformers
+from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
+from quantization_mlx.hf.patch import patched_transformers
+from quantization_mlx.hf.quantizer import MLXConfig
 from repository import ROOT
 from test_checkpoint import (
     TOKENS,
@@ -592,7 +593,7 @@ def test_what_metal_config_cannot_have_is_refused(options: dict[str, Any], messa
 # --- A real model -----------------------------------------------------------------------------------------------------
 
 REAL_FORMATS = {
-    **{f"{bits} bits": {"q_bits": bits} for bits in (2, 3, 4, 5, 6, 8)},
+    **{f"{bits} bits": {"q_bits": bits} for bits in (1, 2, 3, 4, 5, 6, 8)},
     **{mode: {"q_mode": mode} for mode in ("mxfp4", "mxfp8", "nvfp4")},
 }
 NEW_TOKENS = 64

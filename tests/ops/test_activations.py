@@ -15,7 +15,8 @@ from torch import Tensor
 
 import oracle
 import quantization_mlx as qm
-from oracle import DTYPES, FLOAT_FORMATS, FORMATS, Format, Quantized, name_of
+from cases import DTYPES, FLOAT_FORMATS, FORMATS
+from oracle import Format, Quantized, name_of
 
 
 def int8_is_possible() -> bool:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import oracle
 import quantization_mlx as qm
-from oracle import DTYPES, FLOAT_FORMATS, FORMATS, SOME_FORMATS, Format, Quantized, name_of
+from cases import DTYPES, FLOAT_FORMATS, FORMATS, SOME_FORMATS
+from oracle import Format, Quantized, name_of
 
 pytestmark = pytest.mark.kernels_ci
 
@@ -315,7 +317,7 @@ def test_index_into_nothing() -> None:
 
 @pytest.mark.parametrize(
     "format",
-    (PLAIN, *FLOAT_FORMATS[:2], *(Format(mode, 32, bits) for mode, bits in oracle.MARLIN_BITS.items())),
+    (PLAIN, *FLOAT_FORMATS[:2], *(Format(mode, 32, bits) for mode, bits in cases.MARLIN_BITS.items())),
     ids=name_of,
 )
 def test_weights_beyond_float16(device: str, format: Format) -> None:

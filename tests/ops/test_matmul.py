@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import oracle
 import quantization_mlx as qm
-from oracle import DTYPES, FLOAT_FORMATS, FORMATS, SOME_FORMATS, Format, Quantized, name_of
+from cases import AFFINE_FORMATS, DTYPES, FLOAT_FORMATS, FORMATS, SOME_FORMATS
+from oracle import Format, Quantized, name_of
 
 pytestmark = pytest.mark.kernels_ci
 
@@ -28,7 +30,7 @@ PRODUCTS = {
     "cpu": {**dict.fromkeys(WEIGHTS, ROWS), **dict.fromkeys(LARGE_WEIGHTS, SOME_ROWS)},
     "mps": {(33, 3): (0, 1, 2, 3, 4, 5, 7, 9, 13, 17, 33), (64, 8): (1, 8, 33), (9, 67): (1, 4, 20), (1, 1): (1, 14)},
 }
-ONE_FORMAT_PER_WIDTH = tuple(Format("affine", 64, bits) for bits in (2, 3, 4, 5, 6, 8)) + FLOAT_FORMATS
+ONE_FORMAT_PER_WIDTH = tuple(format for format in AFFINE_FORMATS if format.group_size == 64) + FLOAT_FORMATS
 TRANSPOSE = pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "no-transpose"])
 NVFP4 = FLOAT_FORMATS[2]
 
@@ -546,7 +548,7 @@ LARGE_FORMATS = (
     Format("affine", 128, 3),
     Format("affine", 32, 8),
     *FLOAT_FORMATS,
-    *(Format(mode, 32, bits) for mode, bits in oracle.MARLIN_BITS.items()),
+    *(Format(mode, 32, bits) for mode, bits in cases.MARLIN_BITS.items()),
     Format("marlin_fp8", 128, 8),
 )
 # Around where "mps" goes from matvecs to tiles, and to larger tiles.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import oracle
 import quantization_mlx as qm
-from oracle import DTYPES, FORMATS, Format, Quantized
+from cases import DTYPES, FORMATS
+from oracle import Format, Quantized
 
 formats = st.sampled_from(FORMATS)
 dtypes = st.sampled_from(DTYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import oracle
 import quantization_mlx as qm
-from oracle import AFFINE_FORMATS, DTYPES, FLOAT_FORMATS, FORMATS, Format, Quantized, name_of
+from cases import AFFINE_FORMATS, DTYPES, FLOAT_FORMATS, FORMATS
+from oracle import Format, Quantized, name_of
 from tally import Tally
 
 pytestmark = pytest.mark.kernels_ci
@@ -134,7 +137,7 @@ def test_quantize_shapes(device: str, tally: Tally, format: Format, leading: tup
             compare_with_mlx(tally, device, w, format, f"{format} {tuple(w.shape)}")
 
 
-@pytest.mark.parametrize("format", oracle.SOME_FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", cases.SOME_FORMATS, ids=name_of)
 def test_quantize_takes_any_strides(device: str, format: Format) -> None:
     rows, columns = 6, 2 * format.group_size
     base = _randn((2 * columns, 2 * rows), seed=0).to(device)
@@ -202,6 +205,18 @@ def test_every_half_precision_magnitude(device: str, tally: Tally, format: Forma
     w = (absmax.float()[:, None] * ramp).to(dtype)
     w[::2] = -w[::2]
     compare_with_mlx(tally, device, w, format, str(format))
+
+
+def test_formats_are_those_of_mlx() -> None:
+    mx = oracle.mlx()
+    known = set()
+    for mode in ("affine", "mxfp4", "mxfp8", "nvfp4"):
+        for group_size in (8, 16, 32, 64, 128, 256):
+            for bits in range(1, 9):
+                with contextlib.suppress(ValueError):
+                    mx.quantize(mx.ones((1, 256)), group_size=group_size, bits=bits, mode=mode)
+                    known.add(oracle.Format(mode, group_size, bits))
+    assert set(cases.FORMATS) == known
 
 
 @pytest.mark.parametrize("group_size, bits, mode", [(None, None, "affine"), (None, None, "nvfp4"), (None, 8, "affine")])
@@ -340,7 +355,7 @@ def test_dequantize(device: str, format: Format, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("format", oracle.SOME_FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", cases.SOME_FORMATS, ids=name_of)
 def test_dequantize_to_a_dtype(device: str, format: Format, dtype: torch.dtype) -> None:
     for stored in DTYPES:
         weights = oracle.random_quantized(format, 5, 3 * format.group_size, dtype=stored)
@@ -380,7 +395,7 @@ def test_dequantize_global_scale(device: str, dtype: torch.dtype) -> None:
         oracle.assert_within(ours, theirs, 2 * torch.finfo(dtype).eps * weights.dense.abs(), "mlx")
 
 
-@pytest.mark.parametrize("format", oracle.SOME_FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", cases.SOME_FORMATS, ids=name_of)
 def test_dequantize_takes_any_strides_and_signed_words(device: str, format: Format) -> None:
     weights = oracle.random_quantized(format, 6, 4 * format.group_size).to(device)
     expected = _ours(weights, device)

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from quantization_mlx._ops import ops
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oracle
 import quantization_mlx as qm
+from cases import DTYPES, FLOAT_FORMATS, SOME_FORMATS
 from devices import NATIVE_DEVICES
-from oracle import DTYPES, FLOAT_FORMATS, SOME_FORMATS, Format, Quantized, name_of
+from oracle import Format, Quantized, name_of
+from quantization_mlx._ops import ops
 from quantization_mlx.marlin import (
     MetalKernelLibrary,
     dispatch_gemm_fp4,

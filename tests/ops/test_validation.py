@@ -12,7 +12,8 @@ from torch import Tensor
 
 import oracle
 import quantization_mlx as qm
-from oracle import FLOAT_FORMATS, Format, Quantized
+from cases import FLOAT_FORMATS
+from oracle import Format, Quantized
 
 pytestmark = pytest.mark.kernels_ci
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cases
 import kernel_builder
 import oracle
 from kernel_builder import PACKAGE, ROOT
@@ -36,9 +37,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the local build stan
 
 @pytest.fixture(scope="session")
 def variant(tmp_path_factory, pytestconfig) -> Path:
-    """The CPU variant, compiled in an empty folder; as fast as the Hub's with --exhaustive, else in less time."""
-    optimization = "-O3" if pytestconfig.option.exhaustive else "-O1"
-    return kernel_builder.build_cpu_variant(tmp_path_factory.mktemp("kernel_builder"), optimization=optimization)
+    """The CPU variant, made in an empty folder of what nix sees; with --exhaustive, all of it is compiled there."""
+    folder = tmp_path_factory.mktemp("kernel_builder")
+    return kernel_builder.build_cpu_variant(folder, from_scratch=pytestconfig.option.exhaustive)
 
 
 @pytest.fixture(scope="session")
@@ -210,7 +211,7 @@ def test_card_is_filled():
 
 
 @LINUX
-@pytest.mark.parametrize("format", oracle.SOME_FORMATS, ids=oracle.name_of)
+@pytest.mark.parametrize("format", cases.SOME_FORMATS, ids=oracle.name_of)
 def test_variant_computes(hub, format):
     weights = oracle.random_quantized(format, 48, 256)
     x = oracle.random_x(2, 5, 256)
@@ -367,7 +368,7 @@ def test_kernelized_metal_linear(hub, repository, monkeypatch):
     layer, weights = metal_linear(Layer, 4, bias=False)
     layer = kernelized(layer, "MetalLinear", repository)
     assert layer.forward.__func__ is hub.layers.MetalLinear.forward
-    for dtype in oracle.DTYPES:
+    for dtype in cases.DTYPES:
         x = oracle.random_x(3, 5, 128, dtype=dtype).requires_grad_()
         y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
         oracle.assert_product(y, x, weights.dense.T, dtype)

@@ -24,10 +24,10 @@ from transformers.quantizers import HfQuantizer
 
 import quantization_mlx as qm
 from kernel_builder import ROOT, tomllib
-from quantization_mlx import compat, marlin
-from quantization_mlx.checkpoint import load_checkpoint, quantize_model, save_checkpoint
-from quantization_mlx.metal_checkpoint import metal_to_mlx
-from quantization_mlx.transformers_integration import patched_transformers
+from quantization_mlx import load_checkpoint, marlin, quantize_model, save_checkpoint
+from quantization_mlx.hf import compat
+from quantization_mlx.hf.metal_config import metal_to_mlx
+from quantization_mlx.hf.patch import patched_transformers
 
 OLDEST = ROOT / "build" / "oldest"
 # What runs on the oldest versions, too: loading, saving, generation, experts and adapters; as pytest's option -k.

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from oracle import name_of
 from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -27,19 +28,19 @@ def padded_to(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-@pytest.mark.parametrize(("mode", "group_size", "bits"), FORMATS)
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("transpose", [True, False], ids=["t", "n"])
-def test_one_row_reads_the_weights_once(mode, group_size, bits, transpose):
-    cost = product(Call(1, 256, 1024, mode, group_size, bits, transpose=transpose))
+def test_one_row_reads_the_weights_once(format, transpose):
+    cost = product(Call(1, 256, 1024, **format.options, transpose=transpose))
     assert cost.weights <= 1.02
     # A lane decodes up to 32 values at a time, so two may ask for one group's scale.
     assert cost.scales <= 2.02
 
 
-@pytest.mark.parametrize(("mode", "group_size", "bits"), COLUMN_FORMATS)
+@pytest.mark.parametrize("format", COLUMN_FORMATS, ids=name_of)
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_packed_columns_are_read_once(mode, group_size, bits, rows):
-    cost = product(Call(rows, 256, 1024, mode, group_size, bits, transpose=False))
+def test_packed_columns_are_read_once(format, rows):
+    cost = product(Call(rows, 256, 1024, **format.options, transpose=False))
     assert "_qvm_" in cost.kernel
     assert cost.weights == 1
     assert cost.scales == 1

@@ -11,9 +11,11 @@ import subprocess
 import pytest
 import torch
 
+import cases
 import oracle
 import quantization_mlx as qm
-from oracle import DTYPES, FORMATS, Format
+from cases import DTYPES, FORMATS
+from oracle import Format
 from repository import ROOT
 
 GPUS = [f"applegpu_g{generation}{variant}" for generation in range(13, 19) for variant in "pgscd"]
@@ -128,7 +130,7 @@ def test_every_format_has_the_kernels_of_its_plans(format, dtype):
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_packed_columns_have_the_kernels_of_their_plans(gpu):
-    for format, dtype in itertools.product(oracle.MARLIN_FORMATS, DTYPES):
+    for format, dtype in itertools.product(cases.MARLIN_FORMATS, DTYPES):
         for N, K in ((384, 256), (64, 16384)):
             for rows in (1, 3, 7, 9, 33, 65):
                 assert_exists(matmul_plan(gpu, rows, N, K, format, dtype, transpose=False))

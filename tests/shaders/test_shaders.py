@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import covering
 import oracle
 import softmetal
-from oracle import DTYPES, FORMATS, SOME_FORMATS, Format, Quantized
+from cases import DTYPES, FORMATS, SOME_FORMATS
+from oracle import Format, Quantized
 from repository import ROOT
 
 METAL = ROOT / "metal/quantized"
@@ -30,7 +32,7 @@ QUANTIZE_PARAMS, QUANTIZE_COLUMNS_PARAMS = "<q", "<qi4x"
 
 FOUR_BIT = Format("affine", 64, 4)
 NVFP4 = Format("nvfp4", 16, 4)
-EVERY_WIDTH = (*(Format("affine", 32, bits) for bits in (2, 3, 5, 6, 8)), FOUR_BIT, *oracle.FLOAT_FORMATS)
+EVERY_WIDTH = (*(Format("affine", 32, bits) for bits in (2, 3, 5, 6, 8)), FOUR_BIT, *cases.FLOAT_FORMATS)
 
 # Row counts that the kernels have instances for, in the order in which a plan would try them.
 INSTANCES = {
@@ -47,7 +49,7 @@ COLUMN_OPS = [op for op in INSTANCES if "qvm" in op or op.endswith(("_n", "_n_sp
 # Each of Marlin's modes, and each group size.
 COLUMN_FORMATS = tuple(
     Format(mode, group_size, bits)
-    for (mode, bits), group_size in zip(oracle.MARLIN_BITS.items(), (32, 64, 128, 64, 32), strict=True)
+    for (mode, bits), group_size in zip(cases.MARLIN_BITS.items(), (32, 64, 128, 64, 32), strict=True)
 )
 
 
@@ -291,7 +293,7 @@ def test_names():
                 stem = Kernel(op, 0).stem
                 expected[stem] |= {kernel_name(format, op, dtype, rows) for rows in instances}
             expected["quantize"] |= {kernel_name(format, op, dtype) for op in ("quantize", "dequantize")}
-        for format in oracle.MARLIN_FORMATS:
+        for format in cases.MARLIN_FORMATS:
             for op in COLUMN_OPS:
                 expected[Kernel(op, 0).stem] |= {kernel_name(format, op, dtype, rows) for rows in INSTANCES[op]}
             expected["quantize"] |= {kernel_name(format, op, dtype) for op in ("quantize", "dequantize")}

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import oracle
 import softmetal
-from oracle import FORMATS, Format, Quantized
+from cases import FORMATS
+from oracle import Format, Quantized
 from repository import ROOT
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -559,11 +561,11 @@ def test_qmm_every_format(format, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=oracle.name_of)
-@pytest.mark.parametrize("mode", oracle.MARLIN_BITS)
+@pytest.mark.parametrize("mode", cases.MARLIN_BITS)
 def test_packed_columns(mode, dtype):
     """Tiles whole and ragged; pairs of sorted experts."""
     for group_size, n in ((64, 37), (32, 128)):
-        format = Format(mode, group_size, oracle.MARLIN_BITS[mode])
+        format = Format(mode, group_size, cases.MARLIN_BITS[mode])
         check_qmm(format, dtype, 37, n, 3 * group_size, transpose=False)
         check_qmm(format, dtype, 64, n, 128, transpose=False, rows=64)
         check_gather(format, dtype, np.arange(45), sorted_pairs(45), False, (3 * group_size, n), 45)
@@ -715,7 +717,7 @@ def test_kernels():
             for side in "tn":
                 expected |= {kernel_name(format, f"qmm_{side}_nax", dtype, rows) for rows in (32, 64)}
                 expected |= {kernel_name(format, f"gather_qmm_rhs_{side}_nax", dtype, GATHER_ROWS)}
-        for format in oracle.MARLIN_FORMATS:
+        for format in cases.MARLIN_FORMATS:
             expected |= {kernel_name(format, "qmm_n_nax", dtype, rows) for rows in (32, 64)}
             expected |= {kernel_name(format, "gather_qmm_rhs_n_nax", dtype, GATHER_ROWS)}
     assert set(softmetal.compile(SHADER, standard="metal4.0").kernels) == expected

@@ -2,7 +2,7 @@
 
 nix copies what build.toml lists, the Python files of torch-ext/ and tests/, and nothing else; so does `copy_sources`.
 `build_cpu_variant` then compiles the copy and lays it out as `kernels` loads it. The flags are those of the CMake files
-that kernel-builder generates, with warnings made errors; less optimization takes a fraction of the time to compile.
+that kernel-builder generates, with warnings made errors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import built
 from repository import ROOT
 
 try:
@@ -32,6 +34,7 @@ PACKAGE = "quantization_mlx"
 OPS_PY = """\
 import torch
 
+import built
 from repository import ROOT
 
 from . import {name}  # noqa: F401  (loading it registers the ops)
@@ -79,31 +82,44 @@ def variant_name() -> str:
     return f"torch{major}{minor}{abi}-cpu-{machine}-{platform.system().lower()}"
 
 
-def compile_extension(folder: Path, name: str, output: Path, optimization: str = "-O3") -> None:
-    """Compile and link the CPU sources under `folder` as the extension module `name`."""
+def compile_extension(folder: Path, name: str, output: Path, from_scratch: bool = True) -> None:
+    """Compile and link the CPU sources under `folder` as the extension module `name`.
+
+    from_scratch: otherwise a source that says the same under the flags of either build is not compiled a second time,
+        and the others with less optimization.
+    """
     torch_folder = Path(torch.__file__).parent
     compiler = os.environ.get("CXX", "c++")
     headers = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", sysconfig.get_path("include")]
-    flags = ["-std=gnu++20", optimization, "-DNDEBUG", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror"]
+    flags = ["-std=gnu++20", "-DNDEBUG", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror"]
     flags += ["-DCPU_KERNEL", "-DPy_LIMITED_API=3", f"-DTORCH_EXTENSION_NAME={name}", f"-I{folder / 'csrc'}"]
     flags += [f"-isystem{path}" for path in headers]
     units = [path for path in sources(folder, "cpu") if path.endswith(".cpp")]
-    objects = [str(output / Path(unit.replace("/", "_")).with_suffix(".o")) for unit in units]
 
-    def run(command: list[str]) -> None:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    def run(*arguments: str) -> str:
+        done = subprocess.run([compiler, *arguments], cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+            raise RuntimeError(f"{compiler} {' '.join(arguments)}\n{done.stdout}{done.stderr}")
+        return done.stdout
 
-    def compile_unit(unit: str, target: str) -> None:
-        run([compiler, *flags, "-c", unit, "-o", target])
+    def text(unit: Path | str, flags: list[str]) -> str:
+        """All that is compiled, but for the names of files in messages."""
+        return re.sub(rf'"(?:{ROOT}|{folder})/', '"', run(*flags, "-O3", "-E", "-P", str(unit)))
+
+    def compile_unit(unit: str) -> str:
+        known = None if from_scratch else built.object_of(unit)
+        if known is not None and text(unit, flags) == text(ROOT / unit, built.flags()):
+            return str(known)
+        target = str(output / Path(unit.replace("/", "_")).with_suffix(".o"))
+        run(*flags, "-O3" if from_scratch else "-O1", "-c", unit, "-o", target)
+        return target
 
     output.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_unit, units, objects))
+        objects = list(pool.map(compile_unit, units))
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     # No rpath: torch is loaded before the kernel, wherever it is installed.
-    run([compiler, "-shared", *objects, *libraries, "-o", str(output / f"{name}.abi3.so")])
+    run("-shared", *objects, *libraries, "-o", str(output / f"{name}.abi3.so"))
 
 
 def write_metadata(variant: Path, name: str, general: dict) -> None:
@@ -126,7 +142,7 @@ def write_metadata(variant: Path, name: str, general: dict) -> None:
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2))
 
 
-def build_cpu_variant(folder: Path, root: Path = ROOT, optimization: str = "-O3") -> Path:
+def build_cpu_variant(folder: Path, root: Path = ROOT, from_scratch: bool = True) -> Path:
     """Build the CPU variant from a copy of the listed files in the empty `folder`.
 
     Returns the variant's folder, `<folder>/build/<variant name>`; `folder` is what `kernels` takes as a repository.
@@ -139,7 +155,7 @@ def build_cpu_variant(folder: Path, root: Path = ROOT, optimization: str = "-O3"
     shutil.copytree(folder / "torch-ext" / PACKAGE, variant)
     (variant / "_ops.py").write_text(OPS_PY.format(name=name))
     objects = folder / "objects"
-    compile_extension(folder, name, objects, optimization)
+    compile_extension(folder, name, objects, from_scratch)
     shutil.move(objects / f"{name}.abi3.so", variant)
     write_metadata(variant, name, general)
     return variant

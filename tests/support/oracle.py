@@ -16,9 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 # --- Formats ----------------------------------------------------------------------------------------------------------
 
 
@@ -48,19 +45,6 @@ class Format:
     def options(self) -> dict[str, Any]:
         """The keyword arguments that name this format, for our ops and for mlx's alike."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-
-
-AFFINE_FORMATS = tuple(
-    Format("affine", group_size, bits) for bits in (2, 3, 4, 5, 6, 8) for group_size in (32, 64, 128)
-)
-FLOAT_FORMATS = (Format("mxfp4", 32, 4), Format("mxfp8", 32, 8), Format("nvfp4", 16, 4))
-FORMATS = AFFINE_FORMATS + FLOAT_FORMATS
-MARLIN_BITS = {"marlin_fp4": 4, "marlin_fp8": 8, "marlin_int2": 2, "marlin_int4": 4, "marlin_int4_sym": 4}
-MARLIN_FORMATS = tuple(
-    Format(mode, group_size, bits) for mode, bits in MARLIN_BITS.items() for group_size in (32, 64, 128)
-)
-# One of each kind of packing and scale, for tests whose subject is not the number format.
-SOME_FORMATS = (Format("affine", 64, 4), Format("affine", 32, 3), Format("affine", 128, 8), *FLOAT_FORMATS)
 
 
 def name_of(value: Any) -> str:

@@ -55,5 +55,5 @@ def embed_shaders(output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_suffix(f".{os.getpid()}.cpp")
     script = ROOT / "cmake" / "embed_shaders.cmake"
-    subprocess.run([cmake, "-D", f"OUTPUT={temporary}", "-P", script], check=True, capture_output=True)
+    subprocess.run([cmake, "-D", f"OUTPUT={temporary}", "-P", script], check=True)
     os.replace(temporary, output)

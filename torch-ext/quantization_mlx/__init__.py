@@ -3,13 +3,19 @@
 from . import int4 as int4
 from . import layers
 from . import marlin as marlin
-from .activations import cpu_activations, get_cpu_activations, set_cpu_activations
-from .checkpoint import dequantize_model, load_checkpoint, quantize_model, save_checkpoint
-from .distributed import prepare_for_ddp
-from .experts import QuantizedSwitchLinear
-from .foreign import convert_awq, convert_compressed_tensors, convert_foreign_checkpoint, convert_gptq
-from .generation import prepare_for_generation
-from .modules import QuantizedEmbedding, QuantizedLinear
+from .convert.awq import convert_awq
+from .convert.checkpoint import convert_foreign_checkpoint
+from .convert.compressed_tensors import convert_compressed_tensors
+from .convert.gptq import convert_gptq
+from .hf.decoder import prepare_for_generation
+from .hf.distributed import prepare_for_ddp
+from .hf.load import load_checkpoint
+from .hf.patch import patch_transformers, unpatch_transformers
+from .hf.peft import patch_peft, unpatch_peft
+from .hf.save import save_checkpoint
+from .nn.embedding import QuantizedEmbedding
+from .nn.linear import QuantizedLinear
+from .nn.switch import QuantizedSwitchLinear
 from .ops import (
     affine_gather_qmm_rhs_nax,
     affine_qmm_n,
@@ -31,9 +37,9 @@ from .ops import (
     quantize,
     quantized_matmul,
 )
-from .peft_integration import patch_peft, unpatch_peft
 from .plans import explain
-from .transformers_integration import patch_transformers, unpatch_transformers
+from .quantization.model import dequantize_model, quantize_model
+from .settings import cpu_activations, get_cpu_activations, set_cpu_activations
 
 __all__ = [
     "QuantizedEmbedding",

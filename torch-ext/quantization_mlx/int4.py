@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .stored import require
+from .optional import require
 
 if TYPE_CHECKING:
     import numpy
@@ -57,10 +57,10 @@ def quantize_to_int4(
             f"[quantize_to_int4] scale_method {scale_method!r} is not supported; supported are {', '.join(_SCALES)}"
         )
     np = require("numpy", "int4")
-    floats = _finite_float32("quantize_to_int4", values).astype(np.float64)  # in which no range overflows or vanishes
+    floats = _finite_float32("quantize_to_int4", values).astype(np.float64)  # so that no range over- or underflows
     scale, zero_point = _SCALES[scale_method](floats, symmetric) if floats.size else (1.0, 0.0)
     quotients = floats / scale
-    # Constant arrays alone have a fractional zero point; there it is the sum that has to be a whole number.
+    # Only constant arrays have a fractional zero point; then the sum has to be a whole number.
     codes = np.rint(quotients) + zero_point if zero_point.is_integer() else np.rint(quotients + zero_point)
     return np.asarray(np.clip(codes, LOWEST, HIGHEST).astype(np.int8)), scale, zero_point
 

@@ -57,7 +57,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        words = self._parameters["weight"]  # as an attribute, some layers give it in floating point
+        words = self._parameters["weight"]  # the attribute may be the floating-point view
         output = quantized_matmul(
             x, words, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
         )

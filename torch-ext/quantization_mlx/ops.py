@@ -4,19 +4,19 @@ Shapes: M rows of activations ``x``, K the inner size, N output features, E matr
 
 Formats (``mode``), with the defaults of ``group_size`` and ``bits`` in front:
 
-=============== ============ ================ ===================== ==========================================
-mode            group_size   bits             scales                value of an element
-=============== ============ ================ ===================== ==========================================
-affine          64, 32, 128  4, 2, 3, 5, 6, 8 float, with biases    code * scale + bias
-mxfp4           32           4                uint8 E8M0            E2M1(code) * scale
-mxfp8           32           8                uint8 E8M0            E4M3(code) * scale
-nvfp4           16           4                uint8 E4M3            E2M1(code) * scale [* global_scale / 2688]
-marlin_fp4      128, 64, 32  4                float16               E2M1(code) * scale
-marlin_fp8      128, 64, 32  8                float16               E4M3(code) * scale
-marlin_int2     128, 64, 32  2                float16               (code - 1.5) * scale
-marlin_int4     128, 64, 32  4                float16, with zeros   (code - zero) * scale
-marlin_int4_sym 128, 64, 32  4                float16               (code - 8) * scale
-=============== ============ ================ ===================== ==========================================
+=============== ============ =================== ===================== ==========================================
+mode            group_size   bits                scales                value of an element
+=============== ============ =================== ===================== ==========================================
+affine          64, 32, 128  4, 1, 2, 3, 5, 6, 8 float, with biases    code * scale + bias
+mxfp4           32           4                   uint8 E8M0            E2M1(code) * scale
+mxfp8           32           8                   uint8 E8M0            E4M3(code) * scale
+nvfp4           16           4                   uint8 E4M3            E2M1(code) * scale [* global_scale / 2688]
+marlin_fp4      128, 64, 32  4                   float16               E2M1(code) * scale
+marlin_fp8      128, 64, 32  8                   float16               E4M3(code) * scale
+marlin_int2     128, 64, 32  2                   float16               (code - 1.5) * scale
+marlin_int4     128, 64, 32  4                   float16, with zeros   (code - zero) * scale
+marlin_int4_sym 128, 64, 32  4                   float16               (code - 8) * scale
+=============== ============ =================== ===================== ==========================================
 
 Packed weights are uint32 (or int32) words: a row of K elements is one little-endian bit stream of ``K * bits / 32``
 words, with one scale (and bias) per ``group_size`` elements along the row. Float32, float16 and bfloat16 activations
@@ -39,12 +39,11 @@ Every op raises ``ValueError`` for shapes, devices or options that do not fit, `
 supported.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from ._ops import ops
+from .formats import MODES
 
 __all__ = [
     "affine_gather_qmm_rhs_nax",
@@ -95,7 +94,7 @@ def quantize(
     as infinity, the scale saturates at 2**-127 instead. A float16 scale saturates at 65504, and is 1e-7 or more.
     """
     w_q, scales, biases = ops.quantize(w, group_size, bits, mode, global_scale=global_scale)
-    return (w_q, scales, biases) if mode in ("affine", "marlin_int4") else (w_q, scales)
+    return (w_q, scales, biases) if MODES[mode].offset != "none" else (w_q, scales)
 
 
 def dequantize(

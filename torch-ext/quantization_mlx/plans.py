@@ -1,7 +1,5 @@
 """Which kernels a call runs: on this device, or on any Apple GPU without having it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +49,7 @@ class Plan:
     activations: of a product on CPU, "exact" or "int8" (see set_cpu_activations); else None.
     gpu: Metal's name of the architecture; None on "cpu". launches: its kernels, in order; empty on "cpu".
     excluded: kernel families that gave wrong results in their self-check on this GPU and are not used.
-    workspace: float32 values that "partial_sums" have room for, between its launches.
+    workspace: size of "partial_sums", which launches hand on, in float32 values.
     """
 
     op: str
@@ -98,7 +96,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in self._twins:  # afterwards: the first use of a kernel may have shown that it is wrong here
+        if func in self._twins:  # after the call: a kernel's first use may have excluded it
             name = kwargs.get("op", func._schema.name.split("::")[-1])
             self.plans.append(_plan(name, self._twins[func](*args, **kwargs, **self._named)))
         return result

@@ -23,14 +23,16 @@ constexpr int tile_rows[] = {16, 32, 64};
 constexpr int tensor_tile_rows[] = {32, 64};
 constexpr int gather_tile_rows[] = {32};
 
-// A core hides the latency of memory with about this many threadgroups of each kind; below it, split-K makes more.
-constexpr int qvm_threadgroups_per_core = 8;  // of 128 threads
-constexpr int column_qvm_threadgroups_per_core = 4;  // of 256 threads
-constexpr int tile_threadgroups_per_core = 4;  // of 128 threads, with 6 to 18 KiB of threadgroup memory
-// A shorter part of K than this costs more in partial sums, written and read again, than it gains.
-constexpr int qvm_part_k = 128;
-constexpr int column_qvm_part_k = 1024;  // a group of 128 for each simdgroup
-constexpr int tile_part_k = 512;
+// Where K is split: a core hides the latency of memory with about so many threadgroups, and with fewer, parts of K make
+// more of them. A shorter part than `least_part` costs more in partial sums, written and read again, than it gains.
+struct SplitK {
+  int threadgroups_per_core;
+  int least_part;
+};
+constexpr SplitK no_split{0, 0};
+constexpr SplitK qvm_split{8, 128};  // of 128 threads
+constexpr SplitK column_qvm_split{4, 1024};  // of 256 threads, with a group of 128 for each simdgroup
+constexpr SplitK tile_split{4, 512};  // of 128 threads, with 6 to 18 KiB of threadgroup memory
 // Parts are whole steps of a kernel along K.
 constexpr int qmv_step_k = 32;
 constexpr int qvm_step_k = 32;  // where columns are packed: a group
@@ -63,6 +65,7 @@ struct Kernel {
   int64_t columns;  // of a threadgroup
   int64_t depth;  // of K that a threadgroup takes at a time
   uint32_t threads;
+  SplitK split;
 };
 
 class ProductPlanner {
@@ -76,9 +79,10 @@ class ProductPlanner {
 
   Plan matmul() && {
     for (const BatchPart& batch : batch_parts(shape_)) {
+      const Block block{batch, 0, shape_.M};
       switch (matmul_family()) {
-        case Family::tensor: tensor({batch, 0, shape_.M}); break;
-        case Family::tile: tile({batch, 0, shape_.M}); break;
+        case Family::tensor: product(block, tensor_kernel("qmm", rows_of_tile(tensor_tile_rows, shape_.M))); break;
+        case Family::tile: product(block, tile_kernel("qmm", rows_of_tile(tile_rows, shape_.M))); break;
         default: matvecs(batch); break;
       }
     }
@@ -94,9 +98,12 @@ class ProductPlanner {
     require_any();
     const bool tiles = available(Family::tile);
     if (is_sorted_product(problem) && (has_tensor_ops() || tiles)) {
-      sorted(Block{{}, 0, pairs_});
+      constexpr const char* op = "gather_qmm_rhs";
+      product(
+          {{}, 0, pairs_},
+          has_tensor_ops() ? tensor_kernel(op, gather_tile_rows[0]) : tile_kernel(op, gather_tile_rows[0]));
     } else if (tiles && (shape_.M > matvec_rows() || !available(Family::matvec))) {
-      gather_tile({batch, 0, shape_.M});
+      product({batch, 0, shape_.M}, tile_kernel("gather_qmm", gather_tile_rows[0]));
     } else {
       // Tensor operations alone are left for sorted pairs only.
       TORCH_CHECK(available(Family::matvec), no_family_left());
@@ -143,11 +150,6 @@ class ProductPlanner {
 
   // --- Which kernel ---
 
-  // qmm_t or qmm_n, and so on.
-  std::string sided(const char* op, const char* end = "") const {
-    return std::string(op) + (problem_.transpose ? "_t" : "_n") + end;
-  }
-
   // Few rows of any number of matrices, in shares of about the same size.
   void matvecs(const BatchPart& batch) {
     // qmv counts in 32 bits from a row of x, and from a row of w, to the last one that it takes at a time.
@@ -158,38 +160,26 @@ class ProductPlanner {
     const int64_t shares = rows_are_near ? ceil_div(shape_.M, matvec_rows()) : shape_.M;
     for (int64_t i = 0; i < shares; ++i) {
       const int64_t first = i * shape_.M / shares;
-      matvec({batch, first, (i + 1) * shape_.M / shares - first});
+      const int64_t rows = (i + 1) * shape_.M / shares - first;
+      product({batch, first, rows}, problem_.transpose ? qmv_kernel(rows) : qvm_kernel(rows));
     }
   }
 
-  void matvec(const Block& block) {
+  Kernel qmv_kernel(int64_t rows) const {
     const bool gathered = pairs_ > 0;
-    if (problem_.transpose) {
-      const int rows =
-          gathered ? smallest_at_least(gather_qmv_rows, block.rows) : smallest_at_least(qmv_rows, block.rows);
-      const Kernel kernel{Family::matvec, gathered ? "gather_qmv" : "qmv", rows, qmv_columns(),
-                          qmv_step_k,     32u * qmv_simdgroups()};
-      product(block, kernel, 1, 1);
-    } else {
-      const Kernel kernel = qvm_kernel(gathered ? "gather_qvm" : "qvm", smallest_at_least(qvm_rows, block.rows));
-      product(block, kernel, 1, gathered ? 1 : qvm_parts(block, kernel));
-    }
+    const int instance = gathered ? smallest_at_least(gather_qmv_rows, rows) : smallest_at_least(qmv_rows, rows);
+    const char* op = gathered ? "gather_qmv" : "qmv";
+    return {Family::matvec, op, instance, qmv_columns(), qmv_step_k, 32u * qmv_simdgroups(), no_split};
   }
 
-  Kernel qvm_kernel(std::string op, int rows) const {
-    Kernel kernel{Family::matvec, std::move(op), rows, qvm_columns(), qvm_step_k, 32u * qvm_simdgroups()};
+  Kernel qvm_kernel(int64_t rows) const {
+    const int instance = smallest_at_least(qvm_rows, rows);
+    const char* op = pairs_ > 0 ? "gather_qvm" : "qvm";
     if (is_column_packed(format_.mode)) {
-      kernel.columns = column_qvm_columns();
-      kernel.depth = format_.group_size;
-      kernel.threads = 32u * column_qvm_simdgroups();
+      const uint32_t threads = 32u * column_qvm_simdgroups();
+      return {Family::matvec, op, instance, column_qvm_columns(), format_.group_size, threads, column_qvm_split};
     }
-    return kernel;
-  }
-
-  int64_t qvm_parts(const Block& block, const Kernel& kernel) const {
-    return is_column_packed(format_.mode)
-        ? parts_of(block, kernel, 1, column_qvm_threadgroups_per_core, column_qvm_part_k)
-        : parts_of(block, kernel, 1, qvm_threadgroups_per_core, qvm_part_k);
+    return {Family::matvec, op, instance, qvm_columns(), qvm_step_k, 32u * qvm_simdgroups(), qvm_split};
   }
 
   // The larger tile reads and unpacks each weight for more rows; the smaller one computes fewer unused rows.
@@ -202,56 +192,43 @@ class ProductPlanner {
     return mostly_idle ? static_cast<int>(half) : fitting;
   }
 
-  Kernel tile_kernel(std::string op, int rows) const {
+  // op: without its side.
+  Kernel tile_kernel(const char* op, int rows) const {
     const int depth = tile_k(rows, static_cast<int>(c10::elementSize(problem_.dtype)));
-    return {Family::tile, std::move(op), rows, tile_columns(), depth, 32u * tile_simdgroups()};
+    return {Family::tile, op + side(), rows, tile_columns(), depth, 32u * tile_simdgroups(), tile_split};
   }
 
-  Kernel tensor_kernel(std::string op, int rows) const {
-    return {Family::tensor,        std::move(op),   rows,
-            tensor_tile_columns(), tensor_tile_k(), 32u * tensor_tile_simdgroups()};
+  Kernel tensor_kernel(const char* op, int rows) const {
+    const uint32_t threads = 32u * tensor_tile_simdgroups();
+    return {Family::tensor, op + side() + "_nax", rows, tensor_tile_columns(), tensor_tile_k(), threads, no_split};
   }
 
-  void tile(const Block& block) {
-    const Kernel kernel = tile_kernel(sided("qmm"), rows_of_tile(tile_rows, block.rows));
-    const int64_t row_tiles = ceil_div(block.rows, kernel.rows);
-    product(block, kernel, row_tiles, parts_of(block, kernel, row_tiles, tile_threadgroups_per_core, tile_part_k));
-  }
-
-  void tensor(const Block& block) {
-    const Kernel kernel = tensor_kernel(sided("qmm", "_nax"), rows_of_tile(tensor_tile_rows, block.rows));
-    product(block, kernel, ceil_div(block.rows, kernel.rows), 1);
-  }
-
-  void gather_tile(const Block& block) {
-    const Kernel kernel = tile_kernel(sided("gather_qmm"), gather_tile_rows[0]);
-    product(block, kernel, ceil_div(block.rows, kernel.rows), 1);
-  }
-
-  void sorted(const Block& block) {
-    const Kernel kernel = has_tensor_ops() ? tensor_kernel(sided("gather_qmm_rhs", "_nax"), gather_tile_rows[0])
-                                           : tile_kernel(sided("gather_qmm_rhs"), gather_tile_rows[0]);
-    product(block, kernel, ceil_div(block.rows, kernel.rows), 1);
-  }
+  std::string side() const { return problem_.transpose ? "_t" : "_n"; }
 
   // --- How a kernel is launched ---
 
-  int64_t parts_of(const Block& block, const Kernel& kernel, int64_t row_tiles, int per_core, int64_t least_part)
-      const {
-    if (block.batch.count() > 1 && block.rows < shape_.M) {
-      return 1;  // sum_parts writes a result without gaps
+  static int64_t row_tiles(const Block& block, const Kernel& kernel) {
+    return kernel.family == Family::matvec ? 1 : ceil_div(block.rows, kernel.rows);
+  }
+
+  // Of K.
+  int64_t parts_of(const Block& block, const Kernel& kernel) const {
+    const bool has_gaps = block.batch.count() > 1 && block.rows < shape_.M;  // which sum_parts does not write
+    if (kernel.split.threadgroups_per_core == 0 || pairs_ > 0 || has_gaps) {
+      return 1;
     }
-    const int64_t threadgroups = ceil_div(shape_.N, kernel.columns) * row_tiles * block.batch.count();
-    const int64_t wanted = static_cast<int64_t>(target_.gpu.cores) * per_core / threadgroups;
-    const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(shape_.K / least_part, 1));
-    return ceil_div(shape_.K, part_k(kernel, parts));
+    const int64_t threadgroups = ceil_div(shape_.N, kernel.columns) * row_tiles(block, kernel) * block.batch.count();
+    const int64_t wanted = static_cast<int64_t>(target_.gpu.cores) * kernel.split.threadgroups_per_core / threadgroups;
+    const int64_t most = std::max<int64_t>(shape_.K / kernel.split.least_part, 1);
+    return ceil_div(shape_.K, part_k(kernel, std::clamp<int64_t>(wanted, 1, most)));
   }
 
   int64_t part_k(const Kernel& kernel, int64_t parts) const {
     return ceil_div(ceil_div(shape_.K, parts), kernel.depth) * kernel.depth;
   }
 
-  void product(const Block& block, const Kernel& kernel, int64_t row_tiles, int64_t parts) {
+  void product(const Block& block, const Kernel& kernel) {
+    const int64_t parts = parts_of(block, kernel);
     const auto& weights = problem_.weights;
     const BatchPart& batch = block.batch;
     const int64_t x_offset = batch.x * problem_.x.matrix_stride + block.first_row * problem_.x.row_stride;
@@ -262,8 +239,8 @@ class ProductPlanner {
         launch_of(kernel.family, kernel.op + (split ? "_splitk" : ""), kernel.rows, format_, problem_.dtype);
     launch.constants = constants_of(block, kernel, x_offset);
     launch.threadgroups = {
-        static_cast<uint32_t>(ceil_div(shape_.N, kernel.columns)), static_cast<uint32_t>(row_tiles * parts),
-        static_cast<uint32_t>(batch.count())};
+        static_cast<uint32_t>(ceil_div(shape_.N, kernel.columns)),
+        static_cast<uint32_t>(row_tiles(block, kernel) * parts), static_cast<uint32_t>(batch.count())};
     launch.threads = kernel.threads;
 
     const ProductParams params = params_of(block, kernel, parts);

@@ -1,7 +1,5 @@
 """mlx.core.array in place of torch.Tensor. mlx is imported for callers that have imported it: those with an array."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +28,8 @@ def to_torch(array: Any) -> Tensor:
     dtype = _DTYPES.get(str(array.dtype))
     if dtype is None:
         raise TypeError(f"an mlx array of dtype {array.dtype} is not supported; supported are {', '.join(_DTYPES)}")
-    # The tensor keeps alive the array that `contiguous` returns and that nobody else can give other values. MLX has
-    # the buffer protocol for every dtype and device, but an empty buffer torch does not take.
+    # The tensor keeps the array of `contiguous` alive, which nobody else can write to. MLX has the buffer protocol
+    # for every dtype and device, but torch takes no empty buffer.
     tensor = torch.frombuffer(mx.contiguous(array), dtype=dtype) if array.size else torch.empty(0, dtype=dtype)
     on_gpu = mx.default_device().type == mx.gpu and torch.backends.mps.is_available()
     return tensor.reshape(array.shape).to("mps" if on_gpu else "cpu")

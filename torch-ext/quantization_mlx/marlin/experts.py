@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..experts import PackedSwitchLinear, SwitchLinear
-from ..obstacles import check_class, check_state
+from ..nn.obstacles import check_class, check_state
+from ..nn.switch import PackedSwitchLinear, SwitchLinear
 from .functions import pack
 from .layers import DTYPES, ColumnPackedModule
 
@@ -50,5 +50,6 @@ class ColumnPackedSwitchLinear(PackedSwitchLinear, ColumnPackedModule):
         sizes = linear.num_experts, linear.in_features, linear.out_features
         layer = cls(*sizes, mode, group_size, device="meta")
         packed = [pack(name, mode, matrix.T, group_size) for matrix in linear.weight.detach()]
-        layer._take((torch.stack(tensors) for tensors in zip(*packed, strict=True)), linear)
+        layer.take(map(torch.stack, zip(*packed, strict=True)), linear.weight)
+        layer.resemble(linear)
         return layer

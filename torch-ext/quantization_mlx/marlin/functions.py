@@ -8,8 +8,6 @@ Every function raises `ValueError` for shapes, values and options that do not fi
 what is no tensor; the message names the function and shows what was given and what is supported.
 """
 
-from __future__ import annotations
-
 import time
 from numbers import Integral
 from typing import Any
@@ -18,15 +16,15 @@ import torch
 from torch import Tensor
 
 from .._ops import ops
+from ..formats import FLOATS, MARLIN_MODES
 from ..ops import dequantize, quantize
 from .arrays import accepts_mlx_arrays
 from .library import MetalKernelLibrary
 
-BITS = {"marlin_fp4": 4, "marlin_fp8": 8, "marlin_int2": 2, "marlin_int4": 4, "marlin_int4_sym": 4}
-GROUP_SIZES = (128, 64, 32)
-_ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+BITS = {name: mode.bits[0] for name, mode in MARLIN_MODES.items()}
+GROUP_SIZES = tuple(sorted(MARLIN_MODES["marlin_fp4"].group_sizes, reverse=True))  # the same in all modes
 
-# Called with every argument in place: the shortest way from Python into the dispatcher.
+# Called with all arguments: the fastest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
 
 
@@ -63,7 +61,7 @@ def _check_tensor(function: str, name: str, value: Any, dimensions: int | None =
 
 
 def _check_packed(function: str, mode: str, group_size: int, K: int, N: int, **packed: Any) -> None:
-    """Judges packed weights under their documented names: first the words, then scales and maybe zeros."""
+    """Checks packed weights under their documented names: first the words, then scales and maybe zeros."""
     check_groups(function, "K", K, group_size)
     check_size(function, "N", N)
     rows, dtypes = K * BITS[mode] // 32, (torch.uint32, torch.int32)
@@ -103,7 +101,7 @@ def pack(function: str, mode: str, weights: Tensor, group_size: int, name: str =
         raise TypeError(f"[{function}] {name} has dtype {weights.dtype}; it must be a floating-point one")
     check_groups(function, f"K, the number of rows of {name},", weights.shape[0], group_size)
     weights = weights.detach()
-    if weights.dtype not in _ACTIVATIONS:
+    if weights.dtype not in FLOATS:
         weights = weights.float()
     if not weights.is_meta and not torch.isfinite(weights).all():
         raise ValueError(f"[{function}] {name} has infinities or NaN in float32; all values must be finite")
@@ -169,7 +167,7 @@ def pack_int4_sym_weights(weights: Tensor, group_size: int = 128) -> tuple[Tenso
 def _multiply(
     function: str, mode: str, A: Tensor, group_size: int, K: int, N: int, B_packed: Tensor, **tables: Tensor
 ) -> Tensor:
-    _check_dtype(function, "A", A, _ACTIVATIONS)
+    _check_dtype(function, "A", A, FLOATS)
     _check_packed(function, mode, group_size, K, N, B_packed=B_packed, **tables)
     _check_devices(function, A=A, B_packed=B_packed)
     operands = A, B_packed, tables["scales"], tables.get("zeros")
@@ -232,14 +230,7 @@ def _dispatch(
 
 
 def dispatch_gemm_fp4(
-    lib: MetalKernelLibrary,
-    A: Tensor,
-    B_packed: Tensor,
-    scales: Tensor,
-    M: int,
-    N: int,
-    K: int,
-    group_size: int = 32,
+    lib: MetalKernelLibrary, A: Tensor, B_packed: Tensor, scales: Tensor, M: int, N: int, K: int, group_size: int = 32
 ) -> Tensor:
     """A [M, K] @ dequantized B, [M, N] of A's dtype, on the device of the tensors: "mps" or the CPU.
 
@@ -254,28 +245,14 @@ def dispatch_gemm_fp4(
 
 
 def dispatch_gemm_fp8(
-    lib: MetalKernelLibrary,
-    A: Tensor,
-    B_packed: Tensor,
-    scales: Tensor,
-    M: int,
-    N: int,
-    K: int,
-    group_size: int = 128,
+    lib: MetalKernelLibrary, A: Tensor, B_packed: Tensor, scales: Tensor, M: int, N: int, K: int, group_size: int = 128
 ) -> Tensor:
     """`dispatch_gemm_fp4` with E4M3 weights, as of `pack_fp8_weights`: B_packed is [K / 4, N]."""
     return _dispatch("dispatch_gemm_fp8", "marlin_fp8", lib, A, B_packed, scales, M, N, K, group_size)
 
 
 def dispatch_gemm_int2(
-    lib: MetalKernelLibrary,
-    A: Tensor,
-    B_packed: Tensor,
-    scales: Tensor,
-    M: int,
-    N: int,
-    K: int,
-    group_size: int = 128,
+    lib: MetalKernelLibrary, A: Tensor, B_packed: Tensor, scales: Tensor, M: int, N: int, K: int, group_size: int = 128
 ) -> Tensor:
     """`dispatch_gemm_fp4` with 2-bit weights, as of `pack_int2_weights`: B_packed is [K / 16, N]."""
     return _dispatch("dispatch_gemm_int2", "marlin_int2", lib, A, B_packed, scales, M, N, K, group_size)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._ops import ops
-from ..obstacles import FLOATS, check_class, check_state, copy_hooks
-from ..packed_weight import PackedLinear, PackedModule, frozen, own
+from ..formats import FLOATS
+from ..nn.linear import PackedLinear
+from ..nn.module import PackedModule, new_bias
+from ..nn.obstacles import check_class, check_state
 from .functions import BITS, check_groups, check_size, pack
-
-# Called with every argument in place: the shortest way from Python into the dispatcher.
-_quantized_matmul = ops.quantized_matmul.default
 
 QUANT_TYPES = {"fp4": "marlin_fp4", "int4": "marlin_int4", "int4_sym": "marlin_int4_sym"}
 DTYPES = (*FLOATS, torch.float64)  # of weights that can be packed
@@ -63,32 +61,11 @@ class ColumnPackedModule(PackedModule):
             raise ValueError(f"[{type(self).__name__}] mode is {mode!r}; supported are {', '.join(BITS)}")
         check_groups(type(self).__name__, "in_features", in_features, group_size)
         check_size(type(self).__name__, "out_features", out_features)
-        super().__init__(group_size, BITS[mode], mode)
+        format = {"group_size": group_size, "bits": BITS[mode], "mode": mode}
+        super().__init__((*batch, out_features, in_features), format, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
-
-        def table() -> nn.Parameter:
-            sizes = *batch, in_features // group_size, out_features
-            return frozen(torch.zeros(sizes, dtype=torch.float16, device=device))
-
-        words = *batch, in_features * self.bits // 32, out_features
-        self.weight_packed = frozen(torch.zeros(words, dtype=torch.uint32, device=device))
-        self.scales = table()
-        self.register_parameter("zeros", table() if mode == "marlin_int4" else None)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(*batch, out_features, device=device, dtype=dtype)) if bias else None
-        )
-        self.follow_dtype(dtype, device)
-
-    def _take(self, packed: Iterable[torch.Tensor], layer: nn.Module) -> None:
-        """Takes the packed weight, a copy of the bias, and what else is kept of `layer`."""
-        for parameter, tensor in zip(self.packed_names, packed, strict=False):
-            setattr(self, parameter, frozen(tensor))
-        self.bias = own(layer.bias)
-        dtype = layer.weight.dtype if layer.weight.dtype in FLOATS else torch.float32  # of what a product can take
-        self.follow_dtype(dtype, layer.weight.device)
-        copy_hooks(layer, self)
-        self.train(layer.training)
+        self.register_parameter("bias", new_bias(bias, *batch, out_features, device=device, dtype=dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ColumnPackedModule:
         """Moves everything, but lets a change of dtype leave the packed weight alone: the format has its dtypes."""
@@ -138,19 +115,9 @@ class ColumnPackedLinear(ColumnPackedModule, PackedLinear):
         check_class(name, linear, nn.Linear)
         check_state(name, linear, DTYPES)
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **options)
-        layer._take(pack(name, layer.mode, linear.weight.T, layer.group_size, "linear.weight"), linear)
+        layer.take(pack(name, layer.mode, linear.weight.T, layer.group_size, "linear.weight"), linear.weight)
+        layer.resemble(linear)
         return layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] of float32, float16 or bfloat16 -> [..., out_features] of x's dtype."""
-        # Reading a parameter as an attribute costs half a microsecond, and a step of generation reads a thousand.
-        held = self._parameters
-        try:
-            words, scales, zeros, bias = held["weight_packed"], held["scales"], held["zeros"], held["bias"]
-        except KeyError:  # a parametrization has taken one's place
-            words, scales, zeros, bias = self.weight_packed, self.scales, self.zeros, self.bias
-        y = _quantized_matmul(x, words, scales, zeros, False, self.group_size, self.bits, self.mode)
-        return y if bias is None else y + bias.to(y.dtype)
 
 
 class MarlinLinear(ColumnPackedLinear):

@@ -1,7 +1,5 @@
 """The handle that Marlin's dispatch functions take."""
 
-from __future__ import annotations
-
 import torch
 
 
@@ -33,7 +31,7 @@ class MetalKernelLibrary:
     @property
     def device(self) -> torch.device:
         """Where work without tensors of its own runs."""
-        # torch.compile cannot trace whether there is a GPU: a library made while it traces asks later.
+        # torch.compile cannot trace the query for a GPU, so a library made while tracing asks later.
         return _default_device() if self._device is None else self._device
 
     def __repr__(self) -> str:
@@ -47,5 +45,5 @@ def get_default_library() -> MetalKernelLibrary:
     """The process's one library for the default device, made by the first call; any thread may call, and so may code
     that torch.compile traces."""
     library = _default.get("library")
-    # Of several threads that come first, one has its library kept: no lock, which could not be traced.
+    # If several threads get here first, setdefault keeps one library. A lock could not be traced.
     return _default.setdefault("library", MetalKernelLibrary()) if library is None else library

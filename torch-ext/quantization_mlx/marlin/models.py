@@ -5,30 +5,28 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import _progress
-from ..conv1d import as_linear, is_conv1d
-from ..experts import SwitchLinear, unfused
-from ..replacement import (
+from ..hf import compat
+from ..nn.conv1d import as_linear
+from ..nn.switch import SwitchLinear
+from ..optional import require
+from ..quantization.replacement import (
     FloatWeight,
-    Left,
     Refusal,
+    class_refusal,
     float_weights,
     parameter_count,
-    reason_of_class,
     replace_layers,
     share,
-    shared_refusals,
+    surgery,
     warn_of_float_weights,
-    why_not,
 )
-from ..stored import require
 from .experts import ColumnPackedSwitchLinear
 from .functions import check_group_size
 from .layers import (
@@ -42,7 +40,7 @@ from .layers import (
     check_bits,
     check_quant_type,
 )
-from .saved import entry_of, is_saved, mark_configs, refuse_mlx, shell, usable_device
+from .saved import is_saved, mark_configs, refuse_mlx, shell_like, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,17 +172,15 @@ def _replace(
     check_group_size(op, group_size)
     names = list(skip_layers or ())
 
-    def choose(holders: Mapping[str, nn.Module]) -> bool | Left:
-        reasons = {path: _refusal(path, layer, group_size, names, layer_filter) for path, layer in holders.items()}
-        if (left := shared_refusals(holders, reasons)) is not None:
-            return left
-        path, layer = next(iter(holders.items()))
+    def refuse(path: str, layer: nn.Module) -> Refusal | None:
+        return _refusal(path, layer, group_size, names, layer_filter)
+
+    def check(path: str, layer: nn.Module) -> None:
         if not layer.weight.is_meta and not layer.weight.isfinite().all():
             raise ValueError(f"[{op}] {path}.weight has values that are not finite numbers")
-        return True
 
-    with unfused(model):
-        done = replace_layers(model, choose, lambda layer, _: convert(layer), _tied, progress=_progress)
+    with surgery(model):
+        done = replace_layers(model, refuse, check, lambda layer, _: convert(layer), shell_like)
         left = float_weights(done.model, done.refusals)
     mark_configs(done.model)
     return done.model, done.replaced, left, parameter_count(done.model)
@@ -198,26 +194,14 @@ def _refusal(
         return Refusal(_IN_SKIP_LAYERS, is_asked_for=True)
     if isinstance(layer, nn.Embedding):
         return Refusal("an embedding; Marlin's formats are for linear layers", is_asked_for=True)
-    if type(layer) not in (nn.Linear, SwitchLinear) and not is_conv1d(layer):
-        return Refusal(reason_of_class(path, layer))
-    if (reason := why_not(path, layer, DTYPES)) is not None:
-        return Refusal(reason)
+    if (refusal := class_refusal(path, layer, DTYPES, embeddings=False)) is not None:
+        return refusal
     in_features = as_linear(layer).in_features
     if in_features % group_size:
         return Refusal(f"in_features {in_features} is not divisible by group_size {group_size}")
     if layer_filter is not None and not layer_filter(path, layer):
         return Refusal("refused by layer_filter", is_asked_for=True)
     return None
-
-
-def _tied(layer: nn.Module, twin: ColumnPackedModule) -> ColumnPackedModule:
-    """`layer` on the packed weight of `twin`, which had the same floating-point weight."""
-    tied = shell(layer, entry_of(twin))
-    for name, parameter in twin.named_parameters(recurse=False):
-        if name != "bias":
-            setattr(tied, name, parameter)
-    tied.bias = layer.bias
-    return tied.train(layer.training)
 
 
 # Loading models that are not quantized
@@ -263,7 +247,7 @@ def load_dense(source: str | os.PathLike[str], op: str, **options: Any) -> PreTr
     Raises:
         ValueError: the model is quantized; the message says what loads it.
     """
-    transformers = require("transformers")
+    transformers = compat.require("transformers")
     require("safetensors")
     directory = Path(source)
     if directory.is_dir():

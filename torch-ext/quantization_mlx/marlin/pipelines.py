@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..stored import has_tokenizer, require
+from ..checkpoint.read import has_tokenizer
+from ..hf import compat
 from .functions import check_group_size
 from .layers import check_bits, check_quant_type
 from .models import LayerFilter, load_dense, quantize_model, replace_linear_layers
@@ -23,7 +25,7 @@ from .saved import is_saved, load_quantized, usable_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# name -> (what kind of number it is, whether one fits, what is wanted)
+# name -> (type, test, description of valid values)
 _SAMPLING: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "max_tokens": (Integral, lambda count: count >= 1, "a whole number of at least 1"),
     "temperature": (Real, lambda number: 0 <= number < math.inf, "a finite number of at least 0"),
@@ -84,14 +86,13 @@ class TransformersMarlinPipeline:
         op = f"{cls.__name__}.from_pretrained"
         check_bits(op, bits)
         check_group_size(op, group_size)
-        device = usable_device(device, op)
-        tokenizer = _load_tokenizer(model_id, trust_remote_code, op)
-        model = _load_saved(model_id, device, trust_remote_code, model_options, op)
-        if model is None:
-            model = load_dense(model_id, op, trust_remote_code=trust_remote_code, **model_options)
+
+        def replace(model: PreTrainedModel) -> PreTrainedModel:
             if quantize:
                 replace_linear_layers(model, bits, group_size, skip_layers, layer_filter)
-        return cls(model, tokenizer, device)
+            return model
+
+        return cls(*_load(op, model_id, device, trust_remote_code, model_options, replace))
 
     def __call__(
         self,
@@ -236,7 +237,7 @@ class TransformersMarlinPipeline:
 
     def _stream(self, inputs: dict[str, torch.Tensor], sampling: dict[str, Any], reply_only: bool) -> Iterator[str]:
         """Pieces of text while another thread generates them; the thread ends when the iterator is closed."""
-        transformers = require("transformers")
+        transformers = compat.require("transformers")
         streamer = transformers.TextIteratorStreamer(self.tokenizer, skip_prompt=reply_only, skip_special_tokens=True)
         closed = threading.Event()
         failures: list[BaseException] = []
@@ -250,7 +251,7 @@ class TransformersMarlinPipeline:
             try:
                 options = {"pad_token_id": self._pad_token_id, **sampling, "stopping_criteria": criteria}
                 self.model.generate(**inputs, **options, streamer=streamer)
-            except BaseException as error:  # raised again where the pieces are read
+            except BaseException as error:  # raised again in the consumer's thread
                 failures.append(error)
                 streamer.text_queue.put(streamer.stop_signal)
 
@@ -317,15 +318,10 @@ class MarlinPipeline(TransformersMarlinPipeline):
         op = "MarlinPipeline.from_pretrained"
         check_quant_type(op, quant_type)
         check_group_size(op, group_size)
-        device = usable_device(device, op)
-        tokenizer = _load_tokenizer(path, trust_remote_code, op)
         skip = {"skip_layers": kwargs.pop("skip_layers")} if "skip_layers" in kwargs else {}
-        model = _load_saved(path, device, trust_remote_code, kwargs, op)
-        if model is None:
-            model = load_dense(path, op, trust_remote_code=trust_remote_code, **kwargs)
-            model = quantize_model(model, quant_type, group_size, **skip)
-        pipeline = cls.__new__(cls)  # without a second warning
-        TransformersMarlinPipeline.__init__(pipeline, model, tokenizer, device)
+        quantize = functools.partial(quantize_model, quant_type=quant_type, group_size=group_size, **skip)
+        pipeline = cls.__new__(cls)  # __init__ would warn again
+        TransformersMarlinPipeline.__init__(pipeline, *_load(op, path, device, trust_remote_code, kwargs, quantize))
         return pipeline
 
 
@@ -334,26 +330,24 @@ def _deprecate() -> None:
     warnings.warn("MarlinPipeline is deprecated; use TransformersMarlinPipeline", DeprecationWarning, stacklevel=3)
 
 
-def _load_saved(
-    source: str | os.PathLike[str],
-    device: torch.device,
-    trust_remote_code: bool,
-    model_options: Mapping[str, Any],
+def _load(
     op: str,
-) -> PreTrainedModel | None:
-    """The model of a directory that `save_quantized` wrote; None for anything else."""
-    directory = Path(source)
-    if not directory.is_dir() or not is_saved(directory):
-        return None
-    if model_options:
-        raise TypeError(f"[{op}] {source} is loaded as it was saved, without the options {', '.join(model_options)}")
-    return load_quantized(directory, device, trust_remote_code=trust_remote_code)
-
-
-def _load_tokenizer(source: str | os.PathLike[str], trust_remote_code: bool, op: str) -> PreTrainedTokenizerBase:
-    directory = Path(source)
+    source: str | os.PathLike[str],
+    device: torch.device | str | None,
+    trust_remote_code: bool,
+    options: Mapping[str, Any],
+    quantize: Callable[[PreTrainedModel], PreTrainedModel],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.device]:
+    """A model, as `save_quantized` wrote it or else after `quantize`, its tokenizer, and the device for both."""
+    device, directory = usable_device(device, op), Path(source)
     if directory.is_dir() and not has_tokenizer(directory):
         raise ValueError(
             f"[{op}] {source} has no tokenizer; save one there by its save_pretrained, or give it to the constructor"
         )
-    return require("transformers").AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    load_tokenizer = compat.require("transformers").AutoTokenizer.from_pretrained
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if not directory.is_dir() or not is_saved(directory):
+        return quantize(load_dense(source, op, trust_remote_code=trust_remote_code, **options)), tokenizer, device
+    if options:
+        raise TypeError(f"[{op}] {source} is loaded as it was saved, without the options {', '.join(options)}")
+    return load_quantized(directory, device, trust_remote_code=trust_remote_code), tokenizer, device

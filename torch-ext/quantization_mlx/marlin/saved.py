@@ -16,44 +16,39 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .. import compat
-from ..checkpoint import config_record, distinct_tensors, write_directory
-from ..conv1d import as_linear, is_conv1d, stands_for_conv1d
-from ..experts import SwitchLinear, fuse, unfuse
-from ..modules import _QuantizedModule
-from ..obstacles import move_hooks
-from ..quantizer import align_parameters, dequantize_loaded
-from ..replacement import why_not
-from ..stored import (
-    MARLIN_FILE,
-    MARLIN_METHOD,
-    MARLIN_RECORD,
-    is_mlx_directory,
-    judge,
-    listed,
-    other_method,
-    read_config,
-    read_headers,
-    read_json,
-    require,
-    weight_files,
-)
+from ..checkpoint.read import Checkpoint, reading_once
+from ..checkpoint.record import MARLIN_FILE, MARLIN_METHOD, MARLIN_RECORD, other_method
+from ..checkpoint.validate import check_tensors
+from ..checkpoint.write import distinct_tensors, write_directory
+from ..hf import compat
+from ..hf.experts import fuse, unfuse
+from ..hf.patch import STORED_KINDS, StoredKind, patched_transformers
+from ..hf.quantizer import align_parameters, freeze_packed, quantizer_classes
+from ..hf.save import config_record
+from ..messages import listed
+from ..nn.conv1d import as_linear, conv1d_of, is_conv1d
+from ..nn.module import QuantizedModule
+from ..nn.obstacles import move_hooks
+from ..nn.switch import SwitchLinear
+from ..optional import require
+from ..quantization.replacement import why_not
 from .experts import ColumnPackedSwitchLinear
 from .layers import DTYPES, ColumnPackedModule, MarlinLinear, MetalQuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = "marlin"  # what the record says
+FORMAT = "marlin"  # the record's "format"
+_LOAD = "load_quantized"  # the op that loading errors name
 
-# What a layer's constructor takes besides its sizes, its bias, its device and its dtype; by the name of its class.
+# Class name -> (class, the constructor's arguments beyond sizes, group_size, bias, device and dtype).
 _CLASSES: dict[str, tuple[type[ColumnPackedModule], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "MarlinLinear": (MarlinLinear, lambda entry: {"quant_type": str(entry["mode"]).removeprefix("marlin_")}),
     "MetalQuantizedLinear": (MetalQuantizedLinear, lambda entry: {"bits": entry["bits"]}),
@@ -109,7 +104,7 @@ def write_quantized(
 ) -> None:
     """`save_quantized`, where a size may be a string such as "5GB", and the model's tensors may be given."""
     op = "save_quantized"
-    transformers = require("transformers")
+    transformers = compat.require("transformers")
     require("safetensors")
     compat.check(op)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -121,7 +116,7 @@ def write_quantized(
     known = {layer_class for layer_class, _ in _CLASSES.values()}
     if strange := [path for path, layer in layers.items() if type(layer) not in known]:
         raise ValueError(f"[{op}] layers are of no known class, which is {' or '.join(_CLASSES)}: {listed(strange)}")
-    if mlx := [path for path, module in modules.items() if isinstance(module, _QuantizedModule)]:
+    if mlx := [path for path, module in modules.items() if isinstance(module, QuantizedModule)]:
         raise ValueError(f"[{op}] layers are of MLX's formats, which save_checkpoint writes: {listed(mlx)}")
     state = model.state_dict(keep_vars=True)
     if others := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
@@ -221,33 +216,31 @@ def load_quantized(
             them, or the function that loads the other kind. Then `model` is as it was. Also raised if the saved model
             was none of Transformers and `model` is None.
     """
-    op = "load_quantized"
-    device = usable_device(device, op)
-    require("transformers")
+    device = usable_device(device, _LOAD)
+    compat.require("transformers")
     require("safetensors")
     compat.check("patch_transformers")
-    directory = Path(path)
-    record = _read_record(directory, op)
-    files = weight_files(directory, op)
-    if model is None:
-        model = _build(directory, trust_remote_code, op)
-    else:
-        _fill(model, record, files, op)
+    with reading_once():
+        checkpoint = Checkpoint.at(path, _LOAD)
+        record = _read_record(checkpoint)
+        files = checkpoint.files
+        if model is None:
+            model = _build(checkpoint, trust_remote_code)
+        else:
+            _fill(model, record, checkpoint, files)
     return model.to(device)
 
 
-def _build(directory: Path, trust_remote_code: bool, op: str) -> PreTrainedModel:
+def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedModel:
     """The model of Transformers that config.json describes, with its tensors."""
     import transformers
 
-    from ..transformers_integration import patched_transformers  # imports this module
-
-    config_file = read_config(directory, op) or {}
-    if "model_type" not in config_file:
-        saved = (config_file.get("architectures") or ["unknown"])[0]
+    directory = checkpoint.directory
+    if "model_type" not in checkpoint.config:
+        saved = (checkpoint.config.get("architectures") or ["unknown"])[0]
         raise ValueError(
-            f"[{op}] {directory} holds a model of the class {saved}, which is none of Transformers; make one and give "
-            "it as model"
+            f"[{_LOAD}] {directory} holds a model of the class {saved}, which is none of Transformers; make one and "
+            "give it as model"
         )
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     with patched_transformers():
@@ -259,27 +252,27 @@ def _build(directory: Path, trust_remote_code: bool, op: str) -> PreTrainedModel
     return model
 
 
-def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: str) -> None:
+def _fill(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint, files: Iterable[Path]) -> None:
     """Puts the layers of the record and the stored tensors into `model`, in eval mode; all of them or none.
 
     Raises:
         ValueError: the record or the stored tensors are not those of the model, or scales are not finite numbers.
     """
     load_file = require("safetensors.torch").load_file
-    directory, ties = files[0].parent, record["tied"]
+    ties = record["tied"]
     unfuse(model, record["layers"])
     originals: dict[str, nn.Module] = {}
     try:
-        shells = _shells(model, record, op, directory / MARLIN_FILE)
+        shells = _shells(model, record, checkpoint)
         originals = {path: model.get_submodule(path) for path in shells}
         _put(model, shells)
         tensors = model.state_dict(keep_vars=True)
-        _check_ties(tensors, ties, op, directory / MARLIN_FILE)
-        judge(model, read_headers(files, op), str(directory), ties, _packed_names(shells), op)
+        _check_ties(tensors, ties, checkpoint)
+        check_tensors(model, checkpoint.tensors(), str(checkpoint.directory), ties, _packed_names(shells), _LOAD)
         state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        for path, layer in shells.items():
-            for name in layer.state_dict():
-                _check_finite(f"{path}.{name}", state.get(f"{path}.{name}"), op)
+        for name in (f"{path}.{kind}" for path in shells for kind in ("scales", "zeros")):
+            if name in state and not state[name].isfinite().all():
+                raise ValueError(f"[{_LOAD}] {name} has values that are not finite numbers")
     except Exception:
         _put(model, originals)
         fuse(model)
@@ -289,7 +282,7 @@ def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: st
     dtype = next(dtypes, None)
     for path, layer in shells.items():
         move_hooks(originals[path], layer)
-        layer.follow_dtype(dtype or layer.weight.dtype, "cpu")  # a buffer that is not stored
+        layer.follow_dtype(dtype or layer.weight.dtype, "cpu")  # this buffer is not stored
     state |= {alias: state[name] for alias, name in ties.items()}
     model.load_state_dict(state, assign=True)
     _share(model, ties)
@@ -301,45 +294,45 @@ def _fill(model: nn.Module, record: Mapping[str, Any], files: list[Path], op: st
 
 def is_saved(directory: Path) -> bool:
     """Whether `save_quantized` wrote the directory, and nothing that is of another kind since."""
-    return (directory / MARLIN_FILE).exists() and other_method(read_config(directory) or {}) == MARLIN_METHOD
+    checkpoint = Checkpoint.at(directory)
+    return (directory / MARLIN_FILE).exists() and other_method(checkpoint.config or {}) == MARLIN_METHOD
 
 
-def _read_record(directory: Path, op: str) -> dict[str, Any]:
+def _read_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """The content of quantization_config.json.
 
     Raises:
-        FileNotFoundError: the directory or its config.json is missing.
+        FileNotFoundError: the directory or its config.json or the weights are missing.
         ValueError: it is of another kind, or the record is damaged.
     """
+    directory = checkpoint.directory
     if not directory.is_dir():
-        raise FileNotFoundError(f"[{op}] {directory} is no directory")
-    config = read_config(directory, op)
-    if config is None:
-        raise FileNotFoundError(f"[{op}] {directory} has no config.json")
-    refuse_mlx(directory, op)
-    file = directory / MARLIN_FILE
-    if not file.exists():
-        method = other_method(config)
+        raise FileNotFoundError(f"[{_LOAD}] {directory} is no directory")
+    if checkpoint.config is None:
+        raise FileNotFoundError(f"[{_LOAD}] {directory} has no config.json")
+    refuse_mlx(directory, _LOAD)
+    if (record := checkpoint.json(MARLIN_FILE)) is None:
+        method = other_method(checkpoint.config)
         loader = "load_and_quantize loads and quantizes it" if method is None else "Transformers' from_pretrained may"
         what = "is not quantized" if method is None else f"is quantized by {method!r}"
-        raise ValueError(f"[{op}] {directory} has no {MARLIN_FILE} and {what}; {loader}")
-    record = read_json(file, op)
+        raise ValueError(f"[{_LOAD}] {directory} has no {MARLIN_FILE} and {what}; {loader}")
+    file = directory / MARLIN_FILE
     if record.get("format") != FORMAT:
-        raise ValueError(f"[{op}] {file} has the format {record.get('format')!r}; supported is {FORMAT!r}")
+        raise ValueError(f"[{_LOAD}] {file} has the format {record.get('format')!r}; supported is {FORMAT!r}")
     for name in ("layers", "tied"):
         if not isinstance(record.setdefault(name, {}), dict):
-            raise ValueError(f"[{op}] {file}: {name!r} is not a JSON object")
+            raise ValueError(f"[{_LOAD}] {file}: {name!r} is not a JSON object")
     return record
 
 
 def refuse_mlx(directory: Path, op: str) -> None:
-    if is_mlx_directory(directory, op):
+    if Checkpoint.at(directory, op).is_mlx:
         raise ValueError(f"[{op}] {directory} is an MLX checkpoint; load_checkpoint loads it")
 
 
 def _class_of(config: Any, trust_remote_code: bool) -> Any:
     """The class of the saved model, or the one that finds it among the Python code that config.json names."""
-    transformers = require("transformers")
+    transformers = compat.require("transformers")
     remote = [name for name in getattr(config, "auto_map", None) or () if name.startswith("AutoModel")]
     if trust_remote_code and remote:
         return getattr(transformers, remote[0], transformers.AutoModelForCausalLM)
@@ -356,7 +349,6 @@ def marlin_quantizer_classes() -> tuple[type, type]:
 
     They let `from_pretrained` place the layers of a saved model before it loads the tensors.
     """
-    from transformers.quantizers import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class MarlinConfig(QuantizationConfigMixin):
@@ -365,16 +357,8 @@ def marlin_quantizer_classes() -> tuple[type, type]:
         def __init__(self, **_: Any) -> None:
             self.quant_method = MARLIN_METHOD
 
-    class MarlinQuantizer(HfQuantizer):
-        requires_calibration = False
-        is_trainable = True
-        is_compileable = True
-
-        def is_serializable(self) -> bool:
-            return False
-
-        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-            return dequantize_loaded(model, dtype)
+    class MarlinQuantizer(quantizer_classes()[1]):
+        """Loads what `save_quantized` wrote."""
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
             _place_layers(model, [Path(file) for file in options.get("checkpoint_files") or ()])
@@ -386,9 +370,17 @@ def marlin_quantizer_classes() -> tuple[type, type]:
             return None  # as stored
 
         def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
-            _finish_layers(model)
+            freeze_packed(model, _LOAD)
+            for module in model.modules():
+                if isinstance(module, ColumnPackedModule):
+                    # The packed tensors keep their stored dtypes, so the requested dtype is noted here.
+                    module.follow_dtype(model.dtype, module.scales.device)
+            fuse(model)
 
     return MarlinConfig, MarlinQuantizer
+
+
+STORED_KINDS[MARLIN_METHOD] = StoredKind(marlin_quantizer_classes, ColumnPackedModule, write_quantized)
 
 
 def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
@@ -397,48 +389,49 @@ def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
     Raises:
         ValueError: the record or the stored tensors are not those of the model.
     """
-    op = "load_quantized"
     if not files:
-        raise ValueError(f"[{op}] the model is read from files, not from a state_dict")
+        raise ValueError(f"[{_LOAD}] the model is read from files, not from a state_dict")
     directory = files[0].parent
-    record = _read_record(directory, op)
-    if set(files) != set(weight_files(directory, op)):
-        raise ValueError(f"[{op}] {directory}: the index does not name the weight files that are there")
+    checkpoint = Checkpoint.at(directory, _LOAD)
+    record = _read_record(checkpoint)
+    if set(files) != set(checkpoint.files):
+        raise ValueError(f"[{_LOAD}] {directory}: the index does not name the weight files that are there")
     unfuse(model, record["layers"])
-    shells = _shells(model, record, op, directory / MARLIN_FILE)
+    shells = _shells(model, record, checkpoint)
     _put(model, shells)
     for path in shells:
         holder = model.get_submodule(path.rpartition(".")[0])
         if not holder._parameters and not holder._buffers:
-            holder._is_hf_initialized = True  # or Transformers would initialise the float weights of its layers
-    _check_ties(model.state_dict(keep_vars=True), record["tied"], op, directory / MARLIN_FILE)
+            holder._is_hf_initialized = True  # else Transformers initialises the float weights of its layers
+    _check_ties(model.state_dict(keep_vars=True), record["tied"], checkpoint)
     _share(model, record["tied"])
     model.all_tied_weights_keys = dict(record["tied"])  # Transformers ties again after loading
-    judge(model, read_headers(files, op), str(directory), exact=_packed_names(shells), op=op)
+    check_tensors(model, checkpoint.tensors(), str(directory), exact=_packed_names(shells), op=_LOAD)
 
 
-def _shells(model: nn.Module, record: Mapping[str, Any], op: str, file: Path) -> dict[str, ColumnPackedModule]:
+def _shells(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, ColumnPackedModule]:
     """Layers that wait for their tensors, by the paths that the record has them under.
 
     Raises:
         ValueError: the record has layers that the model has not, or in formats that are not supported.
     """
+    file = checkpoint.directory / MARLIN_FILE
     linear = {
         path: as_linear(layer)
         for path, layer in model.named_modules(remove_duplicate=False)
         if type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer)
     }
     if unknown := [path for path in record["layers"] if path not in linear]:
-        raise ValueError(f"[{op}] {file} has layers that the model has not: {listed(unknown)}")
+        raise ValueError(f"[{_LOAD}] {file} has layers that the model has not: {listed(unknown)}")
     shells = {}
     for path, entry in record["layers"].items():
         if (reason := why_not(path, linear[path], DTYPES)) is not None:
-            raise ValueError(f"[{op}] {file} has {path} as a packed layer, which it cannot be: {reason}")
+            raise ValueError(f"[{_LOAD}] {file} has {path} as a packed layer, which it cannot be: {reason}")
         try:
             shells[path] = shell(linear[path], entry)
-            shells[path]._stands_for_conv1d = stands_for_conv1d(linear[path])
+            shells[path].conv1d_class = conv1d_of(linear[path])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"[{op}] {file}: {path} is {entry!r}, which is not supported") from error
+            raise ValueError(f"[{_LOAD}] {file}: {path} is {entry!r}, which is not supported") from error
     return shells
 
 
@@ -475,11 +468,17 @@ def shell(layer: nn.Module, entry: Mapping[str, Any]) -> ColumnPackedModule:
     return made
 
 
-def _check_ties(tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], op: str, file: Path) -> None:
+def shell_like(layer: nn.Module, twin: ColumnPackedModule) -> ColumnPackedModule:
+    """`shell` in the format of `twin`."""
+    return shell(layer, entry_of(twin))
+
+
+def _check_ties(tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], checkpoint: Checkpoint) -> None:
     """Raises ValueError unless the tensors of a model that the record has as one can be one."""
     for alias, name in aliases.items():
         if alias not in tensors or name not in tensors or tensors[alias].shape != tensors[name].shape:
-            raise ValueError(f"[{op}] {file} ties {alias} to {name}, which the model cannot")
+            file = checkpoint.directory / MARLIN_FILE
+            raise ValueError(f"[{_LOAD}] {file} ties {alias} to {name}, which the model cannot")
 
 
 def _share(model: nn.Module, aliases: Mapping[str, str]) -> None:
@@ -488,28 +487,3 @@ def _share(model: nn.Module, aliases: Mapping[str, str]) -> None:
     for alias, name in aliases.items():
         path, _, attribute = alias.rpartition(".")
         setattr(model.get_submodule(path), attribute, tensors[name])
-
-
-def _finish_layers(model: nn.Module) -> None:
-    """Freezes what Transformers made trainable, and looks at the scales.
-
-    Raises:
-        ValueError: scales or zeros are not finite numbers.
-    """
-    align_parameters(model)
-    for path, module in model.named_modules():
-        if isinstance(module, ColumnPackedModule):
-            # Tensors keep the dtype that they are stored in, whatever was asked for.
-            module.follow_dtype(model.dtype, module.scales.device)
-        for name, parameter in module.named_parameters(recurse=False) if isinstance(module, ColumnPackedModule) else ():
-            if name != "bias":
-                parameter.requires_grad_(False)
-                _check_finite(f"{path}.{name}", parameter, "load_quantized")
-    fuse(model)
-
-
-def _check_finite(name: str, tensor: torch.Tensor | None, op: str) -> None:
-    """Raises ValueError if the scales or zeros of that name have infinities or NaN."""
-    kind = name.rpartition(".")[2]
-    if kind in ("scales", "zeros") and tensor is not None and not tensor.isfinite().all():
-        raise ValueError(f"[{op}] {name} has values that are not finite numbers")

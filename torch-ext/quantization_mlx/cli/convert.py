@@ -1,0 +1,105 @@
+"""The command `convert`."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.staging import is_vacant
+from ..formats import complete_format
+from ..hf.save import save_checkpoint
+from ..optional import require
+from ..quantization.model import quantize_model
+from ..quantization.report import QuantizationReport
+from .arguments import PLOTS, UsageError, check_output_directory, check_output_file, refuse
+from .info import Summary
+from .models import copy_code, read_source
+from .run import note, peak_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes a Transformers model, or a GGUF file, as an MLX checkpoint, quantized with -q; -d does the reverse."""
+    target = Path(arguments.mlx_path)
+    _check_conversion(arguments, target)
+    model, tokenizer = read_source(arguments)
+    with_errors = not (arguments.report is None and arguments.plot is None)
+    report = QuantizationReport(with_errors)
+    if arguments.quantize:
+        _quantize(model, arguments, report)
+    save_checkpoint(model, target, tokenizer)
+    if arguments.trust_remote_code:
+        copy_code(arguments.hf_path, target)
+    summary = Summary.read(target)
+    print(f"{target}: {summary.headline()}")
+    if report.skipped:
+        print(f"left in floating point: {report.skipped_summary()}" + ("" if with_errors else "; --report names them"))
+    if with_errors:
+        print(f"relative error of the quantized weights: {report.relative_error:.2%}")
+        if arguments.report is not None:
+            Path(arguments.report).write_text(report.table() + "\n", encoding="utf-8")
+        if arguments.plot is not None:
+            report.plot(arguments.plot)
+    note(peak_memory())
+
+
+def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: QuantizationReport) -> None:
+    quantized: list[str] = []
+    format = _requested_format(arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\[quantize_model\] .* in floating point")  # the output has it in a line
+        quantize_model(
+            model,
+            **format,
+            predicate=arguments.quant_predicate,
+            on_layer=lambda path, *_: quantized.append(path),
+            report=report,
+        )
+    if not quantized:
+        raise ValueError(
+            f"{arguments.hf_path} has no layer that can be quantized: linear layers and embeddings whose rows divide "
+            f"into groups of {format['group_size']}"
+        )
+
+
+def _requested_format(arguments: argparse.Namespace) -> dict[str, Any]:
+    return complete_format(arguments.q_group_size, arguments.q_bits, arguments.q_mode or "affine")
+
+
+def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
+    """Looks at all that can be wrong with the flags before anything is loaded."""
+    quantizing = {
+        "--q-mode": arguments.q_mode,
+        "--q-bits": arguments.q_bits,
+        "--q-group-size": arguments.q_group_size,
+        "--quant-predicate": arguments.quant_predicate,
+        "--report": arguments.report,
+        "--plot": arguments.plot,
+    }
+    if arguments.dequantize:
+        refuse([("-q", arguments.quantize), *quantizing.items()], "with -d, which dequantizes")
+        refuse([("--gguf-file", arguments.gguf_file)], "with -d, which reads MLX checkpoints")
+    if not arguments.quantize:
+        refuse(quantizing.items(), "without -q, which quantizes")
+    try:
+        _requested_format(arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if arguments.quant_predicate and (arguments.q_mode not in (None, "affine") or arguments.q_bits is not None):
+        raise UsageError(f"--quant-predicate {arguments.quant_predicate} decides the bits, of mode affine")
+    if arguments.plot is not None and Path(arguments.plot).suffix.lower() not in PLOTS:
+        raise UsageError(f"--plot {arguments.plot!r} should end with one of {', '.join(PLOTS)}")
+    files = {flag: file for flag in ("--report", "--plot") if (file := quantizing[flag]) is not None}
+    if len({Path(file).resolve() for file in files.values()}) < len(files):
+        raise UsageError(f"--report and --plot name the same file, {arguments.plot}")
+    if not is_vacant(target):
+        raise FileExistsError(f"{target} already exists; choose another --mlx-path or remove it")
+    check_output_directory("--mlx-path", target)
+    for flag, file in files.items():
+        check_output_file(flag, file, target)
+    if arguments.plot is not None:
+        require("matplotlib", "plot")

@@ -1,0 +1,1 @@
+"""Checkpoints of other quantizers into MLX checkpoints."""

@@ -1,0 +1,7 @@
+"""AFMoE."""
+
+from .family import Family
+
+
+class AFMoE(Family):
+    experts = "mlp.experts"

@@ -1,0 +1,1 @@
+"""Models in memory are quantized and made floating-point again."""
