@@ -13,22 +13,23 @@ namespace quantization_mlx {
 #define QUANTIZATION_MLX_16(EACH, ...) EACH(16, __VA_ARGS__)
 #define QUANTIZATION_MLX_32(EACH, ...) EACH(32, __VA_ARGS__)
 #define QUANTIZATION_MLX_32_64_128(EACH, ...) EACH(32, __VA_ARGS__) EACH(64, __VA_ARGS__) EACH(128, __VA_ARGS__)
+
 // clang-format off
-#define QUANTIZATION_MLX_1_TO_6_AND_8(EACH, ...)                                      \
+#define QUANTIZATION_MLX_INTEGER_WIDTHS(EACH, ...)                                    \
   EACH(1, __VA_ARGS__) EACH(2, __VA_ARGS__) EACH(3, __VA_ARGS__) EACH(4, __VA_ARGS__) \
   EACH(5, __VA_ARGS__) EACH(6, __VA_ARGS__) EACH(8, __VA_ARGS__)
 
 // ROW(name, packing, element, scale, offset, zero, group sizes, widths, default group size, default bits, ...)
-#define QUANTIZATION_MLX_MODES(ROW, ...)                                                                      \
-  ROW(affine,          rows,    integer, real,    biases, 0.0f, 32_64_128, 1_TO_6_AND_8, 64,  4, __VA_ARGS__) \
-  ROW(mxfp4,           rows,    e2m1,    e8m0,    none,   0.0f, 32,        4,            32,  4, __VA_ARGS__) \
-  ROW(mxfp8,           rows,    e4m3,    e8m0,    none,   0.0f, 32,        8,            32,  8, __VA_ARGS__) \
-  ROW(nvfp4,           rows,    e2m1,    e4m3,    none,   0.0f, 16,        4,            16,  4, __VA_ARGS__) \
-  ROW(marlin_fp4,      columns, e2m1,    float16, none,   0.0f, 32_64_128, 4,            128, 4, __VA_ARGS__) \
-  ROW(marlin_fp8,      columns, e4m3,    float16, none,   0.0f, 32_64_128, 8,            128, 8, __VA_ARGS__) \
-  ROW(marlin_int2,     columns, integer, float16, none,   1.5f, 32_64_128, 2,            128, 2, __VA_ARGS__) \
-  ROW(marlin_int4,     columns, integer, float16, zeros,  0.0f, 32_64_128, 4,            128, 4, __VA_ARGS__) \
-  ROW(marlin_int4_sym, columns, integer, float16, none,   8.0f, 32_64_128, 4,            128, 4, __VA_ARGS__)
+#define QUANTIZATION_MLX_MODES(ROW, ...)                                                                     \
+  ROW(affine,          rows,    integer, real,    biases, 0.0f, 32_64_128, INTEGER_WIDTHS, 64,  4, __VA_ARGS__) \
+  ROW(mxfp4,           rows,    e2m1,    e8m0,    none,   0.0f, 32,        4,              32,  4, __VA_ARGS__) \
+  ROW(mxfp8,           rows,    e4m3,    e8m0,    none,   0.0f, 32,        8,              32,  8, __VA_ARGS__) \
+  ROW(nvfp4,           rows,    e2m1,    e4m3,    none,   0.0f, 16,        4,              16,  4, __VA_ARGS__) \
+  ROW(marlin_fp4,      columns, e2m1,    float16, none,   0.0f, 32_64_128, 4,              128, 4, __VA_ARGS__) \
+  ROW(marlin_fp8,      columns, e4m3,    float16, none,   0.0f, 32_64_128, 8,              128, 8, __VA_ARGS__) \
+  ROW(marlin_int2,     columns, integer, float16, none,   1.5f, 32_64_128, 2,              128, 2, __VA_ARGS__) \
+  ROW(marlin_int4,     columns, integer, float16, zeros,  0.0f, 32_64_128, 4,              128, 4, __VA_ARGS__) \
+  ROW(marlin_int4_sym, columns, integer, float16, none,   8.0f, 32_64_128, 4,              128, 4, __VA_ARGS__)
 // clang-format on
 
 // Along what the codes of a word and the groups run: see "Packing" in format.h.

@@ -39,7 +39,9 @@ void set_activations(std::string_view name) {
 std::string get_activations() { return activations_of_process() == Activations::int8 ? "int8" : "exact"; }
 
 Activations activations_of(const MatmulProblem& problem) {
-  const bool may = problem.transpose && !is_e4m3(problem.weights.format.mode) && exact_scopes == 0;
+  const ModeTraits traits = traits_of(problem.weights.format.mode);
+  const bool has_bytes = traits.element == Element::e2m1 || traits.offset == Offset::biases;
+  const bool may = problem.transpose && has_bytes && exact_scopes == 0;
   const Activations wanted = activations_of_process().load(std::memory_order_relaxed);
   return may ? wanted : Activations::exact;
 }

@@ -49,7 +49,7 @@ struct Plan {
 
 int64_t quotient_up(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
 
-// All rows with one matrix, in order: the plan that needs no lists.
+// All rows with one matrix, in order: no lists are needed.
 Plan single_run(int64_t rows) { return {{{0, 0, rows}}, {}, {}}; }
 
 // Pair i multiplies matrix lhs(i) of x, of M rows, with matrix rhs(i) of w. Pairs of one matrix of w become one run.
@@ -105,7 +105,7 @@ class Multiplication {
   }
 
   void run(const Plan& plan) const {
-    BorrowedMemory memory;
+    WorkingMemory memory;
     Batch batch;
     int64_t batch_rows = 0;
     for (const Run& run : plan.runs) {
@@ -206,18 +206,13 @@ class Multiplication {
     return share;
   }
 
-  void pack(Batch& batch, BorrowedMemory& memory) const {
-    int64_t floats = 0;
+  void pack(Batch& batch, float* packed) const {
     int64_t rows = 0;
-    for (const Share& share : batch) {
-      floats += share.product.rows * share.packed_row;
-      rows += share.product.rows;
-    }
-    float* packed = memory.packed(floats);
     float* rows_of_share = packed;
     for (Share& share : batch) {
       share.product.x = rows_of_share;
       rows_of_share += share.product.rows * share.packed_row;
+      rows += share.product.rows;
     }
     const auto pack_row = [&](int64_t row, int) {
       const Share* share = batch.begin();
@@ -229,13 +224,7 @@ class Multiplication {
       kernels_.pack_row(
           share->product, share->layout, x_row(share->rows.x(row)), destination + row * share->packed_row);
     };
-    if (rows * product_.K <= parallel_values) {
-      for (int64_t row = 0; row < rows; ++row) {
-        pack_row(row, 0);
-      }
-    } else {
-      parallel_tasks(rows, pack_row);
-    }
+    parallel_tasks(rows, pack_row, rows * product_.K > parallel_values);
   }
 
   void store(const Share& share, const float* source, int64_t begin, int64_t columns) const {
@@ -252,27 +241,27 @@ class Multiplication {
     const Product& product = share.product;
     const int64_t end = std::min(begin + share.columns, product.N);
     float* result = workspace + share.workspace;
-    switch (share.layout) {
-      case Layout::streamed: kernels_.streamed(product, begin, end, result); break;
-      case Layout::tiled: kernels_.tiled(product, begin, end, workspace, result); break;
-      case Layout::broadcast: kernels_.broadcast(product, begin, end, workspace, result); break;
-      case Layout::plain: kernels_.plain(product, begin, end, workspace, result); break;
-    }
+    kernels_.multiply[static_cast<int>(share.layout)](product, begin, end, workspace, result);
     store(share, result, begin, end - begin);
   }
 
   // Each thread takes its columns of all runs, so that threads wait for each other only once, with equal work.
-  void multiply(Batch& batch, BorrowedMemory& memory) const {
-    pack(batch, memory);
+  void multiply(Batch& batch, WorkingMemory& memory) const {
+    int64_t packed_floats = 0;
     int64_t thread_floats = 0;
     int64_t most_tasks = 0;
     for (const Share& share : batch) {
+      packed_floats += share.product.rows * share.packed_row;
       thread_floats = std::max(thread_floats, share.workspace + share.product.rows * share.columns);
       most_tasks = std::max(most_tasks, quotient_up(product_.N, share.columns));
     }
-    thread_floats = quotient_up(thread_floats, 16) * 16;  // whole cache lines
+    // Whole cache lines.
+    packed_floats = quotient_up(packed_floats, 16) * 16;
+    thread_floats = quotient_up(thread_floats, 16) * 16;
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), most_tasks);
-    float* scratch = memory.scratch(at::get_num_threads() * thread_floats);
+    float* packed = memory.floats(packed_floats + at::get_num_threads() * thread_floats);
+    float* scratch = packed + packed_floats;
+    pack(batch, packed);
     parallel_tasks(threads, [&](int64_t part, int thread) {
       for (const Share& share : batch) {
         const int64_t tasks = quotient_up(product_.N, share.columns);

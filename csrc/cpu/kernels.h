@@ -10,7 +10,7 @@ namespace quantization_mlx::cpu {
 
 enum class Real : uint8_t { float32, float16, bfloat16 };
 
-// Of a matrix; the first three are those of Real.
+// The first three are those of Real.
 enum class ScaleType : uint8_t { float32, float16, bfloat16, e8m0, e4m3 };
 
 // What kernels have to know of a mode: none of them asks for its name.
@@ -34,20 +34,20 @@ constexpr WeightFormat weight_format(Format format, Real scales) {
   return {traits.packing, traits.element, format.bits, format.group_size, scale_type, traits.zero};
 }
 
-// How the rows of x are laid out for a kernel. Column-packed weights are multiplied in two of these layouts.
+// The algorithms, named by how the rows of x are laid out for them. Column-packed weights have the first and the third.
 enum class Layout : uint8_t {
-  streamed,  // float32 in the order in which the weights unpack, with the sum of each group behind it
-  tiled,  // the same order, in the element type of the tiled product
-  broadcast,  // the order of a column's elements, in that type
-  plain,  // float32 in natural order, for products with untransposed weights
+  streamed,  // in the order in which the weights unpack, with the sum of each group behind it
+  tiled,  // in the same order
+  broadcast,  // in the order of a column's elements
+  plain,  // in natural order, for row-packed weights that are not transposed
 };
 
 // Several rows of x times one quantized matrix. Lengths count elements.
 struct Product {
   WeightFormat format;
   Real x_type;
-  bool bfloat16;  // may multiply in bfloat16; only where Kernels::bfloat16 allows it
-  bool split;  // and in sums of bfloat16 values, where these are exact; only where Kernels::split says that it is fast
+  bool bfloat16;  // may multiply in bfloat16, as Kernels::bfloat16 says
+  bool split;  // may split float32 and float16 into exact sums of bfloat16 values, as Kernels::split says
   int64_t K;
   int64_t N;
   const uint8_t* words;  // [N, K] packed, or [K, N] for Layout::plain and in column-packed modes
@@ -55,8 +55,8 @@ struct Product {
   const uint8_t* biases;  // or zeros; null in modes that have neither
   const float* x;  // packed rows
   int64_t rows;
-  int64_t y_row;  // floats from one row of a result to the next; whole broadcast_columns for that layout, and in
-                  // column-packed modes
+  int64_t y_row;  // floats from one row of a result to the next; a multiple of broadcast_columns for that layout and
+                  // in column-packed modes
 
   // Whether the code 0 stands for something else than zero.
   bool has_offset() const { return biases != nullptr || format.zero != 0.0f; }
@@ -96,34 +96,31 @@ struct ProductKernels {
   void (*pack_row)(const Product&, Layout, const void* row, float* packed);
   // Floats of working memory that one call needs, unless it is streamed.
   int64_t (*workspace)(const Product&);
-  // y[m, n - begin] for begin <= n < end.
-  void (*streamed)(const Product&, int64_t begin, int64_t end, float* y);
-  void (*tiled)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
-  void (*broadcast)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
-  void (*plain)(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
+  // For each Layout: y[m, n - begin] for begin <= n < end.
+  void (*multiply[4])(const Product&, int64_t begin, int64_t end, float* workspace, float* y);
 };
 
 struct Kernels {
   const char* name;
-  bool bfloat16;
-  bool split;
+  bool bfloat16;  // whether the machine multiplies bfloat16
+  bool split;  // whether that is fast enough to split other activations
   ProductKernels exact;
-  // With activations quantized to int8: streamed and broadcast, for any mode but mxfp8. Null where the machine lacks
-  // instructions that they need.
+  // With activations quantized to int8: streamed and broadcast, for row-packed weights whose elements are not E4M3.
+  // Null where the machine lacks instructions that they need.
   const ProductKernels* int8;
-  // A row of values as float32, and source * factor rounded to nearest, ties to even. The former may write zeros behind
-  // its n floats, up to a multiple of 16.
+  // May write zeros behind the n floats, up to a multiple of 16.
   void (*to_float32)(Real type, const void* source, int64_t n, float* destination);
+  // source * factor, rounded to nearest, ties to even.
   void (*from_float32)(const float* source, float factor, int64_t n, Real type, void* destination);
   DecoderKernels decoder;
 };
 
-// The most rows that the streamed product takes, but for column-packed weights.
+// The most rows that the streamed product takes; any number with column-packed weights.
 constexpr int64_t max_streamed_rows = 4;
 
-// How the caller cuts the N columns into tasks: of at most max_tiled_columns for the tiled and the broadcasting
-// product, best in multiples of column_multiple; the latter in multiples of broadcast_columns, and the plain one in
-// those of plain_columns, which are whole blocks of the widest vectors.
+// How the caller cuts the N columns into tasks. Tiled and broadcasting products take at most max_tiled_columns, best a
+// multiple of column_multiple; broadcasting ones a multiple of broadcast_columns, and plain ones of plain_columns,
+// which are whole blocks of the widest vectors.
 constexpr int64_t max_tiled_columns = 64;
 constexpr int64_t broadcast_columns = 32;
 constexpr int64_t column_multiple = 4;

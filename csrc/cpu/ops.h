@@ -78,7 +78,7 @@ enum class Activations : uint8_t { exact, int8 };
 void set_activations(std::string_view name);
 std::string get_activations();
 
-// Those of one product: int8 serves transposed weights of any mode but mxfp8.
+// Those of one product: int8 serves transposed weights of affine and E2M1 modes.
 Activations activations_of(const MatmulProblem& problem);
 
 // While one lives, the products of its thread are exact.

@@ -11,9 +11,11 @@ namespace quantization_mlx::cpu {
 // of any thread. at::parallel_for is a template that runs sequentially in a file compiled without OpenMP, which
 // kernel-builder and Apple's compiler are; TensorIterator's loop is compiled inside libtorch. The element that each
 // call would write serves as the task's number.
+//
+// Tasks that are not worth handing to other threads run in order.
 template <typename Function>
-void parallel_tasks(int64_t tasks, const Function& function) {
-  if (tasks <= 1 || at::get_num_threads() == 1 || at::in_parallel_region()) {
+void parallel_tasks(int64_t tasks, const Function& function, bool worth_it = true) {
+  if (tasks <= 1 || !worth_it || at::get_num_threads() == 1 || at::in_parallel_region()) {
     for (int64_t task = 0; task < tasks; ++task) {
       function(task, 0);
     }
@@ -34,6 +36,16 @@ void parallel_tasks(int64_t tasks, const Function& function) {
         }
       },
       /*grain_size=*/1);
+}
+
+// Calls function(i) for 0 <= i < count, with up to `of_task` consecutive calls in a task.
+template <typename Function>
+void parallel_chunks(int64_t count, int64_t of_task, const Function& function) {
+  parallel_tasks((count + of_task - 1) / of_task, [&](int64_t task, int) {
+    for (int64_t i = task * of_task; i < count && i < (task + 1) * of_task; ++i) {
+      function(i);
+    }
+  });
 }
 
 }  // namespace quantization_mlx::cpu

@@ -102,24 +102,21 @@ template <typename T>
 void quantize_groups(const QuantizeProblem& problem, Tensor& words, Tensor& scales, Tensor& biases) {
   const Format format = problem.format;
   const int64_t group_bytes = format.group_size * format.bits / 8;
-  const int64_t groups = scales.numel();
   const T* w = problem.w.const_data_ptr<T>();
   uint8_t* packed = static_cast<uint8_t*>(words.mutable_data_ptr());
   const float encode =
       problem.global_scale.defined() ? nvfp4_encode_factor(*problem.global_scale.const_data_ptr<float>()) : 1.0f;
-  parallel_tasks((groups + task_groups - 1) / task_groups, [&](int64_t task, int) {
-    for (int64_t group = task * task_groups; group < std::min(groups, (task + 1) * task_groups); ++group) {
-      float values[max_group_size];
-      uint32_t codes[max_group_size];
-      std::copy_n(w + group * format.group_size, format.group_size, values);
-      if (has_biases(format.mode)) {
-        quantize_affine(
-            values, format, codes, scales.mutable_data_ptr<T>() + group, biases.mutable_data_ptr<T>() + group);
-      } else {
-        quantize_fp<T>(values, format, encode, codes, scales.mutable_data_ptr<uint8_t>() + group);
-      }
-      pack_codes(codes, format.group_size, format.bits, packed + group * group_bytes);
+  parallel_chunks(scales.numel(), task_groups, [&](int64_t group) {
+    float values[max_group_size];
+    uint32_t codes[max_group_size];
+    std::copy_n(w + group * format.group_size, format.group_size, values);
+    if (has_biases(format.mode)) {
+      quantize_affine(
+          values, format, codes, scales.mutable_data_ptr<T>() + group, biases.mutable_data_ptr<T>() + group);
+    } else {
+      quantize_fp<T>(values, format, encode, codes, scales.mutable_data_ptr<uint8_t>() + group);
     }
+    pack_codes(codes, format.group_size, format.bits, packed + group * group_bytes);
   });
 }
 
@@ -132,29 +129,26 @@ void dequantize_groups(const DequantizeProblem& problem, Tensor& result) {
   const Tensor scales = weights.scales.tensor.contiguous();
   const Tensor biases = weights.biases.tensor.defined() ? weights.biases.tensor.contiguous() : Tensor();
   const int64_t group_bytes = format.group_size * format.bits / 8;
-  const int64_t groups = scales.numel();
   const uint8_t* packed = static_cast<const uint8_t*>(words.const_data_ptr());
   const float factor =
       weights.global_scale.defined() ? nvfp4_decode_factor(*weights.global_scale.const_data_ptr<float>()) : 1.0f;
   T* destination = result.mutable_data_ptr<T>();
   const CodeValues code_values(format);
   const Scale scale_type = traits_of(format.mode).scale;
-  parallel_tasks((groups + task_groups - 1) / task_groups, [&](int64_t task, int) {
-    for (int64_t group = task * task_groups; group < std::min(groups, (task + 1) * task_groups); ++group) {
-      uint32_t codes[max_group_size];
-      unpack_codes(packed + group * group_bytes, format.group_size, format.bits, codes);
-      float scale;
-      float bias = 0.0f;
-      if (biases.defined()) {
-        scale = static_cast<float>(scales.const_data_ptr<S>()[group]);
-        bias = static_cast<float>(biases.const_data_ptr<S>()[group]);
-      } else {
-        scale = decode_scale(scale_type, scales.const_data_ptr<uint8_t>()[group]) * factor;
-      }
-      T* values = destination + group * format.group_size;
-      for (int i = 0; i < format.group_size; ++i) {
-        values[i] = static_cast<T>(code_values.of[codes[i]] * scale + bias);
-      }
+  parallel_chunks(scales.numel(), task_groups, [&](int64_t group) {
+    uint32_t codes[max_group_size];
+    unpack_codes(packed + group * group_bytes, format.group_size, format.bits, codes);
+    float scale;
+    float bias = 0.0f;
+    if (biases.defined()) {
+      scale = static_cast<float>(scales.const_data_ptr<S>()[group]);
+      bias = static_cast<float>(biases.const_data_ptr<S>()[group]);
+    } else {
+      scale = decode_scale(scale_type, scales.const_data_ptr<uint8_t>()[group]) * factor;
+    }
+    T* values = destination + group * format.group_size;
+    for (int i = 0; i < format.group_size; ++i) {
+      values[i] = static_cast<T>(code_values.of[codes[i]] * scale + bias);
     }
   });
 }

@@ -1,9 +1,9 @@
 // The kernels of every instruction set that this machine has, without torch, against float64 on decoded weights.
 //
 // Small enough to compile for another architecture and run in an emulator, and to run under sanitizers. Every buffer
-// ends where the kernels may not go any further. Prints one line per instruction set; exits with 1 when
-// a result is outside the bound. With the argument "brief", long sums, which take most of the time, meet only the
-// fewest and the most rows.
+// ends where the kernels may not go any further. Prints one line per instruction set; exits with 1 when a result is
+// outside the bound. With the argument "brief", long sums, which take most of the time, meet only the fewest and the
+// most rows.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -249,12 +249,7 @@ double run(const Kernels& kernels, const Case& test, Layout layout, bool int8, b
   const Exactly<float> workspace(products.workspace(product));
   product.y_row = (test.N + broadcast_columns - 1) / broadcast_columns * broadcast_columns;
   const Exactly<float> y(test.rows * product.y_row);
-  switch (layout) {
-    case Layout::streamed: products.streamed(product, 0, test.N, y.get()); break;
-    case Layout::tiled: products.tiled(product, 0, test.N, workspace.get(), y.get()); break;
-    case Layout::broadcast: products.broadcast(product, 0, test.N, workspace.get(), y.get()); break;
-    case Layout::plain: products.plain(product, 0, test.N, workspace.get(), y.get()); break;
-  }
+  products.multiply[static_cast<int>(layout)](product, 0, test.N, workspace.get(), y.get());
 
   // Float32 sums of K terms, which one lane adds where x is broadcast; a bfloat16 tile also rounds each weight.
   const bool one_lane = layout == Layout::broadcast || is_column_packed(test.format.mode);
@@ -345,8 +340,7 @@ std::vector<Format> formats() {
     for (int bits = 1; bits <= 8; ++bits) {
       for (int group_size : {16, 32, 64, 128}) {
         const Format format{static_cast<Mode>(mode), bits, group_size};
-        const bool is_one_bit = format.mode == Mode::affine && bits == 1 && group_size >= 32;
-        if ((is_supported(format) || is_one_bit) && !(is_column_packed(format.mode) && group_size == 64)) {
+        if (is_supported(format) && !(is_column_packed(format.mode) && group_size == 64)) {
           all.push_back(format);
         }
       }

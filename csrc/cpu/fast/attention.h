@@ -7,7 +7,7 @@
 namespace quantization_mlx::cpu {
 namespace {
 
-// The query heads that share one pass over keys or values, and the vectors of each that one pass holds.
+// The query heads that share one pass over keys or values, and the vectors of each that are kept in registers.
 constexpr int shared_heads = 4;
 constexpr int held_vectors = Vector::registers / (4 * shared_heads);
 
@@ -29,7 +29,7 @@ void score(const Attention& attention, const float* queries, float* scores) {
   }
 }
 
-// Scores become weights, of sum 1. What follows them up to a multiple of the lanes is overwritten.
+// Scores become weights of sum 1. Overwrites what follows them, up to a multiple of the lanes.
 void softmax(float* scores, int64_t length) {
   float maximum = scores[0];
   for (int64_t j = 1; j < length; ++j) {
@@ -93,12 +93,8 @@ void attend(const Attention& attention) {
   for (; head + shared_heads <= attention.heads; head += shared_heads) {
     attend_heads<shared_heads>(attention, head);
   }
-  switch (attention.heads - head) {
-    case 3: return attend_heads<3>(attention, head);
-    case 2: return attend_heads<2>(attention, head);
-    case 1: return attend_heads<1>(attention, head);
-    default: return;
-  }
+  with_one_of<1, 2, 3>(
+      static_cast<int>(attention.heads - head), [&](auto heads) { attend_heads<heads>(attention, head); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The steps of a transformer decoder between its products, for few rows: what torch does in many small ops is one here.
+// The steps of a transformer decoder between its products, for few rows: one op for what takes torch many small ones.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -19,7 +19,7 @@ using at::Tensor;
 
 // A task of fewer multiplications costs less than handing it to another thread.
 constexpr int64_t task_multiplications = 1 << 16;
-// Rows of so many floats need no memory from the heap.
+// Rows of up to this many floats stay on the stack.
 constexpr unsigned usual_floats = 4096;
 
 using Floats = c10::SmallVector<float, usual_floats>;
@@ -61,46 +61,40 @@ void* mutable_row_of(const Tensor& tensor, int64_t row, int64_t length) {
   return static_cast<uint8_t*>(tensor.mutable_data_ptr()) + row * length * tensor.element_size();
 }
 
-void load_row(Real type, const void* source, int64_t n, float* destination) {
-  kernels().to_float32(type, source, n, destination);
+void load_row(const Tensor& tensor, int64_t row, int64_t length, float* destination) {
+  kernels().to_float32(real_of(tensor.scalar_type()), row_of(tensor, row, length), length, destination);
 }
 
-void store_row(const float* source, int64_t n, Real type, void* destination) {
-  kernels().from_float32(source, 1.0f, n, type, destination);
+void store_row(const float* source, const Tensor& tensor, int64_t row, int64_t length) {
+  kernels().from_float32(source, 1.0f, length, real_of(tensor.scalar_type()), mutable_row_of(tensor, row, length));
 }
 
 // Calls function(row) for all rows, on several threads where each gets enough of them.
 template <typename Function>
 void for_rows(int64_t rows, int64_t length, const Function& function) {
-  const int64_t rows_of_task = std::max<int64_t>(1, task_multiplications / length);
-  parallel_tasks((rows + rows_of_task - 1) / rows_of_task, [&](int64_t task, int) {
-    for (int64_t row = task * rows_of_task; row < std::min(rows, (task + 1) * rows_of_task); ++row) {
-      function(row);
-    }
-  });
+  parallel_chunks(rows, std::max<int64_t>(1, task_multiplications / length), function);
 }
 
 // The RMS norm of rows of x.
 struct Norm {
   const DecoderKernels& kernel;
-  Real type;
   int64_t length;
   float epsilon;
   Floats weight;
 
   Norm(const char* op, const Tensor& x, const Tensor& weight, double epsilon)
-      : kernel(kernels().decoder), type(real_of(x.scalar_type())), epsilon(static_cast<float>(epsilon)) {
+      : kernel(kernels().decoder), epsilon(static_cast<float>(epsilon)) {
     check_row(op, "x", x, 16);
     length = x.size(-1);
     check_same(op, "weight", weight, x, {length});
     this->weight = floats(length);
-    load_row(type, weight.const_data_ptr(), length, this->weight.data());
+    load_row(weight, 0, length, this->weight.data());
   }
 
   // Normalises values in place and stores them as a row of y.
   void store(float* values, const Tensor& y, int64_t row) const {
     kernel.rms_norm(values, weight.data(), epsilon, length, values);
-    store_row(values, length, type, mutable_row_of(y, row, length));
+    store_row(values, y, row, length);
   }
 };
 
@@ -112,7 +106,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
   const Tensor y = at::empty_like(input);
   for_rows(x.numel() / norm.length, norm.length, [&](int64_t row) {
     Floats values = floats(norm.length);
-    load_row(norm.type, row_of(input, row, norm.length), norm.length, values.data());
+    load_row(input, row, norm.length, values.data());
     norm.store(values.data(), y, row);
   });
   return y;
@@ -127,14 +121,14 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   for_rows(x.numel() / norm.length, norm.length, [&](int64_t row) {
     Floats values = floats(norm.length);
     Floats addends = floats(norm.length);
-    load_row(norm.type, row_of(input, row, norm.length), norm.length, values.data());
-    load_row(norm.type, row_of(residual, row, norm.length), norm.length, addends.data());
+    load_row(input, row, norm.length, values.data());
+    load_row(residual, row, norm.length, addends.data());
     for (int64_t i = 0; i < norm.length; ++i) {
       values[i] += addends[i];
     }
     // What is normalised is the sum as it is stored.
-    store_row(values.data(), norm.length, norm.type, mutable_row_of(sum, row, norm.length));
-    load_row(norm.type, row_of(sum, row, norm.length), norm.length, values.data());
+    store_row(values.data(), sum, row, norm.length);
+    load_row(sum, row, norm.length, values.data());
     norm.store(values.data(), y, row);
   });
   return {sum, y};
@@ -149,12 +143,11 @@ Tensor silu_mul(const Tensor& x) {
   sizes.back() = length;
   const Tensor y = at::empty(sizes, x.options());
   const DecoderKernels& kernel = kernels().decoder;
-  const Real type = real_of(x.scalar_type());
   for_rows(y.numel() / length, 8 * length, [&](int64_t row) {
     Floats values = floats(2 * length);
-    load_row(type, row_of(input, row, 2 * length), 2 * length, values.data());
+    load_row(input, row, 2 * length, values.data());
     kernel.gate(values.data(), values.data() + length, length, values.data());
-    store_row(values.data(), length, type, mutable_row_of(y, row, length));
+    store_row(values.data(), y, row, length);
   });
   return y;
 }
@@ -222,21 +215,21 @@ Tensor decode_attention(
     float* const row = sine + dim;
     float* const queries = row + dim;
     float* const scores = queries + heads * dim;
-    load_row(type, row_of(cosines, angles, dim), dim, cosine);
-    load_row(type, row_of(sines, angles, dim), dim, sine);
+    load_row(cosines, angles, dim, cosine);
+    load_row(sines, angles, dim, sine);
 
     const int64_t first = sequence * (query_heads + 2 * key_heads);
     const auto rotated = [&](int64_t head, const std::optional<Tensor>& norm, float* destination) {
-      load_row(type, row_of(input, first + head, dim), dim, row);
+      load_row(input, first + head, dim, row);
       if (norm.has_value()) {
-        load_row(type, norm->const_data_ptr(), dim, destination);
+        load_row(*norm, 0, dim, destination);
         kernel.rms_norm(row, destination, static_cast<float>(epsilon), dim, row);
       }
       kernel.rotate(row, cosine, sine, dim, destination);
     };
     const int64_t place = task * capacity + position;
     rotated(query_heads + key_head, key_norm, queries);
-    store_row(queries, dim, type, mutable_row_of(keys, place, dim));
+    store_row(queries, keys, place, dim);
     std::memcpy(
         mutable_row_of(values, place, dim), row_of(input, first + query_heads + key_heads + key_head, dim),
         dim * input.element_size());
@@ -250,16 +243,9 @@ Tensor decode_attention(
     kernel.attend(
         {type, heads, dim, length, queries, row_of(keys, task * capacity, dim), row_of(values, task * capacity, dim),
          scores, stride, queries});
-    store_row(queries, heads * dim, type, mutable_row_of(y, sequence * query_heads + key_head * heads, dim));
+    store_row(queries, y, task, heads * dim);
   };
-  const int64_t tasks = batch * key_heads;
-  if (tasks * heads * length * dim < task_multiplications) {
-    for (int64_t task = 0; task < tasks; ++task) {
-      attend(task, 0);
-    }
-  } else {
-    parallel_tasks(tasks, attend);
-  }
+  parallel_tasks(batch * key_heads, attend, batch * query_heads * length * dim >= task_multiplications);
   return y;
 }
 

@@ -6,7 +6,7 @@
 namespace quantization_mlx::cpu {
 namespace {
 
-// exp within 2 units in the last place between -87 and 88; beyond, the value at the nearer end.
+// exp within 2 units in the last place between -87 and 88; arguments beyond are clamped.
 ALWAYS_INLINE F exponential(F value) {
   const Floats low = (Floats)Vector::set(-87.0f);
   const Floats high = (Floats)Vector::set(88.0f);
@@ -45,7 +45,7 @@ void gate(const float* gates, const float* values, int64_t n, float* y) {
   }
 }
 
-// Each half of a head is the real or the imaginary part of a complex vector.
+// The halves of a head are the real and the imaginary parts of a complex vector.
 void rotate(const float* x, const float* cosines, const float* sines, int64_t dim, float* y) {
   const int64_t half = dim / 2;
   for (int64_t i = 0; i < half; i += lanes) {

@@ -50,31 +50,32 @@ struct alignas(64) TileShapes {
 
 // At most 32 rows of x by the columns of one panel; BOTH tells whether there are more than 16.
 template <bool BOTH>
-void multiply_matrices(const float* x, int64_t x_row, const float* w, int64_t steps, float* sums, int64_t sums_row) {
+void multiply_matrices(Rows<const float> x, const float* w, int64_t steps, Rows<float> sums) {
   constexpr int64_t w_bytes = panel_columns * sizeof(float);
-  const int64_t x_bytes = x_row * sizeof(float);
-  const int64_t sums_bytes = sums_row * sizeof(float);
-  float* lower_sums = sums + matrix_rows * sums_row;
-  _tile_loadd(0, sums, sums_bytes);
-  _tile_loadd(1, sums + lanes, sums_bytes);
+  const int64_t x_bytes = x.stride * sizeof(float);
+  const int64_t sums_bytes = sums.stride * sizeof(float);
+  float* upper_sums = sums[0];
+  float* lower_sums = sums[matrix_rows];
+  _tile_loadd(0, upper_sums, sums_bytes);
+  _tile_loadd(1, upper_sums + lanes, sums_bytes);
   if constexpr (BOTH) {
     _tile_loadd(2, lower_sums, sums_bytes);
     _tile_loadd(3, lower_sums + lanes, sums_bytes);
   }
   for (int64_t step = 0; step < steps; step += matrix_rows) {
-    _tile_loadd(4, x + step, x_bytes);
+    _tile_loadd(4, x[0] + step, x_bytes);
     _tile_loadd(6, w + step * panel_columns, w_bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w + step * panel_columns + lanes, w_bytes);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (BOTH) {
-      _tile_loadd(5, x + matrix_rows * x_row + step, x_bytes);
+      _tile_loadd(5, x[matrix_rows] + step, x_bytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, sums_bytes);
-  _tile_stored(1, sums + lanes, sums_bytes);
+  _tile_stored(0, upper_sums, sums_bytes);
+  _tile_stored(1, upper_sums + lanes, sums_bytes);
   if constexpr (BOTH) {
     _tile_stored(2, lower_sums, sums_bytes);
     _tile_stored(3, lower_sums + lanes, sums_bytes);
@@ -96,14 +97,14 @@ struct MatrixTiles {
       const int64_t upper = min(rows, matrix_rows);
       const TileShapes shapes(upper, rows - upper);
       _tile_loadconfig(&shapes);
-      const float* x = task.x + m * task.x_row;
+      const float* x = task.x[m];
       for (int64_t n = 0; n < task.columns; n += panel_columns) {
         const float* panel = task.panels + n * panel_steps;
-        float* sums = task.sums + m * task.sums_row + n;
+        float* sums = task.sums[m] + n;
         if (rows > matrix_rows) {
-          multiply_matrices<true>(x, task.x_row, panel, steps, sums, task.sums_row);
+          multiply_matrices<true>({x, task.x.stride}, panel, steps, {sums, task.sums.stride});
         } else {
-          multiply_matrices<false>(x, task.x_row, panel, steps, sums, task.sums_row);
+          multiply_matrices<false>({x, task.x.stride}, panel, steps, {sums, task.sums.stride});
         }
       }
     });
@@ -129,7 +130,7 @@ bool matrix_broadcast_is_faster(const Product& product) {
 constexpr ProductKernels matrix_table = [] {
   ProductKernels table = exact_table;
   table.broadcast_is_faster = matrix_broadcast_is_faster;
-  table.broadcast = for_format<MatrixBroadcast>;
+  table.multiply[static_cast<int>(Layout::broadcast)] = for_format<MatrixBroadcast>;
   return table;
 }();
 

@@ -43,11 +43,6 @@ struct Vector {
   static F load_bfloat16(const uint8_t* source) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(source)), 16));
   }
-  // Byte 0 is the subnormal 2^-127, the only value whose exponent bits alone do not say it.
-  static F load_e8m0(const uint8_t* source) {
-    return _mm256_castsi256_ps(
-        _mm256_max_epi32(_mm256_slli_epi32(load_bytes(source), 23), _mm256_set1_epi32(0x00400000)));
-  }
 
   // Eight units of `bytes` bytes, one per lane, from byte `skip` of each on. Overlapping loads stay inside the units.
   template <int bytes, int skip>

@@ -42,11 +42,6 @@ struct Vector {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
-  // Byte 0 is the subnormal 2^-127, the only value whose exponent bits alone do not say it.
-  static F load_e8m0(const uint8_t* source) {
-    return _mm512_castsi512_ps(
-        _mm512_max_epi32(_mm512_slli_epi32(load_bytes(source), 23), _mm512_set1_epi32(0x00400000)));
-  }
 
   // Sixteen units of `bytes` bytes, one per lane, from byte `skip` of each on.
   template <int bytes, int skip>
@@ -240,8 +235,6 @@ struct Vector {
   static int sum_integers(I value) { return _mm512_reduce_add_epi32(value); }
   static F integers_as_floats(I value) { return _mm512_cvtepi32_ps(value); }
   static I rounded_integers(F value) { return _mm512_cvtps_epi32(value); }
-  static I floats_as_bits(F value) { return _mm512_castps_si512(value); }
-  static F bits_as_floats(I value) { return _mm512_castsi512_ps(value); }
   // As integers, magnitudes order like the numbers, then infinity, then NaN.
   static I magnitude_bits(F value) {
     return _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7FFFFFFF));

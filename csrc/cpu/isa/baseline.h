@@ -59,9 +59,6 @@ struct Vector {
     std::memcpy(destination, halves, sizeof halves);
   }
   static F load_bfloat16(const uint8_t* source) { return bits(load_16_bits(source) << 16); }
-  static F load_e8m0(const uint8_t* source) {
-    return each([&](int lane) { return e8m0_to_float(source[lane]); });
-  }
 
   template <int bytes, int skip>
   static I load_units(const uint8_t* source) {

@@ -39,10 +39,6 @@ struct Vector {
     vst1_u8(static_cast<uint8_t*>(destination), vreinterpret_u8_f16(vcvt_f16_f32(value)));
   }
   static F load_bfloat16(const uint8_t* source) { return vreinterpretq_f32_u32(vshll_n_u16(load_16_bits(source), 16)); }
-  // Byte 0 is the subnormal 2^-127, the only value whose exponent bits alone do not say it.
-  static F load_e8m0(const uint8_t* source) {
-    return vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32(load_bytes(source), 23), vdupq_n_u32(0x00400000)));
-  }
 
   // Four units of `bytes` bytes, one per lane, from byte `skip` of each on. Overlapping loads stay inside the units.
   template <int bytes, int skip>

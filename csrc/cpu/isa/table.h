@@ -11,14 +11,10 @@
 namespace quantization_mlx::cpu {
 namespace {
 
-void streamed(const Product& product, int64_t begin, int64_t end, float* y) {
-  for_format<Streamed>(product, begin, end, nullptr, y);
-}
-
 int64_t workspace(const Product& product) {
   const int64_t block = lanes * unit_elements(product.format.bits);
   const int64_t tiled = max_tiled_columns * panel_stride_floats;
-  static_assert(panel_steps <= panel_stride_floats);  // so that it is enough for the broadcasting product
+  static_assert(panel_steps <= panel_stride_floats);  // enough for the broadcasting product, too
   const int64_t plain = (plain_panel_rows + product.rows) * block;
   return tiled > plain ? tiled : plain;
 }
@@ -26,10 +22,13 @@ int64_t workspace(const Product& product) {
 constexpr DecoderKernels decoder_table = {rms_norm, gate, rotate, attend};
 
 constexpr ProductKernels exact_table{
-    broadcast_is_faster,   packed_row,       pack_row, workspace, streamed, for_format<Tiled>,
-    for_format<Broadcast>, for_format<Plain>};
+    broadcast_is_faster,
+    packed_row,
+    pack_row,
+    workspace,
+    {for_format<Streamed>, for_format<Tiled>, for_format<Broadcast>, for_format<Plain>}};
 
-// bfloat16 tells whether this machine multiplies it.
+// bfloat16: whether this machine multiplies it.
 constexpr Kernels make_table(
     const char* name,
     bool bfloat16,

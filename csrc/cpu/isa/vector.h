@@ -36,7 +36,7 @@ ALWAYS_INLINE void unrolled(Function&& function) {
   }(std::make_integer_sequence<int, count>());
 }
 
-// Calls function with rows, at least one and at most `most`, as a constant.
+// Calls function with the number of rows, 1 to `most`, as a constant.
 template <int most, typename Function>
 ALWAYS_INLINE void with_rows(int64_t rows, Function&& function) {
   if (rows == most) {
@@ -45,6 +45,12 @@ ALWAYS_INLINE void with_rows(int64_t rows, Function&& function) {
   if constexpr (most > 1) {
     with_rows<most - 1>(rows, function);
   }
+}
+
+// Calls function with a value that is one of `choices` as a constant.
+template <int... choices, typename Function>
+ALWAYS_INLINE void with_one_of(int value, Function&& function) {
+  ((value == choices && (function(std::integral_constant<int, choices>()), true)) || ...);
 }
 
 template <typename Sum, int rows, int columns>
@@ -74,7 +80,7 @@ ALWAYS_INLINE void copy_bytes(uint8_t* destination, const uint8_t* source, int64
   Vector::copy_below_64(destination, source, count);
 }
 
-// Asks for `bytes` bytes ahead of their use; they need not exist.
+// The bytes need not exist.
 ALWAYS_INLINE void prefetch(const uint8_t* address, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
     __builtin_prefetch(address + i, 0, 2);
@@ -98,6 +104,27 @@ ALWAYS_INLINE void for_constant_tiles(int64_t rows, Function&& function) {
     with_rows<height>(tile_rows, [&](auto constant) { function(m, constant); });
   });
 }
+
+// Calls function(n, columns as a constant) for `most` columns at a time, and for single ones at the end.
+template <int most, typename Function>
+ALWAYS_INLINE void for_columns(int64_t begin, int64_t end, Function&& function) {
+  int64_t n = begin;
+  for (; n + most <= end; n += most) {
+    function(n, std::integral_constant<int, most>());
+  }
+  for (; n < end; ++n) {
+    function(n, std::integral_constant<int, 1>());
+  }
+}
+
+// The rows of a matrix in memory.
+template <typename T>
+struct Rows {
+  T* first;
+  int64_t stride;
+
+  ALWAYS_INLINE T* operator[](int64_t row) const { return first + row * stride; }
+};
 
 // The sum of the lanes of each vector.
 template <int count>

@@ -1,17 +1,16 @@
 // Column-packed weights, streamed. [K, N] with units along K: words of neighboring columns are neighbors, so lanes run
-// along N, and element j of all lanes meets the one x[j].
+// along N, and element j of all lanes is multiplied by the one x[j].
 //
 //     column      0      1      2   ...
 //     word row 0  e0..   e0..   e0..     -> value j of every column, times x[j] in all lanes
 //     word row 1  e8..   e8..   e8..
 //
-// One group of all columns after the other, which is as many streams through memory as a group has rows of words. Codes
-// are multiplied as they are, and the sum of a group is scaled; what the code of zero adds is its multiple of the sum
-// of x over the group.
+// All columns of one group are done before the next group: memory is read in as many streams as a group has word rows.
+// Codes are multiplied unscaled, and the sum of a group is scaled; the code that stands for zero is subtracted as its
+// product with the sum of x over the group.
 #pragma once
 
 #include "pack.h"
-#include "scales.h"
 
 namespace quantization_mlx::cpu {
 namespace {
@@ -28,19 +27,17 @@ constexpr bool may_be_column_packed = [] {
   return false;
 }();
 
-// How far ahead of their use words are asked for, in bytes along their row.
+// How far ahead words are prefetched, in bytes along their row.
 constexpr int64_t column_bytes_ahead = 1024;
 
-// x points to where packed x has element 0 of the unit: the others follow `lanes` apart.
+// x points to element 0 of the unit in packed x: the others follow `lanes` apart.
 template <typename Element>
-struct Float32Columns {
-  using Units = typename Element::Units;
+struct Float32Columns : Element {
   static constexpr int64_t block_floats = block_elements<Element>;
-  static ALWAYS_INLINE Units load(const uint8_t* codes) { return Element::load(codes); }
 
   template <int ROWS, int VECTORS>
   static ALWAYS_INLINE void add(
-      const Units (&units)[VECTORS],
+      const typename Element::Units (&units)[VECTORS],
       const float* x,
       int64_t x_row,
       F (&sums)[ROWS][VECTORS]) {
@@ -55,22 +52,19 @@ struct Float32Columns {
 };
 
 template <typename Element, typename V, int TERMS>
-struct BFloat16Columns {
-  using Codes = Pairs<Element, V>;
-  using Units = typename Codes::Units;
+struct BFloat16Columns : Pairs<Element, V> {
   static constexpr int64_t block_floats = block_elements<Element> / 2 * TERMS;
-  static ALWAYS_INLINE Units load(const uint8_t* codes) { return Codes::load(codes); }
 
   template <int ROWS, int VECTORS>
   static ALWAYS_INLINE void add(
-      const Units (&units)[VECTORS],
+      const typename Pairs<Element, V>::Units (&units)[VECTORS],
       const float* x,
       int64_t x_row,
       F (&sums)[ROWS][VECTORS]) {
     constexpr int half = positions<Element> / 2;
     unrolled<half>([&](auto j) __attribute__((always_inline)) {
       for (int v = 0; v < VECTORS; ++v) {
-        const I value = Codes::template values<j>(units[v]);
+        const I value = Pairs<Element, V>::template values<j>(units[v]);
         for (int term = 0; term < TERMS; ++term) {
           for (int m = 0; m < ROWS; ++m) {
             sums[m][v] = V::dot_pairs(value, V::broadcast_pair(x + m * x_row + (term * half + j) * lanes), sums[m][v]);
@@ -81,7 +75,7 @@ struct BFloat16Columns {
   }
 };
 
-// What the code of zero adds to the sum of a lane, per 1.0 of x.
+// Minus the code that stands for zero in each of `count` columns: what it adds to their sums per unit of x.
 ALWAYS_INLINE F negated_zeros(const Product& product, int64_t position, int64_t count) {
   if (product.biases != nullptr) {
     const F zeros = load_first_scales(
@@ -91,7 +85,7 @@ ALWAYS_INLINE F negated_zeros(const Product& product, int64_t position, int64_t 
   return Vector::set(-product.format.zero);
 }
 
-// Asks for the scales, and zeros, of a group of columns.
+// Prefetches the scales, and zeros, of one group of columns.
 ALWAYS_INLINE void prefetch_scales(const Product& product, int64_t group, int64_t n, int64_t columns) {
   const int bytes = scale_bytes(product.format.scale_type);
   const int64_t offset = (group * product.N + n) * bytes;
@@ -107,8 +101,8 @@ struct ColumnRows {
   float* y;
 };
 
-// Adds one group of the columns [n, n + VECTORS * lanes), of which `count` exist, to y, and asks for the words that are
-// `ahead` bytes further.
+// Adds one group of the columns [n, n + VECTORS * lanes), of which `count` exist, to y, and prefetches the words that
+// are `ahead` bytes further on.
 template <typename Element, typename Stream, int ROWS, int VECTORS>
 ALWAYS_INLINE void add_column_group(
     const Product& product,
@@ -170,7 +164,7 @@ void streamed_column_groups(const Product& product, int64_t begin, int64_t end, 
   for (int64_t group = 0; group < product.K / product.format.group_size; ++group) {
     int64_t n = begin;
     for (; n + columns <= end; n += columns) {
-      // Behind the last columns of these rows follow the first ones of the next group's.
+      // After the last columns of this group come the first columns of the next.
       const bool wraps = n + column_bytes_ahead / word_bytes >= end;
       const int64_t ahead = column_bytes_ahead + (wraps ? (group_words - (end - begin)) * word_bytes : 0);
       add(std::integral_constant<int, VECTORS>(), group, n, columns, ahead);
@@ -181,7 +175,8 @@ void streamed_column_groups(const Product& product, int64_t begin, int64_t end, 
   }
 }
 
-// So many vectors that each waits for its last addition while the others go on. Only single rows are sums of bfloat16.
+// Enough vectors that the latency of an addition to one is hidden by those to the others. Only single rows of x are
+// split into several bfloat16 terms.
 template <typename Element, int TERMS>
 void streamed_packed_columns(const Product& product, int64_t begin, int64_t end, float* y) {
   using Stream = std::conditional_t<TERMS == 0, Float32Columns<Element>, BFloat16Columns<Element, Vector, TERMS>>;

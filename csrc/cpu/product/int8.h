@@ -8,15 +8,16 @@
 //     x_scale * (scale * dot(bytes, x_bytes) + bias * sum(x_bytes))
 //
 // The dots and the sums of bytes are exact integers; the rest is float32. A group with an infinity or NaN has the scale
-// NaN, and one whose values are all below 2^-100 counts as zeros. With the sums of the given x the error would be about
-// 2.7 times as large: that of codes, whose mean is not near zero, and not of weights.
+// NaN, and one whose values are all below 2^-100 counts as zeros. With the sums of x before rounding the error would be
+// about 2.7 times as large: it would multiply codes, whose mean is not near zero, instead of weights.
 //
-// A byte vector holds four elements of each unit in the unit's 32-bit lane: vector v of four- and two-bit units every
-// second or fourth element from v on, as a shift and a mask give them, at other widths the elements 4 v to 4 v + 3.
+// A byte vector holds four elements of each unit in the unit's 32-bit lane. Of 4-bit and 2-bit units, vector v has
+// every second or fourth element from v on, as a shift and a mask give them; at other widths the elements 4 v to 4 v
+// + 3.
 //
 //   streamed  lanes are units of a row of w, as in streamed.h; x is packed as [block][v][lane]
 //   broadcast a panel of weights is decoded to bytes whose lanes are columns; four bytes of x, packed as
-//             [block][lane][v], meet all of them
+//             [block][lane][v], are multiplied with all of them
 #pragma once
 
 #ifndef QUANTIZATION_MLX_VECTOR
@@ -32,11 +33,11 @@ namespace {
 template <typename Element>
 constexpr int byte_vectors = positions<Element> / 4;
 
-// Only five-bit units do not fit a 32-bit lane: their upper half is a part of its own.
+// Only 5-bit units do not fit a 32-bit lane: their upper half is a second part.
 template <typename Element>
 constexpr int unit_parts = Element::bits == 5 ? 2 : 1;
 
-// E4M3 values are no small multiples of one number.
+// E4M3 values are not small multiples of one number.
 template <typename Element>
 constexpr bool has_bytes = !std::is_same_v<Element, E4M3Element>;
 
@@ -82,7 +83,7 @@ ALWAYS_INLINE ScaleAndBias scale_and_bias_of_fp4(F scale) {
   return {Vector::mul(scale, Vector::set(0.5f)), Vector::mul(scale, Vector::set(-6.0f))};
 }
 
-// Those of bytes, for the first `count` groups at an offset in bytes; then zeros.
+// The scales and biases by which bytes become weights, of `count` groups at an offset in bytes; then zeros.
 template <typename Element>
 ALWAYS_INLINE ScaleAndBias load_scale_and_bias(const Product& product, int64_t offset, int64_t count) {
   const F scale = load_first_scales(product.format.scale_type, product.scales + offset, count);
@@ -138,24 +139,17 @@ void quantize_group(const Product& product, const uint8_t* x, uint8_t* bytes, fl
 template <int vectors>
 void order_bytes(int bits, Layout layout, int64_t length, uint8_t* bytes) {
   for (int64_t k = 0; k < length; k += 64 * vectors) {
-    I in[vectors];
+    F elements[vectors];
     for (int v = 0; v < vectors; ++v) {
-      in[v] = Vector::load_integers(bytes + k + 64 * v);
-      in[v] = bits == 4 ? Vector::order_of_shifts<4>(in[v]) : (bits == 2 ? Vector::order_of_shifts<2>(in[v]) : in[v]);
+      const I natural = Vector::load_integers(bytes + k + 64 * v);
+      elements[v] = (F)(bits == 4 ? Vector::order_of_shifts<4>(natural)
+                                  : (bits == 2 ? Vector::order_of_shifts<2>(natural) : natural));
     }
     if (layout == Layout::streamed) {
-      F natural[vectors];
-      F apart[vectors];
-      for (int v = 0; v < vectors; ++v) {
-        natural[v] = Vector::bits_as_floats(in[v]);
-      }
-      deinterleave<vectors>(natural, apart);
-      for (int v = 0; v < vectors; ++v) {
-        in[v] = Vector::floats_as_bits(apart[v]);
-      }
+      deinterleave<vectors>(elements, elements);
     }
     for (int v = 0; v < vectors; ++v) {
-      Vector::store_integers(bytes + k + 64 * v, in[v]);
+      Vector::store_integers(bytes + k + 64 * v, (I)elements[v]);
     }
   }
 }
@@ -178,12 +172,9 @@ void int8_pack_row(const Product& product, Layout layout, const void* x, float* 
     scales[group] = 0.0f;
     sums[group] = 0.0f;
   }
-  switch (unit_elements(product.format.bits)) {
-    case 4: return;
-    case 8: return order_bytes<2>(product.format.bits, layout, length, bytes);
-    case 16: return order_bytes<4>(product.format.bits, layout, length, bytes);
-    case 32: return order_bytes<8>(product.format.bits, layout, length, bytes);
-  }
+  with_one_of<8, 16, 32>(unit_elements(product.format.bits), [&](auto per_unit) {
+    order_bytes<per_unit / 4>(product.format.bits, layout, length, bytes);
+  });
 }
 
 // --- streamed -------------------------------------------------------------------------------------------------------
@@ -251,22 +242,15 @@ void int8_streamed_columns(const Product& product, int64_t n, float* y) {
 
 template <typename Element, int ROWS>
 void int8_streamed_rows(const Product& product, int64_t begin, int64_t end, float* y) {
-  constexpr int columns = ROWS <= 2 ? 4 : 2;
-  int64_t n = begin;
-  for (; n + columns <= end; n += columns) {
+  for_columns<ROWS <= 2 ? 4 : 2>(begin, end, [&](int64_t n, auto columns) {
     int8_streamed_columns<Element, ROWS, columns>(product, n, y + (n - begin));
-  }
-  for (; n < end; ++n) {
-    int8_streamed_columns<Element, ROWS, 1>(product, n, y + (n - begin));
-  }
+  });
 }
 
 struct Int8Streamed {
   template <typename Element>
   static void run(const Product& product, int64_t begin, int64_t end, float*, float* y) {
-    if constexpr (!has_bytes<Element>) {
-      __builtin_unreachable();
-    } else {
+    if constexpr (has_bytes<Element>) {
       with_rows<max_streamed_rows>(
           product.rows, [&](auto rows) { int8_streamed_rows<Element, rows>(product, begin, end, y); });
     }
@@ -274,7 +258,8 @@ struct Int8Streamed {
 };
 
 // --- broadcast ------------------------------------------------------------------------------------------------------
-// A group's dots need no adding up of lanes here, and its scales apply to whole vectors. A strip is `lanes` columns.
+// Here the lanes of a group's dots need not be added up, and its scales apply to whole vectors. A strip is `lanes`
+// columns.
 
 constexpr int int8_tile_rows = 6;
 constexpr int int8_tile_strips = 2;
@@ -289,8 +274,8 @@ constexpr int64_t int8_strips = max_tiled_columns / lanes;
 
 int64_t int8_workspace(const Product&) { return int8_strips * (int8_strip_bytes / 4 + int8_strip_parameters); }
 
-// A strip's part of a panel: elements [first, first + length) of columns from n on. Behind `end` stands the last one
-// again.
+// A strip's part of a panel: elements [first, first + length) of columns from n on. Columns from `end` on repeat the
+// last one.
 struct Int8Strip {
   int64_t n;
   int64_t end;
@@ -380,7 +365,7 @@ struct Int8Tile {
   bool accumulate;
   float* y;
   int64_t y_row;
-  // Weights to ask for meanwhile, evenly over time: ahead_bytes of each of as many rows of w as the tile has columns.
+  // Weights to prefetch meanwhile, spread evenly: ahead_bytes of each of as many rows of w as the tile has columns.
   const uint8_t* ahead;
   int64_t ahead_row;
   int64_t ahead_bytes;
@@ -447,7 +432,7 @@ void int8_multiply_panels(const Product& product, int64_t begin, int64_t end, fl
   float* parameters = workspace + int8_strips * int8_strip_bytes / 4;
   const int64_t tiles = (product.rows + int8_tile_rows - 1) / int8_tile_rows;
   constexpr int64_t tile_width = int8_tile_strips * lanes;
-  // Few tiles read a panel soon after it is written: from the first-level cache if it is small.
+  // If tiles are few, a small panel is still in the first-level cache when the last one reads it.
   const int64_t width = tiles <= few_tiles ? tile_width : round_up(columns, tile_width);
   for (int64_t c = 0; c < columns; c += width) {
     for (int64_t first = 0; first < product.K; first += int8_panel) {
@@ -492,13 +477,12 @@ struct Int8Broadcast {
   }
 };
 
-void int8_streamed(const Product& product, int64_t begin, int64_t end, float* y) {
-  for_format<Int8Streamed>(product, begin, end, nullptr, y);
-}
-
 constexpr ProductKernels int8_table{
-    [](const Product&) { return true; }, int8_packed_row, int8_pack_row, int8_workspace, int8_streamed, nullptr,
-    for_format<Int8Broadcast>,           nullptr};
+    [](const Product&) { return true; },
+    int8_packed_row,
+    int8_pack_row,
+    int8_workspace,
+    {for_format<Int8Streamed>, nullptr, for_format<Int8Broadcast>, nullptr}};
 
 }  // namespace
 }  // namespace quantization_mlx::cpu

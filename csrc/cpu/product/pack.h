@@ -8,7 +8,7 @@
 namespace quantization_mlx::cpu {
 namespace {
 
-// out[j] = elements j, count + j, 2 * count + j, ... of the vectors in.
+// out[j] = elements j, count + j, 2 * count + j, ... of the vectors in, which may be the same.
 template <int count>
 ALWAYS_INLINE void deinterleave(const F* in, F* out) {
   if constexpr (count == 1) {
@@ -37,7 +37,7 @@ int64_t padded_length(const Product& product) {
 
 int64_t padded_groups(const Product& product) { return round_up(product.K / product.format.group_size, lanes); }
 
-// An odd number of cache lines: equal positions of several rows then meet different sets of a cache.
+// An odd number of cache lines, so that the same position of several rows falls into different sets of a cache.
 constexpr int64_t spaced(int64_t floats) {
   return round_up(floats, 16) / 16 % 2 == 0 ? round_up(floats, 16) + 16 : round_up(floats, 16);
 }
@@ -58,19 +58,18 @@ int64_t packed_row(const Product& product, Layout layout) {
   __builtin_unreachable();
 }
 
-// Block after block in the order in which weights unpack, each as TERMS vectors of pairs or, for 0, as float32.
+// Blocks in the order in which weights unpack: float32, or bfloat16 pairs of each of TERMS terms.
 template <int per_unit, int TERMS, typename V>
 void pack_blocks(const Product& product, const uint8_t* row, float* packed) {
   constexpr int block = lanes * per_unit;
   for (int64_t k = 0; k < product.K; k += block) {
     alignas(64) float natural[block] = {};
     to_float32(product.x_type, row + k * real_bytes(product.x_type), min(product.K - k, block), natural);
-    F in[per_unit];
     F out[per_unit];
     for (int i = 0; i < per_unit; ++i) {
-      in[i] = Vector::load(natural + i * lanes);
+      out[i] = Vector::load(natural + i * lanes);
     }
-    deinterleave<per_unit>(in, out);
+    deinterleave<per_unit>(out, out);
     if constexpr (TERMS == 0) {
       for (int j = 0; j < per_unit; ++j) {
         Vector::store(packed + k + j * lanes, out[j]);
@@ -86,16 +85,6 @@ void pack_blocks(const Product& product, const uint8_t* row, float* packed) {
         }
       }
     }
-  }
-}
-
-template <int TERMS, typename V>
-void pack_units(const Product& product, const uint8_t* row, float* packed) {
-  switch (unit_elements(product.format.bits)) {
-    case 4: return pack_blocks<4, TERMS, V>(product, row, packed);
-    case 8: return pack_blocks<8, TERMS, V>(product, row, packed);
-    case 16: return pack_blocks<16, TERMS, V>(product, row, packed);
-    case 32: return pack_blocks<32, TERMS, V>(product, row, packed);
   }
 }
 
@@ -147,7 +136,11 @@ void pack_row(const Product& product, Layout layout, const void* x, float* packe
   if (layout == Layout::plain || layout == Layout::broadcast) {
     return to_float32(product.x_type, row, product.K, packed);
   }
-  with_terms(product, layout, [&](auto terms) { pack_units<terms, Vector>(product, row, packed); });
+  with_terms(product, layout, [&](auto terms) {
+    with_one_of<4, 8, 16, 32>(unit_elements(product.format.bits), [&](auto per_unit) {
+      pack_blocks<per_unit, terms, Vector>(product, row, packed);
+    });
+  });
   if (layout == Layout::streamed && product.has_offset()) {
     sum_groups(product, row, packed + packed_values(product, layout));
   }

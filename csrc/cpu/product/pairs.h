@@ -28,7 +28,7 @@ struct CodeTable {
   }
 };
 
-// A block of at most six-bit elements: 16-bit lanes index a table with their low bits, whatever stands above them.
+// Elements of at most six bits: 16-bit lanes index a table with their low bits; the bits above do not matter.
 template <typename Element, typename V>
 struct ShortPairs {
   static constexpr CodeTable<Element> table{};
@@ -64,38 +64,35 @@ struct LongPairs {
 template <typename V>
 struct LongPairs<E4M3Element, V> {
   static constexpr CodeTable<E4M3Element> table{};
-  using Units = I;
+  using Units = E4M3Element::Units;
   static ALWAYS_INLINE Units load(const uint8_t* codes) { return E4M3Element::load(codes); }
   template <int j>
-  static ALWAYS_INLINE I values(Units units) {
-    return V::template lookup_signed_byte<j>(units, table.values);
+  static ALWAYS_INLINE I values(const Units& units) {
+    return V::template lookup_signed_byte<j>(units.low, table.values);
   }
 };
 
 template <typename Element, typename V>
 using Pairs = std::conditional_t<(Element::bits <= 6), ShortPairs<Element, V>, LongPairs<Element, V>>;
 
-// Calls function(j, the element j of each lane's unit, for every vector of units) for every position. E4M3 comes in
-// bfloat16 pairs where there is a table for them: converting it alone takes twice the instructions.
-template <typename Element, int VECTORS, typename Function>
+// Calls function(j, values) for every position j, where values[v] is element j of each unit of vector v. E4M3 is
+// decoded in bfloat16 pairs where there is a table for them: converting single elements takes twice the instructions.
+template <typename Element, typename V = Vector, int VECTORS, typename Function>
 ALWAYS_INLINE void for_values(const typename Element::Units (&units)[VECTORS], Function&& function) {
   F values[VECTORS];
-  if constexpr (std::is_same_v<Element, E4M3Element> && Vector::has_bfloat16) {
-    const auto in_pairs = [&]<typename V>(std::type_identity<V>) __attribute__((always_inline)) {
-      unrolled<2>([&](auto j) __attribute__((always_inline)) {
-        I pairs[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) {
-          pairs[v] = LongPairs<E4M3Element, V>::template values<j>(units[v]);
-          values[v] = V::low_of_pairs(pairs[v]);
-        }
-        function(j, values);
-        for (int v = 0; v < VECTORS; ++v) {
-          values[v] = V::high_of_pairs(pairs[v]);
-        }
-        function(std::integral_constant<int, j + 2>(), values);
-      });
-    };
-    in_pairs(std::type_identity<Vector>());
+  if constexpr (std::is_same_v<Element, E4M3Element> && V::has_bfloat16) {
+    unrolled<2>([&](auto j) __attribute__((always_inline)) {
+      I pairs[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) {
+        pairs[v] = LongPairs<E4M3Element, V>::template values<j>(units[v]);
+        values[v] = V::low_of_pairs(pairs[v]);
+      }
+      function(j, values);
+      for (int v = 0; v < VECTORS; ++v) {
+        values[v] = V::high_of_pairs(pairs[v]);
+      }
+      function(std::integral_constant<int, j + 2>(), values);
+    });
   } else {
     unrolled<positions<Element>>([&](auto j) __attribute__((always_inline)) {
       for (int v = 0; v < VECTORS; ++v) {
@@ -106,7 +103,7 @@ ALWAYS_INLINE void for_values(const typename Element::Units (&units)[VECTORS], F
   }
 }
 
-// How many bfloat16 values a value of x is the exact sum of, or 0 where the product multiplies float32.
+// The number of bfloat16 terms whose exact sum each value of x is, or 0 where the product multiplies float32.
 int bfloat16_terms(const Product& product, Layout layout) {
   if (!product.bfloat16 || layout == Layout::plain) {
     return 0;
@@ -126,13 +123,10 @@ int bfloat16_terms(const Product& product, Layout layout) {
 template <typename Function>
 ALWAYS_INLINE void with_terms(const Product& product, Layout layout, Function&& function) {
   if constexpr (Vector::has_bfloat16) {
-    switch (bfloat16_terms(product, layout)) {
-      case 1: return function(std::integral_constant<int, 1>());
-      case 2: return function(std::integral_constant<int, 2>());
-      case 3: return function(std::integral_constant<int, 3>());
-    }
+    with_one_of<0, 1, 2, 3>(bfloat16_terms(product, layout), function);
+  } else {
+    function(std::integral_constant<int, 0>());
   }
-  function(std::integral_constant<int, 0>());
 }
 
 }  // namespace

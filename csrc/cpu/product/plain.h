@@ -24,13 +24,13 @@ struct Plain {
       for (int64_t first = 0; first < product.K; first += plain_panel_rows) {
         const int64_t length = min(product.K - first, plain_panel_rows);
         for (int64_t k = 0; k < length; ++k) {
-          decode_row<Element, Float32Tile>(product, first + k, product.N, n, columns, decoded + k * block);
+          decode_row<Element, Float32Tile>(product, {first + k, product.N, n, columns}, decoded + k * block);
         }
         for_constant_tiles<broadcast_rows>(product.rows, [&](int64_t m, auto height) {
           for (int v = 0; v < per_unit; v += tile_vectors) {
             broadcast_tile<Float32Tile, height>(
-                product.x + m * x_row + first, x_row, decoded + v * lanes, block, length, sums + m * block + v * lanes,
-                block);
+                {product.x + m * x_row + first, x_row}, {decoded + v * lanes, block}, length,
+                {sums + m * block + v * lanes, block});
           }
         });
       }

@@ -1,5 +1,4 @@
-// 1 to 4 rows of x: each weight is read and decoded once, in registers, so that the time is that of reading the
-// weights.
+// 1 to 4 rows of x: each weight is read once and decoded in registers, so that reading the weights takes all the time.
 //
 //     lanes run along K, over the units of one row of w; several columns of the result at a time
 //
@@ -11,7 +10,6 @@
 
 #include "columns.h"
 #include "pack.h"
-#include "scales.h"
 
 namespace quantization_mlx::cpu {
 namespace {
@@ -19,14 +17,12 @@ namespace {
 // Multiplies a block in float32. With one row the sum of a block is scaled; with more, the decoded value is, so that
 // the rows share that product too.
 template <typename Element>
-struct Float32Stream {
-  using Units = typename Element::Units;
+struct Float32Stream : Element {
   static constexpr int64_t block_floats = block_elements<Element>;
-  static ALWAYS_INLINE Units load(const uint8_t* codes) { return Element::load(codes); }
 
   template <int ROWS, int COLUMNS>
   static ALWAYS_INLINE void add(
-      const Units (&units)[COLUMNS],
+      const typename Element::Units (&units)[COLUMNS],
       const F (&scale)[COLUMNS],
       const float* x,
       int64_t x_row,
@@ -58,15 +54,12 @@ struct Float32Stream {
 
 // Multiplies exact codes with exact terms of x and scales the sums: no weight is rounded.
 template <typename Element, typename V, int TERMS>
-struct BFloat16Stream {
-  using Codes = Pairs<Element, V>;
-  using Units = typename Codes::Units;
+struct BFloat16Stream : Pairs<Element, V> {
   static constexpr int64_t block_floats = block_elements<Element> / 2 * TERMS;
-  static ALWAYS_INLINE Units load(const uint8_t* codes) { return Codes::load(codes); }
 
   template <int ROWS, int COLUMNS>
   static ALWAYS_INLINE void add(
-      const Units (&units)[COLUMNS],
+      const typename Pairs<Element, V>::Units (&units)[COLUMNS],
       const F (&scale)[COLUMNS],
       const float* x,
       int64_t x_row,
@@ -76,7 +69,7 @@ struct BFloat16Stream {
     clear(part);
     unrolled<half>([&](auto j) __attribute__((always_inline)) {
       for (int c = 0; c < COLUMNS; ++c) {
-        const I value = Codes::template values<j>(units[c]);
+        const I value = Pairs<Element, V>::template values<j>(units[c]);
         for (int term = 0; term < TERMS; ++term) {
           for (int m = 0; m < ROWS; ++m) {
             part[m][c] = V::dot_pairs(value, V::load_integers(x + m * x_row + (term * half + j) * lanes), part[m][c]);
@@ -145,14 +138,10 @@ void streamed_columns(const Product& product, int64_t n, float* y) {
 
 template <typename Element, typename Stream, int ROWS>
 void streamed_rows(const Product& product, int64_t begin, int64_t end, float* y) {
-  constexpr int columns = Vector::registers >= 32 && ROWS <= 2 ? 4 : 2;
-  int64_t n = begin;
-  for (; n + columns <= end; n += columns) {
+  constexpr int most = Vector::registers >= 32 && ROWS <= 2 ? 4 : 2;
+  for_columns<most>(begin, end, [&](int64_t n, auto columns) {
     streamed_columns<Element, Stream, ROWS, columns>(product, n, y + (n - begin));
-  }
-  for (; n < end; ++n) {
-    streamed_columns<Element, Stream, ROWS, 1>(product, n, y + (n - begin));
-  }
+  });
 }
 
 struct Streamed {

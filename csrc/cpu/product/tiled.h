@@ -13,33 +13,26 @@
 namespace quantization_mlx::cpu {
 namespace {
 
-// Of one weight column: so long that adding up the lanes of a tile's sums is rare, so short that a task's panel stays
-// in the second-level cache.
+// Of one column: long enough that the lanes of a tile's sums are rarely added up, short enough that the panel of a task
+// stays in the second-level cache.
 constexpr int64_t panel_bytes = 8192;
 constexpr int64_t panel_stride_floats = spaced(panel_bytes / static_cast<int64_t>(sizeof(float)));
 constexpr int tile_rows = Vector::registers >= 32 ? 6 : 3;
 constexpr int tile_columns = 4;
-constexpr int64_t few_tiles = 16;  // whose rows of x stay in the second-level cache beside it
+constexpr int64_t few_tiles = 16;  // whose rows of x stay in the second-level cache with it
 
-template <typename Tile, int ROWS, int COLUMNS>
-void multiply_tile(
-    const typename Tile::Storage* x,
-    int64_t x_row,
-    const typename Tile::Storage* w,
-    int64_t w_row,
-    int64_t length,
-    bool accumulate,
-    float* y,
-    int64_t y_stride) {
+// y = x * transposed w, or y += that.
+template <typename Tile, int ROWS, int COLUMNS, typename Storage = typename Tile::Storage>
+void multiply_tile(Rows<const Storage> x, Rows<const Storage> w, int64_t length, bool accumulate, Rows<float> y) {
   F total[ROWS][COLUMNS];
   clear(total);
   for (int64_t k = 0; k < length; k += Tile::step) {
     typename Tile::Operand activation[ROWS];
     for (int m = 0; m < ROWS; ++m) {
-      activation[m] = Tile::load(x + m * x_row + k);
+      activation[m] = Tile::load(x[m] + k);
     }
     for (int c = 0; c < COLUMNS; ++c) {
-      const auto weight = Tile::load(w + c * w_row + k);
+      const auto weight = Tile::load(w[c] + k);
       for (int m = 0; m < ROWS; ++m) {
         total[m][c] = Tile::multiply_add(activation[m], weight, total[m][c]);
       }
@@ -49,29 +42,8 @@ void multiply_tile(
     float sums[COLUMNS];
     sum_lanes(total[m], sums);
     for (int c = 0; c < COLUMNS; ++c) {
-      float& result = y[m * y_stride + c];
-      result = (accumulate ? result : 0.0f) + sums[c];
+      y[m][c] = (accumulate ? y[m][c] : 0.0f) + sums[c];
     }
-  }
-}
-
-template <typename Tile, int ROWS>
-void multiply_columns(
-    const typename Tile::Storage* x,
-    int64_t x_row,
-    const typename Tile::Storage* w,
-    int64_t w_row,
-    int64_t length,
-    bool accumulate,
-    int64_t columns,
-    float* y,
-    int64_t y_stride) {
-  int64_t c = 0;
-  for (; c + tile_columns <= columns; c += tile_columns) {
-    multiply_tile<Tile, ROWS, tile_columns>(x, x_row, w + c * w_row, w_row, length, accumulate, y + c, y_stride);
-  }
-  for (; c < columns; ++c) {
-    multiply_tile<Tile, ROWS, 1>(x, x_row, w + c * w_row, w_row, length, accumulate, y + c, y_stride);
   }
 }
 
@@ -79,13 +51,14 @@ template <typename Element, typename Tile>
 void multiply_panels(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
   using Storage = typename Tile::Storage;
   constexpr int64_t panel = panel_bytes / sizeof(Storage);
-  constexpr int64_t panel_stride = panel_stride_floats * sizeof(float) / sizeof(Storage);
+  constexpr int64_t per_float = sizeof(float) / sizeof(Storage);
+  constexpr int64_t panel_stride = panel_stride_floats * per_float;
   Storage* decoded = reinterpret_cast<Storage*>(workspace);
-  const Storage* x = reinterpret_cast<const Storage*>(product.x);
-  const int64_t x_row = packed_row(product, Layout::tiled) * sizeof(float) / sizeof(Storage);
+  const Rows<const Storage> x{
+      reinterpret_cast<const Storage*>(product.x), packed_row(product, Layout::tiled) * per_float};
   const int64_t columns = end - begin;
   const int64_t tiles = (product.rows + tile_rows - 1) / tile_rows;
-  // Few tiles read a panel soon after it is written: from the first-level cache if it is small.
+  // If tiles are few, a small panel is still in the first-level cache when the last one reads it.
   const int64_t width_at_once = tiles <= few_tiles ? tile_columns : columns;
   for (int64_t c = 0; c < columns; c += width_at_once) {
     const int64_t width = min(columns - c, width_at_once);
@@ -93,12 +66,14 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end, float* 
       const int64_t length = min(product.K - first, panel);
       const int64_t padded = round_up(length, block_elements<Element>);
       for (int64_t i = 0; i < width; ++i) {
-        decode_row<Element, Tile>(product, begin + c + i, product.K, first, length, decoded + i * panel_stride);
+        decode_row<Element, Tile>(product, {begin + c + i, product.K, first, length}, decoded + i * panel_stride);
       }
       for_constant_tiles<tile_rows>(product.rows, [&](int64_t m, auto height) {
-        multiply_columns<Tile, height>(
-            x + m * x_row + first, x_row, decoded, panel_stride, padded, first > 0, width, y + m * product.y_row + c,
-            product.y_row);
+        for_columns<tile_columns>(0, width, [&](int64_t n, auto columns) {
+          multiply_tile<Tile, height, columns>(
+              {x[m] + first, x.stride}, {decoded + n * panel_stride, panel_stride}, padded, first > 0,
+              {y + m * product.y_row + c + n, product.y_row});
+        });
       });
     }
   }

@@ -1,7 +1,7 @@
 // Transposition in registers: lane j of vector i becomes lane i of vector j.
 #pragma once
 
-#include "scales.h"
+#include "elements.h"
 
 namespace quantization_mlx::cpu {
 namespace {
@@ -39,25 +39,23 @@ ALWAYS_INLINE void transpose(Words (&rows)[lanes]) {
   }
 }
 
+template <typename Units, typename Part>
+ALWAYS_INLINE void transpose_part(Units (&units)[lanes], Part&& part) {
+  Words words[lanes];
+  for (int i = 0; i < lanes; ++i) {
+    words[i] = (Words)part(units[i]);
+  }
+  transpose(words);
+  for (int i = 0; i < lanes; ++i) {
+    part(units[i]) = (I)words[i];
+  }
+}
+
 template <typename Element, typename Units>
 ALWAYS_INLINE void transpose_units(Units (&units)[lanes]) {
-  const auto part = [&](auto&& member) __attribute__((always_inline)) {
-    Words words[lanes];
-    for (int i = 0; i < lanes; ++i) {
-      words[i] = (Words)member(units[i]);
-    }
-    transpose(words);
-    for (int i = 0; i < lanes; ++i) {
-      member(units[i]) = (I)words[i];
-    }
-  };
-  if constexpr (requires(Units unit) { unit.low; }) {
-    part([](Units& unit) -> I& { return unit.low; });
-    if constexpr (Element::bits == 5) {
-      part([](Units& unit) -> I& { return unit.high; });
-    }
-  } else {
-    part([](Units& unit) -> I& { return unit; });
+  transpose_part(units, [](Units& unit) -> I& { return unit.low; });
+  if constexpr (Element::bits == 5) {
+    transpose_part(units, [](Units& unit) -> I& { return unit.high; });
   }
 }
 
