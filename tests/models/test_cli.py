@@ -622,7 +622,11 @@ ERRORS = [
     ("convert --hf-path DENSE --mlx-path TMP/out --q-bits 4", 2, "--q-bits without -q"),
     ("convert --hf-path DENSE --mlx-path TMP/out --q-mode mxfp4", 2, "--q-mode without -q, which quantizes"),
     ("convert --hf-path DENSE --mlx-path TMP/out --q-mode affine --plot a.png", 2, "--q-mode, --plot without -q"),
-    ("convert --hf-path DENSE --mlx-path TMP/out -q --q-bits 7", 2, r"bits 7 is not supported; it takes .*\[1, 2, 3, 4"),
+    (
+        "convert --hf-path DENSE --mlx-path TMP/out -q --q-bits 7",
+        2,
+        r"bits 7 is not supported; it takes .*\[1, 2, 3, 4",
+    ),
     ("convert --hf-path DENSE --mlx-path TMP/out -q --q-mode mxfp4 --quant-predicate mixed_4_6", 2, "of mode affine"),
     ("convert --hf-path DENSE --mlx-path TMP/out -q --plot TMP/plot.xyz", 2, r"should end with one of \.png"),
     (
