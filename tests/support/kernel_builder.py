@@ -34,9 +34,6 @@ PACKAGE = "quantization_mlx"
 OPS_PY = """\
 import torch
 
-import built
-from repository import ROOT
-
 from . import {name}  # noqa: F401  (loading it registers the ops)
 
 ops = torch.ops.{name}
