@@ -63,7 +63,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
         numpy.memmap = lambda path, mode: np.fromfile(path, np.uint8)
         patch.setattr(gguf.gguf_reader, "np", numpy)
         patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
-        patch.setattr(cli, "quantize_model", quantized)
+        patch.setattr(cli.convert, "quantize_model", quantized)
         assert cli.main(["convert", "--hf-path", str(file), "--mlx-path", str(made.directory), "-q"]) == 0
     file.unlink()
     made.loaded = load_checkpoint(made.directory, dtype=torch.float32)
