@@ -51,23 +51,23 @@ std::string describe(const Plan& plan, const Target& target) {
   list(plan.launches, [&](const Launch& launch) {
     std::vector<const char*> set;
     for (const auto& [index, name] : constants) {
-      if (launch.constants >> index & 1u) {
+      if (launch.kernel.constants >> index & 1u) {
         set.push_back(name);
       }
     }
     out << "{\"kernel\": ";
-    quoted(launch.kernel);
+    quoted(launch.kernel.name());
     out << ", \"file\": ";
-    quoted(launch.file);
+    quoted(launch.kernel.file);
     out << ", \"instance\": ";
-    quoted(launch.instance());
+    quoted(launch.kernel.instance());
     out << ", \"family\": ";
     quoted(name_of(launch.family));
     out << ", \"constants\": ";
     list(set, quoted);
     out << ", \"threadgroups\": ";
     list(launch.threadgroups, [&](uint32_t count) { out << count; });
-    out << ", \"threads\": " << launch.threads << ", \"arguments\": ";
+    out << ", \"threads\": " << launch.kernel.threads << ", \"arguments\": ";
     const auto used = launch.arguments.begin() + launch.argument_count;
     list(std::vector<Argument>(launch.arguments.begin(), used), [&](const Argument& argument) {
       out << "[\"" << name_of(argument.role) << "\", " << argument.offset << "]";

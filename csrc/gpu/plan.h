@@ -4,21 +4,24 @@
 
 #include <c10/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
-#include "../problem/problem.h"
+#include "facts.h"
 #include "launch.h"
 #include "traits.h"
 
 namespace quantization_mlx::gpu {
 
 // Kernels that can stand in for one another, the fastest first. A plan takes the first one that serves the problem.
-enum class Family : uint8_t { tensor, tile, matvec, quantize };
-inline constexpr std::array<Family, 4> all_families{Family::tensor, Family::tile, Family::matvec, Family::quantize};
+enum class Family : uint8_t { tensor, tile, matvec, quantize, dequantize };
+inline constexpr std::array all_families{
+    Family::tensor, Family::tile, Family::matvec, Family::quantize, Family::dequantize};
 
 const char* name_of(Family family);
 
@@ -58,24 +61,32 @@ struct Argument {
   Role role = Role::none;
   int64_t offset = 0;  // elements past the beginning of the tensor
 };
-struct Launch {
-  std::string kernel;  // its name is its specification
+
+// One kernel, specialised: what a pipeline is made of. Plain data; the texts are literals, equal where their addresses
+// are.
+struct KernelInstance {
   const char* file;  // stem of the .metal file that has it
-  const char* pattern;  // of instance()
-  Family family;
+  const char* name_pattern;  // of name() and instance(), for any type and format
+  const char* instance_pattern;
   Format format;
-  at::ScalarType dtype;
-  uint32_t constants = 0;  // bit i: function constant i of launch.h is true
+  int32_t dtype;  // at::ScalarType
+  uint32_t constants;  // bit i: function constant i of launch.h is true
+  uint32_t threads;  // of one threadgroup, along x
+
+  bool has_format() const;  // else it is of a type alone
+  std::string name() const;  // its specification: affine_qmv_float16_gs_64_b_4_rows_2
+  std::string instance() const;  // the template with its arguments: qmv<half, Mode::affine, 64, 4, 2>
+};
+
+struct Launch {
+  KernelInstance kernel;
+  Family family;
   std::array<Argument, 9> arguments;  // by buffer index; params_index is left out
   int argument_count = 0;
   int params_index = 0;
   std::array<std::byte, sizeof(GatherParams)> params;
   int params_size = 0;
   std::array<uint32_t, 3> threadgroups;
-  uint32_t threads = 0;  // of one threadgroup, along x
-
-  // The template of that file, with its arguments, that is the kernel: qmv<half, Mode::affine, 64, 4, 2>.
-  std::string instance() const;
 };
 
 struct Plan {
@@ -90,11 +101,22 @@ GatherProblem with_kernel_dtype(GatherProblem problem);
 DequantizeProblem with_kernel_dtype(DequantizeProblem problem);
 inline const QuantizeProblem& with_kernel_dtype(const QuantizeProblem& problem) { return problem; }
 
-// Plans of problems with_kernel_dtype. Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and
-// RuntimeError where every family is excluded.
-Plan plan(const MatmulProblem& problem, const Target& target);
-Plan plan(const GatherProblem& problem, const Target& target);
-Plan plan(const DequantizeProblem& problem, const Target& target);
-Plan plan(const QuantizeProblem& problem, const Target& target);
+// Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and RuntimeError where every family is
+// excluded; op: the name that errors carry.
+Plan plan(const ProductFacts& facts, std::string_view op, const Target& target);
+Plan plan(const DequantizeFacts& facts, std::string_view op, const Target& target);
+Plan plan(const QuantizeFacts& facts, std::string_view op, const Target& target);
+
+// Of a problem with_kernel_dtype.
+template <typename Problem>
+Plan plan(const Problem& problem, const Target& target) {
+  Plan all;
+  for (const auto& facts : facts_of(problem)) {
+    Plan part = plan(facts, op_of(problem), target);
+    all.launches.insert(all.launches.end(), part.launches.begin(), part.launches.end());
+    all.workspace = std::max(all.workspace, part.workspace);
+  }
+  return all;
+}
 
 }  // namespace quantization_mlx::gpu

@@ -58,12 +58,14 @@ GpuTraits GpuTraits::parse(std::string_view name, int macos) {
   return *traits;
 }
 
-GpuTraits GpuTraits::of_device(std::string_view architecture, int macos) {
+GpuTraits GpuTraits::of_device(std::string_view architecture, int macos, int cores) {
   GpuTraits plain;
   plain.architecture = std::string(architecture);
   plain.cores = 10;
   plain.macos = macos;
-  return known(architecture, macos).value_or(plain);
+  GpuTraits traits = known(architecture, macos).value_or(plain);
+  traits.cores = cores > 0 ? cores : traits.cores;
+  return traits;
 }
 
 }  // namespace quantization_mlx::gpu

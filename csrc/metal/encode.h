@@ -5,22 +5,16 @@
 
 #include <array>
 
-#include "../gpu/plan.h"
+#include "library.h"
 
 namespace quantization_mlx::metal {
 
-// Tensors by Role; those that no launch of the plan names may be undefined. partial_sums is made by encode.
-using Operands = std::array<at::Tensor, gpu::role_count>;
+// Tensors by Role; null, or undefined, where no launch of the plan names them. partial_sums is made by encode.
+using Operands = std::array<const at::Tensor*, gpu::role_count>;
 
-inline at::Tensor& operand(Operands& operands, gpu::Role role) { return operands[static_cast<size_t>(role)]; }
-inline const at::Tensor& operand(const Operands& operands, gpu::Role role) {
-  return operands[static_cast<size_t>(role)];
-}
-
-// Compiles what the plan needs and was not used before. Raises RuntimeError with the text of Metal's compiler.
-void prepare(const gpu::Plan& plan);
+inline const at::Tensor*& operand(Operands& operands, gpu::Role role) { return operands[static_cast<size_t>(role)]; }
 
 // Returns when the commands are encoded: they run in the stream's order, after what was given to it before.
-void encode(const gpu::Plan& plan, Operands operands);
+void encode(const PreparedPlan& plan, Operands operands);
 
 }  // namespace quantization_mlx::metal

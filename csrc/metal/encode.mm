@@ -4,9 +4,6 @@
 
 #include <ATen/mps/MPSStream.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/SmallVector.h>
-
-#include "library.h"
 
 namespace quantization_mlx::metal {
 namespace {
@@ -21,22 +18,21 @@ void set_argument(
     const Operands& operands,
     const Argument& argument,
     NSUInteger index) {
-  const at::Tensor& tensor = operand(operands, argument.role);
-  if (!tensor.defined()) {
-    // Every op of torch uses this encoder, and what the last one bound here is still bound.
-    [encoder setBuffer:nil offset:0 atIndex:index];
-    return;
-  }
+  // Metal's validation wants every argument bound: what a kernel does not use is something that it only reads.
+  const at::Tensor* x = operands[static_cast<size_t>(Role::x)];
+  const Role read = x != nullptr && x->defined() ? Role::x : Role::w;
+  const Role role = argument.role == Role::none ? read : argument.role;
+  const at::Tensor& tensor = *operands[static_cast<size_t>(role)];
   const int64_t elements = tensor.storage_offset() + argument.offset;
   [encoder setBuffer:buffer_of(tensor) offset:static_cast<NSUInteger>(elements) * tensor.element_size() atIndex:index];
 }
 
 void encode_launch(
     id<MTLComputeCommandEncoder> encoder,
-    id<MTLComputePipelineState> pipeline,
+    Pipeline pipeline,
     const Launch& launch,
     const Operands& operands) {
-  [encoder setComputePipelineState:pipeline];
+  [encoder setComputePipelineState:static_cast<id<MTLComputePipelineState>>(pipeline)];
   for (int i = 0; i < launch.argument_count; ++i) {
     if (i != launch.params_index) {
       set_argument(encoder, operands, launch.arguments[i], i);
@@ -44,38 +40,27 @@ void encode_launch(
   }
   [encoder setBytes:launch.params.data() length:launch.params_size atIndex:launch.params_index];
   const auto [x, y, z] = launch.threadgroups;
-  [encoder dispatchThreadgroups:MTLSizeMake(x, y, z) threadsPerThreadgroup:MTLSizeMake(launch.threads, 1, 1)];
+  [encoder dispatchThreadgroups:MTLSizeMake(x, y, z) threadsPerThreadgroup:MTLSizeMake(launch.kernel.threads, 1, 1)];
 }
 
 }  // namespace
 
-void prepare(const gpu::Plan& plan) {
-  for (const Launch& launch : plan.launches) {
-    pipeline(launch);
-  }
-}
-
-void encode(const gpu::Plan& plan, Operands operands) {
-  if (plan.launches.empty()) {
-    return;
-  }
+void encode(const PreparedPlan& prepared, Operands operands) {
+  const Plan& plan = prepared.plan;
+  at::Tensor partial_sums;
   if (plan.workspace > 0) {
-    const at::Tensor& y = operand(operands, Role::y);
-    operand(operands, Role::partial_sums) = at::empty({plan.workspace}, y.options().dtype(at::kFloat));
+    partial_sums = at::empty({plan.workspace}, operand(operands, Role::y)->options().dtype(at::kFloat));
+    operand(operands, Role::partial_sums) = &partial_sums;
   }
-  // Compiling takes long and must not hold the stream's queue.
-  c10::SmallVector<id<MTLComputePipelineState>, 4> pipelines;
-  for (const Launch& launch : plan.launches) {
-    pipelines.push_back(pipeline(launch));
-  }
-  const auto& states = pipelines;  // a block would copy them otherwise
+  const auto& pipelines = prepared.pipelines;  // a block would copy what it captures by value
+  const auto& launches = plan.launches;
   const auto& tensors = operands;
   at::mps::MPSStream* stream = at::mps::getCurrentMPSStream();
   at::mps::dispatch_sync_with_rethrow(stream->queue(), ^() {
     @autoreleasepool {
       id<MTLComputeCommandEncoder> encoder = stream->commandEncoder();
-      for (size_t i = 0; i < plan.launches.size(); ++i) {
-        encode_launch(encoder, states[i], plan.launches[i], tensors);
+      for (size_t i = 0; i < launches.size(); ++i) {
+        encode_launch(encoder, pipelines[i], launches[i], tensors);
       }
     }
   });

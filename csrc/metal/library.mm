@@ -2,51 +2,61 @@
 
 #include <ATen/mps/MPSDevice.h>
 #include <c10/util/Exception.h>
+#include <dlfcn.h>
 
-#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 #include "device.h"
+#include "shader_source.h"
 
 #ifdef EMBEDDED_METALLIB_HEADER
 #include EMBEDDED_METALLIB_HEADER
-#else
-#include "shader_source.h"
 #endif
 
 namespace quantization_mlx::metal {
 namespace {
 
-using gpu::Launch;
-
-// MTLLibrary and pipelines are made once and never freed: the caches own them.
-template <typename Object>
-using Cache = std::unordered_map<std::string, Object>;
+using gpu::KernelInstance;
 
 const char* text_of(NSError* error) {
   return error != nil ? error.localizedDescription.UTF8String : "Metal gives no reason";
 }
 
+id<MTLDevice> device() { return at::mps::MPSDevice::getInstance()->device(); }
+
+// --- Libraries -----------------------------------------------------------------------------------------------------
+
+// The library that was compiled beforehand: embedded by kernel-builder, or a file beside the extension, of a wheel. Nil
+// where there is none, or this release of macOS does not load it: all kernels are then compiled here.
+id<MTLLibrary> compiled_library() {
+  NSError* error = nil;
 #ifdef EMBEDDED_METALLIB_HEADER
-
-// kernel-builder compiles all of metal/ into one library.
-id<MTLLibrary> library(const Launch&) {
-  static id<MTLLibrary> library = nil;
-  if (library == nil) {
-    NSError* error = nil;
-    library = EMBEDDED_METALLIB_NAMESPACE::createLibrary(at::mps::MPSDevice::getInstance()->device(), &error);
-    TORCH_CHECK(
-        library != nil,
-        "[quantization_mlx] macOS does not load the compiled shaders, which are for macOS 26 and later (the "
-        "pip package compiles its own): ",
-        text_of(error));
-  }
-  return library;
-}
-
+  return EMBEDDED_METALLIB_NAMESPACE::createLibrary(device(), &error);
 #else
+  Dl_info info;
+  if (dladdr(reinterpret_cast<const void*>(&compiled_library), &info) == 0) {
+    return nil;
+  }
+  const auto path = std::filesystem::path(info.dli_fname).replace_filename("quantization_mlx.metallib");
+  if (!std::filesystem::exists(path)) {
+    return nil;
+  }
+  std::ifstream file(path, std::ios::binary);
+  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+  dispatch_data_t data = dispatch_data_create(bytes.data(), bytes.size(), nil, DISPATCH_DATA_DESTRUCTOR_DEFAULT);
+  id<MTLLibrary> library = [device() newLibraryWithData:data error:&error];
+  dispatch_release(data);
+  return library;
+#endif
+}
 
 // The newest that this release of macOS compiles. As numbers: an older SDK does not have the newer names.
 MTLLanguageVersion language_version() {
@@ -71,82 +81,136 @@ MTLCompileOptions* compile_options() {
 }
 
 // The templates of a file and the one instance that is the kernel: all instances would take minutes to compile.
-std::string source_of(const Launch& launch) {
-  const auto* end = shader_sources + shader_source_count;
-  const auto* found = std::find_if(
-      shader_sources, end, [&](const ShaderSource& source) { return std::string_view(source.file) == launch.file; });
-  TORCH_INTERNAL_ASSERT(found != end, "no shader source ", launch.file);
-  const std::string instance = launch.instance();
+std::string source_of(const KernelInstance& kernel) {
+  const std::string instance = kernel.instance();
   return c10::str(
-      found->text, "\nnamespace quantization_mlx {\ntemplate [[host_name(\"", launch.kernel,
+      shader_source(kernel.file), "\nnamespace quantization_mlx {\ntemplate [[host_name(\"", kernel.name(),
       "\")]] [[kernel]] decltype(", instance, ") ", instance, ";\n}\n");
 }
 
-id<MTLLibrary> library(const Launch& launch) {
-  static auto* libraries = new Cache<id<MTLLibrary>>;
-  id<MTLLibrary>& entry = (*libraries)[launch.kernel];
-  if (entry == nil) {
-    NSError* error = nil;
-    entry = [at::mps::MPSDevice::getInstance()->device()
-        newLibraryWithSource:[NSString stringWithUTF8String:source_of(launch).c_str()]
-                     options:compile_options()
-                       error:&error];
-    TORCH_CHECK(
-        entry != nil, "[quantization_mlx] Metal does not compile ", launch.kernel, " of ", launch.file, ".metal:\n",
-        text_of(error));
-  }
-  return entry;
+id<MTLLibrary> new_library(const KernelInstance& kernel) {
+  NSError* error = nil;
+  id<MTLLibrary> library = [device() newLibraryWithSource:[NSString stringWithUTF8String:source_of(kernel).c_str()]
+                                                  options:compile_options()
+                                                    error:&error];
+  TORCH_CHECK(
+      library != nil, "[quantization_mlx] Metal does not compile ", kernel.name(), " of ", kernel.file, ".metal:\n",
+      text_of(error));
+  return library;
 }
 
-#endif
+// --- What is made once for each GPU --------------------------------------------------------------------------------
 
-// A kernel ignores those that it does not use.
+// One object by its key, made by the first thread that asks: others wait for this one alone.
+template <typename Object>
+class Cache {
+ public:
+  template <typename Make>
+  Object get(const KernelInstance& key, const Make& make) {
+    Entry& entry = entry_of(key);
+    const std::lock_guard lock(entry.mutex);
+    if (entry.object == nil) {
+      @autoreleasepool {
+        entry.object = make();
+      }
+    }
+    return entry.object;
+  }
+
+ private:
+  struct Entry {
+    std::mutex mutex;
+    Object object = nil;
+  };
+
+  Entry& entry_of(const KernelInstance& key) {
+    const std::lock_guard lock(mutex_);
+    std::unique_ptr<Entry>& entry = entries_[key];
+    if (entry == nullptr) {
+      entry = std::make_unique<Entry>();
+    }
+    return *entry;
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<KernelInstance, std::unique_ptr<Entry>, gpu::Bytewise, gpu::Bytewise> entries_;
+};
+
+struct Shaders {
+  std::once_flag loaded;
+  id<MTLLibrary> compiled = nil;
+  Cache<id<MTLLibrary>> libraries;
+  Cache<id<MTLComputePipelineState>> pipelines;
+};
+
+// Never freed.
+Shaders& shaders() {
+  static std::mutex mutex;
+  static auto* by_gpu = new std::map<const void*, std::unique_ptr<Shaders>>;
+  const std::lock_guard lock(mutex);
+  std::unique_ptr<Shaders>& found = (*by_gpu)[current_gpu()];
+  if (found == nullptr) {
+    found = std::make_unique<Shaders>();
+  }
+  return *found;
+}
+
+// A kernel ignores the constants that it does not use.
 constexpr int constant_count = QUANTIZATION_MLX_HAS_GLOBAL_SCALE + 1;
 
-MTLFunctionConstantValues* constant_values(uint32_t constants) {
+id<MTLFunction> new_function(id<MTLLibrary> library, const KernelInstance& kernel, NSError** error) {
   MTLFunctionConstantValues* values = [[MTLFunctionConstantValues new] autorelease];
   for (int i = 0; i < constant_count; ++i) {
-    const bool value = constants >> i & 1u;
+    const bool value = kernel.constants >> i & 1u;
     [values setConstantValue:&value type:MTLDataTypeBool atIndex:i];
   }
-  return values;
+  return [[library newFunctionWithName:[NSString stringWithUTF8String:kernel.name().c_str()]
+                        constantValues:values
+                                 error:error] autorelease];
 }
 
-id<MTLComputePipelineState> new_pipeline(const Launch& launch) {
+id<MTLFunction> function_of(const KernelInstance& kernel) {
+  Shaders& known = shaders();
+  std::call_once(known.loaded, [&] { known.compiled = compiled_library(); });
   NSError* error = nil;
-  id<MTLFunction> function = [[library(launch) newFunctionWithName:[NSString stringWithUTF8String:launch.kernel.c_str()]
-                                                    constantValues:constant_values(launch.constants)
-                                                             error:&error] autorelease];
-  TORCH_CHECK(function != nil, "[quantization_mlx] there is no shader ", launch.kernel, ": ", text_of(error));
-  id<MTLComputePipelineState> state =
-      [at::mps::MPSDevice::getInstance()->device() newComputePipelineStateWithFunction:function error:&error];
+  if (known.compiled != nil) {
+    if (id<MTLFunction> function = new_function(known.compiled, kernel, &error)) {
+      return function;
+    }
+  }
+  KernelInstance any = kernel;  // with any constants
+  any.constants = 0;
+  any.threads = 0;
+  id<MTLLibrary> library = known.libraries.get(any, [&] { return new_library(kernel); });
+  id<MTLFunction> function = new_function(library, kernel, &error);
+  TORCH_CHECK(function != nil, "[quantization_mlx] there is no shader ", kernel.name(), ": ", text_of(error));
+  return function;
+}
+
+id<MTLComputePipelineState> new_pipeline(const KernelInstance& kernel) {
+  NSError* error = nil;
+  id<MTLComputePipelineState> state = [device() newComputePipelineStateWithFunction:function_of(kernel) error:&error];
   TORCH_CHECK(
-      state != nil, "[quantization_mlx] Metal makes no pipeline of shader ", launch.kernel, ": ", text_of(error));
-  if (state.maxTotalThreadsPerThreadgroup < launch.threads) {
+      state != nil, "[quantization_mlx] Metal makes no pipeline of shader ", kernel.name(), ": ", text_of(error));
+  if (state.maxTotalThreadsPerThreadgroup < kernel.threads) {
     const NSUInteger threads = state.maxTotalThreadsPerThreadgroup;
     [state release];
     TORCH_CHECK(
-        false, "[quantization_mlx] shader ", launch.kernel, " runs with at most ", threads,
-        " threads in a threadgroup on this GPU and needs ", launch.threads, ".");
+        false, "[quantization_mlx] shader ", kernel.name(), " runs with at most ", threads,
+        " threads in a threadgroup on this GPU and needs ", kernel.threads, ".");
   }
   return state;
 }
 
 }  // namespace
 
-id<MTLComputePipelineState> pipeline(const Launch& launch) {
-  static std::mutex mutex;
-  static auto* pipelines = new Cache<id<MTLComputePipelineState>>;
-  // The name tells everything about a kernel but its function constants.
-  const std::string key = launch.kernel + " " + std::to_string(launch.constants);
-  const std::lock_guard lock(mutex);
-  id<MTLComputePipelineState>& entry = (*pipelines)[key];
-  if (entry == nil) {
-    @autoreleasepool {
-      entry = new_pipeline(launch);
-    }
+PreparedPlan prepared(gpu::Plan plan) {
+  PreparedPlan result{std::move(plan), {}};
+  for (const gpu::Launch& launch : result.plan.launches) {
+    const KernelInstance& kernel = launch.kernel;
+    result.pipelines.push_back(shaders().pipelines.get(kernel, [&] { return new_pipeline(kernel); }));
   }
-  return entry;
+  return result;
 }
 
 }  // namespace quantization_mlx::metal

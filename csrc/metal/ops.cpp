@@ -1,11 +1,13 @@
 #include "ops.h"
 
 #include <ATen/ops/empty.h>
+
 #include <string_view>
+#include <utility>
 
 #include "../environment.h"
 #include "encode.h"
-#include "self_check.h"
+#include "memo.h"
 
 namespace quantization_mlx::metal {
 namespace {
@@ -14,13 +16,26 @@ using at::Tensor;
 using namespace gpu;
 
 Operands operands_of(const QuantizedMatrices& weights, const Tensor& y) {
-  Operands operands;
-  operand(operands, Role::w) = weights.words.tensor;
-  operand(operands, Role::scales) = weights.scales.tensor;
-  operand(operands, Role::biases) = weights.biases.tensor;
-  operand(operands, Role::global_scale) = weights.global_scale;
-  operand(operands, Role::y) = y;
+  Operands operands{};
+  operand(operands, Role::w) = &weights.words.tensor;
+  operand(operands, Role::scales) = &weights.scales.tensor;
+  operand(operands, Role::biases) = &weights.biases.tensor;
+  operand(operands, Role::global_scale) = &weights.global_scale;
+  operand(operands, Role::y) = &y;
   return operands;
+}
+
+Operands operands_of(const MatmulProblem& problem, const Tensor& y) {
+  Operands operands = operands_of(problem.weights, y);
+  operand(operands, Role::x) = &problem.x.tensor;
+  return operands;
+}
+
+template <typename Problem>
+void encode_problem(const Problem& problem, const Operands& operands) {
+  for (const auto& facts : facts_of(problem)) {
+    encode(plan_of(facts, op_of(problem)), operands);
+  }
 }
 
 Tensor empty_result(const MatmulProblem& problem) {
@@ -28,60 +43,53 @@ Tensor empty_result(const MatmulProblem& problem) {
 }
 
 bool is_debugging() {
-  const char* value = environment_variable("QUANTIZATION_MLX_DEBUG");
-  return value != nullptr && std::string_view(value) != "0";
+  static const bool set = [] {
+    const char* value = environment_variable("QUANTIZATION_MLX_DEBUG");
+    return value != nullptr && std::string_view(value) != "0";
+  }();
+  return set;
 }
 
 }  // namespace
 
-Tensor run(const MatmulProblem& given) {
-  Tensor y = empty_result(given);
-  if (y.numel() > 0) {
-    const MatmulProblem problem = with_kernel_dtype(given);
-    Operands operands = operands_of(problem.weights, y);
-    operand(operands, Role::x) = problem.x.tensor;
-    encode(checked_plan(problem), std::move(operands));
-  }
+Tensor run(MatmulProblem given) {
+  const MatmulProblem problem = with_kernel_dtype(std::move(given));
+  Tensor y = empty_result(problem);
+  encode_problem(problem, operands_of(problem, y));
   return y;
 }
 
-Tensor run(const GatherProblem& given) {
+Tensor run(GatherProblem given) {
   if (is_debugging()) {
     check_range(given.matmul.op, "lhs_indices", given.lhs_indices.cpu(), given.matmul.x.count);
     check_range(given.matmul.op, "rhs_indices", given.rhs_indices.cpu(), given.matmul.weights.words.count);
   }
-  Tensor y = empty_result(given.matmul);
-  if (y.numel() > 0) {
-    const GatherProblem problem = with_kernel_dtype(given);
-    Operands operands = operands_of(problem.matmul.weights, y);
-    operand(operands, Role::x) = problem.matmul.x.tensor;
-    operand(operands, Role::lhs_indices) = problem.lhs_indices;
-    operand(operands, Role::rhs_indices) = problem.rhs_indices;
-    encode(checked_plan(problem), std::move(operands));
-  }
+  const GatherProblem problem = with_kernel_dtype(std::move(given));
+  Tensor y = empty_result(problem.matmul);
+  Operands operands = operands_of(problem.matmul, y);
+  operand(operands, Role::lhs_indices) = &problem.lhs_indices;
+  operand(operands, Role::rhs_indices) = &problem.rhs_indices;
+  encode_problem(problem, operands);
   return y;
 }
 
-Tensor run(const DequantizeProblem& given) {
-  const DequantizeProblem problem = with_kernel_dtype(given);
+Tensor run(DequantizeProblem given) {
+  const at::ScalarType dtype = given.dtype;
+  const DequantizeProblem problem = with_kernel_dtype(std::move(given));
   Tensor y = at::empty(problem.output, problem.weights.words.tensor.options().dtype(problem.dtype));
-  if (y.numel() > 0) {
-    encode(checked_plan(problem), operands_of(problem.weights, y));
-  }
-  return problem.dtype == given.dtype ? y : y.to(given.dtype);
+  encode_problem(problem, operands_of(problem.weights, y));
+  return problem.dtype == dtype ? y : y.to(dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> run(const QuantizeProblem& problem) {
   auto results = empty_quantized(problem);
-  if (problem.w.numel() > 0) {
-    Operands operands;
-    operand(operands, Role::x) = problem.w;
-    operand(operands, Role::global_scale) = problem.global_scale;
-    operand(operands, Role::w) = std::get<0>(results);
-    operand(operands, Role::scales) = std::get<1>(results);
-    operand(operands, Role::biases) = std::get<2>(results);
-    encode(checked_plan(problem), std::move(operands));
-  }
+  Operands operands{};
+  operand(operands, Role::x) = &problem.w;
+  operand(operands, Role::global_scale) = &problem.global_scale;
+  operand(operands, Role::w) = &std::get<0>(results);
+  operand(operands, Role::scales) = &std::get<1>(results);
+  operand(operands, Role::biases) = &std::get<2>(results);
+  encode_problem(problem, operands);
   return results;
 }
 

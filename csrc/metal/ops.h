@@ -9,13 +9,13 @@
 
 namespace quantization_mlx::metal {
 
-at::Tensor run(const MatmulProblem& problem);
+at::Tensor run(MatmulProblem problem);
 
 // A row of the result whose pair has an index out of range is NaN. With the environment variable QUANTIZATION_MLX_DEBUG
 // set, waits for the device and raises IndexError instead, as the CPU does.
-at::Tensor run(const GatherProblem& problem);
+at::Tensor run(GatherProblem problem);
 
-at::Tensor run(const DequantizeProblem& problem);
+at::Tensor run(DequantizeProblem problem);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const QuantizeProblem& problem);
 

@@ -1,18 +1,18 @@
 #include "self_check.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <list>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <string_view>
+#include <type_traits>
+#include <unordered_set>
 #include <vector>
 
 #include "../environment.h"
@@ -25,21 +25,9 @@ namespace {
 
 using at::Tensor;
 using namespace gpu;
+using OptionalTensor = std::optional<Tensor>;
 
-// Rows of x for each kind of kernel in a family; among them more than one tile with a last one that is not full. N is
-// no multiple of a tile's columns, and K is several steps.
-std::vector<int64_t> check_rows(Family family) {
-  switch (family) {
-    case Family::matvec: return {1, 33};
-    case Family::tile: return {16, 33};
-    default: return {32, 33};
-  }
-}
-constexpr int64_t check_k = 256;
-constexpr int64_t check_n = 72;
-constexpr int64_t check_n_packed = 128;  // where N is what is packed, in whole groups
-
-// --- A product that is the same every time --------------------------------------------------------------------------
+// --- Problems that are the same every time --------------------------------------------------------------------------
 
 class Generator {
  public:
@@ -53,91 +41,258 @@ class Generator {
   uint64_t state_ = 1;
 };
 
-template <typename T, typename Next>
-Tensor filled(c10::IntArrayRef sizes, at::ScalarType dtype, const Next& next) {
-  Tensor tensor = at::empty(sizes, dtype);
-  std::generate_n(static_cast<T*>(tensor.mutable_data_ptr()), tensor.numel(), next);
-  return tensor;
-}
+struct Shape {
+  int64_t M;
+  int64_t K;
+  int64_t N;
+  bool shifts_x;  // so that no row begins at a multiple of 16 bytes
+  bool shifts_w;
+};
 
+// Operands of a product or, without x, of dequantize. Each is part of a larger tensor where it is shifted.
 struct Example {
   Tensor x;
   Tensor w;
   Tensor scales;
-  std::optional<Tensor> biases;
+  OptionalTensor biases;
+  OptionalTensor global_scale;
+  OptionalTensor lhs_indices;
+  OptionalTensor rhs_indices;
   Format format;
   bool transpose;
+  bool sorted;
 
   // What `check` or an op makes of it.
   template <typename Function>
   auto product(const Function& function) const {
     return function(
-        x, w, scales, biases, transpose, format.group_size, format.bits, name_of(format.mode), std::nullopt,
+        x, w, scales, biases, transpose, format.group_size, format.bits, name_of(format.mode), global_scale,
         "self-check");
   }
 
-  Example on(at::Device device) const {
-    Example result = *this;
-    result.x = x.to(device);
-    result.w = w.to(device);
-    result.scales = scales.to(device);
-    if (biases.has_value()) {
-      result.biases = biases->to(device);
-    }
-    return result;
+  template <typename Function>
+  auto gathered(const Function& function) const {
+    return function(
+        x, w, scales, biases, lhs_indices, rhs_indices, transpose, format.group_size, format.bits, name_of(format.mode),
+        global_scale, sorted, "self-check");
+  }
+
+  template <typename Function>
+  auto dequantized(const Function& function, at::ScalarType dtype) const {
+    return function(w, scales, biases, format.group_size, format.bits, name_of(format.mode), global_scale, dtype);
   }
 };
 
-Example example(Format format, at::ScalarType dtype, bool transpose, int64_t x_rows) {
-  Generator random;
-  // The packed dimension, and the other one.
-  const bool columns = is_column_packed(format.mode);
-  const int64_t length = transpose || columns ? check_k : check_n_packed;
-  const int64_t others = transpose || columns ? check_n : check_k;
-  const auto sizes = [&](int64_t packed) {
-    return columns ? std::array<int64_t, 2>{packed, others} : std::array<int64_t, 2>{others, packed};
-  };
-  const auto groups = sizes(length / format.group_size);
-  Example result;
-  result.format = format;
-  result.transpose = transpose;
-  result.x = filled<float>({x_rows, check_k}, at::kFloat, [&] { return random.uniform(-1.0f, 1.0f); }).to(dtype);
-  // Any code, except in E4M3 those of 2 and more, which include NaN.
-  const uint32_t mask = is_e4m3(format.mode) ? 0xBFBFBFBFu : 0xFFFFFFFFu;
-  result.w = filled<uint32_t>(sizes(length * format.bits / 32), at::kUInt32, [&] { return random.bits() & mask; });
+// Makes the tensors of examples: on device "meta" without values, to ask for a plan; else random ones of the host, or
+// copies of these.
+class Maker {
+ public:
+  explicit Maker(at::Device device) : device_(device) {}
+
+  // values: makes one of a tensor of `dtype`.
+  template <typename T, typename Values>
+  Tensor tensor(c10::IntArrayRef sizes, at::ScalarType dtype, at::ScalarType result, const Values& values) {
+    if (device_.is_meta()) {
+      return at::empty(sizes, at::TensorOptions().dtype(result).device(device_));
+    }
+    Tensor tensor = at::empty(sizes, dtype);
+    std::generate_n(static_cast<T*>(tensor.mutable_data_ptr()), tensor.numel(), values);
+    return tensor.to(result).to(device_);
+  }
+
+  Tensor uniform(c10::IntArrayRef sizes, at::ScalarType dtype, float low, float high) {
+    return tensor<float>(sizes, at::kFloat, dtype, [&] { return random_.uniform(low, high); });
+  }
+
+  uint32_t bits() { return random_.bits(); }
+
+ private:
+  at::Device device_;
+  Generator random_;
+};
+
+constexpr int64_t gathered_matrices = 3;
+
+// In an order that mixes the experts, or sorted: then with runs that end within tiles.
+std::vector<int64_t> expert_of_pair(bool sorted) {
+  if (!sorted) {
+    return {2, 0, 1, 2, 0};
+  }
+  std::vector<int64_t> experts(40, 2);
+  std::fill_n(experts.begin(), 13, 0);
+  std::fill_n(experts.begin() + 13, 7, 1);
+  return experts;
+}
+
+void add_scales(Example& example, Maker& make, c10::IntArrayRef groups, at::ScalarType dtype) {
+  const Format format = example.format;
+  const Scale scale = traits_of(format.mode).scale;
   if (has_biases(format.mode)) {
     const float steps = static_cast<float>(1 << format.bits);
-    const auto parameter = [&](float low, float high) {
-      return filled<float>(groups, at::kFloat, [&] { return random.uniform(low, high) / steps; }).to(dtype);
-    };
-    result.scales = parameter(0.5f, 2.0f);
-    result.biases = parameter(-steps, 0.0f);
-  } else if (columns) {
-    const auto values = [&](float low, float high) {
-      return filled<float>(groups, at::kFloat, [&] { return random.uniform(low, high); }).to(at::kHalf);
-    };
-    result.scales = values(0.1f, 0.5f);
+    example.scales = make.uniform(groups, dtype, 0.5f / steps, 2.0f / steps);
+    example.biases = make.uniform(groups, dtype, -1.0f, 0.0f);
+  } else if (scale == Scale::float16) {
+    example.scales = make.uniform(groups, at::kHalf, 0.1f, 0.5f);
     if (has_zeros(format.mode)) {
-      result.biases = values(0.0f, 15.0f);
+      example.biases = make.uniform(groups, at::kHalf, 0.0f, 15.0f);
     }
   } else {
     // Powers of two from 2^-7 to 1, as E8M0; of E4M3, values from 0.5 to 1.875.
-    const bool e4m3 = traits_of(format.mode).scale == Scale::e4m3;
-    const uint32_t first = e4m3 ? 0x30u : 120u;
-    const uint32_t count = e4m3 ? 16u : 8u;
-    result.scales = filled<uint8_t>(groups, at::kByte, [&] { return first + random.bits() % count; });
+    const uint32_t first = scale == Scale::e4m3 ? 0x30u : 120u;
+    const uint32_t count = scale == Scale::e4m3 ? 16u : 8u;
+    example.scales = make.tensor<uint8_t>(groups, at::kByte, at::kByte, [&] { return first + make.bits() % count; });
+  }
+}
+
+Example weights(Format format, bool transpose, bool gathered, const Shape& shape, at::ScalarType dtype, Maker& make) {
+  Example example{};
+  example.format = format;
+  example.transpose = transpose;
+  const bool columns = is_column_packed(format.mode);
+  const int64_t length = transpose || columns ? shape.K : shape.N;
+  const int64_t others = transpose || columns ? shape.N : shape.K;
+  const auto sizes = [&](int64_t packed) {
+    std::vector<int64_t> result = columns ? std::vector{packed, others} : std::vector{others, packed};
+    if (gathered) {
+      result.insert(result.begin(), gathered_matrices);
+    }
+    return result;
+  };
+  // Any code, except in E4M3 those of 2 and more, which include NaN.
+  const uint32_t mask = is_e4m3(format.mode) ? 0xBFBFBFBFu : 0xFFFFFFFFu;
+  const int64_t words = (gathered ? gathered_matrices : 1) * others * length * format.bits / 32;
+  example.w = make.tensor<uint32_t>({words + shape.shifts_w}, at::kInt, at::kInt, [&] { return make.bits() & mask; })
+                  .narrow(0, shape.shifts_w, words)
+                  .view(sizes(length * format.bits / 32));
+  add_scales(example, make, sizes(length / format.group_size), dtype);
+  return example;
+}
+
+Example product_example(const ProductFacts& facts, bool sorted, const Shape& shape, at::Device device) {
+  Maker make(device);
+  const at::ScalarType dtype = facts.scalar_type();
+  const bool gathered = facts.pairs > 0;
+  Example example = weights(facts.format, facts.transpose != 0, gathered, shape, dtype, make);
+  const std::vector<int64_t> experts = expert_of_pair(sorted);
+  // Whole rows of 16 bytes, or none.
+  const int64_t row = shape.shifts_x ? shape.K + 1 : (shape.K + 7) / 8 * 8;
+  std::vector<int64_t> sizes{shape.M, row};
+  if (gathered) {
+    const int64_t pairs = static_cast<int64_t>(experts.size());
+    sizes.insert(sizes.begin(), pairs);
+    const auto indices = [&](const auto& values) {
+      const int64_t* next = values.data();
+      return make.tensor<int64_t>({pairs}, at::kLong, at::kLong, [&] { return *next++; });
+    };
+    std::vector<int64_t> counting(experts.size());
+    std::generate(counting.begin(), counting.end(), [i = int64_t{0}]() mutable { return i++; });
+    example.lhs_indices = indices(counting);
+    example.rhs_indices = indices(experts);
+    example.sorted = sorted;
+  }
+  example.x = make.uniform(sizes, dtype, -1.0f, 1.0f).narrow(-1, shape.shifts_x, shape.K);
+  if (facts.global_scales > 0) {
+    example.global_scale = make.uniform({1}, at::kFloat, 1000.0f, 3000.0f);
+  }
+  return example;
+}
+
+// --- The problem that runs a kernel ---------------------------------------------------------------------------------
+
+bool is_set(const KernelInstance& kernel, int constant) { return kernel.constants >> constant & 1u; }
+
+std::vector<ProductFacts> facts_of(const Example& example) {
+  const auto facts = example.rhs_indices.has_value()
+      ? gpu::facts_of(with_kernel_dtype(example.gathered(GatherProblem::check)))
+      : gpu::facts_of(with_kernel_dtype(example.product(MatmulProblem::check)));
+  return {facts.begin(), facts.end()};
+}
+
+// The launch of this kernel in the example's plan, or null.
+const Launch* launch_in(const Plan& plan, const KernelInstance& kernel) {
+  const auto found = std::find_if(plan.launches.begin(), plan.launches.end(), [&](const Launch& launch) {
+    return Bytewise()(launch.kernel, kernel);
+  });
+  return found == plan.launches.end() ? nullptr : &*found;
+}
+
+// Sizes to try, the telling ones first; the plan of the first that leads to a launch's kernel is run.
+struct Candidates {
+  std::vector<int64_t> M;
+  std::vector<int64_t> K;
+  std::vector<int64_t> N;
+};
+
+Candidates candidates(const ProductFacts& facts, const Launch& launch) {
+  ProductParams params;
+  std::memcpy(&params, launch.params.data(), sizeof params);
+  const bool matvec = launch.family == Family::matvec;
+  Candidates result;
+  // Of tiles: several, and a last one that is not full.
+  result.M = matvec ? std::vector<int64_t>{params.rows} : std::vector<int64_t>{300, 97, 70, 40, 20, 14, 1};
+  if (facts.M == 1) {
+    result.M.insert(result.M.begin(), 1);
+  }
+  const bool packs_k = facts.transpose != 0 || is_column_packed(facts.format.mode);
+  const auto whole = [&](int64_t size, bool packed) {
+    const int64_t unit = packed ? std::max(facts.format.group_size, 32) : 1;
+    return (size + unit - 1) / unit * unit;
+  };
+  // Of a matvec: enough for all its simdgroups, and more; less where that would be split.
+  for (const int64_t base :
+       matvec ? std::vector<int64_t>{2304, 320, 64, 4352, 8448} : std::vector<int64_t>{160, 1088, 4352}) {
+    for (const int64_t more : {5, 32, 64, 96, 0, 128, 192, 256}) {
+      result.K.push_back(whole(base + more, packs_k));
+    }
+  }
+  for (const int64_t N : {73, 72, 74, 130, 128, 136, 264, 260, 262, 261, 320, 384, 512, 576, 640}) {
+    result.N.push_back(whole(N, !packs_k));
+  }
+  if (facts.format.group_size < 32 && !packs_k) {
+    result.N.insert(result.N.begin(), {80, 144, 272, 336, 528});
   }
   return result;
 }
 
-// --- One check ------------------------------------------------------------------------------------------------------
+struct Found {
+  Shape shape;
+  bool sorted;
+};
+
+std::optional<Found> find_shape(const ProductFacts& facts, const Launch& launch, const Target& target) {
+  const KernelInstance& kernel = launch.kernel;
+  const bool shifts_x = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_X);
+  const bool shifts_w = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_WEIGHTS);
+  const bool sorted = std::string_view(kernel.name_pattern).find("gather_qmm_rhs") == 0;
+  const Candidates sizes = candidates(facts, launch);
+  for (const uint32_t least_threadgroups : {2, 1}) {
+    for (const int64_t M : sizes.M) {
+      for (const int64_t K : sizes.K) {
+        for (const int64_t N : sizes.N) {
+          const Shape shape{M, K, N, shifts_x, shifts_w};
+          const Example example = product_example(facts, sorted, shape, at::Device(at::kMeta));
+          const Plan plan = gpu::plan(facts_of(example).front(), "self-check", target);
+          const Launch* found = launch_in(plan, kernel);
+          if (found != nullptr && found->threadgroups[0] >= least_threadgroups) {
+            return Found{shape, sorted};
+          }
+        }
+      }
+    }
+  }
+  return std::nullopt;
+}
+
+// --- Judgement ------------------------------------------------------------------------------------------------------
 
 double tolerance(at::ScalarType dtype) { return dtype == at::kFloat ? 1e-4 : (dtype == at::kHalf ? 5e-3 : 4e-2); }
 
+Tensor host_floats(const Tensor& tensor) { return tensor.cpu().to(at::kFloat).contiguous(); }
+
 // The largest difference relative to the largest expected value; infinite where a value is NaN.
 double difference(const Tensor& result, const Tensor& expected) {
-  const Tensor ours = result.cpu().to(at::kFloat).contiguous();
-  const Tensor theirs = expected.to(at::kFloat).contiguous();
+  const Tensor ours = host_floats(result);
+  const Tensor theirs = host_floats(expected);
   const float* a = ours.const_data_ptr<float>();
   const float* b = theirs.const_data_ptr<float>();
   double largest = 0.0;
@@ -150,226 +305,268 @@ double difference(const Tensor& result, const Tensor& expected) {
   return distance / largest;
 }
 
-struct Subject {
-  GpuTraits gpu;
-  Family family;
-  Format format;
-  at::ScalarType dtype;
-  bool transpose;
-};
+using Reason = std::optional<std::string>;
 
-// What is wrong with a product of this many rows, or nothing.
-std::optional<std::string> failure(const Subject& subject, int64_t rows) {
-  const Example host = example(subject.format, subject.dtype, subject.transpose, rows);
-  const Example device = host.on(at::Device(at::kMPS, 0));
-  const MatmulProblem problem = with_kernel_dtype(device.product(MatmulProblem::check));
-  Target alone{subject.gpu, {}};
-  for (const Family family : all_families) {
-    if (family != subject.family) {
-      alone.excluded.insert(family);
-    }
-  }
-  const Plan product = plan(problem, alone);
-  try {
-    prepare(product);
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  Tensor y = at::empty(problem.shape.output, problem.x.tensor.options());
-  Operands operands;
-  operand(operands, Role::x) = problem.x.tensor;
-  operand(operands, Role::w) = problem.weights.words.tensor;
-  operand(operands, Role::scales) = problem.weights.scales.tensor;
-  operand(operands, Role::biases) = problem.weights.biases.tensor;
-  operand(operands, Role::y) = y;
-  encode(product, std::move(operands));
-  const double apart = difference(y, host.product(ops::quantized_matmul));
-  if (apart <= tolerance(subject.dtype)) {
+Reason judged(const Tensor& result, const Tensor& expected, at::ScalarType dtype) {
+  const double apart = difference(result, expected);
+  return apart <= tolerance(dtype)
+      ? std::nullopt
+      : Reason(c10::str("its result differs from the CPU's by ", apart, " of the largest value."));
+}
+
+void run(const Plan& plan, const Operands& operands) { encode(prepared(plan), operands); }
+
+Operands operands_of(const Example& example, const Tensor& y) {
+  Operands operands{};
+  operand(operands, Role::x) = &example.x;
+  operand(operands, Role::w) = &example.w;
+  operand(operands, Role::scales) = &example.scales;
+  operand(operands, Role::y) = &y;
+  const auto add = [&](Role role, const OptionalTensor& tensor) {
+    operand(operands, role) = tensor.has_value() ? &*tensor : nullptr;
+  };
+  add(Role::biases, example.biases);
+  add(Role::global_scale, example.global_scale);
+  add(Role::lhs_indices, example.lhs_indices);
+  add(Role::rhs_indices, example.rhs_indices);
+  return operands;
+}
+
+const at::Device mps(at::kMPS, 0);
+
+// What is wrong with a kernel of a product, or nothing.
+Reason failure(const ProductFacts& facts, const Launch& launch, const Target& target) {
+  const auto found = find_shape(facts, launch, target);
+  if (!found.has_value()) {
+    TORCH_WARN("[quantization_mlx] Kernel ", launch.kernel.name(), " has no self-check and is used without one.");
     return std::nullopt;
   }
-  return c10::str("its result differs from the CPU's by ", apart, " of the largest value.");
+  const Example host = product_example(facts, found->sorted, found->shape, at::Device(at::kCPU));
+  const Example device = product_example(facts, found->sorted, found->shape, mps);
+  const bool gathered = host.rhs_indices.has_value();
+  const Tensor expected = gathered ? host.gathered(ops::gather_qmm) : host.product(ops::quantized_matmul);
+  const Tensor y = at::empty(expected.sizes(), device.x.options());
+  run(gpu::plan(facts_of(device).front(), "self-check", target), operands_of(device, y));
+  return judged(y, expected, facts.scalar_type());
 }
 
-// What is wrong with a family, or nothing.
-std::optional<std::string> failure(const Subject& subject) {
-  for (const int64_t rows : check_rows(subject.family)) {
-    if (auto reason = failure(subject, rows)) {
-      return reason;
+// Whole groups along both sizes.
+constexpr Shape conversion_shape{1, 512, 256, false, false};
+
+Reason failure(const DequantizeFacts& facts, const Launch& launch, const Target& target) {
+  Shape shape = conversion_shape;
+  shape.shifts_w = !is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_WEIGHTS);
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const auto example_on = [&](at::Device device) {
+    Maker make(device);
+    Example example = weights(facts.format, /*transpose=*/true, /*gathered=*/false, shape, dtype, make);
+    if (facts.global_scales > 0) {
+      example.global_scale = make.uniform({1}, at::kFloat, 1000.0f, 3000.0f);
     }
+    return example;
+  };
+  const Example host = example_on(at::Device(at::kCPU));
+  const Example device = example_on(mps);
+  const Tensor expected = host.dequantized(ops::dequantize, dtype);
+  const Tensor y = at::empty(expected.sizes(), device.w.options().dtype(dtype));
+  const auto device_facts = gpu::facts_of(device.dequantized(DequantizeProblem::check, dtype));
+  run(gpu::plan(device_facts.front(), "self-check", target), operands_of(device, y));
+  return judged(y, expected, dtype);
+}
+
+// Quantization may round a value in the middle of two codes either way: at most one code in a thousand may be another
+// one, and the values that the codes stand for must be as near to w as the CPU's.
+Reason failure(const QuantizeFacts& facts, const Launch& launch, const Target& target) {
+  const Format format = facts.format;
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const int64_t shift = is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X) ? 0 : 1;
+  const auto [M, K, N, shifts_x, shifts_w] = conversion_shape;
+  Maker make{at::Device(at::kCPU)};
+  const Tensor values = make.uniform({K * N + shift}, dtype, -1.0f, 1.0f);
+  const auto matrix = [&](const Tensor& all) { return all.narrow(0, shift, K * N).view({K, N}); };
+  OptionalTensor scale;
+  if (facts.global_scales > 0) {
+    scale = make.uniform({1}, at::kFloat, 1000.0f, 3000.0f);
   }
-  return std::nullopt;
-}
-
-bool same_bytes(const Tensor& device, const Tensor& host) {
-  const Tensor copy = device.cpu();
-  return std::memcmp(copy.const_data_ptr(), host.const_data_ptr(), host.nbytes()) == 0;
-}
-
-// What is wrong with dequantizing these, on the device, or nothing.
-std::optional<std::string> dequantize_failure(
-    const Subject& subject,
-    const Tensor& words,
-    const Tensor& scales,
-    const Tensor& biases) {
-  const Format format = subject.format;
-  const std::optional<Tensor> none;
-  const bool third = has_biases(format.mode) || has_zeros(format.mode);
-  const std::optional<Tensor> given = third ? std::optional(biases) : none;
-  const DequantizeProblem problem = with_kernel_dtype(
-      DequantizeProblem::check(
-          words, scales, given, format.group_size, format.bits, name_of(format.mode), none, subject.dtype));
-  const Tensor y = at::empty(problem.output, words.options().dtype(problem.dtype));
-  Operands operands;
-  operand(operands, Role::w) = words;
-  operand(operands, Role::scales) = problem.weights.scales.tensor;
-  operand(operands, Role::biases) = problem.weights.biases.tensor;
-  operand(operands, Role::y) = y;
-  encode(plan(problem, {subject.gpu, {}}), std::move(operands));
-  const Tensor expected = ops::dequantize(
-      words.cpu(), scales.cpu(), given.has_value() ? std::optional(given->cpu()) : none, format.group_size, format.bits,
-      name_of(format.mode), none, subject.dtype);
-  const double apart = difference(y, expected);
-  if (apart <= tolerance(subject.dtype)) {
-    return std::nullopt;
-  }
-  return c10::str("dequantize differs from the CPU's by ", apart, " of the largest value.");
-}
-
-// What is wrong with quantizing and dequantizing, or nothing.
-std::optional<std::string> conversion_failure(const Subject& subject) {
-  const Format format = subject.format;
-  const Tensor x = example({Mode::affine, 4, 64}, subject.dtype, /*transpose=*/true, /*x_rows=*/33).x;
-  const Tensor matrix = is_column_packed(format.mode) ? x.t().contiguous() : x;  // whole groups, but no more
-  const auto expected = ops::quantize(matrix, format.group_size, format.bits, name_of(format.mode), std::nullopt);
-  const QuantizeProblem problem = QuantizeProblem::check(
-      matrix.to(at::Device(at::kMPS, 0)), format.group_size, format.bits, name_of(format.mode), std::nullopt);
+  const std::string_view mode = name_of(format.mode);
+  const auto expected = ops::quantize(matrix(values), format.group_size, format.bits, mode, scale);
+  const OptionalTensor device_scale = scale.has_value() ? OptionalTensor(scale->to(mps)) : std::nullopt;
+  const QuantizeProblem problem =
+      QuantizeProblem::check(matrix(values.to(mps)), format.group_size, format.bits, mode, device_scale);
   const auto [words, scales, biases] = empty_quantized(problem);
-  Operands operands;
-  operand(operands, Role::x) = problem.w;
-  operand(operands, Role::w) = words;
-  operand(operands, Role::scales) = scales;
-  operand(operands, Role::biases) = biases;
-  encode(plan(problem, {gpu_traits(), {}}), std::move(operands));
-  if (!same_bytes(words, std::get<0>(expected)) || !same_bytes(scales, std::get<1>(expected)) ||
-      !same_bytes(biases, std::get<2>(expected))) {
-    return "quantize gives other codes or scales than on the CPU.";
+  Operands operands{};
+  operand(operands, Role::x) = &problem.w;
+  operand(operands, Role::global_scale) = &problem.global_scale;
+  operand(operands, Role::w) = &words;
+  operand(operands, Role::scales) = &scales;
+  operand(operands, Role::biases) = &biases;
+  run(gpu::plan(gpu::facts_of(problem).front(), "self-check", target), operands);
+
+  const bool third = has_biases(format.mode) || has_zeros(format.mode);
+  const auto restored = [&](const Tensor& w, const Tensor& s, const Tensor& b) {
+    const OptionalTensor offsets = third ? OptionalTensor(b.cpu()) : std::nullopt;
+    return ops::dequantize(w.cpu(), s.cpu(), offsets, format.group_size, format.bits, mode, scale, at::kFloat);
+  };
+  const auto& [expected_words, expected_scales, expected_biases] = expected;
+  const Tensor ours = restored(words, scales, biases);
+  const Tensor theirs = restored(expected_words, expected_scales, expected_biases);
+  const Tensor our_codes = restored(words, expected_scales, expected_biases);
+  const Tensor original = host_floats(matrix(values));
+  const auto at = [](const Tensor& tensor, int64_t i) { return tensor.const_data_ptr<float>()[i]; };
+  double our_error = 0.0;
+  double their_error = 0.0;
+  int64_t other_codes = 0;
+  for (int64_t i = 0; i < K * N; ++i) {
+    our_error += std::pow(static_cast<double>(at(ours, i)) - at(original, i), 2.0);
+    their_error += std::pow(static_cast<double>(at(theirs, i)) - at(original, i), 2.0);
+    other_codes += at(our_codes, i) != at(theirs, i);
   }
-  return dequantize_failure(subject, words, scales, biases);
+  if (other_codes * 1000 <= K * N && our_error <= 1.01 * their_error) {
+    return std::nullopt;
+  }
+  return c10::str(
+      other_codes, " of ", K * N, " codes are not the CPU's, and the squared error is ", our_error, " instead of ",
+      their_error, ".");
 }
 
 // --- What is known --------------------------------------------------------------------------------------------------
 
-struct Verdict {
-  Subject subject;
-  bool passed;
+struct CheckedKernel {
+  const void* gpu;
+  KernelInstance kernel;
+};
+
+// What a failed kernel excludes: its family, for all that it might be wrong about.
+struct Excluded {
+  const void* gpu;
+  Format format;
+  int32_t family;
+  int32_t dtype;
+  int32_t transpose;
 };
 
 // Held while a check runs: it is short, and nothing else may use kernels that are being checked.
 std::mutex mutex;
-std::list<Verdict> verdicts;  // few, and guarded by mutex
+std::unordered_set<CheckedKernel, Bytewise, Bytewise> passed;  // guarded by mutex
+std::unordered_set<Excluded, Bytewise, Bytewise> excluded;  // guarded by mutex
+std::atomic<uint64_t> failures{0};
 
-bool is_same(const Subject& a, const Subject& b) {
-  return a.dtype == b.dtype && a.transpose == b.transpose && a.format.mode == b.format.mode &&
-      a.format.bits == b.format.bits && a.format.group_size == b.format.group_size &&
-      a.gpu.architecture == b.gpu.architecture;
+int32_t side_of(const ProductFacts& facts) { return facts.transpose; }
+template <typename Facts>
+int32_t side_of(const Facts&) {
+  return 0;
 }
 
-// All that is_same as the subject, whatever its family.
-Families failed_families(const Subject& subject) {
-  const std::lock_guard lock(mutex);
-  Families failed;
-  for (const Verdict& verdict : verdicts) {
-    if (!verdict.passed && is_same(verdict.subject, subject)) {
-      failed.insert(verdict.subject.family);
-    }
-  }
-  return failed;
+template <typename Facts>
+Excluded exclusion(const Facts& facts, Family family) {
+  return {current_gpu(), facts.format, static_cast<int32_t>(family), facts.dtype, side_of(facts)};
 }
 
-bool is_ci() {
-  const char* value = environment_variable("CI");
-  return value != nullptr && std::string_view(value) == "true";
-}
-
-bool passes(const Subject& subject) {
-  const std::lock_guard lock(mutex);
-  for (const Verdict& verdict : verdicts) {
-    if (verdict.subject.family == subject.family && is_same(verdict.subject, subject)) {
-      return verdict.passed;
-    }
-  }
-  const bool converts = subject.family == Family::quantize;
-  const auto reason = converts ? conversion_failure(subject) : failure(subject);
-  const auto text = [&] {
-    const char* form = converts ? "" : (subject.transpose ? " with transpose=True" : " with transpose=False");
-    return c10::str(
-        "[quantization_mlx] Kernel family \"", name_of(subject.family), "\" fails its self-check for ", subject.dtype,
-        " and ", name_of(subject.format.mode), " of ", subject.format.bits, " bits", form, " on ",
-        subject.gpu.architecture, " and is not used: ", *reason);
-  };
-  TORCH_CHECK(!reason.has_value() || !(is_ci() || converts), text());
-  verdicts.push_back({subject, !reason.has_value()});
-  if (reason.has_value()) {
-    TORCH_WARN(text());
-  }
-  return !reason.has_value();
-}
-
-const MatmulProblem& product_of(const MatmulProblem& problem) { return problem; }
-
-const MatmulProblem& product_of(const GatherProblem& problem) { return problem.matmul; }
-
-template <typename Problem>
-Target target_of_product(const Problem& problem) {
-  const MatmulProblem& product = product_of(problem);
+template <typename Facts>
+Target target_of(const Facts& facts) {
   Target target{gpu_traits(), {}};
-  target.excluded =
-      failed_families({target.gpu, Family::tensor, product.weights.format, product.dtype, product.transpose});
+  const std::lock_guard lock(mutex);
+  for (const Family family : all_families) {
+    if (excluded.count(exclusion(facts, family)) > 0) {
+      target.excluded.insert(family);
+    }
+  }
   return target;
 }
 
-template <typename Problem>
-Plan checked_product(const Problem& problem) {
-  const MatmulProblem& product = product_of(problem);
-  while (true) {
-    const Target target = target_of_product(problem);
-    Plan result = plan(problem, target);
-    const bool passed = std::all_of(result.launches.begin(), result.launches.end(), [&](const Launch& launch) {
-      return passes({target.gpu, launch.family, launch.format, product.dtype, product.transpose});
-    });
-    if (passed) {
-      return result;
-    }
+bool is_variable(const char* name, std::string_view value) {
+  const char* set = environment_variable(name);
+  return set != nullptr && set == value;
+}
+
+template <typename Facts>
+void exclude(const Facts& facts, const Launch& launch, const Target& target, const std::string& reason) {
+  const char* side = "";
+  if constexpr (std::is_same_v<Facts, ProductFacts>) {
+    side = facts.transpose != 0 ? " with transpose=True" : " with transpose=False";
+  }
+  const std::string text = c10::str(
+      "[quantization_mlx] Kernel family \"", name_of(launch.family), "\" fails its self-check for ",
+      static_cast<at::ScalarType>(facts.dtype), " and ", name_of(facts.format.mode), " of ", facts.format.bits, " bits",
+      side, " on ", target.gpu.architecture, " and is not used: ", launch.kernel.name(), ": ", reason);
+  TORCH_CHECK(!is_variable("CI", "true"), text);
+  if (excluded.insert(exclusion(facts, launch.family)).second) {
+    TORCH_WARN(text);
+    ++failures;
   }
 }
 
-// Nothing stands in for these: passes raises.
-template <typename Problem>
-Plan checked_conversion(const Problem& problem) {
-  const Target target = current_target(problem);
-  Plan result = plan(problem, target);
-  for (const Launch& launch : result.launches) {
-    passes({target.gpu, launch.family, launch.format, launch.dtype, /*transpose=*/false});
+// Whether a kernel has passed its check, which the first caller makes.
+template <typename Facts>
+bool passes(const Facts& facts, const Launch& launch, const Target& target) {
+  static const bool leaves_out = is_variable("QUANTIZATION_MLX_SELF_CHECK", "0");
+  if (leaves_out || !launch.kernel.has_format()) {  // sums are checked with the product that they belong to
+    return true;
   }
-  return result;
+  const CheckedKernel checked{current_gpu(), launch.kernel};
+  const std::lock_guard lock(mutex);
+  if (passed.count(checked) > 0) {
+    return true;
+  }
+  const Reason reason = failure(facts, launch, target);
+  if (reason.has_value()) {
+    exclude(facts, launch, target, *reason);
+    return false;
+  }
+  passed.insert(checked);
+  return true;
+}
+
+// The plan with its pipelines; nothing where Metal makes none and another family may serve.
+std::optional<PreparedPlan> prepared_or_excluded(const ProductFacts& facts, Plan plan, const Target& target) {
+  for (const Launch& launch : plan.launches) {
+    try {
+      prepared({{launch}, 0});
+    } catch (const c10::Error& error) {
+      const std::lock_guard lock(mutex);
+      exclude(facts, launch, target, error.what_without_backtrace());
+      return std::nullopt;
+    }
+  }
+  return prepared(std::move(plan));
+}
+
+// Nothing stands in for conversions: Metal's own error is what helps.
+template <typename Facts>
+std::optional<PreparedPlan> prepared_or_excluded(const Facts&, Plan plan, const Target&) {
+  return prepared(std::move(plan));
+}
+
+template <typename Facts>
+PreparedPlan checked(const Facts& facts, std::string_view op) {
+  while (true) {
+    const Target target = target_of(facts);
+    auto plan = prepared_or_excluded(facts, gpu::plan(facts, op, target), target);
+    if (!plan.has_value()) {
+      continue;
+    }
+    const auto& launches = plan->plan.launches;
+    if (std::all_of(
+            launches.begin(), launches.end(), [&](const Launch& launch) { return passes(facts, launch, target); })) {
+      return *std::move(plan);
+    }
+  }
 }
 
 }  // namespace
 
-Target current_target(const MatmulProblem& problem) { return target_of_product(problem); }
+Target current_target(const ProductFacts& facts) { return target_of(facts); }
 
-Target current_target(const GatherProblem& problem) { return target_of_product(problem); }
+Target current_target(const DequantizeFacts& facts) { return target_of(facts); }
 
-Target current_target(const DequantizeProblem&) { return {gpu_traits(), {}}; }
+Target current_target(const QuantizeFacts& facts) { return target_of(facts); }
 
-Target current_target(const QuantizeProblem&) { return {gpu_traits(), {}}; }
+PreparedPlan checked_plan(const ProductFacts& facts, std::string_view op) { return checked(facts, op); }
 
-Plan checked_plan(const MatmulProblem& problem) { return checked_product(problem); }
+PreparedPlan checked_plan(const DequantizeFacts& facts, std::string_view op) { return checked(facts, op); }
 
-Plan checked_plan(const GatherProblem& problem) { return checked_product(problem); }
+PreparedPlan checked_plan(const QuantizeFacts& facts, std::string_view op) { return checked(facts, op); }
 
-Plan checked_plan(const DequantizeProblem& problem) { return checked_conversion(problem); }
-
-Plan checked_plan(const QuantizeProblem& problem) { return checked_conversion(problem); }
+uint64_t failure_count() { return failures.load(std::memory_order_relaxed); }
 
 }  // namespace quantization_mlx::metal

@@ -1,25 +1,32 @@
 // Plans of kernels that have given the CPU's results on this GPU.
 //
-// The first use of a kernel family, for a format, a dtype and a form of the product, runs small products that need
-// every part of a tile. Compilers have got exactly such kernels wrong, and only for more rows than a quick look tries.
-// Gathered forms are made of the same parts and are not run by themselves.
+// The first use of a kernel runs it, as it is specialised there, on a small problem whose plan names the same one:
+// tiles that are whole and tiles that are not, several steps along K and, where they fit the kernel's function
+// constants, sizes that divide nothing. Compilers have got exactly such kernels wrong, and only for some shapes.
 #pragma once
 
-#include "../gpu/plan.h"
+#include <cstdint>
+#include <string_view>
+
+#include "../gpu/facts.h"
+#include "library.h"
 
 namespace quantization_mlx::metal {
 
-// What plans of a problem are made for, on the GPU that torch runs on: without the families known to fail.
-gpu::Target current_target(const MatmulProblem& problem);
-gpu::Target current_target(const GatherProblem& problem);
-gpu::Target current_target(const DequantizeProblem& problem);
-gpu::Target current_target(const QuantizeProblem& problem);
+// What plans are made for, on the GPU that torch runs on: without the families known to fail for this format, dtype and
+// side of w.
+gpu::Target current_target(const gpu::ProductFacts& facts);
+gpu::Target current_target(const gpu::DequantizeFacts& facts);
+gpu::Target current_target(const gpu::QuantizeFacts& facts);
 
-// A plan whose kernels have passed. Warns once of each family that fails, and goes on to the next; raises RuntimeError
-// where none is left and, in a CI run (the environment variable CI is "true"), where any fails. For any thread.
-gpu::Plan checked_plan(const MatmulProblem& problem);
-gpu::Plan checked_plan(const GatherProblem& problem);
-gpu::Plan checked_plan(const DequantizeProblem& problem);
-gpu::Plan checked_plan(const QuantizeProblem& problem);
+// A plan whose kernels have passed. Where one fails, warns, once for its family, and goes on to the next family; raises
+// RuntimeError where none is left and, in a CI run (the environment variable CI is "true"), where any fails. For any
+// thread. The environment variable QUANTIZATION_MLX_SELF_CHECK, set to 0, leaves the checks out.
+PreparedPlan checked_plan(const gpu::ProductFacts& facts, std::string_view op);
+PreparedPlan checked_plan(const gpu::DequantizeFacts& facts, std::string_view op);
+PreparedPlan checked_plan(const gpu::QuantizeFacts& facts, std::string_view op);
+
+// How many families have failed so far: plans made before the last one did may use it.
+uint64_t failure_count();
 
 }  // namespace quantization_mlx::metal

@@ -1,17 +1,13 @@
-// The shaders' source, for builds without a compiled library. cmake/embed_shaders.cmake writes the tables.
+// The shaders' source, which is part of the extension.
 #pragma once
 
-#include <cstddef>
+#include <string>
+#include <string_view>
 
 namespace quantization_mlx::metal {
 
-// The templates of a .metal file, with the project's own headers in the place of their #include.
-struct ShaderSource {
-  const char* file;  // stem of its name
-  const char* text;
-};
-
-extern const ShaderSource shader_sources[];
-extern const std::size_t shader_source_count;
+// A .metal file of this stem, up to its line "// --- Instances": Metal has no path for headers when it compiles at run
+// time, so the project's own stand in the place of their #include, each once, with #line markers between them.
+std::string shader_source(std::string_view stem);
 
 }  // namespace quantization_mlx::metal

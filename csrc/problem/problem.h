@@ -146,6 +146,12 @@ struct QuantizeProblem {
   static Schema<std::tuple<at::Tensor, at::Tensor, at::Tensor>> meta;
 };
 
+// The names that errors carry.
+inline std::string_view op_of(const MatmulProblem& problem) { return problem.op; }
+inline std::string_view op_of(const GatherProblem& problem) { return problem.matmul.op; }
+inline std::string_view op_of(const DequantizeProblem& problem) { return problem.name; }
+inline std::string_view op_of(const QuantizeProblem& problem) { return problem.name; }
+
 // The three results of quantize, uninitialised; the third is empty in modes that have neither biases nor zeros.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_quantized(const QuantizeProblem& problem);
 

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,25 +263,30 @@ def test_bad_index_gives_nan(index):
 
 
 @pytest.mark.parametrize("index", [-1, 3])
-def test_bad_index_raises_while_debugging(index, monkeypatch):
-    monkeypatch.setenv("QUANTIZATION_MLX_DEBUG", "1")
-    with pytest.raises(IndexError, match=rf"\[gather_qmm\] rhs_indices holds {index} at position 1; .* below 3"):
-        gathered(index)
-    assert not gathered(1).isnan().any()
+def test_bad_index_raises_while_debugging(index):
+    done = in_new_process(
+        f"assert not gathered(1).isnan().any()\ngathered({index})",
+        QUANTIZATION_MLX_DEBUG="1",
+    )
+    message = rf"IndexError: \[gather_qmm\] rhs_indices holds {index} at position 1; .* below 3"
+    assert re.match(message, done.stderr.splitlines()[-1])
 
 
 # --- The choice of a GPU and what is compiled for it --------------------------------------------------------------
 
 
-def test_environment_names_another_gpu(monkeypatch):
-    packed = on_mps(weights(72, 128))
-    x = oracle.random_x(40, 128).to(torch.float16).to("mps")
-    monkeypatch.setenv("QUANTIZATION_MLX_GPU", "applegpu_g13g")
-    product(x, packed)
-    assert not any("nax" in launch.kernel for launch in mps.launched())
-    monkeypatch.setenv("QUANTIZATION_MLX_GPU", "M1")
-    with pytest.raises(ValueError, match='The GPU is named "M1"'):
-        product(x, packed)
+@pytest.mark.parametrize(("name", "output"), [("", "True"), ("applegpu_g13g", "False"), ("M1", "")])
+def test_environment_names_another_gpu(name, output):
+    done = in_new_process(
+        """
+        x = oracle.random_x(40, 128).to(torch.float16).to("mps")
+        product(x, on_mps(weights(72, 128)))
+        print(any("nax" in launch.kernel for launch in mps.launched()))
+        """,
+        QUANTIZATION_MLX_GPU=name,
+    )
+    assert done.stdout.strip() == output
+    assert output or done.stderr.splitlines()[-1].startswith('ValueError: The GPU is named "M1"')
 
 
 @pytest.mark.parametrize(("macos", "version"), [(1400, 310), (1500, 320), (2600, 400), (2602, 400)])
@@ -376,14 +382,19 @@ def test_library_that_was_compiled_beforehand():
 
 
 def test_library_for_a_later_macos():
+    """Its kernels are compiled from source instead."""
     done = in_new_process(
         """
         mps.set_gpu("applegpu_g14s", 1500)
-        q.quantize(torch.ones(8, 64).to("mps"), 64, 4)
+        w = torch.rand(8, 64)
+        for ours, expected in zip(q.quantize(w.to("mps"), 64, 4), q.quantize(w, 64, 4), strict=True):
+            assert torch.equal(ours.cpu(), expected)
+        print(json.dumps([instances_in(record) for record in mps.logs()["compiles"]]))
         """,
         metallib=True,
     )
-    assert "pip package compiles its own): The library is for macOS 26.0 and later" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["affine_quantize_float32_gs_64_b_4"]]
 
 
 # --- Self-check ---------------------------------------------------------------------------------------------------
@@ -467,12 +478,19 @@ def test_error_where_every_family_for_pairs_is_wrong():
     assert "every kernel family that could serve failed its self-check" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("broken", "message"), [("_quantize_", "gives other codes"), ("_dequantize_", "differs")])
+@pytest.mark.parametrize(("broken", "message"), [("quantize", "codes are not the CPU's"), ("dequantize", "differs")])
 def test_wrong_conversion_is_an_error(broken, message):
-    code = "q.quantize(torch.ones(4, 64, dtype=torch.float16, device='mps'))"
-    done = in_new_process(f"with mps.corrupted({broken!r}):\n    {code}")
-    assert 'Kernel family "quantize" fails its self-check' in done.stderr.splitlines()[-1]
-    assert message in done.stderr.splitlines()[-1]
+    """And of no other conversion."""
+    calls = {
+        "quantize": "q.quantize(torch.ones(4, 64, dtype=torch.float16, device='mps'))",
+        "dequantize": "q.dequantize(*on_mps(weights(72, 128)), 64, 4)",
+    }
+    wrong = calls.pop(broken)
+    [right] = calls.values()
+    done = in_new_process(f"with mps.corrupted('_{broken}_'):\n    {right}\n    print('right')\n    {wrong}")
+    assert done.stdout == "right\n"
+    assert f'Kernel family "{broken}" fails its self-check' in done.stderr and message in done.stderr
+    assert "[" + broken + "] every kernel family that could serve failed" in done.stderr.splitlines()[-1]
 
 
 def test_error_where_every_family_is_wrong():
@@ -489,22 +507,34 @@ def test_failed_self_check_is_an_error_in_ci():
 # --- The embedded source ------------------------------------------------------------------------------------------
 
 
-def test_embedded_shaders_hold_each_header_once(tmp_path):
-    output = tmp_path / "shader_source.cpp"
-    software_gpu.embed_shaders(output)
-    text = output.read_text()
-    shaders = dict(part.split('", R"metal(', 1) for part in text.split(')metal"') if 'R"metal(' in part)
-    shaders = {name.rsplit('{"', 1)[1]: source for name, source in shaders.items()}
-    assert set(shaders) == {path.stem for path in (ROOT / "metal").rglob("*.metal")}
-    for name, source in shaders.items():
+SOURCES = """
+x = torch.ones(40, 128, dtype=torch.float16, device="mps")
+packed = q.quantize(x, 64, 4)
+for gpu in ("applegpu_g14s", "applegpu_g17s"):
+    with mps.gpu(gpu):
+        for rows in (1, 40):
+            product(x[:rows], packed)
+print(json.dumps([record["source"] for record in mps.logs()["compiles"]]))
+"""
+
+
+def test_sources_hold_each_header_once():
+    done = in_new_process(SOURCES)
+    assert done.returncode == 0, done.stderr
+    stems = set()
+    for source in json.loads(done.stdout):
         assert '#include "' not in source and "#pragma once" not in source
-        for path in {line.split('"')[1] for line in source.splitlines() if line.startswith("#line 1 ")}:
-            assert source.count(f'#line 1 "{path}"') == 1
+        paths = [line.split('"')[1] for line in source.splitlines() if line.startswith("#line 1 ")]
+        assert len(paths) == len(set(paths))
+        stems.add(Path(paths[0]).stem)
+        text = source[: source.rindex("\nnamespace quantization_mlx {\ntemplate [[host_name")]
+        for path in paths:
             original = (ROOT / path).read_text().splitlines()
-            marked = lines_of(source, path)
-            assert marked, f"{name}: no line of {path}"
+            marked = lines_of(text, path)
+            assert marked, f"no line of {path}"
             for number, line in marked.items():
-                assert line == "" or line == original[number - 1], f"{name}: {path}:{number}"
+                assert line == "" or line == original[number - 1], f"{path}:{number}"
+    assert stems == {path.stem for path in (ROOT / "metal").rglob("*.metal")}
 
 
 def lines_of(source: str, path: str) -> dict[int, str]:

@@ -10,17 +10,16 @@ namespace quantization_mlx::metal {
 namespace {
 
 using gpu::Launch;
-using gpu::Plan;
 
 std::string text_of(const Launch& launch) {
-  std::string text = launch.kernel + " with constants";
+  std::string text = launch.kernel.name() + " with constants";
   for (int i = 0; i < 32; ++i) {
-    text += launch.constants >> i & 1u ? " " + std::to_string(i) : "";
+    text += launch.kernel.constants >> i & 1u ? " " + std::to_string(i) : "";
   }
   for (const uint32_t count : launch.threadgroups) {
     text += ", " + std::to_string(count);
   }
-  return text + " threadgroups of " + std::to_string(launch.threads) + ", 1, 1 threads";
+  return text + " threadgroups of " + std::to_string(launch.kernel.threads) + ", 1, 1 threads";
 }
 
 std::string text_of(const softmetal::LaunchRecord& launch) {
@@ -38,16 +37,16 @@ std::string text_of(const softmetal::LaunchRecord& launch) {
 
 }  // namespace
 
-void real_encode(const Plan& plan, Operands operands) asm("__real_" SOFTMETAL_ENCODE);
-__attribute__((used)) void checked_encode(const Plan& plan, Operands operands) asm("__wrap_" SOFTMETAL_ENCODE);
+void real_encode(const PreparedPlan& plan, Operands operands) asm("__real_" SOFTMETAL_ENCODE);
+__attribute__((used)) void checked_encode(const PreparedPlan& plan, Operands operands) asm("__wrap_" SOFTMETAL_ENCODE);
 
-void checked_encode(const Plan& plan, Operands operands) {
+void checked_encode(const PreparedPlan& prepared, Operands operands) {
   auto& launches = softmetal::launches_of_this_thread();
   launches.clear();
-  real_encode(plan, std::move(operands));
+  real_encode(prepared, operands);
   std::string planned;
   std::string launched;
-  for (const Launch& launch : plan.launches) {
+  for (const Launch& launch : prepared.plan.launches) {
     planned += "\n  " + text_of(launch);
   }
   for (const softmetal::LaunchRecord& launch : launches) {

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sysconfig
 from pathlib import Path
 
 import kernel_builder
 from repository import ROOT
 from softmetal import mps
+from softmetal.cache import digest
 
 # quantization_mlx::metal::encode: plan_check.cpp comes between its callers and it.
-ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS_3gpu4PlanESt5arrayIN2at6TensorELm10EE"
+ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_12PreparedPlanESt5arrayIPKN2at6TensorELm10EE"
 # The installed extension has these: schemas, gradients and the CPU's kernels.
 INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto")
+SHADER_HEADERS = ("format.h", "formats.h", "gpu/launch.h")
 FLAGS = (
     *("-DTORCH_EXTENSION_NAME=_C", "-DQUANTIZATION_MLX_NAMESPACE=quantization_mlx"),
-    *(f"-I{ROOT / 'csrc'}", f'-DSOFTMETAL_ENCODE="{ENCODE}"'),
+    *(f"-I{ROOT}", f"-I{ROOT / 'csrc'}", f'-DSOFTMETAL_ENCODE="{ENCODE}"'),
 )
 
 
@@ -37,23 +35,10 @@ def extension(metallib: bool = False) -> mps.Extension:
     files = [path for path in kernel_builder.sources(backend="metal") if path.endswith((".cpp", ".mm"))]
     sources: dict[Path, list[str]] = {ROOT / path: [] for path in files if not path.startswith(INSTALLED)}
     sources[Path(__file__).with_name("plan_check.cpp")] = []
+    # Compiled again where the shaders that it embeds have changed.
+    embedded = [*(ROOT / "metal").rglob("*"), *(ROOT / "csrc" / name for name in SHADER_HEADERS)]
+    texts = [path.read_bytes() for path in sorted(embedded) if path.is_file()]
+    sources[ROOT / "csrc/metal/shader_source.cpp"] = [f"-DSOFTMETAL_EMBEDDED={digest(*texts)}"]
     if metallib:
         sources[ROOT / "csrc/metal/library.mm"] = mps.metallib_flags(sorted((ROOT / "metal").rglob("*.metal")))
-    else:
-        shaders = ROOT / "build" / "shader_source.cpp"
-        embed_shaders(shaders)
-        sources[shaders] = []
     return mps.Extension(sources, FLAGS, [f"-Wl,--wrap={ENCODE}"])
-
-
-def embed_shaders(output: Path) -> None:
-    """Writes the C++ source of the embedded shaders, as every build without a Metal compiler does."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    cmake = shutil.which("cmake", path=path)
-    if cmake is None:
-        raise RuntimeError("cmake is not installed")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(f".{os.getpid()}.cpp")
-    script = ROOT / "cmake" / "embed_shaders.cmake"
-    subprocess.run([cmake, "-D", f"OUTPUT={temporary}", "-P", script], check=True)
-    os.replace(temporary, output)

@@ -14,7 +14,7 @@ namespace {
 
 // A kernel of any type and format: % stands for them in its name, TYPE and FORMAT in its instance.
 struct KernelRow {
-  std::string_view name;
+  const char* name;
   const char* instance;
 };
 
@@ -43,8 +43,6 @@ const std::vector<KernelTable>& kernel_tables() {
 #undef ROWS
 #undef ROW
 
-bool has_format(std::string_view instance) { return instance.find("FORMAT") != std::string_view::npos; }
-
 std::string replaced(std::string text, std::string_view place, const std::string& content) {
   for (size_t at = text.find(place); at != std::string::npos; at = text.find(place, at + content.size())) {
     text.replace(at, place.size(), content);
@@ -61,36 +59,36 @@ const char* metal_name_of(at::ScalarType dtype) {
   return dtype == at::kHalf ? "half" : dtype == at::kBFloat16 ? "bfloat" : "float";
 }
 
-// affine_qmv_float16_gs_64_b_4_rows_2, of qmv%_rows_2; sum_parts_float16, of sum_parts%.
-std::string full_name(const KernelRow& kernel, Format format, at::ScalarType dtype) {
-  std::string middle = std::string("_") + name_of(dtype);
-  if (!has_format(kernel.instance)) {
-    return replaced(std::string(kernel.name), "%", middle);
-  }
-  middle += "_gs_" + std::to_string(format.group_size) + "_b_" + std::to_string(format.bits);
-  return std::string(quantization_mlx::name_of(format.mode)) + "_" + replaced(std::string(kernel.name), "%", middle);
-}
-
 }  // namespace
 
-std::string Launch::instance() const {
-  const std::string format_arguments =
-      c10::str("Mode::", quantization_mlx::name_of(format.mode), ", ", format.group_size, ", ", format.bits);
-  return replaced(replaced(pattern, "TYPE", metal_name_of(dtype)), "FORMAT", format_arguments);
+bool KernelInstance::has_format() const {
+  return std::string_view(instance_pattern).find("FORMAT") != std::string_view::npos;
 }
 
-Launch launch_of(Family family, const std::string& op, int rows, Format format, at::ScalarType dtype) {
+std::string KernelInstance::name() const {
+  const std::string type = std::string("_") + name_of(static_cast<at::ScalarType>(dtype));
+  if (!has_format()) {  // sum_parts_float16, of sum_parts%
+    return replaced(name_pattern, "%", type);
+  }
+  const std::string middle = c10::str(type, "_gs_", format.group_size, "_b_", format.bits);
+  return c10::str(quantization_mlx::name_of(format.mode), "_", replaced(name_pattern, "%", middle));
+}
+
+std::string KernelInstance::instance() const {
+  const std::string format_arguments =
+      c10::str("Mode::", quantization_mlx::name_of(format.mode), ", ", format.group_size, ", ", format.bits);
+  const char* type = metal_name_of(static_cast<at::ScalarType>(dtype));
+  return replaced(replaced(instance_pattern, "TYPE", type), "FORMAT", format_arguments);
+}
+
+Launch launch_of(Family family, const std::string& op, int rows, Format format, int32_t dtype) {
   const std::string name = op + "%" + (rows > 1 ? "_rows_" + std::to_string(rows) : "");
   for (const KernelTable& table : kernel_tables()) {
-    for (const KernelRow& kernel : table.kernels) {
-      if (table.column_packed == is_column_packed(format.mode) && kernel.name == name) {
+    for (const KernelRow& row : table.kernels) {
+      if (table.column_packed == is_column_packed(format.mode) && row.name == name) {
         Launch launch;
-        launch.kernel = full_name(kernel, format, dtype);
-        launch.file = table.file;
-        launch.pattern = kernel.instance;
+        launch.kernel = {table.file, row.name, row.instance, format, dtype, 0, 0};
         launch.family = family;
-        launch.format = format;
-        launch.dtype = dtype;
         return launch;
       }
     }
@@ -99,7 +97,7 @@ Launch launch_of(Family family, const std::string& op, int rows, Format format, 
 }
 
 const char* name_of(Family family) {
-  constexpr const char* names[] = {"tensor", "tile", "matvec", "quantize"};
+  constexpr const char* names[] = {"tensor", "tile", "matvec", "quantize", "dequantize"};
   return names[static_cast<int>(family)];
 }
 
@@ -107,6 +105,12 @@ const char* name_of(Role role) {
   constexpr const char* names[role_count] = {
       "none", "x", "w", "scales", "biases", "global_scale", "y", "partial_sums", "lhs_indices", "rhs_indices"};
   return names[static_cast<int>(role)];
+}
+
+std::string no_family_left(std::string_view op, const Target& target) {
+  return c10::str(
+      "[", op, "] every kernel family that could serve failed its self-check on this GPU (", target.gpu.architecture,
+      ").");
 }
 
 int checked_int(std::string_view op, const char* what, int64_t size) {
@@ -119,8 +123,8 @@ void set_arguments(Launch& launch, std::initializer_list<Argument> arguments) {
   launch.argument_count = static_cast<int>(arguments.size());
 }
 
-bool is_aligned(const at::Tensor& tensor, int64_t offset, int64_t bytes) {
-  return (tensor.storage_offset() + offset) * static_cast<int64_t>(tensor.element_size()) % bytes == 0;
+bool is_aligned(const OperandFacts& operand, int64_t elements, int64_t bytes) {
+  return (operand.misalignment + elements * operand.element_size) % bytes == 0;
 }
 
 int load_bytes(Format format) {

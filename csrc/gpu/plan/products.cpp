@@ -5,7 +5,6 @@
 #include <string>
 #include <utility>
 
-#include "batches.h"
 #include "launches.h"
 
 namespace quantization_mlx::gpu {
@@ -51,9 +50,8 @@ int smallest_at_least(const int (&instances)[count], int64_t rows) {
 
 // --- Products ------------------------------------------------------------------------------------------------------
 
-// The matrices that one launch multiplies: `rows` rows of each from row `first_row` on.
+// The rows that one launch multiplies of each matrix of the batch.
 struct Block {
-  BatchPart batch;
   int64_t first_row;
   int64_t rows;
 };
@@ -70,44 +68,41 @@ struct Kernel {
 
 class ProductPlanner {
  public:
-  ProductPlanner(const MatmulProblem& problem, const Target& target)
-      : problem_(problem), target_(target), shape_(problem.shape), format_(problem.weights.format) {
-    checked_int(problem.op, "K", shape_.K);
-    checked_int(problem.op, "N", shape_.N);
-    checked_int(problem.op, "the number of rows of x", shape_.M);
+  ProductPlanner(const ProductFacts& facts, std::string_view op, const Target& target)
+      : facts_(facts), batch_(facts.batch), format_(facts.format), op_(op), target_(target) {
+    checked_int(op, "K", facts.K);
+    checked_int(op, "N", facts.N);
+    checked_int(op, "the number of rows of x", facts.M);
   }
 
   Plan matmul() && {
-    for (const BatchPart& batch : batch_parts(shape_)) {
-      const Block block{batch, 0, shape_.M};
-      switch (matmul_family()) {
-        case Family::tensor: product(block, tensor_kernel("qmm", rows_of_tile(tensor_tile_rows, shape_.M))); break;
-        case Family::tile: product(block, tile_kernel("qmm", rows_of_tile(tile_rows, shape_.M))); break;
-        default: matvecs(batch); break;
-      }
+    const Block block{0, facts_.M};
+    switch (matmul_family()) {
+      case Family::tensor: product(block, tensor_kernel("qmm", rows_of_tile(tensor_tile_rows, facts_.M))); break;
+      case Family::tile: product(block, tile_kernel("qmm", rows_of_tile(tile_rows, facts_.M))); break;
+      default: matvecs(); break;
     }
     return std::move(plan_);
   }
 
-  Plan gather(const GatherProblem& problem) && {
-    pairs_ = checked_int(problem_.op, "the number of pairs of indices", problem.lhs_indices.numel());
-    checked_int(problem_.op, "the number of matrices of x", problem_.x.count);
-    checked_int(problem_.op, "the number of matrices of w", problem_.weights.words.count);
-    // Gathered matrices are chosen by their index, so all that a launch steps over is y.
-    const BatchPart batch{{pairs_, 0, 0, 1}, {1, 0, 0, 0}, 0, 0, 0};
+  Plan gather() && {
+    checked_int(op_, "the number of pairs of indices", facts_.pairs);
+    checked_int(op_, "the number of matrices of x", facts_.x.count);
+    checked_int(op_, "the number of matrices of w", facts_.words.count);
     require_any();
     const bool tiles = available(Family::tile);
-    if (is_sorted_product(problem) && (has_tensor_ops() || tiles)) {
+    if (is_sorted_product() && (has_tensor_ops() || tiles)) {
       constexpr const char* op = "gather_qmm_rhs";
+      batch_ = {};  // all pairs are the rows of one product
       product(
-          {{}, 0, pairs_},
+          {0, facts_.pairs},
           has_tensor_ops() ? tensor_kernel(op, gather_tile_rows[0]) : tile_kernel(op, gather_tile_rows[0]));
-    } else if (tiles && (shape_.M > matvec_rows() || !available(Family::matvec))) {
-      product({batch, 0, shape_.M}, tile_kernel("gather_qmm", gather_tile_rows[0]));
+    } else if (tiles && (facts_.M > matvec_rows() || !available(Family::matvec))) {
+      product({0, facts_.M}, tile_kernel("gather_qmm", gather_tile_rows[0]));
     } else {
       // Tensor operations alone are left for sorted pairs only.
-      TORCH_CHECK(available(Family::matvec), no_family_left());
-      matvecs(batch);
+      TORCH_CHECK(available(Family::matvec), no_family_left(op_, target_));
+      matvecs();
     }
     return std::move(plan_);
   }
@@ -118,55 +113,47 @@ class ProductPlanner {
   bool available(Family family) const { return !target_.excluded.contains(family); }
 
   // Matrix units take float32 as 10 bits of mantissa or not at all.
-  bool has_tensor_ops() const {
-    return target_.gpu.tensor_ops && problem_.dtype != at::kFloat && available(Family::tensor);
-  }
+  bool has_tensor_ops() const { return target_.gpu.tensor_ops && dtype() != at::kFloat && available(Family::tensor); }
 
-  int64_t matvec_rows() const { return problem_.transpose ? std::end(qmv_rows)[-1] : std::end(qvm_rows)[-1]; }
-
-  std::string no_family_left() const {
-    return c10::str(
-        "[", problem_.op, "] every kernel family that could serve failed its self-check on this GPU (",
-        target_.gpu.architecture, ").");
-  }
+  int64_t matvec_rows() const { return facts_.transpose ? std::end(qmv_rows)[-1] : std::end(qvm_rows)[-1]; }
 
   void require_any() const {
-    TORCH_CHECK(has_tensor_ops() || available(Family::tile) || available(Family::matvec), no_family_left());
+    TORCH_CHECK(has_tensor_ops() || available(Family::tile) || available(Family::matvec), no_family_left(op_, target_));
   }
 
   Family matmul_family() const {
     require_any();
     const bool tiles = has_tensor_ops() || available(Family::tile);
-    if (!tiles || (shape_.M <= matvec_rows() && available(Family::matvec))) {
+    if (!tiles || (facts_.M <= matvec_rows() && available(Family::matvec))) {
       return Family::matvec;
     }
     return has_tensor_ops() ? Family::tensor : Family::tile;
   }
 
-  bool is_sorted_product(const GatherProblem& problem) const {
-    return shape_.M == 1 && problem.sorted_indices && pairs_ >= sorted_pairs &&
-        pairs_ >= sorted_pairs_per_expert * problem_.weights.words.count;
+  bool is_sorted_product() const {
+    return facts_.M == 1 && facts_.sorted_indices != 0 && facts_.pairs >= sorted_pairs &&
+        facts_.pairs >= sorted_pairs_per_expert * facts_.words.count;
   }
 
   // --- Which kernel ---
 
   // Few rows of any number of matrices, in shares of about the same size.
-  void matvecs(const BatchPart& batch) {
+  void matvecs() {
     // qmv counts in 32 bits from a row of x, and from a row of w, to the last one that it takes at a time.
-    if (problem_.transpose) {
-      checked_int(problem_.op, "K times bits", shape_.K * format_.bits);
+    if (facts_.transpose) {
+      checked_int(op_, "K times bits", facts_.K * format_.bits);
     }
-    const bool rows_are_near = !problem_.transpose || problem_.x.row_stride < max_size / matvec_rows();
-    const int64_t shares = rows_are_near ? ceil_div(shape_.M, matvec_rows()) : shape_.M;
+    const bool rows_are_near = !facts_.transpose || facts_.x.row_stride < max_size / matvec_rows();
+    const int64_t shares = rows_are_near ? ceil_div(facts_.M, matvec_rows()) : facts_.M;
     for (int64_t i = 0; i < shares; ++i) {
-      const int64_t first = i * shape_.M / shares;
-      const int64_t rows = (i + 1) * shape_.M / shares - first;
-      product({batch, first, rows}, problem_.transpose ? qmv_kernel(rows) : qvm_kernel(rows));
+      const int64_t first = i * facts_.M / shares;
+      const int64_t rows = (i + 1) * facts_.M / shares - first;
+      product({first, rows}, facts_.transpose ? qmv_kernel(rows) : qvm_kernel(rows));
     }
   }
 
   Kernel qmv_kernel(int64_t rows) const {
-    const bool gathered = pairs_ > 0;
+    const bool gathered = is_gathered();
     const int instance = gathered ? smallest_at_least(gather_qmv_rows, rows) : smallest_at_least(qmv_rows, rows);
     const char* op = gathered ? "gather_qmv" : "qmv";
     return {Family::matvec, op, instance, qmv_columns(), qmv_step_k, 32u * qmv_simdgroups(), no_split};
@@ -174,7 +161,7 @@ class ProductPlanner {
 
   Kernel qvm_kernel(int64_t rows) const {
     const int instance = smallest_at_least(qvm_rows, rows);
-    const char* op = pairs_ > 0 ? "gather_qvm" : "qvm";
+    const char* op = is_gathered() ? "gather_qvm" : "qvm";
     if (is_column_packed(format_.mode)) {
       const uint32_t threads = 32u * column_qvm_simdgroups();
       return {Family::matvec, op, instance, column_qvm_columns(), format_.group_size, threads, column_qvm_split};
@@ -194,7 +181,7 @@ class ProductPlanner {
 
   // op: without its side.
   Kernel tile_kernel(const char* op, int rows) const {
-    const int depth = tile_k(rows, static_cast<int>(c10::elementSize(problem_.dtype)));
+    const int depth = tile_k(rows, static_cast<int>(c10::elementSize(dtype())));
     return {Family::tile, op + side(), rows, tile_columns(), depth, 32u * tile_simdgroups(), tile_split};
   }
 
@@ -203,7 +190,7 @@ class ProductPlanner {
     return {Family::tensor, op + side() + "_nax", rows, tensor_tile_columns(), tensor_tile_k(), threads, no_split};
   }
 
-  std::string side() const { return problem_.transpose ? "_t" : "_n"; }
+  std::string side() const { return facts_.transpose ? "_t" : "_n"; }
 
   // --- How a kernel is launched ---
 
@@ -213,148 +200,135 @@ class ProductPlanner {
 
   // Of K.
   int64_t parts_of(const Block& block, const Kernel& kernel) const {
-    const bool has_gaps = block.batch.count() > 1 && block.rows < shape_.M;  // which sum_parts does not write
-    if (kernel.split.threadgroups_per_core == 0 || pairs_ > 0 || has_gaps) {
+    const bool has_gaps = batch_.count() > 1 && block.rows < facts_.M;  // which sum_parts does not write
+    if (kernel.split.threadgroups_per_core == 0 || is_gathered() || has_gaps) {
       return 1;
     }
-    const int64_t threadgroups = ceil_div(shape_.N, kernel.columns) * row_tiles(block, kernel) * block.batch.count();
+    const int64_t threadgroups = ceil_div(facts_.N, kernel.columns) * row_tiles(block, kernel) * batch_.count();
     const int64_t wanted = static_cast<int64_t>(target_.gpu.cores) * kernel.split.threadgroups_per_core / threadgroups;
-    const int64_t most = std::max<int64_t>(shape_.K / kernel.split.least_part, 1);
-    return ceil_div(shape_.K, part_k(kernel, std::clamp<int64_t>(wanted, 1, most)));
+    const int64_t most = std::max<int64_t>(facts_.K / kernel.split.least_part, 1);
+    return ceil_div(facts_.K, part_k(kernel, std::clamp<int64_t>(wanted, 1, most)));
   }
 
   int64_t part_k(const Kernel& kernel, int64_t parts) const {
-    return ceil_div(ceil_div(shape_.K, parts), kernel.depth) * kernel.depth;
+    return ceil_div(ceil_div(facts_.K, parts), kernel.depth) * kernel.depth;
   }
 
   void product(const Block& block, const Kernel& kernel) {
     const int64_t parts = parts_of(block, kernel);
-    const auto& weights = problem_.weights;
-    const BatchPart& batch = block.batch;
-    const int64_t x_offset = batch.x * problem_.x.matrix_stride + block.first_row * problem_.x.row_stride;
-    const int64_t y_offset = (batch.y * shape_.M + block.first_row) * shape_.N;
+    const int64_t x_offset = batch_.x * facts_.x.matrix_stride + block.first_row * facts_.x.row_stride;
+    const int64_t y_offset = (batch_.y * facts_.M + block.first_row) * facts_.N;
     const bool split = parts > 1;
 
-    Launch launch =
-        launch_of(kernel.family, kernel.op + (split ? "_splitk" : ""), kernel.rows, format_, problem_.dtype);
-    launch.constants = constants_of(block, kernel, x_offset);
+    Launch launch = launch_of(kernel.family, kernel.op + (split ? "_splitk" : ""), kernel.rows, format_, facts_.dtype);
+    launch.kernel.constants = constants_of(kernel, x_offset);
+    launch.kernel.threads = kernel.threads;
     launch.threadgroups = {
-        static_cast<uint32_t>(ceil_div(shape_.N, kernel.columns)),
-        static_cast<uint32_t>(row_tiles(block, kernel) * parts), static_cast<uint32_t>(batch.count())};
-    launch.threads = kernel.threads;
+        static_cast<uint32_t>(ceil_div(facts_.N, kernel.columns)),
+        static_cast<uint32_t>(row_tiles(block, kernel) * parts), static_cast<uint32_t>(batch_.count())};
 
     const ProductParams params = params_of(block, kernel, parts);
     const Argument y = split ? Argument{Role::partial_sums, 0} : Argument{Role::y, y_offset};
     const Argument unused{};
     const Argument biases =
-        weights.biases.tensor.defined() ? Argument{Role::biases, batch.w * weights.biases.matrix_stride} : unused;
-    const Argument global_scale = weights.global_scale.defined() ? Argument{Role::global_scale, 0} : unused;
-    const Argument w{Role::w, batch.w * weights.words.matrix_stride};
-    const Argument scales{Role::scales, batch.w * weights.scales.matrix_stride};
+        facts_.biases.is_given() ? Argument{Role::biases, batch_.w * facts_.biases.matrix_stride} : unused;
+    const Argument global_scale = facts_.global_scales > 0 ? Argument{Role::global_scale, 0} : unused;
+    const Argument w{Role::w, batch_.w * facts_.words.matrix_stride};
+    const Argument scales{Role::scales, batch_.w * facts_.scales.matrix_stride};
     const Argument x{Role::x, x_offset};
-    if (pairs_ > 0) {
-      const GatherParams gather{params, static_cast<int>(problem_.x.count), static_cast<int>(weights.words.count)};
+    if (is_gathered()) {
+      const GatherParams gather{params, static_cast<int>(facts_.x.count), static_cast<int>(facts_.words.count)};
       set_arguments(launch, {x, w, scales, biases, global_scale, y, unused, {Role::lhs_indices}, {Role::rhs_indices}});
       set_params(launch, gather, 6);
     } else {
       set_arguments(launch, {x, w, scales, biases, global_scale, y});
       set_params(launch, params, 6);
     }
-    plan_.launches.push_back(std::move(launch));
+    plan_.launches.push_back(launch);
     if (split) {
       sum_parts(kernel.family, block, parts, y_offset);
     }
   }
 
   // Of scales or zeros, whose rows are as long as those of words.
-  static bool are_aligned_columns(const Block& block, const Matrices& values) {
+  bool are_aligned_columns(const OperandFacts& values) const {
     constexpr int columns = column_qvm_lane_columns();
-    return !values.tensor.defined() ||
-        (is_aligned(values.tensor, block.batch.w * values.matrix_stride, 2 * columns) &&
+    return !values.is_given() ||
+        (is_aligned(values, batch_.w * values.matrix_stride, 2 * columns) &&
          (values.count == 1 || values.matrix_stride % columns == 0));
   }
 
-  uint32_t constants_of(const Block& block, const Kernel& kernel, int64_t x_offset) const {
-    const auto& weights = problem_.weights;
-    const Matrices& x = problem_.x;
+  uint32_t constants_of(const Kernel& kernel, int64_t x_offset) const {
+    const OperandFacts& words = facts_.words;
+    const OperandFacts& x = facts_.x;
     const int64_t word_bytes = load_bytes(format_);
-    const auto whole_words = [&](int64_t words) { return words * 4 % word_bytes == 0; };
-    const auto whole_x = [&](int64_t elements) {
-      return elements * static_cast<int64_t>(x.tensor.element_size()) % 16 == 0;
-    };
-    const bool aligned_weights =
-        is_aligned(weights.words.tensor, block.batch.w * weights.words.matrix_stride, word_bytes) &&
-        whole_words(weights.words.row_stride) &&
-        (weights.words.count == 1 || whole_words(weights.words.matrix_stride)) &&
-        (!is_column_packed(format_.mode) ||
-         (are_aligned_columns(block, weights.scales) && are_aligned_columns(block, weights.biases)));
-    const bool aligned_x = is_aligned(x.tensor, x_offset, 16) && (x.count == 1 || whole_x(x.matrix_stride)) &&
-        (shape_.M == 1 || whole_x(x.row_stride));
-    return constant(QUANTIZATION_MLX_ALIGNED_OUTPUTS, shape_.N % kernel.columns == 0) |
+    const auto whole_words = [&](int64_t count) { return count * 4 % word_bytes == 0; };
+    const auto whole_x = [&](int64_t elements) { return elements * x.element_size % 16 == 0; };
+    const bool aligned_weights = is_aligned(words, batch_.w * words.matrix_stride, word_bytes) &&
+        whole_words(words.row_stride) && (words.count == 1 || whole_words(words.matrix_stride)) &&
+        (!is_column_packed(format_.mode) || (are_aligned_columns(facts_.scales) && are_aligned_columns(facts_.biases)));
+    const bool aligned_x = is_aligned(x, x_offset, 16) && (x.count == 1 || whole_x(x.matrix_stride)) &&
+        (facts_.M == 1 || whole_x(x.row_stride));
+    return constant(QUANTIZATION_MLX_ALIGNED_OUTPUTS, facts_.N % kernel.columns == 0) |
         constant(QUANTIZATION_MLX_ALIGNED_WEIGHTS, aligned_weights) | constant(QUANTIZATION_MLX_ALIGNED_X, aligned_x) |
-        constant(QUANTIZATION_MLX_ALIGNED_K, shape_.K % kernel.depth == 0) |
-        constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE, weights.global_scale.defined());
+        constant(QUANTIZATION_MLX_ALIGNED_K, facts_.K % kernel.depth == 0) |
+        constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE, facts_.global_scales > 0);
   }
 
   ProductParams params_of(const Block& block, const Kernel& kernel, int64_t parts) const {
-    const auto& weights = problem_.weights;
-    const BatchPart& batch = block.batch;
-    const bool gathered = pairs_ > 0;
-    const auto strides = [&](const Matrices& matrices, int64_t BatchDimension::* step) {
-      return gathered
-          ? BatchStrides{matrices.matrix_stride, 0}
-          : BatchStrides{batch.outer.*step * matrices.matrix_stride, batch.inner.*step * matrices.matrix_stride};
+    const auto strides = [&](const OperandFacts& operand, int64_t BatchDimension::* step) {
+      return is_gathered()
+          ? BatchStrides{operand.matrix_stride, 0}
+          : BatchStrides{batch_.outer.*step * operand.matrix_stride, batch_.inner.*step * operand.matrix_stride};
     };
-    const int64_t matrix = parts > 1 ? parts * block.rows * shape_.N : shape_.M * shape_.N;
-    const bool scale_each = weights.global_scale.defined() && weights.global_scale.numel() > 1;
+    const int64_t matrix = parts > 1 ? parts * block.rows * facts_.N : facts_.M * facts_.N;
     ProductParams params{};
-    params.x = strides(problem_.x, &BatchDimension::x);
-    params.w = strides(weights.words, &BatchDimension::w);
-    params.scales = strides(weights.scales, &BatchDimension::w);
-    params.biases = strides(weights.biases, &BatchDimension::w);
-    params.global_scale = {scale_each ? 1 : 0, 0};  // of gathered matrices alone
+    params.x = strides(facts_.x, &BatchDimension::x);
+    params.w = strides(facts_.words, &BatchDimension::w);
+    params.scales = strides(facts_.scales, &BatchDimension::w);
+    params.biases = strides(facts_.biases, &BatchDimension::w);
+    params.global_scale = {facts_.global_scales > 1 ? 1 : 0, 0};  // of gathered matrices alone
     // Partial sums are those of this launch, one after the other.
-    params.y = parts > 1 ? BatchStrides{batch.inner.size * matrix, matrix}
-                         : BatchStrides{batch.outer.y * matrix, batch.inner.y * matrix};
-    params.x_row_stride = problem_.x.row_stride;
-    params.y_part_stride = block.rows * shape_.N;
-    params.inner_size = static_cast<int>(batch.inner.size);
+    params.y = parts > 1 ? BatchStrides{batch_.inner.size * matrix, matrix}
+                         : BatchStrides{batch_.outer.y * matrix, batch_.inner.y * matrix};
+    params.x_row_stride = facts_.x.row_stride;
+    params.y_part_stride = block.rows * facts_.N;
+    params.inner_size = static_cast<int>(batch_.inner.size);
     params.rows = static_cast<int>(block.rows);
-    params.k = static_cast<int>(shape_.K);
-    params.n = static_cast<int>(shape_.N);
+    params.k = static_cast<int>(facts_.K);
+    params.n = static_cast<int>(facts_.N);
     params.parts = static_cast<int>(parts);
     params.part_k = static_cast<int>(part_k(kernel, parts));
     return params;
   }
 
   void sum_parts(Family family, const Block& block, int64_t parts, int64_t y_offset) {
-    const int64_t batch = block.batch.count();
-    const int64_t size = checked_int(problem_.op, "rows of x times columns of w", block.rows * shape_.N);
-    Launch launch = launch_of(family, "sum_parts", 1, format_, problem_.dtype);  // part of that family's product
-    launch.threads = 64;
-    launch.threadgroups = {static_cast<uint32_t>(ceil_div(size, 64)), static_cast<uint32_t>(batch), 1};
+    const int64_t size = checked_int(op_, "rows of x times columns of w", block.rows * facts_.N);
+    Launch launch = launch_of(family, "sum_parts", 1, format_, facts_.dtype);  // part of that family's product
+    launch.kernel.threads = 64;
+    launch.threadgroups = {static_cast<uint32_t>(ceil_div(size, 64)), static_cast<uint32_t>(batch_.count()), 1};
     set_arguments(launch, {{Role::partial_sums}, {Role::y, y_offset}});
     set_params(launch, SumPartsParams{static_cast<int>(parts), static_cast<int>(size)}, 2);
-    plan_.launches.push_back(std::move(launch));
-    plan_.workspace = std::max(plan_.workspace, batch * parts * size);
+    plan_.launches.push_back(launch);
+    plan_.workspace = std::max(plan_.workspace, batch_.count() * parts * size);
   }
 
-  const MatmulProblem& problem_;
-  const Target& target_;
-  const MatmulShape<int64_t>& shape_;
+  at::ScalarType dtype() const { return facts_.scalar_type(); }
+  bool is_gathered() const { return facts_.pairs > 0; }
+
+  const ProductFacts& facts_;
+  BatchPart batch_;
   Format format_;
-  int64_t pairs_ = 0;  // of indices; 0 where nothing is gathered
+  std::string_view op_;
+  const Target& target_;
   Plan plan_;
 };
 
 }  // namespace
 
-Plan plan(const MatmulProblem& problem, const Target& target) {
-  return is_empty(problem.shape.output) ? Plan{} : ProductPlanner(problem, target).matmul();
-}
-
-Plan plan(const GatherProblem& problem, const Target& target) {
-  return is_empty(problem.matmul.shape.output) ? Plan{} : ProductPlanner(problem.matmul, target).gather(problem);
+Plan plan(const ProductFacts& facts, std::string_view op, const Target& target) {
+  ProductPlanner planner(facts, op, target);
+  return facts.pairs > 0 ? std::move(planner).gather() : std::move(planner).matmul();
 }
 
 }  // namespace quantization_mlx::gpu

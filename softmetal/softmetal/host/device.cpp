@@ -1,6 +1,7 @@
 // Settings, logs and memory of the software device.
 #include "device.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -10,6 +11,7 @@ namespace {
 
 std::mutex mutex;
 Settings current_settings;
+std::atomic<uint64_t> changes{0};
 Logs current_logs;
 uint64_t blocks = 0;
 
@@ -28,7 +30,10 @@ Settings settings() {
 void set(const Settings& settings) {
   std::lock_guard lock(mutex);
   current_settings = settings;
+  ++changes;
 }
+
+uint64_t settings_version() { return changes.load(std::memory_order_relaxed); }
 
 int gpu_generation() {
   const std::string name = settings().gpu;

@@ -28,6 +28,7 @@ struct Settings {
 };
 Settings settings();
 void set(const Settings& settings);
+uint64_t settings_version();  // another number after each change
 
 // 13 is M1, 17 is M5.
 int gpu_generation();

@@ -676,7 +676,4 @@ static id<MTLLibrary> new_library(NSError** error, const Make& make) {
 }
 @end
 
-id<MTLDevice> MTLCreateSystemDefaultDevice() {
-  static SoftmetalDevice* device = [SoftmetalDevice new];
-  return [device retain];
-}
+id<MTLDevice> MTLCreateSystemDefaultDevice() { return [SoftmetalDevice new]; }

@@ -3,6 +3,9 @@
 #include <ATen/mps/MPSStream.h>
 
 #include <exception>
+#include <map>
+#include <mutex>
+#include <string>
 
 #include "device.h"
 
@@ -15,9 +18,21 @@ MPSDevice::MPSDevice() : _mtl_device(MTLCreateSystemDefaultDevice()) {}
 
 MPSDevice::~MPSDevice() = default;
 
+// Another one for each GPU that the software device claims to be, as in processes of their own.
 MPSDevice* MPSDevice::getInstance() {
-  static auto* device = new MPSDevice;
-  return device;
+  static std::mutex mutex;
+  static auto* devices = new std::map<std::string, MPSDevice*>;
+  thread_local uint64_t version = 0;
+  thread_local MPSDevice* current = nullptr;
+  if (const uint64_t newest = softmetal::settings_version(); current == nullptr || version != newest) {
+    const softmetal::Settings settings = softmetal::settings();
+    const std::lock_guard lock(mutex);
+    MPSDevice*& device = (*devices)[settings.gpu + " " + std::to_string(settings.macos)];
+    device = device != nullptr ? device : new MPSDevice;
+    current = device;
+    version = newest;
+  }
+  return current;
 }
 
 bool MPSDevice::isMacOS13Plus(MacOSVersion version) const {

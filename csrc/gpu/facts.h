@@ -1,0 +1,107 @@
+// What a plan depends on, as plain data: calls with equal facts run the same kernels with the same parameters.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+#include <c10/util/SmallVector.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string_view>
+#include <type_traits>
+
+#include "../problem/problem.h"
+
+namespace quantization_mlx::gpu {
+
+// Matrices in a tensor; strides count elements.
+struct OperandFacts {
+  int64_t count;
+  int64_t rows;
+  int64_t matrix_stride;
+  int64_t row_stride;
+  int32_t element_size;  // 0 of an operand that is not given
+  int32_t misalignment;  // bytes of the first element past a multiple of 16; Metal's buffers begin at such addresses
+
+  bool is_given() const { return element_size > 0; }
+};
+
+// A batch dimension, and the distance of its positions in each operand, in matrices.
+struct BatchDimension {
+  int64_t size;
+  int64_t x;
+  int64_t w;
+  int64_t y;
+};
+
+// The matrices of one launch, which steps over two batch dimensions.
+struct BatchPart {
+  BatchDimension outer{1, 0, 0, 0};
+  BatchDimension inner{1, 0, 0, 0};
+  int64_t x = 0;  // matrices before the first
+  int64_t w = 0;
+  int64_t y = 0;
+
+  int64_t count() const { return outer.size * inner.size; }
+};
+
+struct ProductFacts {
+  Format format;
+  int32_t dtype;  // at::ScalarType of x and y
+  int32_t transpose;
+  int32_t sorted_indices;
+  int64_t M;
+  int64_t K;
+  int64_t N;
+  int64_t pairs;  // of indices; 0 where nothing is gathered
+  int64_t global_scales;  // elements; 0 without one
+  BatchPart batch;
+  OperandFacts x;
+  OperandFacts words;
+  OperandFacts scales;
+  OperandFacts biases;
+
+  at::ScalarType scalar_type() const { return static_cast<at::ScalarType>(dtype); }
+};
+
+struct DequantizeFacts {
+  Format format;
+  int32_t dtype;  // of the result
+  int64_t global_scales;
+  OperandFacts words;
+  OperandFacts scales;
+  OperandFacts biases;
+};
+
+struct QuantizeFacts {
+  Format format;
+  int32_t dtype;  // of w
+  int64_t global_scales;
+  int64_t elements;
+  int64_t columns;
+  int64_t misalignment;
+};
+
+// Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
+c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
+c10::SmallVector<ProductFacts, 1> facts_of(const GatherProblem& problem);
+c10::SmallVector<DequantizeFacts, 1> facts_of(const DequantizeProblem& problem);
+c10::SmallVector<QuantizeFacts, 1> facts_of(const QuantizeProblem& problem);
+
+// Compares and hashes plain data without gaps as bytes.
+struct Bytewise {
+  template <typename Data>
+  size_t operator()(const Data& data) const {
+    static_assert(std::has_unique_object_representations_v<Data>);
+    return std::hash<std::string_view>{}({reinterpret_cast<const char*>(&data), sizeof data});
+  }
+
+  template <typename Data>
+  bool operator()(const Data& a, const Data& b) const {
+    static_assert(std::has_unique_object_representations_v<Data>);
+    return std::memcmp(&a, &b, sizeof a) == 0;
+  }
+};
+
+}  // namespace quantization_mlx::gpu

@@ -1,0 +1,158 @@
+#include "../facts.h"
+
+#include <utility>
+
+namespace quantization_mlx::gpu {
+namespace {
+
+int64_t broadcast_size(c10::IntArrayRef own, size_t rank, size_t i) {
+  return i + own.size() < rank ? 1 : own[i + own.size() - rank];
+}
+
+using BatchDimensions = c10::SmallVector<BatchDimension, 4>;
+using BatchParts = c10::SmallVector<BatchPart, 1>;
+
+BatchDimensions batch_dimensions(const MatmulShape<int64_t>& shape) {
+  const size_t rank = shape.batch.size();
+  BatchDimensions dimensions;  // innermost first
+  int64_t x_step = 1;
+  int64_t w_step = 1;
+  int64_t y_step = 1;
+  for (size_t i = rank; i-- > 0;) {
+    const int64_t size = shape.batch[i];
+    const int64_t x_size = broadcast_size(shape.x_batch, rank, i);
+    const int64_t w_size = broadcast_size(shape.w_batch, rank, i);
+    const BatchDimension next{size, x_size == 1 ? 0 : x_step, w_size == 1 ? 0 : w_step, y_step};
+    x_step *= x_size;
+    w_step *= w_size;
+    y_step *= size;
+    if (size == 1) {
+      continue;
+    }
+    if (!dimensions.empty()) {
+      BatchDimension& last = dimensions.back();
+      if (next.x == last.x * last.size && next.w == last.w * last.size) {  // both are one dimension
+        last.size *= size;
+        continue;
+      }
+    }
+    dimensions.push_back(next);
+  }
+  return dimensions;
+}
+
+// A product's batch: one part for every position in the dimensions beyond two.
+BatchParts batch_parts(const MatmulShape<int64_t>& shape) {
+  const auto dimensions = batch_dimensions(shape);
+  BatchParts parts(1);
+  for (size_t i = 0; i < dimensions.size(); ++i) {
+    const BatchDimension& dimension = dimensions[i];
+    if (i < 2) {
+      (i == 0 ? parts[0].inner : parts[0].outer) = dimension;
+      continue;
+    }
+    BatchParts next;
+    for (const BatchPart& part : parts) {
+      for (int64_t j = 0; j < dimension.size; ++j) {
+        next.push_back(part);
+        next.back().x += j * dimension.x;
+        next.back().w += j * dimension.w;
+        next.back().y += j * dimension.y;
+      }
+    }
+    parts = std::move(next);
+  }
+  return parts;
+}
+
+int32_t misalignment_of(const at::Tensor& tensor) {
+  return static_cast<int32_t>(tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) % 16);
+}
+
+OperandFacts operand_facts(const Matrices& matrices, int64_t rows) {
+  const at::Tensor& tensor = matrices.tensor;
+  return {matrices.count,
+          rows,
+          matrices.matrix_stride,
+          matrices.row_stride,
+          static_cast<int32_t>(tensor.element_size()),
+          misalignment_of(tensor)};
+}
+
+// Of weights, whose rows follow one another without gaps.
+OperandFacts weight_facts(const Matrices& matrices) {
+  return matrices.tensor.defined() ? operand_facts(matrices, matrices.tensor.size(-2)) : OperandFacts{};
+}
+
+int64_t global_scales(const QuantizedMatrices& weights) {
+  return weights.global_scale.defined() ? weights.global_scale.numel() : 0;
+}
+
+// Those of the whole product but for its batch.
+ProductFacts product_facts(const MatmulProblem& problem) {
+  const MatmulShape<int64_t>& shape = problem.shape;
+  ProductFacts facts{};
+  facts.format = problem.weights.format;
+  facts.dtype = static_cast<int32_t>(problem.dtype);
+  facts.transpose = problem.transpose;
+  facts.M = shape.M;
+  facts.K = shape.K;
+  facts.N = shape.N;
+  facts.global_scales = global_scales(problem.weights);
+  facts.x = operand_facts(problem.x, shape.M);
+  facts.words = weight_facts(problem.weights.words);
+  facts.scales = weight_facts(problem.weights.scales);
+  facts.biases = weight_facts(problem.weights.biases);
+  return facts;
+}
+
+bool is_empty(const Sizes<int64_t>& sizes) { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
+
+}  // namespace
+
+c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem) {
+  if (is_empty(problem.shape.output)) {
+    return {};
+  }
+  c10::SmallVector<ProductFacts, 1> result;
+  ProductFacts facts = product_facts(problem);
+  for (const BatchPart& part : batch_parts(problem.shape)) {
+    facts.batch = part;
+    result.push_back(facts);
+  }
+  return result;
+}
+
+c10::SmallVector<ProductFacts, 1> facts_of(const GatherProblem& problem) {
+  if (is_empty(problem.matmul.shape.output)) {
+    return {};
+  }
+  ProductFacts facts = product_facts(problem.matmul);
+  facts.pairs = problem.lhs_indices.numel();
+  facts.sorted_indices = problem.sorted_indices;
+  // Gathered matrices are chosen by their index, so all that a launch steps over is y.
+  facts.batch.outer = {facts.pairs, 0, 0, 1};
+  facts.batch.inner = {1, 0, 0, 0};
+  return {facts};
+}
+
+c10::SmallVector<DequantizeFacts, 1> facts_of(const DequantizeProblem& problem) {
+  if (is_empty(problem.output)) {
+    return {};
+  }
+  const QuantizedMatrices& weights = problem.weights;
+  return {DequantizeFacts{
+      weights.format, static_cast<int32_t>(problem.dtype), global_scales(weights), weight_facts(weights.words),
+      weight_facts(weights.scales), weight_facts(weights.biases)}};
+}
+
+c10::SmallVector<QuantizeFacts, 1> facts_of(const QuantizeProblem& problem) {
+  if (problem.w.numel() == 0) {
+    return {};
+  }
+  return {QuantizeFacts{
+      problem.format, static_cast<int32_t>(problem.w.scalar_type()), problem.global_scale.defined() ? 1 : 0,
+      problem.w.numel(), problem.w.size(-1), misalignment_of(problem.w)}};
+}
+
+}  // namespace quantization_mlx::gpu

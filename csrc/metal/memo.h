@@ -1,0 +1,17 @@
+// The plans of calls, kept by their facts: a second call with equal facts looks one up, and nothing is decided,
+// compiled, checked or locked for it.
+#pragma once
+
+#include <string_view>
+
+#include "../gpu/facts.h"
+#include "library.h"
+
+namespace quantization_mlx::metal {
+
+// Valid until this thread asks for another one. Raises what checked_plan does.
+const PreparedPlan& plan_of(const gpu::ProductFacts& facts, std::string_view op);
+const PreparedPlan& plan_of(const gpu::DequantizeFacts& facts, std::string_view op);
+const PreparedPlan& plan_of(const gpu::QuantizeFacts& facts, std::string_view op);
+
+}  // namespace quantization_mlx::metal

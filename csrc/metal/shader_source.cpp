@@ -1,0 +1,108 @@
+#include "shader_source.h"
+
+#include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <set>
+
+// The files, by a name for the assembler, which copies their text into the extension. It looks for them where the
+// compiler looks for headers: the project's folder has to be among these.
+#define SHADER_FILES(FILE)                                           \
+  FILE(format, "csrc/format.h")                                      \
+  FILE(formats, "csrc/formats.h")                                    \
+  FILE(launch, "csrc/gpu/launch.h")                                  \
+  FILE(load, "metal/common/load.h")                                  \
+  FILE(metal, "metal/common/metal.h")                                \
+  FILE(dequantize, "metal/quantized/dequantize.h")                   \
+  FILE(matmul, "metal/quantized/matmul.h")                           \
+  FILE(matmul_kernels, "metal/quantized/matmul.metal")               \
+  FILE(matmul_tensor, "metal/quantized/matmul_tensor.h")             \
+  FILE(matmul_tensor_kernels, "metal/quantized/matmul_tensor.metal") \
+  FILE(matvec, "metal/quantized/matvec.h")                           \
+  FILE(matvec_kernels, "metal/quantized/matvec.metal")               \
+  FILE(matvec_columns, "metal/quantized/matvec_columns.h")           \
+  FILE(operands, "metal/quantized/operands.h")                       \
+  FILE(quantize, "metal/quantized/quantize.h")                       \
+  FILE(quantize_kernels, "metal/quantized/quantize.metal")           \
+  FILE(tile, "metal/quantized/tile.h")
+
+#ifdef __APPLE__
+#define SECTION "__TEXT,__const"
+#define SYMBOL "_quantization_mlx_source_"
+#else
+#define SECTION ".rodata"
+#define SYMBOL "quantization_mlx_source_"
+#endif
+
+#define EMBED(name, path)                                                                             \
+  __asm__(".pushsection " SECTION "\n" SYMBOL #name ":\n.incbin \"" path "\"\n.byte 0\n.popsection"); \
+  extern "C" const char quantization_mlx_source_##name[];
+SHADER_FILES(EMBED)
+#undef EMBED
+
+namespace quantization_mlx::metal {
+namespace {
+
+struct File {
+  std::string_view path;  // from the project's folder
+  const char* text;
+};
+
+#define ROW(name, path) {path, quantization_mlx_source_##name},
+const File files[] = {SHADER_FILES(ROW)};
+#undef ROW
+
+// "metal/common/metal.h", of "../common/metal.h" in metal/quantized/.
+std::string resolved(std::string_view folder, std::string_view include) {
+  constexpr std::string_view up = "../";
+  while (include.substr(0, up.size()) == up) {
+    include.remove_prefix(up.size());
+    folder = folder.substr(0, folder.rfind('/') == std::string_view::npos ? 0 : folder.rfind('/'));
+  }
+  return folder.empty() ? std::string(include) : c10::str(folder, "/", include);
+}
+
+// Appends a file and what it includes but for what is in the result already.
+void append(const std::string& path, std::set<std::string>& seen, std::string& result) {
+  if (!seen.insert(path).second) {
+    return;
+  }
+  const auto* file = std::find_if(std::begin(files), std::end(files), [&](const File& f) { return f.path == path; });
+  TORCH_INTERNAL_ASSERT(file != std::end(files), "no shader source ", path);
+  constexpr std::string_view include = "#include \"";
+  const std::string_view folder = std::string_view(path).substr(0, path.rfind('/'));
+  const auto mark = [&](int line) { result += c10::str("#line ", line, " \"", path, "\"\n"); };
+  std::string_view rest = file->text;
+  mark(1);
+  for (int number = 1; !rest.empty(); ++number) {
+    const size_t end = std::min(rest.find('\n'), rest.size() - 1) + 1;
+    const std::string_view line = rest.substr(0, end);
+    rest.remove_prefix(end);
+    if (line.substr(0, include.size()) == include) {
+      const std::string_view name = line.substr(include.size());
+      append(resolved(folder, name.substr(0, name.find('"'))), seen, result);
+      mark(number + 1);
+    } else if (line.find("// --- Instances") == 0) {
+      return;
+    } else {
+      result += line.find("#pragma once") == 0 ? "\n" : line;
+    }
+  }
+}
+
+}  // namespace
+
+std::string shader_source(std::string_view stem) {
+  const auto* file = std::find_if(std::begin(files), std::end(files), [&](const File& f) {
+    const size_t name = f.path.rfind('/') + 1;
+    return f.path.substr(name) == c10::str(stem, ".metal");
+  });
+  TORCH_INTERNAL_ASSERT(file != std::end(files), "no shader ", stem);
+  std::set<std::string> seen;
+  std::string result;
+  append(std::string(file->path), seen, result);
+  return result;
+}
+
+}  // namespace quantization_mlx::metal
