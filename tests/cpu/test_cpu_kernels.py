@@ -49,6 +49,22 @@ TARGETS = {
 if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
     ARM = Target("aarch64-linux-gnu-g++", ("-O1", "-static"), ("qemu-aarch64",))
     TARGETS |= {"arm": replace(ARM, arguments=("brief",)), "arm-in-full": ARM}
+# Processors of qemu-x86_64, and the instruction sets of ours that they have.
+OLDER = {"Westmere": ["baseline"], "Haswell": ["baseline", "avx2"]} if X86 else {}
+
+
+def assert_no_weak_functions(objects: list[Path]) -> None:
+    """The linker may take one from any object, and run it on a processor without its instructions."""
+    for path in (path for path in objects if path.name.split(".")[0] in ("avx2", "avx512")):
+        symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
+        assert not re.search(r"^\w* W .*", symbols.stdout, re.MULTILINE)
+
+
+def assert_older_processors_choose(program: Path) -> None:
+    for processor, names in OLDER.items():
+        command = ["qemu-x86_64", "-cpu", processor, program, "names"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert (result.returncode, result.stdout.split()) == (0, names), f"{processor}: {result.stderr}"
 
 
 @pytest.mark.first
@@ -67,13 +83,11 @@ def test_kernels_against_float64(target: str, tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, SOURCES))
-    if target == "native":
-        # The linker may take a weak function from any object, and run it on a processor without its instructions.
-        for path in (path for path in objects if path.name.split(".")[0] in ("avx2", "avx512")):
-            symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
-            assert not re.search(r"^\w* W .*", symbols.stdout, re.MULTILINE)
     program = tmp_path / "cpu_kernels"
     subprocess.run([how.compiler, *how.flags, *objects, "-o", program], check=True)
+    if target == "native":
+        assert_no_weak_functions(objects)
+        assert_older_processors_choose(program)
     result = subprocess.run([*how.launcher, program, *how.arguments], capture_output=True, text=True)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -54,19 +54,26 @@ const ProductKernels* int8_kernels() {
 
 }  // namespace
 
+// make_table is compiled for AVX-512 too, so it is called only where that is present.
 const Kernels* amx_kernels() {
+  static const bool present = avx512_kernels() != nullptr && multiplies_bfloat16() && has_matrix_tiles();
+  if (!present) {
+    return nullptr;
+  }
   // As measured, these processors multiply bfloat16 on vectors at half the rate of float32.
   static const Kernels table = make_table("amx", true, false, int8_kernels(), matrix_table);
-  static const bool present = avx512_kernels() != nullptr && multiplies_bfloat16() && has_matrix_tiles();
-  return present ? &table : nullptr;
+  return &table;
 }
 
 const Kernels* avx512_kernels() {
-  static const Kernels table = make_table("avx512", multiplies_bfloat16(), true, int8_kernels());
   const bool present = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
       __builtin_cpu_supports("fma");
-  return present ? &table : nullptr;
+  if (!present) {
+    return nullptr;
+  }
+  static const Kernels table = make_table("avx512", multiplies_bfloat16(), true, int8_kernels());
+  return &table;
 }
 
 }  // namespace quantization_mlx::cpu
