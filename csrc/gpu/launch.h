@@ -46,6 +46,9 @@ inline constexpr int tensor_tile_columns() { return 64; }
 inline constexpr int tensor_tile_k() { return 64; }
 inline constexpr int tensor_tile_simdgroups() { return 4; }
 
+// sum_parts, quantize and dequantize: threads that share nothing.
+inline constexpr int elementwise_threads_per_threadgroup() { return 64; }
+
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
 // The z dimension of a grid counts two batch dimensions, z = outer * inner_size + inner. Every operand has its own

@@ -55,7 +55,7 @@ inline constexpr int step_vectors(int rows) {
 // The step of x, `rows_left` x `depth_left`, that begins at x; a whole one has static sizes. The address is computed in
 // 64 bits: slices of a large tensor go wrong beyond 2 GiB.
 template <bool whole, int rows, typename T>
-inline auto step_of_x(const device T* x, long row_stride, int depth_left, int rows_left) {
+METAL_FUNC auto step_of_x(const device T* x, long row_stride, int depth_left, int rows_left) {
   // The operation takes no const elements; it writes none.
   tensor<device T, dextents<int, 2>, tensor_inline> left(
       (device T*)x, dextents<int, 2>(depth_left, rows_left), array<int, 2>{1, static_cast<int>(row_stride)});
@@ -68,7 +68,7 @@ inline auto step_of_x(const device T* x, long row_stride, int depth_left, int ro
 
 // A step in threadgroup memory, `rows_left` rows of `elements` elements; a whole one has static sizes.
 template <bool whole, int rows, typename T>
-inline auto step_in_threadgroup(threadgroup T* block, int elements, int rows_left) {
+METAL_FUNC auto step_in_threadgroup(threadgroup T* block, int elements, int rows_left) {
   tensor<threadgroup T, dextents<int, 2>, tensor_inline> step(
       block, dextents<int, 2>(elements, rows_left), array<int, 2>{1, padded<T>(64)});
   if constexpr (whole) {
@@ -81,7 +81,7 @@ inline auto step_in_threadgroup(threadgroup T* block, int elements, int rows_lef
 // --- Sums ----------------------------------------------------------------------------------------------------------
 
 template <typename Sums>
-inline void clear(thread Sums& sums) {
+METAL_FUNC void clear(thread Sums& sums) {
 #pragma unroll
   for (ushort i = 0; i < sums.get_capacity(); ++i) {
     if (sums.is_valid_element(i)) {
@@ -93,7 +93,7 @@ inline void clear(thread Sums& sums) {
 // Rows first_row to end_row - 1 of the tile, times `factor` and, with `scaled`, the factor of each column. Row 0 of the
 // tile is at y.
 template <typename T, typename Sums>
-inline void store_sums(
+METAL_FUNC void store_sums(
     thread Sums& sums,
     device T* y,
     constant ProductParams& params,
@@ -121,7 +121,7 @@ inline void store_sums(
 
 // `whole`: a tile of whole rows, and K is a multiple of the depth.
 template <bool whole, bool transpose, int rows, Mode mode, int group_size, int bits, typename T, typename Scale>
-inline void tensor_product(
+METAL_FUNC void tensor_product(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     device T* y,
@@ -188,7 +188,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
 
 // One run of pairs with the same matrix: rows [first, last) of the tile, whose x is in `pieces`.
 template <bool transpose, Mode mode, int group_size, int bits, typename T, typename Scale>
-inline void tensor_gather_run(
+METAL_FUNC void tensor_gather_run(
     thread const Operands<T, Scale>& operands,
     thread RowPieces<T, tensor_gather_rows, tensor_depth, tensor_threads>& pieces,
     constant ProductParams& params,

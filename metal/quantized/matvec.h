@@ -45,6 +45,7 @@ namespace quantization_mlx {
 // --- Transposed ----------------------------------------------------------------------------------------------------
 
 static constant constexpr const int qmv_lanes_along = 32 / qmv_lanes_across();
+static constant constexpr const int qmv_threads = 32 * qmv_simdgroups();
 
 // Elements of a row of w that a lane takes at a time: a whole run, in the widest loads, for few rows of x; half of one
 // for more rows, which keeps the code of a step short, for groups of 16, so that a lane needs one scale, and for x in
@@ -65,7 +66,7 @@ struct PackedRows {
 
 // Elements [step * elements, (step + 1) * elements) of rows first + 2 * r of w. Rows that do not exist are zeros.
 template <Mode mode, int group_size, int bits, int elements, int words, int outputs, typename T, typename Scale>
-inline void load_rows(
+METAL_FUNC void load_rows(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     int step,
@@ -109,7 +110,7 @@ inline void load_rows(
 // Few rows: codes are summed first, and the sums are scaled; the bias meets the sum of x. More rows: weights are scaled
 // before they meet x, which is then fewer operations.
 template <Mode mode, int bits, int rows, int elements, int words, int outputs, typename T>
-inline void multiply_rows(
+METAL_FUNC void multiply_rows(
     const device T* x,
     constant ProductParams& params,
     int first,
@@ -177,7 +178,7 @@ inline constexpr int qmv_memory(int rows) { return qmv_simdgroups() * rows * qmv
 
 // shared: qmv_memory(rows) floats.
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Scale, typename Y>
-inline void matvec_transposed(
+METAL_FUNC void matvec_transposed(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     device Y* y,
@@ -221,7 +222,7 @@ inline void matvec_transposed(
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void qmv(PRODUCT_ARGUMENTS(T, mode, T)) {
+[[kernel, max_total_threads_per_threadgroup(qmv_threads)]] void qmv(PRODUCT_ARGUMENTS(T, mode, T)) {
   threadgroup float shared[qmv_memory(rows)];
   const Operands<T, ScaleType<mode, T>> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
   matvec_transposed<T, mode, group_size, bits, rows>(
@@ -229,7 +230,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void gather_qmv(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(qmv_threads)]] void gather_qmv(GATHER_ARGUMENTS(T, mode)) {
   threadgroup float shared[qmv_memory(rows)];
   Operands<T, ScaleType<mode, T>> operands;
   device T* out = y + threadgroup_index.z * params.product.y.outer;
@@ -239,7 +240,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
   } else {
     write_nan(
         out, params.product, 0, params.product.rows, threadgroup_index.x * qmv_columns(), qmv_columns(),
-        simdgroup * 32 + lane, qmv_simdgroups() * 32);
+        simdgroup * 32 + lane, qmv_threads);
   }
 }
 
@@ -247,11 +248,12 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
 
 static constant constexpr const int qvm_lanes_along = 8;  // of one row of x
 static constant constexpr const int qvm_lanes_across = 4;
+static constant constexpr const int qvm_threads = 32 * qvm_simdgroups();
 
 // One row: adds the product of row k of w, 32 columns of it, to the sums; their biases count for all columns alike, and
 // are summed on their own.
 template <Mode mode, int group_size, int bits, typename T, typename Scale>
-inline void accumulate_run_of_columns(
+METAL_FUNC void accumulate_run_of_columns(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int k,
@@ -291,7 +293,7 @@ inline void accumulate_run_of_columns(
 // Lanes whose numbers differ in bit `mask` have sums of the same `count` columns. Each adds the other's to its own for
 // half of them, the `upper` lane for the second half: what is given away need not be added twice.
 template <int count>
-inline void share_columns(ushort mask, bool upper, thread float* sums) {
+METAL_FUNC void share_columns(ushort mask, bool upper, thread float* sums) {
 #pragma unroll
   for (int i = 0; i < count / 2; ++i) {
     const float kept = upper ? sums[count / 2 + i] : sums[i];
@@ -303,7 +305,7 @@ inline void share_columns(ushort mask, bool upper, thread float* sums) {
 // The sums of eight columns from `lane_column` on of the 256 of this block, for one row. Lanes eight apart read every
 // fourth row of w, and in the end have a quarter of their 32 columns each.
 template <Mode mode, int group_size, int bits, typename T, typename Scale>
-inline void sum_one_row(
+METAL_FUNC void sum_one_row(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int first_column,
@@ -340,7 +342,7 @@ inline void sum_one_row(
 
 // Several rows: adds the products of rows k to k + count - 1 of w, all of one chunk of columns, to sums[8 * m + i].
 template <Mode mode, int group_size, int bits, int rows, int count, typename T, typename Scale>
-inline void accumulate_columns(
+METAL_FUNC void accumulate_columns(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int k,
@@ -383,7 +385,7 @@ inline void accumulate_columns(
 
 // As sum_one_row, for `rows` rows: sums[8 * m + i]. All lanes of a simdgroup read one row of w.
 template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
-inline void sum_rows(
+METAL_FUNC void sum_rows(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int first_column,
@@ -417,7 +419,7 @@ inline constexpr int qvm_memory(int rows) { return rows_at_once(rows) * qvm_simd
 
 // shared: qvm_memory(rows) floats.
 template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale, typename Y>
-inline void matvec_plain(
+METAL_FUNC void matvec_plain(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     device Y* y,
@@ -456,7 +458,7 @@ inline void matvec_plain(
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
-[[kernel]] void qvm(PRODUCT_ARGUMENTS(T, mode, Y)) {
+[[kernel, max_total_threads_per_threadgroup(qvm_threads)]] void qvm(PRODUCT_ARGUMENTS(T, mode, Y)) {
   threadgroup float shared[qvm_memory(rows)];
   matvec_plain<mode, group_size, bits, rows>(
       batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z), params,
@@ -465,7 +467,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void gather_qvm(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(qvm_threads)]] void gather_qvm(GATHER_ARGUMENTS(T, mode)) {
   threadgroup float shared[qvm_memory(rows)];
   Operands<T, ScaleType<mode, T>> operands;
   device T* out = y + threadgroup_index.z * params.product.y.outer;
@@ -475,7 +477,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
   } else {
     write_nan(
         out, params.product, 0, params.product.rows, threadgroup_index.x * qvm_columns(), qvm_columns(),
-        simdgroup * 32 + lane, qvm_simdgroups() * 32);
+        simdgroup * 32 + lane, qvm_threads);
   }
 }
 
@@ -483,7 +485,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
 
 // One thread per element of y, x dimension: size, y dimension: batch. The order of the additions is fixed.
 template <typename T>
-[[kernel]] void sum_parts(
+[[kernel, max_total_threads_per_threadgroup(elementwise_threads)]] void sum_parts(
     const device float* partial_sums [[buffer(0)]],
     device T* y [[buffer(1)]],
     constant SumPartsParams& params [[buffer(2)]],

@@ -314,13 +314,6 @@ def test_language_versions(stem, standard):
         compiled.check(names)
 
 
-@pytest.mark.parametrize("version", ["3.1", "4.0"])
-@pytest.mark.parametrize("shader", sorted((ROOT / "metal").rglob("*.metal")), ids=lambda path: path.stem)
-def test_lint(shader, version):
-    found = softmetal.lint(shader, standard=f"metal{version}")
-    assert [str(finding) for finding in found if finding.level != "note" and finding.rule != "cpp17"] == []
-
-
 def test_launch_structs(tmp_path):
     """The host compiler lays the parameters out as this file packs them."""
     sizes = {
