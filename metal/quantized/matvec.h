@@ -5,7 +5,8 @@
 //   simdgroup 0:  lane         0   1  ...  15 | 16  17  ...  31
 //                 part of K    0   1  ...  15 |  0   1  ...  15    parts of 32 elements for few rows of half, else of
 //                 16 row of w           n        |       n + 1        with n + 2, n + 4, n + 6 in more registers
-//   simdgroups 1, 2, 3:       16  17  ...  31 ...  63 of the same rows of w; then all of them go on by 64 parts
+//   simdgroups 1, 2, 3:       16  17  ...  31 ...  63 of the same rows of w; then all of them go on by 64 parts. Where
+//                             K is short or odd, only one or two go along it, and the others take the next rows of w
 //
 // Sixteen lanes read adjacent parts of a row of w, 16 bytes each at 4 bits: whole lines. A value of x in a register is
 // used for four rows of w, and a weight, once unpacked, for all rows of x. Each pair of a row of x and a row of w has
@@ -44,15 +45,7 @@ namespace quantization_mlx {
 
 // --- Transposed ----------------------------------------------------------------------------------------------------
 
-static constant constexpr const int qmv_lanes_along = 32 / qmv_lanes_across();
 static constant constexpr const int qmv_threads = 32 * qmv_simdgroups();
-
-// Elements of a row of w that a lane takes at a time: a whole run, in the widest loads, for few rows of x; half of one
-// for more rows, which keeps the code of a step short, for groups of 16, so that a lane needs one scale, and for x in
-// float32, of which sixteen lanes would load 2 KiB at once.
-inline constexpr int qmv_elements(int rows, int group_size, int element_size) {
-  return rows <= 3 && group_size >= run_elements && element_size == 2 ? run_elements : half_run_elements;
-}
 
 inline constexpr int words_of(int elements, int bits) { return (elements * bits + 31) / 32; }
 
@@ -173,26 +166,35 @@ METAL_FUNC void multiply_rows(
   }
 }
 
-// Sums that a threadgroup's simdgroups have for the same elements of y.
-inline constexpr int qmv_memory(int rows) { return qmv_simdgroups() * rows * qmv_columns(); }
+// Sums of a threadgroup's simdgroups, `columns` of y in each.
+inline constexpr int qmv_memory(int rows) { return qmv_simdgroups() * rows * qmv_simdgroup_columns(); }
 
-// shared: qmv_memory(rows) floats.
+// As the plans count them.
+template <int rows, int group_size, typename T>
+METAL_FUNC int simdgroups_along(constant ProductParams& params) {
+  return qmv_simdgroups_along(params.k / qmv_elements(rows, group_size, sizeof(T)));
+}
+
+// shared: qmv_memory(rows) floats. along: simdgroups_along.
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Scale, typename Y>
 METAL_FUNC void matvec_transposed(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
+    int along,
     device Y* y,
     threadgroup float* shared,
     uint block,
     uint simdgroup,
     uint lane) {
   constexpr int outputs = qmv_outputs();
-  constexpr int columns = qmv_columns();
+  constexpr int columns = qmv_simdgroup_columns();
   constexpr int elements = qmv_elements(rows, group_size, sizeof(T));
   constexpr int words = words_of(elements, bits);
-  const int lane_step = lane % qmv_lanes_along;
-  const int column = lane / qmv_lanes_along;
-  const int first = block * columns + column;
+  const int lane_step = lane % qmv_lanes_along();
+  const int column = lane / qmv_lanes_along();
+  const int part = static_cast<int>(simdgroup) & (along - 1);
+  const int first_column = block * qmv_columns(along);
+  const int first = first_column + (static_cast<int>(simdgroup) >> qmv_log2(along)) * columns + column;
   const int steps = params.k / elements;
 
   float sums[rows * outputs];
@@ -200,7 +202,7 @@ METAL_FUNC void matvec_transposed(
   for (int i = 0; i < rows * outputs; ++i) {
     sums[i] = 0.0f;
   }
-  for (int step = simdgroup * qmv_lanes_along + lane_step; step < steps; step += qmv_simdgroups() * qmv_lanes_along) {
+  for (int step = part * qmv_lanes_along() + lane_step; step < steps; step += along * qmv_lanes_along()) {
     PackedRows<words, outputs> w;
     load_rows<mode, group_size, bits, elements>(operands, params, step, first, w);
     multiply_rows<mode, bits, rows, elements>(operands.x, params, step * elements, w, sums);
@@ -209,7 +211,7 @@ METAL_FUNC void matvec_transposed(
   for (int i = 0; i < rows * outputs; ++i) {
     float sum = sums[i];
 #pragma unroll
-    for (int mask = 1; mask < qmv_lanes_along; mask *= 2) {
+    for (int mask = 1; mask < qmv_lanes_along(); mask *= 2) {
       sum += simd_shuffle_xor(sum, static_cast<ushort>(mask));
     }
     if (lane_step == 0) {
@@ -218,7 +220,7 @@ METAL_FUNC void matvec_transposed(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   write_sums<qmv_simdgroups(), rows, columns>(
-      shared, y, params, 0, block * columns, operands.factor, simdgroup * 32 + lane);
+      shared, y, params, 0, first_column, along, operands.factor, simdgroup * 32 + lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
@@ -226,21 +228,24 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
   threadgroup float shared[qmv_memory(rows)];
   const Operands<T, ScaleType<mode, T>> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
   matvec_transposed<T, mode, group_size, bits, rows>(
-      operands, params, batch_output(y, params, 0, threadgroup_index.z), shared, threadgroup_index.x, simdgroup, lane);
+      operands, params, simdgroups_along<rows, group_size, T>(params), batch_output(y, params, 0, threadgroup_index.z),
+      shared, threadgroup_index.x, simdgroup, lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
 [[kernel, max_total_threads_per_threadgroup(qmv_threads)]] void gather_qmv(GATHER_ARGUMENTS(T, mode)) {
   threadgroup float shared[qmv_memory(rows)];
   Operands<T, ScaleType<mode, T>> operands;
+  const int along = simdgroups_along<rows, group_size, T>(params.product);
   device T* out = y + threadgroup_index.z * params.product.y.outer;
   if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
     matvec_transposed<T, mode, group_size, bits, rows>(
-        operands, params.product, out, shared, threadgroup_index.x, simdgroup, lane);
+        operands, params.product, along, out, shared, threadgroup_index.x, simdgroup, lane);
   } else {
+    const int columns = qmv_columns(along);
     write_nan(
-        out, params.product, 0, params.product.rows, threadgroup_index.x * qmv_columns(), qmv_columns(),
-        simdgroup * 32 + lane, qmv_threads);
+        out, params.product, 0, params.product.rows, threadgroup_index.x * columns, columns, simdgroup * 32 + lane,
+        qmv_threads);
   }
 }
 
@@ -453,7 +458,7 @@ METAL_FUNC void matvec_plain(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     write_sums<qvm_simdgroups(), at_once, qvm_columns()>(
-        shared, y, params, first, first_column, operands.factor, simdgroup * 32 + lane);
+        shared, y, params, first, first_column, qvm_simdgroups(), operands.factor, simdgroup * 32 + lane);
   }
 }
 

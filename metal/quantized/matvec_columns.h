@@ -195,7 +195,7 @@ METAL_FUNC void matvec_of_columns(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   write_sums<column_qvm_simdgroups(), rows, block_columns>(
-      shared, y, params, 0, first_column, operands.factor, simdgroup * 32 + lane);
+      shared, y, params, 0, first_column, column_qvm_simdgroups(), operands.factor, simdgroup * 32 + lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>

@@ -154,9 +154,9 @@ METAL_FUNC int end_of_run(int rhs, int first, int pairs) {
   return end;
 }
 
-// Adds up, in a fixed order, what each of the simdgroups of a threadgroup has in `shared` for the same rows x columns
-// of y, and writes it, times `factor`, to rows from first_row and columns from first_column on, as far as the matrix
-// goes.
+// Each simdgroup of a threadgroup has sums of rows x columns of y in `shared`: the first `along` of them, a power of
+// two, for the same ones, the next for the columns beside those. Adds them up, in a fixed order, and writes them, times
+// `factor`, to rows from first_row and columns from first_column on, as far as the matrix goes.
 template <int simdgroups, int rows, int columns, typename Y>
 METAL_FUNC void write_sums(
     threadgroup const float* shared,
@@ -164,16 +164,21 @@ METAL_FUNC void write_sums(
     constant ProductParams& params,
     int first_row,
     int first_column,
+    int along,
     float factor,
     int thread_index) {
-  for (int i = thread_index; i < rows * columns; i += simdgroups * 32) {
+  constexpr int size = rows * columns;
+  for (int i = thread_index; i * along < simdgroups * size; i += simdgroups * 32) {
+    const int block = i / size;
     float sum = 0.0f;
 #pragma unroll
-    for (int simdgroup = 0; simdgroup < simdgroups; ++simdgroup) {
-      sum += shared[simdgroup * rows * columns + i];
+    for (int part = 0; part < simdgroups; ++part) {
+      if (part < along) {
+        sum += shared[(block * along + part) * size + i % size];
+      }
     }
-    const int row = first_row + i / columns;
-    const int column = first_column + i % columns;
+    const int row = first_row + i % size / columns;
+    const int column = first_column + block * columns + i % columns;
     if (row < params.rows && (aligned_outputs || column < params.n)) {
       y[static_cast<long>(row) * params.n + column] = static_cast<Y>(sum * factor);
     }

@@ -169,7 +169,10 @@ class ProductPlanner {
     const bool gathered = pairs_ > 0;
     const int instance = gathered ? smallest_at_least(gather_qmv_rows, rows) : smallest_at_least(qmv_rows, rows);
     const char* op = gathered ? "gather_qmv" : "qmv";
-    return {Family::matvec, op, instance, qmv_columns(), qmv_step_k, 32u * qmv_simdgroups(), no_split};
+    const int element_size = static_cast<int>(c10::elementSize(problem_.dtype));
+    const int elements = qmv_elements(instance, format_.group_size, element_size);
+    const int columns = qmv_columns(qmv_simdgroups_along(static_cast<int>(shape_.K / elements)));
+    return {Family::matvec, op, instance, columns, qmv_step_k, 32u * qmv_simdgroups(), no_split};
   }
 
   Kernel qvm_kernel(int64_t rows) const {
