@@ -20,6 +20,8 @@
   KERNEL(before "gather_qmv" after "_rows_8", gather_qmv<T, __VA_ARGS__, 8>)       \
   KERNEL(before "gather_qmv" after "_rows_12", gather_qmv<T, __VA_ARGS__, 12>)     \
   QVM_KERNELS(KERNEL, before, after, qvm, gather_qvm, 1, T, __VA_ARGS__)           \
+  PLAIN_QVM_KERNELS(KERNEL, before, after "_rows_2", qvm, 2, T, __VA_ARGS__)       \
+  PLAIN_QVM_KERNELS(KERNEL, before, after "_rows_3", qvm, 3, T, __VA_ARGS__)       \
   QVM_KERNELS(KERNEL, before, after "_rows_4", qvm, gather_qvm, 4, T, __VA_ARGS__) \
   QVM_KERNELS(KERNEL, before, after "_rows_8", qvm, gather_qvm, 8, T, __VA_ARGS__)
 
@@ -29,9 +31,12 @@
   QVM_KERNELS(KERNEL, before, after "_rows_4", column_qvm, gather_column_qvm, 4, T, __VA_ARGS__) \
   QVM_KERNELS(KERNEL, before, after "_rows_8", column_qvm, gather_column_qvm, 8, T, __VA_ARGS__)
 
+#define PLAIN_QVM_KERNELS(KERNEL, before, after, plain, rows, T, ...) \
+  KERNEL(before "qvm" after, plain<T, __VA_ARGS__, rows, T>)          \
+  KERNEL(before "qvm_splitk" after, plain<T, __VA_ARGS__, rows, float>)
+
 #define QVM_KERNELS(KERNEL, before, after, plain, gathered, rows, T, ...) \
-  KERNEL(before "qvm" after, plain<T, __VA_ARGS__, rows, T>)              \
-  KERNEL(before "qvm_splitk" after, plain<T, __VA_ARGS__, rows, float>)   \
+  PLAIN_QVM_KERNELS(KERNEL, before, after, plain, rows, T, __VA_ARGS__)   \
   KERNEL(before "gather_qvm" after, gathered<T, __VA_ARGS__, rows>)
 
 // Of a type alone.

@@ -19,13 +19,15 @@
 // so both take few and cheap operations; and the code of one step fits an instruction cache, because it takes 16
 // elements at a time where there are many rows.
 //
-// qvm of one row: y = x @ w, w [K, N], groups along N.
+// qvm of one or two rows: y = x @ w, w [K, N], groups along N.
 //
 //   simdgroup:  lane         0  1  2 ... 7 | 8  9 ... 15 | 16 ... 23 | 24 ... 31
 //               run of 32    0  1  2 ... 7 | 0  1 ...  7 |  0 ...  7 |  0 ...  7   along N: 256 columns
 //               row of w           k       |    k + 1    |   k + 2   |   k + 3     then on by 4 * simdgroups, along K
 //
-// A lane keeps its 32 columns to the end: shuffles then add up the four rows, and threadgroup memory the simdgroups.
+// A lane keeps its 32 columns to the end: shuffles then add up the four rows, and threadgroup memory the simdgroups. Of
+// three rows, a lane has 16 columns, and the simdgroup two rows of w. The sum of codes times x is scaled, which costs
+// one multiplication for each group and row of x, and the unpacked weights no further operation.
 //
 // qvm of up to eight rows: the 256 columns are one row of w in one simdgroup, eight columns to a lane.
 //
@@ -251,45 +253,60 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
 
 // --- Not transposed ------------------------------------------------------------------------------------------------
 
-static constant constexpr const int qvm_lanes_along = 8;  // of one row of x
-static constant constexpr const int qvm_lanes_across = 4;
 static constant constexpr const int qvm_threads = 32 * qvm_simdgroups();
 
-// One row: adds the product of row k of w, 32 columns of it, to the sums; their biases count for all columns alike, and
-// are summed on their own.
-template <Mode mode, int group_size, int bits, typename T, typename Scale>
+// Columns of y that a lane sums up for few rows of x: a run, or for three rows, for the sake of registers, half of one.
+inline constexpr int qvm_run(int rows) { return rows <= 2 ? run_elements : half_run_elements; }
+
+// Adds the products of row k of w, a run of its columns, with `rows` rows of x to sums[m * run + i]; the biases count
+// for all columns of a group alike, and are summed on their own.
+template <Mode mode, int group_size, int bits, int rows, int run, typename T, typename Scale>
 METAL_FUNC void accumulate_run_of_columns(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int k,
     int column,
     thread float* sums,
-    thread float& bias_sum) {
-  constexpr int span = group_size < run_elements ? group_size / chunk_elements : 4;  // chunks with one scale
-  const int columns = params.n - column;  // 32 or more, or in nvfp4 16
-  const long row_words = static_cast<long>(params.n / 16) * bits / 2;
+    thread float* bias_sums) {
+  constexpr int words = words_of(run, bits);
+  constexpr int span = group_size < run ? group_size / chunk_elements : run / chunk_elements;  // chunks with one scale
+  const int columns = params.n - column;  // as many as the run has or more, or in nvfp4 16
+  const long row_halves = static_cast<long>(params.n / 16) * bits;
   const long first_group = k * static_cast<long>(params.n / group_size) + column / group_size;
-  const device uint* source = operands.w + k * row_words + column / run_elements * bits;
-  uint packed[bits];
-  if (group_size >= run_elements || columns >= run_elements) {
-    load_words<bits>(source, aligned_weights, packed);
+  const device ushort* source = (const device ushort*)operands.w + k * row_halves + column / 16 * bits;
+  uint packed[words];
+  if (run == half_run_elements) {
+    load_half_run<bits>(source, aligned_weights, packed);
+  } else if (group_size >= run_elements || columns >= run_elements) {
+    load_words<bits>((const device uint*)source, aligned_weights, packed);
   } else {
 #pragma unroll
-    for (int i = 0; i < bits; ++i) {
-      packed[i] = i < bits / 2 ? source[i] : 0u;
+    for (int i = 0; i < words; ++i) {
+      packed[i] = i < words / 2 ? ((const device uint*)source)[i] : 0u;
     }
   }
-  const float activation = static_cast<float>(operands.x[k]);
-  bias_sum = fma(decode_bias<mode>(operands.biases, first_group), activation, bias_sum);
+  const float bias = decode_bias<mode>(operands.biases, first_group);
+  float activations[rows];
 #pragma unroll
-  for (int chunk = 0; chunk < 4; ++chunk) {
-    if (group_size >= run_elements || chunk * chunk_elements < columns) {
-      const float scale = decode_scale<mode>(operands.scales[first_group + chunk / span]) * activation;
+  for (int m = 0; m < rows; ++m) {
+    // An instance for more rows than there are repeats the last one, and does not write it.
+    activations[m] = static_cast<float>(operands.x[(m == 0 ? 0 : min(m, params.rows - 1) * params.x_row_stride) + k]);
+    bias_sums[m] = fma(bias, activations[m], bias_sums[m]);
+  }
+#pragma unroll
+  for (int chunk = 0; chunk < run / chunk_elements; ++chunk) {
+    if (group_size >= run || chunk * chunk_elements < columns) {
+      const float scale = decode_scale<mode>(operands.scales[first_group + chunk / span]);
       float weights[chunk_elements];
       decode_chunk<mode, bits>(packed, chunk, weights);
 #pragma unroll
-      for (int i = 0; i < chunk_elements; ++i) {
-        sums[chunk * chunk_elements + i] = fma(weights[i], scale, sums[chunk * chunk_elements + i]);
+      for (int m = 0; m < rows; ++m) {
+        const float scaled = scale * activations[m];
+        thread float* target = sums + m * run + chunk * chunk_elements;
+#pragma unroll
+        for (int i = 0; i < chunk_elements; ++i) {
+          target[i] = fma(weights[i], scaled, target[i]);
+        }
       }
     }
   }
@@ -307,10 +324,10 @@ METAL_FUNC void share_columns(ushort mask, bool upper, thread float* sums) {
   }
 }
 
-// The sums of eight columns from `lane_column` on of the 256 of this block, for one row. Lanes eight apart read every
-// fourth row of w, and in the end have a quarter of their 32 columns each.
-template <Mode mode, int group_size, int bits, typename T, typename Scale>
-METAL_FUNC void sum_one_row(
+// The sums of eight columns from `lane_column` on of the 256 of this block, for up to three rows: sums[8 * m + i].
+// Lanes that have the same run read different rows of w, and in the end have a part of its columns each.
+template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
+METAL_FUNC void sum_few_rows(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int first_column,
@@ -318,34 +335,50 @@ METAL_FUNC void sum_one_row(
     int end,
     uint simdgroup,
     uint lane,
-    thread float* chunk_sums,
+    thread float* sums,
     thread int& lane_column) {
-  const int run = lane % qvm_lanes_along;
-  const int column = first_column + run * run_elements;
-  float sums[run_elements];
+  constexpr int run = qvm_run(rows);
+  constexpr int lanes_along = qvm_columns() / run;  // of one row of w
+  constexpr int lanes_across = 32 / lanes_along;
+  lane_column = lane % lanes_along * run;
+  const int column = first_column + lane_column;
+  float run_sums[rows * run];
+  float bias_sums[rows];
 #pragma unroll
-  for (int i = 0; i < run_elements; ++i) {
-    sums[i] = 0.0f;
+  for (int i = 0; i < rows * run; ++i) {
+    run_sums[i] = 0.0f;
   }
-  float bias_sum = 0.0f;
+#pragma unroll
+  for (int m = 0; m < rows; ++m) {
+    bias_sums[m] = 0.0f;
+  }
   if (aligned_outputs || column < params.n) {
-    const int stride = qvm_lanes_across * qvm_simdgroups();
-    for (int k = begin + simdgroup * qvm_lanes_across + lane / qvm_lanes_along; k < end; k += stride) {
-      accumulate_run_of_columns<mode, group_size, bits>(operands, params, k, column, sums, bias_sum);
+    const int first = begin + static_cast<int>(simdgroup * lanes_across + lane / lanes_along);
+    for (int k = first; k < end; k += lanes_across * qvm_simdgroups()) {
+      accumulate_run_of_columns<mode, group_size, bits, rows, run>(operands, params, k, column, run_sums, bias_sums);
     }
   }
-  share_columns<run_elements>(16, (lane & 16) != 0, sums);
-  share_columns<run_elements / 2>(8, (lane & 8) != 0, sums);
-  bias_sum += simd_shuffle_xor(bias_sum, 16);
-  bias_sum += simd_shuffle_xor(bias_sum, 8);
 #pragma unroll
-  for (int i = 0; i < chunk_elements; ++i) {
-    chunk_sums[i] = sums[i] + bias_sum;
+  for (int m = 0; m < rows; ++m) {
+    thread float* own = run_sums + m * run;
+    float bias_sum = bias_sums[m];
+    if (run == run_elements) {
+      share_columns<run_elements>(16, (lane & 16) != 0, own);
+      share_columns<half_run_elements>(8, (lane & 8) != 0, own);
+      bias_sum += simd_shuffle_xor(bias_sum, 8);
+    } else {
+      share_columns<half_run_elements>(16, (lane & 16) != 0, own);
+    }
+    bias_sum += simd_shuffle_xor(bias_sum, 16);
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      sums[m * chunk_elements + i] = own[i] + bias_sum;
+    }
   }
-  lane_column = run * run_elements + (lane / 16 * 2 + lane / 8 % 2) * chunk_elements;
+  lane_column += (run == run_elements ? lane / 16 * 2 + lane / 8 % 2 : lane / 16) * chunk_elements;
 }
 
-// Several rows: adds the products of rows k to k + count - 1 of w, all of one chunk of columns, to sums[8 * m + i].
+// More rows: adds the products of rows k to k + count - 1 of w, all of one chunk of columns, to sums[8 * m + i].
 template <Mode mode, int group_size, int bits, int rows, int count, typename T, typename Scale>
 METAL_FUNC void accumulate_columns(
     Operands<T, Scale> operands,
@@ -388,9 +421,9 @@ METAL_FUNC void accumulate_columns(
   }
 }
 
-// As sum_one_row, for `rows` rows: sums[8 * m + i]. All lanes of a simdgroup read one row of w.
+// As sum_few_rows, for more rows. All lanes of a simdgroup read one row of w.
 template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
-METAL_FUNC void sum_rows(
+METAL_FUNC void sum_many_rows(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int first_column,
@@ -419,7 +452,7 @@ METAL_FUNC void sum_rows(
 }
 
 // Rows of y that the simdgroups add up in threadgroup memory at a time.
-inline constexpr int rows_at_once(int rows) { return rows == 1 ? 1 : 2; }
+inline constexpr int rows_at_once(int rows) { return rows % 2 == 1 ? 1 : 2; }
 inline constexpr int qvm_memory(int rows) { return rows_at_once(rows) * qvm_simdgroups() * qvm_columns(); }
 
 // shared: qvm_memory(rows) floats.
@@ -438,10 +471,11 @@ METAL_FUNC void matvec_plain(
   const int end = min(params.k, begin + params.part_k);
   float sums[rows * chunk_elements];
   int lane_column;
-  if (rows == 1) {
-    sum_one_row<mode, group_size, bits>(operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
+  if (rows <= 3) {
+    sum_few_rows<mode, group_size, bits, rows>(
+        operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
   } else {
-    sum_rows<mode, group_size, bits, rows>(
+    sum_many_rows<mode, group_size, bits, rows>(
         operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
   }
 

@@ -17,7 +17,8 @@ namespace {
 // hold too many accumulators for the registers of a lane.
 constexpr int qmv_rows[] = {1, 2, 3, 4, 6, 8, 12};
 constexpr int gather_qmv_rows[] = {1, 4, 8, 12};
-constexpr int qvm_rows[] = {1, 4, 8};
+constexpr int qvm_rows[] = {1, 2, 3, 4, 8};
+constexpr int gather_qvm_rows[] = {1, 4, 8};  // also where columns are packed
 // Rows of a tile. 16 for what is just too much for a matvec: a tile's time is that of all its rows, used or not.
 constexpr int tile_rows[] = {16, 32, 64};
 constexpr int tensor_tile_rows[] = {32, 64};
@@ -176,8 +177,10 @@ class ProductPlanner {
   }
 
   Kernel qvm_kernel(int64_t rows) const {
-    const int instance = smallest_at_least(qvm_rows, rows);
-    const char* op = pairs_ > 0 ? "gather_qvm" : "qvm";
+    const bool gathered = pairs_ > 0;
+    const int instance = gathered || is_column_packed(format_.mode) ? smallest_at_least(gather_qvm_rows, rows)
+                                                                    : smallest_at_least(qvm_rows, rows);
+    const char* op = gathered ? "gather_qvm" : "qvm";
     if (is_column_packed(format_.mode)) {
       const uint32_t threads = 32u * column_qvm_simdgroups();
       return {Family::matvec, op, instance, column_qvm_columns(), format_.group_size, threads, column_qvm_split};
