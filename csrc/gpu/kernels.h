@@ -68,9 +68,13 @@
 #define TENSOR_KERNELS_columns(KERNEL, before, after, T, ...) \
   QMM_NAX_KERNELS(KERNEL, before, "_n", after, true, T, __VA_ARGS__)
 
-#define QMM_NAX_KERNELS(KERNEL, before, side, after, transpose, T, ...)                     \
-  KERNEL(before "qmm" side "_nax" after "_rows_32", qmm_nax<T, __VA_ARGS__, 32, transpose>) \
-  KERNEL(before "qmm" side "_nax" after "_rows_64", qmm_nax<T, __VA_ARGS__, 64, transpose>) \
+// Many rows are split along K in tiles of at most 64.
+#define QMM_NAX_KERNELS(KERNEL, before, side, after, transpose, T, ...)                                   \
+  KERNEL(before "qmm" side "_nax" after "_rows_32", qmm_nax<T, __VA_ARGS__, 32, transpose, T>)            \
+  KERNEL(before "qmm" side "_nax" after "_rows_64", qmm_nax<T, __VA_ARGS__, 64, transpose, T>)            \
+  KERNEL(before "qmm" side "_nax" after "_rows_128", qmm_nax<T, __VA_ARGS__, 128, transpose, T>)          \
+  KERNEL(before "qmm" side "_nax_splitk" after "_rows_32", qmm_nax<T, __VA_ARGS__, 32, transpose, float>) \
+  KERNEL(before "qmm" side "_nax_splitk" after "_rows_64", qmm_nax<T, __VA_ARGS__, 64, transpose, float>) \
   KERNEL(before "gather_qmm_rhs" side "_nax" after "_rows_32", gather_qmm_rhs_nax<T, __VA_ARGS__, transpose>)
 
 #define QUANTIZE_KERNELS_rows(KERNEL, before, after, T, ...) \

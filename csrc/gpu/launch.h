@@ -70,7 +70,7 @@ inline constexpr int tile_columns() { return 64; }
 inline constexpr int tile_k(int rows, int element_size) { return rows < 64 && element_size == 2 ? 64 : 32; }
 inline constexpr int tile_simdgroups() { return 4; }
 
-// The tensor-op products: tiles of 32 or 64 rows.
+// The tensor-op products: tiles of 32, 64 or 128 rows.
 inline constexpr int tensor_tile_columns() { return 64; }
 inline constexpr int tensor_tile_k() { return 64; }
 inline constexpr int tensor_tile_simdgroups() { return 4; }
