@@ -14,7 +14,7 @@
 
 namespace quantization_mlx {
 
-#define ALL(type_name, T) FOR_EACH_FORMAT(MATMUL_KERNELS_, type_name, T)
-FOR_EACH_TYPE(ALL)
+FOR_EACH_HALF_TYPE(KERNELS_OF_HALF, MATMUL)
+FOR_FLOAT(KERNELS_OF_FLOAT, MATMUL)
 
 }  // namespace quantization_mlx

@@ -16,8 +16,7 @@
 
 namespace quantization_mlx {
 
-#define ALL(type_name, T) FOR_EACH_FORMAT(TENSOR_KERNELS_, type_name, T)
-FOR_EACH_HALF_TYPE(ALL)
+FOR_EACH_HALF_TYPE(KERNELS_OF_HALF, TENSOR)
 
 }  // namespace quantization_mlx
 

@@ -15,9 +15,11 @@
 
 namespace quantization_mlx {
 
-#define ALL(type_name, T)                        \
-  FOR_EACH_FORMAT(MATVEC_KERNELS_, type_name, T) \
-  SUM_KERNELS(INSTANTIATE, "_" #type_name, T)
-FOR_EACH_TYPE(ALL)
+FOR_EACH_HALF_TYPE(KERNELS_OF_HALF, MATVEC)
+FOR_FLOAT(KERNELS_OF_FLOAT, MATVEC)
+
+#define SUM_KERNELS_OF(KERNEL, type_name, T) SUM_KERNELS(KERNEL, "_" #type_name, T)
+FOR_EACH_HALF_TYPE(SUM_KERNELS_OF, INSTANTIATE)
+FOR_FLOAT(SUM_KERNELS_OF, INSTANTIATE)
 
 }  // namespace quantization_mlx

@@ -16,7 +16,7 @@
 
 namespace quantization_mlx {
 
-#define ALL(type_name, T) FOR_EACH_FORMAT(QUANTIZE_KERNELS_, type_name, T)
-FOR_EACH_TYPE(ALL)
+FOR_EACH_HALF_TYPE(KERNELS_OF_HALF, QUANTIZE)
+FOR_FLOAT(KERNELS_OF_FLOAT, QUANTIZE)
 
 }  // namespace quantization_mlx
