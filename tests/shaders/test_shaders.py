@@ -25,6 +25,7 @@ from oracle import Format, Quantized
 from repository import ROOT
 
 METAL = ROOT / "metal/quantized"
+ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
 # csrc/gpu/launch.h
 ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)
 PRODUCT_PARAMS, GATHER_TAIL, SUM_PARTS_PARAMS = "<14q6i", "<2i", "<2i"
@@ -65,7 +66,7 @@ COLUMN_FORMATS = tuple(
 
 @functools.cache
 def library(stem: str) -> softmetal.Library:
-    return softmetal.compile(METAL / f"{stem}.metal")
+    return softmetal.compile(METAL / f"{stem}.metal", defines=ALL_KERNELS)
 
 
 def kernel_name(format: Format, op: str, dtype: torch.dtype, rows: int = 1) -> str:
@@ -328,7 +329,7 @@ def test_names():
 @pytest.mark.parametrize("standard", ("metal3.1", "metal4.0"))
 def test_language_versions(stem, standard):
     """C++14 and C++17, for each kind of packing."""
-    compiled = softmetal.compile(METAL / f"{stem}.metal", standard=standard)
+    compiled = softmetal.compile(METAL / f"{stem}.metal", defines=ALL_KERNELS, standard=standard)
     for format in (*SOME_FORMATS, *COLUMN_FORMATS[:3]):
         end = re.compile(rf"_gs_{format.group_size}_b_{format.bits}(_rows_\d+)?")
         names = [name for name in compiled.kernels if name.startswith(f"{format.mode}_") and end.search(name)]
@@ -553,7 +554,7 @@ def test_every_barrier_is_needed(header, number, monkeypatch):
         monkeypatch.setattr(oracle, "random_quantized", lambda *shape, **options: large)
     source = source.replace(f'#include "{header}.h"', without)
     kernels = f"{stem.upper()}_KERNELS_{'columns' if format.is_column_packed else 'rows'}"
-    instances = f"EACH_WIDTH({format.bits}, {format.group_size}, {kernels}, {format.mode}, float16, half)"
+    instances = f"FORMAT_KERNELS({format.mode}, {format.group_size}, {format.bits}, {kernels}, float16, half)"
     source += f'#include "formats.h"\nnamespace quantization_mlx {{\n{instances}\n}}\n'
     broken = softmetal.compile(source, include_dirs=[METAL])
     monkeypatch.setattr(sys.modules[__name__], "library", lambda stem: broken)
