@@ -59,6 +59,7 @@ constexpr SplitK tile_split{4, 512};  // of 128 threads, with 6 to 18 KiB of thr
 // Tensor operations, of 128 threads: MLX has about 512 threadgroups then (quantized.cpp), on whatever GPU; this is as
 // many on one of 40 cores. The sums of a part, written and read again, are no more bytes than its weights at 4 bits.
 constexpr SplitK tensor_split(int rows) { return {12, 16 * rows}; }
+
 // Parts are whole steps of a kernel along K.
 constexpr int qmv_step_k = 32;
 constexpr int qvm_step_k = 32;  // where columns are packed: a group
