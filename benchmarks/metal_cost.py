@@ -9,7 +9,8 @@ GPU smaller. Counts guard against regressions and tell where to look. They are n
 A row is a launch. weights, scales, x: bytes asked for, by the bytes that there are (scales with biases; for experts, of
 those that are used). read, write: all buffers, of the call's minimum: every operand once, the result once. multiplies:
 of 8x8 matrices (tensor operations: as much work), by the least number, edges padded to 8. barriers: of one
-threadgroup. memory: bytes of threadgroup memory.
+threadgroup. memory: bytes of threadgroup memory. lanes: of qmv, the share that has weights to multiply, in the passes
+that its threadgroups make over K.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Cost:
     multiplies: float | None
     barriers: float
     memory: int
+    lanes: float | None
 
 
 def costs(call: Call, gpu: str = GPU) -> list[Cost]:
@@ -168,7 +170,20 @@ def _cost(call: Call, launch: mps.Launch, operands: Sequence[Tensor], least_read
         multiplies=multiplies,
         barriers=launch.counters["threadgroup_barriers"] / groups,
         memory=launch.counters["threadgroup_bytes"],
+        lanes=_busy_lanes(call, launch) if "qmv" in launch.kernel else None,
     )
+
+
+def _busy_lanes(call: Call, launch: mps.Launch) -> float:
+    """Lanes are along K, but for the columns of y that a threadgroup has; each has four rows of w (matvec.h)."""
+    threads, rows_of_w = 128, 4
+    rows = int(launch.kernel.rpartition("_rows_")[2]) if "_rows_" in launch.kernel else 1
+    step = 32 if rows <= 3 and call.group_size >= 32 and call.dtype.itemsize == 2 else 16
+    along = threads * rows_of_w * launch.threadgroups[0] // call.n
+    passes = -(-call.k // (step * along))
+    lanes = threads * launch.threadgroups[0] * launch.threadgroups[2]
+    weights = launch.bytes_read[WEIGHTS] * 8 / call.bits
+    return weights / (lanes * passes * step * rows_of_w)
 
 
 def _rows_of_experts(call: Call, operands: Sequence[Tensor]) -> list[int]:
@@ -180,13 +195,18 @@ FORMATS = [format for format in cases.FORMATS if format.mode != "affine" or form
 COLUMN_FORMATS = [Format("marlin_fp4", 128, 4), Format("marlin_fp8", 128, 8), Format("marlin_int2", 64, 2)]
 COLUMN_FORMATS += [Format("marlin_int4", 32, 4), Format("marlin_int4_sym", 64, 4)]
 
+# Of experts and small heads: no multiples of what a threadgroup takes of a long K at a time.
+SMALL_OR_ODD_K = (512, 768, 1024, 2880, 3072)
+
 CALLS = [
     *(Call(1, **format.options) for format in FORMATS),
     *(Call(1, transpose=False, **format.options) for format in COLUMN_FORMATS),
     *(Call(rows, mode="marlin_fp4", group_size=128, transpose=False) for rows in (4, 8, 16, 64)),
     Call(1, n=4096, k=4096),
+    *(Call(1, n=256, k=k) for k in SMALL_OR_ODD_K),
+    *(Call(1, n=256, k=k, experts=2) for k in SMALL_OR_ODD_K),
     *(Call(rows) for rows in (2, 3, 4, 6, 8, 12)),
-    *(Call(rows, transpose=False) for rows in (1, 4, 8)),
+    *(Call(rows, transpose=False) for rows in (1, 2, 3, 4, 8)),
     *(Call(rows, transpose=transpose) for transpose in (True, False) for rows in (16, 32, 64, 128)),
     Call(33, n=1000, k=2080, group_size=32),
     *(Call(rows, n=512, k=512, experts=8) for rows in (2, 64, 256)),

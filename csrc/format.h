@@ -9,11 +9,13 @@
 #ifdef __METAL_VERSION__
 #include <metal_stdlib>
 #define QUANTIZATION_MLX_MATH metal
+#define QUANTIZATION_MLX_INLINE METAL_FUNC
 #else
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #define QUANTIZATION_MLX_MATH std
+#define QUANTIZATION_MLX_INLINE inline
 #endif
 
 #include "formats.h"
@@ -61,7 +63,7 @@ inline constexpr int unit_bytes(int bits) { return unit_elements(bits) * bits / 
 
 // --- Bits and rounding --------------------------------------------------------------------------------------------
 
-inline float float_from_bits(uint32_t bits) {
+QUANTIZATION_MLX_INLINE float float_from_bits(uint32_t bits) {
 #ifdef __METAL_VERSION__
   return as_type<float>(bits);
 #else
@@ -71,7 +73,7 @@ inline float float_from_bits(uint32_t bits) {
 #endif
 }
 
-inline uint32_t bits_from_float(float value) {
+QUANTIZATION_MLX_INLINE uint32_t bits_from_float(float value) {
 #ifdef __METAL_VERSION__
   return as_type<uint32_t>(value);
 #else
@@ -81,10 +83,10 @@ inline uint32_t bits_from_float(float value) {
 #endif
 }
 
-inline float round_half_even(float value) { return QUANTIZATION_MLX_MATH::rint(value); }
+QUANTIZATION_MLX_INLINE float round_half_even(float value) { return QUANTIZATION_MLX_MATH::rint(value); }
 
 // Correctly rounded, also where the compiler may divide fast.
-inline float quotient(float dividend, float divisor) {
+QUANTIZATION_MLX_INLINE float quotient(float dividend, float divisor) {
 #ifdef __METAL_VERSION__
   return metal::precise::divide(dividend, divisor);
 #else
@@ -92,10 +94,10 @@ inline float quotient(float dividend, float divisor) {
 #endif
 }
 
-inline float magnitude(float value) { return QUANTIZATION_MLX_MATH::fabs(value); }
+QUANTIZATION_MLX_INLINE float magnitude(float value) { return QUANTIZATION_MLX_MATH::fabs(value); }
 
 // IEEE binary16, exactly.
-inline float float16_to_float(uint32_t bits) {
+QUANTIZATION_MLX_INLINE float float16_to_float(uint32_t bits) {
   uint32_t sign = (bits & 0x8000u) << 16;
   uint32_t low = bits & 0x7FFFu;
   float positive = low < 0x400u ? 5.9604644775390625e-8f * static_cast<float>(low)  // subnormal: steps of 2^-24
@@ -104,7 +106,7 @@ inline float float16_to_float(uint32_t bits) {
 }
 
 // To the nearest, ties to even.
-inline uint32_t float16_from_float(float value) {
+QUANTIZATION_MLX_INLINE uint32_t float16_from_float(float value) {
   uint32_t bits = bits_from_float(value);
   uint32_t sign = bits >> 16 & 0x8000u;
   uint32_t low = bits & 0x7FFFFFFFu;
@@ -123,7 +125,7 @@ inline uint32_t float16_from_float(float value) {
 // --- E2M1: the 4-bit element of mxfp4 and nvfp4 -------------------------------------------------------------------
 // Codes 0..7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign.
 
-inline float e2m1_to_float(uint32_t code) {
+QUANTIZATION_MLX_INLINE float e2m1_to_float(uint32_t code) {
   uint32_t sign = (code & 8u) << 28;
   uint32_t low = code & 7u;
   // From 1 up the code is the top of a float's exponent and mantissa; 0 and 0.5 are E2M1's subnormals.
@@ -132,7 +134,7 @@ inline float e2m1_to_float(uint32_t code) {
 }
 
 // Nearest value; a tie goes to the lower code, as in MLX's CPU back end, so -0.25 and smaller become +0.
-inline uint32_t e2m1_from_float(float value) {
+QUANTIZATION_MLX_INLINE uint32_t e2m1_from_float(float value) {
   float size = magnitude(value);
   uint32_t low = static_cast<uint32_t>(size > 0.25f) + static_cast<uint32_t>(size > 0.75f) +
       static_cast<uint32_t>(size > 1.25f) + static_cast<uint32_t>(size > 1.75f) + static_cast<uint32_t>(size > 2.5f) +
@@ -143,7 +145,7 @@ inline uint32_t e2m1_from_float(float value) {
 // --- E4M3 (the "fn" variant): the element of mxfp8 and the scale of nvfp4 -----------------------------------------
 // No infinities, 0x7F is NaN, the largest value is 448.
 
-inline float e4m3_to_float(uint32_t code) {
+QUANTIZATION_MLX_INLINE float e4m3_to_float(uint32_t code) {
   uint32_t low = code & 0x7Fu;
   float positive = low < 8u ? 0.001953125f * static_cast<float>(low) : float_from_bits((low << 20) + (120u << 23));
   if (low == 0x7Fu) {
@@ -153,7 +155,7 @@ inline float e4m3_to_float(uint32_t code) {
 }
 
 // Round to nearest even, saturating at 448.
-inline uint32_t e4m3_from_float(float value) {
+QUANTIZATION_MLX_INLINE uint32_t e4m3_from_float(float value) {
   uint32_t sign = (bits_from_float(value) >> 24) & 0x80u;
   uint32_t bits = bits_from_float(value) & 0x7FFFFFFFu;
   if (bits > 0x7F800000u) {
@@ -170,18 +172,20 @@ inline uint32_t e4m3_from_float(float value) {
 }
 
 // The value of a code before it is scaled.
-inline float element_value(Mode mode, uint32_t code) {
+QUANTIZATION_MLX_INLINE float element_value(Mode mode, uint32_t code) {
   return is_e2m1(mode) ? e2m1_to_float(code) : (is_e4m3(mode) ? e4m3_to_float(code) : static_cast<float>(code));
 }
 
 // --- E8M0: the power-of-two scale of mxfp4 and mxfp8 ---------------------------------------------------------------
 // Value 2^(byte - 127). MLX decodes byte 255 as infinity.
 
-inline float e8m0_to_float(uint32_t byte) { return float_from_bits(byte == 0u ? 0x00400000u : byte << 23); }
+QUANTIZATION_MLX_INLINE float e8m0_to_float(uint32_t byte) {
+  return float_from_bits(byte == 0u ? 0x00400000u : byte << 23);
+}
 
 // The smallest power of two >= ratio, so that no element saturates. MLX writes 1 for an all-zero group; where its byte
 // would wrap around below 2^-127, this saturates.
-inline uint32_t e8m0_from_ratio(float ratio) {
+QUANTIZATION_MLX_INLINE uint32_t e8m0_from_ratio(float ratio) {
   uint32_t bits = bits_from_float(ratio);
   if (bits == 0u) {
     return 127u;
@@ -197,11 +201,13 @@ inline uint32_t e8m0_from_ratio(float ratio) {
 // The value of a code is (element - zero) * scale, with a float16 scale; float32 arithmetic is exact in it, and so is
 // element * scale + column_bias.
 
-inline constexpr float column_zero(Mode mode, float stored) { return has_zeros(mode) ? stored : traits_of(mode).zero; }
+QUANTIZATION_MLX_INLINE constexpr float column_zero(Mode mode, float stored) {
+  return has_zeros(mode) ? stored : traits_of(mode).zero;
+}
 
 inline constexpr bool has_column_bias(Mode mode) { return has_zeros(mode) || traits_of(mode).zero != 0.0f; }
 
-inline constexpr float column_bias(Mode mode, float scale, float stored_zero) {
+QUANTIZATION_MLX_INLINE constexpr float column_bias(Mode mode, float scale, float stored_zero) {
   return -column_zero(mode, stored_zero) * scale;
 }
 
@@ -215,16 +221,18 @@ inline constexpr float largest_element(Mode mode) {
 }
 
 // The scale of a group whose largest magnitude is absmax, before rounding to the scale's own type.
-inline float fp_scale_ratio(Mode mode, float absmax) { return quotient(absmax, largest_element(mode)); }
+QUANTIZATION_MLX_INLINE float fp_scale_ratio(Mode mode, float absmax) {
+  return quotient(absmax, largest_element(mode));
+}
 
 // nvfp4 scales count in units of global_scale / 2688, where 2688 = 448 * 6 is the largest value two codes can express.
 // Finite also for the global scale 0 of an all-zero tensor, where MLX's is infinite.
-inline float nvfp4_encode_factor(float global_scale) {
+QUANTIZATION_MLX_INLINE float nvfp4_encode_factor(float global_scale) {
   float factor = quotient(2688.0f, global_scale);
   return factor < 3.4028235e38f ? factor : 3.4028235e38f;
 }
 
-inline float nvfp4_decode_factor(float global_scale) { return quotient(global_scale, 2688.0f); }
+QUANTIZATION_MLX_INLINE float nvfp4_decode_factor(float global_scale) { return quotient(global_scale, 2688.0f); }
 
 struct AffineParameters {
   float scale;
@@ -235,7 +243,7 @@ struct AffineParameters {
 // straddles it, by a whole code. The scale is negative when that extreme is the maximum. The two codes of 1 bit are the
 // extremes. Where the range overflows float32 and MLX's scale would be infinite, the step saturates so that every code
 // stays finite.
-inline AffineParameters affine_parameters(float minimum, float maximum, int bits) {
+QUANTIZATION_MLX_INLINE AffineParameters affine_parameters(float minimum, float maximum, int bits) {
   float steps = static_cast<float>((1 << bits) - 1);
   bool from_minimum = bits == 1 || magnitude(minimum) > magnitude(maximum);
   float edge = from_minimum ? minimum : maximum;
@@ -256,7 +264,7 @@ inline AffineParameters affine_parameters(float minimum, float maximum, int bits
   return result;
 }
 
-inline uint32_t affine_code(float value, AffineParameters parameters, int bits) {
+QUANTIZATION_MLX_INLINE uint32_t affine_code(float value, AffineParameters parameters, int bits) {
   float last = static_cast<float>((1 << bits) - 1);
   float code = round_half_even(quotient(value - parameters.bias, parameters.scale));
   code = code > 0.0f ? code : 0.0f;  // also where code is NaN
@@ -265,7 +273,7 @@ inline uint32_t affine_code(float value, AffineParameters parameters, int bits) 
 
 // The float16 bits of a column-packed group's scale. Stored zeros are integers that float16 holds exactly, so a scale
 // is so large that the one furthest from 0 is below 2048.
-inline uint32_t column_scale_bits(Mode mode, float minimum, float maximum) {
+QUANTIZATION_MLX_INLINE uint32_t column_scale_bits(Mode mode, float minimum, float maximum) {
   float largest = magnitude(minimum) > magnitude(maximum) ? magnitude(minimum) : magnitude(maximum);
   float scale = 0.0f;
   if (has_zeros(mode)) {
@@ -284,7 +292,7 @@ inline uint32_t column_scale_bits(Mode mode, float minimum, float maximum) {
 }
 
 // The code of zero to be stored for such a group. Where the scale saturates, so does it.
-inline float column_stored_zero(Mode mode, float minimum, float scale) {
+QUANTIZATION_MLX_INLINE float column_stored_zero(Mode mode, float minimum, float scale) {
   if (!has_zeros(mode)) {
     return 0.0f;
   }
@@ -293,7 +301,7 @@ inline float column_stored_zero(Mode mode, float minimum, float scale) {
   return (zero < 2048.0f ? zero : 2048.0f) + 0.0f;  // never -0
 }
 
-inline uint32_t column_code(Mode mode, float value, float scale, float stored_zero) {
+QUANTIZATION_MLX_INLINE uint32_t column_code(Mode mode, float value, float scale, float stored_zero) {
   float scaled = quotient(value, scale);
   if (is_e2m1(mode)) {
     return e2m1_from_float(scaled);

@@ -5,21 +5,34 @@
 // KERNEL(name, instance) for each kernel of an element type T, that of x and y, and a format. A name is `before`, such
 // as "affine_", the op, `after`, such as "_float16_gs_64_b_4", and for several rows "_rows_2". The last arguments are
 // those of the format: Mode::affine, 64, 4.
+//
+// A table of packed rows has two parts: what models are run with, x @ w.T, and what is x @ w, as their gradients are.
 #pragma once
 
-#define MATVEC_KERNELS_rows(KERNEL, before, after, T, ...)                         \
-  KERNEL(before "qmv" after, qmv<T, __VA_ARGS__, 1>)                               \
-  KERNEL(before "qmv" after "_rows_2", qmv<T, __VA_ARGS__, 2>)                     \
-  KERNEL(before "qmv" after "_rows_3", qmv<T, __VA_ARGS__, 3>)                     \
-  KERNEL(before "qmv" after "_rows_4", qmv<T, __VA_ARGS__, 4>)                     \
-  KERNEL(before "qmv" after "_rows_6", qmv<T, __VA_ARGS__, 6>)                     \
-  KERNEL(before "qmv" after "_rows_8", qmv<T, __VA_ARGS__, 8>)                     \
-  KERNEL(before "qmv" after "_rows_12", qmv<T, __VA_ARGS__, 12>)                   \
-  KERNEL(before "gather_qmv" after, gather_qmv<T, __VA_ARGS__, 1>)                 \
-  KERNEL(before "gather_qmv" after "_rows_4", gather_qmv<T, __VA_ARGS__, 4>)       \
-  KERNEL(before "gather_qmv" after "_rows_8", gather_qmv<T, __VA_ARGS__, 8>)       \
-  KERNEL(before "gather_qmv" after "_rows_12", gather_qmv<T, __VA_ARGS__, 12>)     \
+#define MATVEC_KERNELS_rows(...) MATVEC_KERNELS_inference(__VA_ARGS__) MATVEC_KERNELS_training(__VA_ARGS__)
+#define MATMUL_KERNELS_rows(...) MATMUL_KERNELS_inference(__VA_ARGS__) MATMUL_KERNELS_training(__VA_ARGS__)
+#define TENSOR_KERNELS_rows(...) TENSOR_KERNELS_inference(__VA_ARGS__) TENSOR_KERNELS_training(__VA_ARGS__)
+#define QUANTIZE_KERNELS_rows(...) QUANTIZE_KERNELS_inference(__VA_ARGS__)
+
+// --- Matvecs -------------------------------------------------------------------------------------------------------
+
+#define MATVEC_KERNELS_inference(KERNEL, before, after, T, ...)              \
+  KERNEL(before "qmv" after, qmv<T, __VA_ARGS__, 1>)                         \
+  KERNEL(before "qmv" after "_rows_2", qmv<T, __VA_ARGS__, 2>)               \
+  KERNEL(before "qmv" after "_rows_3", qmv<T, __VA_ARGS__, 3>)               \
+  KERNEL(before "qmv" after "_rows_4", qmv<T, __VA_ARGS__, 4>)               \
+  KERNEL(before "qmv" after "_rows_6", qmv<T, __VA_ARGS__, 6>)               \
+  KERNEL(before "qmv" after "_rows_8", qmv<T, __VA_ARGS__, 8>)               \
+  KERNEL(before "qmv" after "_rows_12", qmv<T, __VA_ARGS__, 12>)             \
+  KERNEL(before "gather_qmv" after, gather_qmv<T, __VA_ARGS__, 1>)           \
+  KERNEL(before "gather_qmv" after "_rows_4", gather_qmv<T, __VA_ARGS__, 4>) \
+  KERNEL(before "gather_qmv" after "_rows_8", gather_qmv<T, __VA_ARGS__, 8>) \
+  KERNEL(before "gather_qmv" after "_rows_12", gather_qmv<T, __VA_ARGS__, 12>)
+
+#define MATVEC_KERNELS_training(KERNEL, before, after, T, ...)                     \
   QVM_KERNELS(KERNEL, before, after, qvm, gather_qvm, 1, T, __VA_ARGS__)           \
+  PLAIN_QVM_KERNELS(KERNEL, before, after "_rows_2", qvm, 2, T, __VA_ARGS__)       \
+  PLAIN_QVM_KERNELS(KERNEL, before, after "_rows_3", qvm, 3, T, __VA_ARGS__)       \
   QVM_KERNELS(KERNEL, before, after "_rows_4", qvm, gather_qvm, 4, T, __VA_ARGS__) \
   QVM_KERNELS(KERNEL, before, after "_rows_8", qvm, gather_qvm, 8, T, __VA_ARGS__)
 
@@ -30,15 +43,22 @@
   QVM_KERNELS(KERNEL, before, after "_rows_8", column_qvm, gather_column_qvm, 8, T, __VA_ARGS__)
 
 #define QVM_KERNELS(KERNEL, before, after, plain, gathered, rows, T, ...) \
-  KERNEL(before "qvm" after, plain<T, __VA_ARGS__, rows, T>)              \
-  KERNEL(before "qvm_splitk" after, plain<T, __VA_ARGS__, rows, float>)   \
+  PLAIN_QVM_KERNELS(KERNEL, before, after, plain, rows, T, __VA_ARGS__)   \
   KERNEL(before "gather_qvm" after, gathered<T, __VA_ARGS__, rows>)
+
+#define PLAIN_QVM_KERNELS(KERNEL, before, after, plain, rows, T, ...) \
+  KERNEL(before "qvm" after, plain<T, __VA_ARGS__, rows, T>)          \
+  KERNEL(before "qvm_splitk" after, plain<T, __VA_ARGS__, rows, float>)
 
 // Of a type alone.
 #define SUM_KERNELS(KERNEL, after, T) KERNEL("sum_parts" after, sum_parts<T>)
 
-#define MATMUL_KERNELS_rows(KERNEL, before, after, T, ...)       \
-  QMM_KERNELS(KERNEL, before, "_t", after, true, T, __VA_ARGS__) \
+// --- Tiles ---------------------------------------------------------------------------------------------------------
+
+#define MATMUL_KERNELS_inference(KERNEL, before, after, T, ...) \
+  QMM_KERNELS(KERNEL, before, "_t", after, true, T, __VA_ARGS__)
+
+#define MATMUL_KERNELS_training(KERNEL, before, after, T, ...) \
   QMM_KERNELS(KERNEL, before, "_n", after, false, T, __VA_ARGS__)
 
 // Where columns are packed, blocks of w are laid out as transposed ones: see tile.h.
@@ -55,22 +75,34 @@
   KERNEL(before "gather_qmm" side after "_rows_32", gather_qmm<T, __VA_ARGS__, 32, transpose>)    \
   KERNEL(before "gather_qmm_rhs" side after "_rows_32", gather_qmm_rhs<T, __VA_ARGS__, 32, transpose>)
 
-// Not of float32.
-#define TENSOR_KERNELS_rows(KERNEL, before, after, T, ...)           \
-  QMM_NAX_KERNELS(KERNEL, before, "_t", after, true, T, __VA_ARGS__) \
+// --- Tensor operations: not of float32 -----------------------------------------------------------------------------
+
+#define TENSOR_KERNELS_inference(KERNEL, before, after, T, ...) \
+  QMM_NAX_KERNELS(KERNEL, before, "_t", after, true, T, __VA_ARGS__)
+
+#define TENSOR_KERNELS_training(KERNEL, before, after, T, ...) \
   QMM_NAX_KERNELS(KERNEL, before, "_n", after, false, T, __VA_ARGS__)
 
 #define TENSOR_KERNELS_columns(KERNEL, before, after, T, ...) \
   QMM_NAX_KERNELS(KERNEL, before, "_n", after, true, T, __VA_ARGS__)
 
-#define QMM_NAX_KERNELS(KERNEL, before, side, after, transpose, T, ...)                     \
-  KERNEL(before "qmm" side "_nax" after "_rows_32", qmm_nax<T, __VA_ARGS__, 32, transpose>) \
-  KERNEL(before "qmm" side "_nax" after "_rows_64", qmm_nax<T, __VA_ARGS__, 64, transpose>) \
+// Tiles of 128 rows are for products that have enough of them: K is not split.
+#define QMM_NAX_KERNELS(KERNEL, before, side, after, transpose, T, ...)                                   \
+  KERNEL(before "qmm" side "_nax" after "_rows_32", qmm_nax<T, __VA_ARGS__, 32, transpose, T>)            \
+  KERNEL(before "qmm" side "_nax" after "_rows_64", qmm_nax<T, __VA_ARGS__, 64, transpose, T>)            \
+  KERNEL(before "qmm" side "_nax" after "_rows_128", qmm_nax<T, __VA_ARGS__, 128, transpose, T>)          \
+  KERNEL(before "qmm" side "_nax_splitk" after "_rows_32", qmm_nax<T, __VA_ARGS__, 32, transpose, float>) \
+  KERNEL(before "qmm" side "_nax_splitk" after "_rows_64", qmm_nax<T, __VA_ARGS__, 64, transpose, float>) \
   KERNEL(before "gather_qmm_rhs" side "_nax" after "_rows_32", gather_qmm_rhs_nax<T, __VA_ARGS__, transpose>)
 
-#define QUANTIZE_KERNELS_rows(KERNEL, before, after, T, ...) \
-  KERNEL(before "quantize" after, quantize<T, __VA_ARGS__>)  \
+// --- Conversions ---------------------------------------------------------------------------------------------------
+
+#define QUANTIZE_KERNELS_inference(KERNEL, before, after, T, ...) \
+  KERNEL(before "quantize" after, quantize<T, __VA_ARGS__>)       \
   KERNEL(before "dequantize" after, dequantize<T, __VA_ARGS__>)
+
+// None besides.
+#define QUANTIZE_KERNELS_training(...)
 
 #define QUANTIZE_KERNELS_columns(KERNEL, before, after, T, ...)     \
   KERNEL(before "quantize" after, quantize_columns<T, __VA_ARGS__>) \

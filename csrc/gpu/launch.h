@@ -19,12 +19,41 @@ namespace quantization_mlx {
 
 // --- Sizes that the shaders are written for and the plans count with ------------------------------------------------
 
-// qmv: the simdgroups of a threadgroup divide K and compute the same columns of y. Of a simdgroup, 16 lanes lie along K
-// and two across; qmv_outputs: rows of w to a lane.
+// qmv. Of a simdgroup, 16 lanes lie along K and two across; qmv_outputs: rows of w to a lane.
 inline constexpr int qmv_simdgroups() { return 4; }
 inline constexpr int qmv_lanes_across() { return 2; }
+inline constexpr int qmv_lanes_along() { return 32 / qmv_lanes_across(); }
 inline constexpr int qmv_outputs() { return 4; }
-inline constexpr int qmv_columns() { return qmv_lanes_across() * qmv_outputs(); }
+inline constexpr int qmv_simdgroup_columns() { return qmv_lanes_across() * qmv_outputs(); }
+
+// A lane's step along K, in elements: a whole run, in the widest loads, for few rows of half; half of one for more
+// rows, which keeps the code of a step short, for groups of 16, so that a lane needs one scale, and for x in float32,
+// of which sixteen lanes would load 2 KiB at once.
+inline constexpr int qmv_elements(int rows, int group_size, int element_size) {
+  return rows <= 3 && group_size >= 32 && element_size == 2 ? 32 : 16;
+}
+
+// Steps that the lanes of `along` simdgroups, 1, 2 or 4, have time for while they take these, together.
+inline constexpr int qmv_capacity(int steps, int along) {
+  return (steps + along * qmv_lanes_along() - 1) & -(along * qmv_lanes_along());
+}
+
+// The simdgroups of a threadgroup that divide K, of `steps` steps; the others compute other columns of y. All of them,
+// for the most loads in flight, unless a quarter of the lanes or more would be idle, and are not with fewer.
+inline constexpr int qmv_simdgroups_along(int steps) {
+  int along = qmv_simdgroups();
+  while (along > 1 && 4 * steps <= 3 * qmv_capacity(steps, along) &&
+         qmv_capacity(steps, along / 2) < qmv_capacity(steps, along)) {
+    along /= 2;
+  }
+  return along;
+}
+
+// Of simdgroups along K: 1, 2 or 4. Shifts instead of divisions, which shaders would do at run time.
+inline constexpr int qmv_log2(int along) { return along / 2; }
+
+// Of y, to a threadgroup.
+inline constexpr int qmv_columns(int along) { return qmv_simdgroup_columns() * qmv_simdgroups() >> qmv_log2(along); }
 
 // qvm; columns: of y, to a threadgroup.
 inline constexpr int qvm_simdgroups() { return 4; }
@@ -41,10 +70,13 @@ inline constexpr int tile_columns() { return 64; }
 inline constexpr int tile_k(int rows, int element_size) { return rows < 64 && element_size == 2 ? 64 : 32; }
 inline constexpr int tile_simdgroups() { return 4; }
 
-// The tensor-op products: tiles of 32 or 64 rows.
+// The tensor-op products: tiles of 32, 64 or 128 rows.
 inline constexpr int tensor_tile_columns() { return 64; }
 inline constexpr int tensor_tile_k() { return 64; }
 inline constexpr int tensor_tile_simdgroups() { return 4; }
+
+// sum_parts, quantize and dequantize: threads that share nothing.
+inline constexpr int elementwise_threads_per_threadgroup() { return 64; }
 
 // --- Parameters -----------------------------------------------------------------------------------------------------
 

@@ -229,7 +229,7 @@ Candidates candidates(const ProductFacts& facts, const Launch& launch) {
   const bool matvec = launch.family == Family::matvec;
   Candidates result;
   // Of tiles: several, and a last one that is not full.
-  result.M = matvec ? std::vector<int64_t>{params.rows} : std::vector<int64_t>{300, 97, 70, 40, 20, 14, 1};
+  result.M = matvec ? std::vector<int64_t>{params.rows} : std::vector<int64_t>{230, 97, 70, 40, 20, 14, 1};
   if (facts.M == 1) {
     result.M.insert(result.M.begin(), 1);
   }
@@ -257,24 +257,29 @@ Candidates candidates(const ProductFacts& facts, const Launch& launch) {
 struct Found {
   Shape shape;
   bool sorted;
+  Target target;  // that the shape is planned for
 };
 
-std::optional<Found> find_shape(const ProductFacts& facts, const Launch& launch, const Target& target) {
+std::optional<Found> find_shape(const ProductFacts& facts, const Launch& launch, Target target) {
   const KernelInstance& kernel = launch.kernel;
   const bool shifts_x = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_X);
   const bool shifts_w = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_WEIGHTS);
   const bool sorted = std::string_view(kernel.name_pattern).find("gather_qmm_rhs") == 0;
   const Candidates sizes = candidates(facts, launch);
-  for (const uint32_t least_threadgroups : {2, 1}) {
-    for (const int64_t M : sizes.M) {
-      for (const int64_t K : sizes.K) {
-        for (const int64_t N : sizes.N) {
-          const Shape shape{M, K, N, shifts_x, shifts_w};
-          const Example example = product_example(facts, sorted, shape, at::Device(at::kMeta));
-          const Plan plan = gpu::plan(facts_of(example).front(), "self-check", target);
-          const Launch* found = launch_in(plan, kernel);
-          if (found != nullptr && found->threadgroups[0] >= least_threadgroups) {
-            return Found{shape, sorted};
+  // As for a GPU of one core: it is busy with few large tiles.
+  for (const int cores : {target.gpu.cores, 1}) {
+    target.gpu.cores = cores;
+    for (const uint32_t least_threadgroups : {2, 1}) {
+      for (const int64_t M : sizes.M) {
+        for (const int64_t K : sizes.K) {
+          for (const int64_t N : sizes.N) {
+            const Shape shape{M, K, N, shifts_x, shifts_w};
+            const Example example = product_example(facts, sorted, shape, at::Device(at::kMeta));
+            const Plan plan = gpu::plan(facts_of(example).front(), "self-check", target);
+            const Launch* found = launch_in(plan, kernel);
+            if (found != nullptr && found->threadgroups[0] >= least_threadgroups) {
+              return Found{shape, sorted, target};
+            }
           }
         }
       }
@@ -346,7 +351,7 @@ Reason failure(const ProductFacts& facts, const Launch& launch, const Target& ta
   const bool gathered = host.rhs_indices.has_value();
   const Tensor expected = gathered ? host.gathered(ops::gather_qmm) : host.product(ops::quantized_matmul);
   const Tensor y = at::empty(expected.sizes(), device.x.options());
-  run(gpu::plan(facts_of(device).front(), "self-check", target), operands_of(device, y));
+  run(gpu::plan(facts_of(device).front(), "self-check", found->target), operands_of(device, y));
   return judged(y, expected, facts.scalar_type());
 }
 

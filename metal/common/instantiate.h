@@ -8,6 +8,6 @@
   template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
 // clang-format on
 
-// EACH(type name, type) for every element type.
-#define FOR_EACH_HALF_TYPE(EACH) EACH(float16, half) EACH(bfloat16, bfloat)
-#define FOR_EACH_TYPE(EACH) EACH(float32, float) FOR_EACH_HALF_TYPE(EACH)
+// EACH(..., type name, type) for the element types.
+#define FOR_EACH_HALF_TYPE(EACH, ...) EACH(__VA_ARGS__, float16, half) EACH(__VA_ARGS__, bfloat16, bfloat)
+#define FOR_FLOAT(EACH, ...) EACH(__VA_ARGS__, float32, float)

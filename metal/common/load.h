@@ -7,7 +7,7 @@ namespace quantization_mlx {
 
 // With `aligned`, source is a multiple of 16 bytes where count is one of 4 words, and of 8 bytes where it is one of 2.
 template <int count>
-inline void load_words(const device uint* source, bool aligned, thread uint* words) {
+METAL_FUNC void load_words(const device uint* source, bool aligned, thread uint* words) {
   if (aligned && count % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < count / 4; ++i) {
@@ -34,7 +34,7 @@ inline void load_words(const device uint* source, bool aligned, thread uint* wor
 
 // Consecutive values in float32; count is 1, 2, 4 or 8. With `aligned`, source is a multiple of their size, at most 16.
 template <int count>
-inline void load_values(const device float* source, bool aligned, thread float* values) {
+METAL_FUNC void load_values(const device float* source, bool aligned, thread float* values) {
   uint words[count];
   load_words<count>((const device uint*)source, aligned, words);
 #pragma unroll
@@ -44,7 +44,7 @@ inline void load_values(const device float* source, bool aligned, thread float* 
 }
 
 template <int count>
-inline void load_values(const device half* source, bool aligned, thread float* values) {
+METAL_FUNC void load_values(const device half* source, bool aligned, thread float* values) {
   if (aligned && count > 1) {
     uint words[(count + 1) / 2];
     load_words<(count + 1) / 2>((const device uint*)source, true, words);
@@ -63,7 +63,7 @@ inline void load_values(const device half* source, bool aligned, thread float* v
 }
 
 template <int count>
-inline void load_values(const device bfloat* source, bool aligned, thread float* values) {
+METAL_FUNC void load_values(const device bfloat* source, bool aligned, thread float* values) {
   if (aligned && count > 1) {
     uint words[(count + 1) / 2];
     load_words<(count + 1) / 2>((const device uint*)source, true, words);
@@ -80,6 +80,6 @@ inline void load_values(const device bfloat* source, bool aligned, thread float*
   }
 }
 
-inline float quiet_nan() { return as_type<float>(0x7FC00000u); }
+METAL_FUNC float quiet_nan() { return as_type<float>(0x7FC00000u); }
 
 }  // namespace quantization_mlx

@@ -1,10 +1,9 @@
-// Metal's library, for all shaders. Infinity and NaN are values: the pragma stands before the library's headers because
-// it holds for what follows. Metal 3.1 does not know it; there the host asks for safe arithmetic.
+// Metal's library, for all shaders. Helpers are METAL_FUNC, as its own functions are: inlined always, because a call
+// would pass what a lane holds through memory.
+//
+// Infinity and NaN are values. So every .metal file begins with the pragma for safe arithmetic, before any include: the
+// library's functions are compiled by what stands before them. Metal 3.1 does not know it; there the host asks for it.
 #pragma once
-
-#if __METAL_VERSION__ >= 320
-#pragma METAL fp math_mode(safe)
-#endif
 
 #include <metal_stdlib>
 

@@ -37,7 +37,7 @@ static constant constexpr const int chunk_elements = 8;
 
 // Half a run, 16 codes. With an odd width the middle of a run is in the middle of a word.
 template <int bits>
-inline void load_half_run(const device ushort* source, bool aligned, thread uint* words) {
+METAL_FUNC void load_half_run(const device ushort* source, bool aligned, thread uint* words) {
   if (bits % 2 == 0) {
     load_words<(bits + 1) / 2>((const device uint*)source, aligned, words);
   } else {
@@ -54,7 +54,7 @@ inline void load_half_run(const device ushort* source, bool aligned, thread uint
 // The codes of any chunk of a row: every byte once, in the widest pieces that are aligned. With `aligned`, the row
 // begins at a multiple of 8 bytes.
 template <int bits>
-inline void load_chunk_codes(const device uchar* source, bool aligned, thread uint* words) {
+METAL_FUNC void load_chunk_codes(const device uchar* source, bool aligned, thread uint* words) {
   if (bits % 4 == 0) {
     load_words<bits / 4>((const device uint*)source, aligned, words);
   } else {
@@ -74,7 +74,7 @@ inline void load_chunk_codes(const device uchar* source, bool aligned, thread ui
 
 // The codes at bits [shift, shift + bits) of both halves of a word, shift + bits <= 10. Put into the mantissa of the
 // half number 1024, where the lowest bit is worth 1, they need no conversion from integers; every step is exact.
-inline float2 code_pair(uint word, int bits, int shift) {
+METAL_FUNC float2 code_pair(uint word, int bits, int shift) {
   const uint mask = ((1u << bits) - 1u) << shift;
   const half2 raised = as_type<half2>((word & (mask | (mask << 16))) | 0x64006400u);
   const half2 codes = raised * static_cast<half>(1.0f / (1 << shift)) - static_cast<half>(1024 >> shift);
@@ -83,20 +83,20 @@ inline float2 code_pair(uint word, int bits, int shift) {
 
 // The E2M1 elements in the lowest four bits of both halves of a word. As the upper bits of a half number they are too
 // small by 2^14, subnormals included.
-inline float2 e2m1_pair(uint word) {
+METAL_FUNC float2 e2m1_pair(uint word) {
   const half2 small = as_type<half2>(((word & 0x00070007u) << 9) | ((word & 0x00080008u) << 12));
   const half2 elements = small * static_cast<half>(16384.0f);
   return float2(static_cast<float>(elements.x), static_cast<float>(elements.y));
 }
 
-inline void set_pair(float2 pair, int first, int second, thread float* values) {
+METAL_FUNC void set_pair(float2 pair, int first, int second, thread float* values) {
   values[first] = pair.x;
   values[second] = pair.y;
 }
 
 // The E4M3 elements in the lowest bytes of both halves of a word; NaN becomes 480. As the upper bits of a half number
 // they are too small by 2^8, subnormals included.
-inline float2 e4m3_pair(uint word) {
+METAL_FUNC float2 e4m3_pair(uint word) {
   const half2 small = as_type<half2>(((word & 0x007F007Fu) << 7) | ((word & 0x00800080u) << 8));
   const half2 elements = small * static_cast<half>(256.0f);
   return float2(static_cast<float>(elements.x), static_cast<float>(elements.y));
@@ -104,7 +104,7 @@ inline float2 e4m3_pair(uint word) {
 
 // True where one of the E4M3 elements of `count` words is NaN.
 template <int count>
-inline bool has_e4m3_nan(thread const uint* words) {
+METAL_FUNC bool has_e4m3_nan(thread const uint* words) {
   uint found = 0u;
 #pragma unroll
   for (int i = 0; i < count; ++i) {
@@ -114,7 +114,7 @@ inline bool has_e4m3_nan(thread const uint* words) {
 }
 
 // Bits [first, first + count) of a run, count <= 24.
-inline uint bits_at(thread const uint* words, int first, int count) {
+METAL_FUNC uint bits_at(thread const uint* words, int first, int count) {
   const int shift = first % 32;
   uint bits = words[first / 32] >> shift;
   if (shift + count > 32) {
@@ -125,13 +125,13 @@ inline uint bits_at(thread const uint* words, int first, int count) {
 
 // `count` codes of a run from `first` on in the lower half of a word, and as many from `first` + 4 on in the upper.
 template <int bits, int count>
-inline uint spread_codes(thread const uint* words, int first) {
+METAL_FUNC uint spread_codes(thread const uint* words, int first) {
   return bits_at(words, first * bits, count * bits) | (bits_at(words, (first + 4) * bits, count * bits) << 16);
 }
 
 // The elements of one chunk of a run, without scale and bias; E4M3's NaN as 480.
 template <Mode mode, int bits>
-inline void decode_finite_chunk(thread const uint* words, int chunk, thread float* values) {
+METAL_FUNC void decode_finite_chunk(thread const uint* words, int chunk, thread float* values) {
   if (is_e2m1(mode)) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -183,7 +183,7 @@ inline void decode_finite_chunk(thread const uint* words, int chunk, thread floa
 
 // The elements of one chunk of a run, without scale and bias.
 template <Mode mode, int bits>
-inline void decode_chunk(thread const uint* words, int chunk, thread float* values) {
+METAL_FUNC void decode_chunk(thread const uint* words, int chunk, thread float* values) {
   decode_finite_chunk<mode, bits>(words, chunk, values);
   if (is_e4m3(mode) && has_e4m3_nan<2>(words + 2 * chunk)) {
 #pragma unroll
@@ -218,12 +218,12 @@ using ScaleType = typename ScaleOf<traits_of(mode).scale, T>::type;
 inline constexpr bool reads_biases(Mode mode) { return has_biases(mode) || has_zeros(mode); }
 
 template <Mode mode, typename T>
-inline float decode_scale(T scale) {
+METAL_FUNC float decode_scale(T scale) {
   return static_cast<float>(scale);
 }
 
 template <Mode mode>
-inline float decode_scale(uchar scale) {
+METAL_FUNC float decode_scale(uchar scale) {
   if (traits_of(mode).scale == Scale::e8m0) {
     return e8m0_to_float(scale);
   }
@@ -231,13 +231,13 @@ inline float decode_scale(uchar scale) {
 }
 
 template <Mode mode, typename Scale>
-inline float decode_bias(const device Scale* biases, long group) {
+METAL_FUNC float decode_bias(const device Scale* biases, long group) {
   return has_biases(mode) ? static_cast<float>(biases[group]) : 0.0f;
 }
 
 // The code that stands for zero in a group of a packed column.
 template <Mode mode, typename Scale>
-inline float decode_zero(const device Scale* zeros, long group) {
+METAL_FUNC float decode_zero(const device Scale* zeros, long group) {
   return column_zero(mode, has_zeros(mode) ? static_cast<float>(zeros[group]) : 0.0f);
 }
 

@@ -48,11 +48,11 @@ inline constexpr int simdgroups_across(int rows) { return tile_simdgroups() / si
 inline constexpr int fragments_down(int rows) { return rows / fragment_size / simdgroups_down(rows); }
 inline constexpr int fragments_across(int rows) { return tile_columns() / fragment_size / simdgroups_across(rows); }
 
-inline int first_row_of(int rows, uint simdgroup) {
+METAL_FUNC int first_row_of(int rows, uint simdgroup) {
   return simdgroup / simdgroups_across(rows) * fragments_down(rows) * fragment_size;
 }
 
-inline int first_column_of(int rows, uint simdgroup) {
+METAL_FUNC int first_column_of(int rows, uint simdgroup) {
   return simdgroup % simdgroups_across(rows) * fragments_across(rows) * fragment_size;
 }
 
@@ -63,7 +63,7 @@ struct FragmentPlace {
 
 // The two elements of an 8x8 matrix that a lane holds. Metal's specification leaves it open; all of Apple's GPUs so far
 // have this order. Nothing else depends on it.
-inline FragmentPlace fragment_place(uint lane) {
+METAL_FUNC FragmentPlace fragment_place(uint lane) {
   FragmentPlace place;
   place.row = (lane / 4 & 4) + lane / 2 % 4;
   place.column = (lane / 4 & 2) * 2 + lane % 2 * 2;
@@ -91,7 +91,7 @@ inline constexpr int tile_elements(int rows, int element_size) {
 
 // Multiplies fragments [begin, end) of rows, and with `all` every one, at `x` and `weights` in threadgroup memory.
 template <typename T, int rows, bool transpose, bool all>
-inline void multiply_step(
+METAL_FUNC void multiply_step(
     threadgroup const T* x,
     threadgroup const T* weights,
     int begin,
@@ -135,7 +135,7 @@ struct Position {
 };
 
 template <int rows>
-inline void clear(thread Accumulator* sums) {
+METAL_FUNC void clear(thread Accumulator* sums) {
 #pragma unroll
   for (int i = 0; i < fragments_down(rows) * fragments_across(rows); ++i) {
     sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
@@ -146,7 +146,7 @@ inline void clear(thread Accumulator* sums) {
 // the tile's. True where each column of the sums is to be multiplied by a factor at `weights`: a weight was too large
 // for T.
 template <Mode mode, int group_size, int bits, int rows, bool transpose, typename T, typename Scale>
-inline bool multiply_tile(
+METAL_FUNC bool multiply_tile(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     thread RowPieces<T, rows, tile_k(rows, sizeof(T)), tile_threads>& pieces,
@@ -205,7 +205,7 @@ inline bool multiply_tile(
 // Rows [first_row, end_row) of the tile to y, where row 0 of the tile begins, times `factor` and, with `scaled`, the
 // factor of each column.
 template <int rows, typename Y>
-inline void store_sums(
+METAL_FUNC void store_sums(
     thread Accumulator* sums,
     device Y* y,
     constant ProductParams& params,
@@ -254,7 +254,7 @@ inline void store_sums(
 
 // One tile of the product of a matrix of x with one of w.
 template <Mode mode, int group_size, int bits, int rows, bool transpose, typename T, typename Scale, typename Y>
-inline void matmul_tile(
+METAL_FUNC void matmul_tile(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     device Y* y,
@@ -285,7 +285,7 @@ inline void matmul_tile(
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose, typename Y>
-[[kernel, max_total_threads_per_threadgroup(128)]] void qmm(PRODUCT_ARGUMENTS(T, mode, Y)) {
+[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void qmm(PRODUCT_ARGUMENTS(T, mode, Y)) {
   threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
   const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
@@ -302,7 +302,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
 
 // Each pair of indices with its own rows of x.
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(128)]] void gather_qmm(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void gather_qmm(GATHER_ARGUMENTS(T, mode)) {
   threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
   const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
@@ -320,7 +320,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
 
 // Pairs of indices with one row of x each, in any order; fast where equal matrices follow one another.
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(128)]] void gather_qmm_rhs(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void gather_qmm_rhs(GATHER_ARGUMENTS(T, mode)) {
   static_assert(rows == 32, "a lane for each pair");
   threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];

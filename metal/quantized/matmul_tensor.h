@@ -16,6 +16,10 @@
 // units start on this one, which hides their latency. All four simdgroups run one operation together, and the library
 // divides it among them. Which sums a thread holds differs between GPU generations, so the tensor is asked.
 //
+// Tiles of 128 rows unpack each weight half as often as those of 64, where there are enough of them for all cores.
+// Where there are few tiles, K is cut up as in matmul.h: threadgroup `part` writes float32 partial sums, and sum_parts
+// adds them up.
+//
 // Whole tiles have static sizes, so that no bounds are checked. Tiles at the edge of M, and a K that is no multiple of
 // 64, have sizes known at run time, and nothing beyond the last row or column of x is read.
 //
@@ -55,7 +59,7 @@ inline constexpr int step_vectors(int rows) {
 // The step of x, `rows_left` x `depth_left`, that begins at x; a whole one has static sizes. The address is computed in
 // 64 bits: slices of a large tensor go wrong beyond 2 GiB.
 template <bool whole, int rows, typename T>
-inline auto step_of_x(const device T* x, long row_stride, int depth_left, int rows_left) {
+METAL_FUNC auto step_of_x(const device T* x, long row_stride, int depth_left, int rows_left) {
   // The operation takes no const elements; it writes none.
   tensor<device T, dextents<int, 2>, tensor_inline> left(
       (device T*)x, dextents<int, 2>(depth_left, rows_left), array<int, 2>{1, static_cast<int>(row_stride)});
@@ -68,7 +72,7 @@ inline auto step_of_x(const device T* x, long row_stride, int depth_left, int ro
 
 // A step in threadgroup memory, `rows_left` rows of `elements` elements; a whole one has static sizes.
 template <bool whole, int rows, typename T>
-inline auto step_in_threadgroup(threadgroup T* block, int elements, int rows_left) {
+METAL_FUNC auto step_in_threadgroup(threadgroup T* block, int elements, int rows_left) {
   tensor<threadgroup T, dextents<int, 2>, tensor_inline> step(
       block, dextents<int, 2>(elements, rows_left), array<int, 2>{1, padded<T>(64)});
   if constexpr (whole) {
@@ -81,7 +85,7 @@ inline auto step_in_threadgroup(threadgroup T* block, int elements, int rows_lef
 // --- Sums ----------------------------------------------------------------------------------------------------------
 
 template <typename Sums>
-inline void clear(thread Sums& sums) {
+METAL_FUNC void clear(thread Sums& sums) {
 #pragma unroll
   for (ushort i = 0; i < sums.get_capacity(); ++i) {
     if (sums.is_valid_element(i)) {
@@ -93,7 +97,7 @@ inline void clear(thread Sums& sums) {
 // Rows first_row to end_row - 1 of the tile, times `factor` and, with `scaled`, the factor of each column. Row 0 of the
 // tile is at y.
 template <typename T, typename Sums>
-inline void store_sums(
+METAL_FUNC void store_sums(
     thread Sums& sums,
     device T* y,
     constant ProductParams& params,
@@ -119,15 +123,26 @@ inline void store_sums(
 
 // --- Products ------------------------------------------------------------------------------------------------------
 
-// `whole`: a tile of whole rows, and K is a multiple of the depth.
-template <bool whole, bool transpose, int rows, Mode mode, int group_size, int bits, typename T, typename Scale>
-inline void tensor_product(
+// Along K from k_begin to k_end. `whole`: a tile of whole rows, and K is a multiple of the depth.
+template <
+    bool whole,
+    bool transpose,
+    int rows,
+    Mode mode,
+    int group_size,
+    int bits,
+    typename T,
+    typename Scale,
+    typename Y>
+METAL_FUNC void tensor_product(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
-    device T* y,
+    device Y* y,
     threadgroup T* weights,
     int rows_left,
     int column,
+    int k_begin,
+    int k_end,
     int thread_index) {
   constexpr auto descriptor = mpp::tensor_ops::matmul2d_descriptor(
       rows, tensor_columns, whole ? tensor_depth : static_cast<int>(dynamic_extent), false, transpose, true,
@@ -142,19 +157,19 @@ inline void tensor_product(
   do {
     clear(sums);
     PackedWeights<mode, group_size, bits, run_elements> packed;
-    fetch_block<transpose, tensor_columns, tensor_depth>(operands, params, 0, column, thread_index, packed);
-    for (int k = 0; k < params.k; k += tensor_depth) {
+    fetch_block<transpose, tensor_columns, tensor_depth>(operands, params, k_begin, column, thread_index, packed);
+    for (int k = k_begin; k < k_end; k += tensor_depth) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has used the weights
       store_block<transpose, tensor_columns, tensor_depth>(packed, thread_index, weights, range);
-      if (k + tensor_depth >= params.k) {
+      if (k + tensor_depth >= k_end) {
         share_range<transpose, tensor_columns, tensor_depth, mode>(range, thread_index, weights);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      if (k + tensor_depth < params.k) {
+      if (k + tensor_depth < k_end) {
         fetch_block<transpose, tensor_columns, tensor_depth>(
             operands, params, k + tensor_depth, column, thread_index, packed);
       }
-      const int depth = min(tensor_depth, params.k - k);
+      const int depth = min(tensor_depth, k_end - k);
       Left left = step_of_x<whole, rows>(operands.x + k, params.x_row_stride, depth, rows_left);
       Right right = step_in_threadgroup<whole, 64>(
           weights, transpose ? depth : tensor_columns, transpose ? tensor_columns : depth);
@@ -165,22 +180,27 @@ inline void tensor_product(
   store_sums(sums, y, params, 0, rows_left, column, operands.factor, scaled, (threadgroup const float*)weights);
 }
 
-template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void qmm_nax(PRODUCT_ARGUMENTS(T, mode, T)) {
+template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose, typename Y>
+[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void qmm_nax(PRODUCT_ARGUMENTS(T, mode, Y)) {
+  static_assert(rows == 32 || rows == 64 || rows == 128, "rows of a tile");
   const int thread_index = 32 * simdgroup + lane;
   threadgroup uint4 weights[step_vectors<T>(64)];
-  const int row = threadgroup_index.y * rows;
+  const int row_tiles = (params.rows + rows - 1) / rows;
+  const int part = threadgroup_index.y / row_tiles;
+  const int row = static_cast<int>(threadgroup_index.y - part * row_tiles) * rows;
   const int column = threadgroup_index.x * tensor_columns;
   const int rows_left = min(rows, params.rows - row);
+  const int k_begin = part * params.part_k;
+  const int k_end = min(params.k, k_begin + params.part_k);
   Operands<T, ScaleType<mode, T>> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
   operands.x += row * params.x_row_stride;
-  device T* out = batch_output(y, params, 0, threadgroup_index.z) + static_cast<long>(row) * params.n;
+  device Y* out = batch_output(y, params, part, threadgroup_index.z) + static_cast<long>(row) * params.n;
   if (aligned_k && rows_left == rows) {
     tensor_product<true, transpose, rows, mode, group_size, bits>(
-        operands, params, out, (threadgroup T*)weights, rows, column, thread_index);
+        operands, params, out, (threadgroup T*)weights, rows, column, k_begin, k_end, thread_index);
   } else {
     tensor_product<false, transpose, rows, mode, group_size, bits>(
-        operands, params, out, (threadgroup T*)weights, rows_left, column, thread_index);
+        operands, params, out, (threadgroup T*)weights, rows_left, column, k_begin, k_end, thread_index);
   }
 }
 
@@ -188,7 +208,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
 
 // One run of pairs with the same matrix: rows [first, last) of the tile, whose x is in `pieces`.
 template <bool transpose, Mode mode, int group_size, int bits, typename T, typename Scale>
-inline void tensor_gather_run(
+METAL_FUNC void tensor_gather_run(
     thread const Operands<T, Scale>& operands,
     thread RowPieces<T, tensor_gather_rows, tensor_depth, tensor_threads>& pieces,
     constant ProductParams& params,

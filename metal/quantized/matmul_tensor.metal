@@ -1,5 +1,11 @@
 // The kernels of matmul_tensor.h, where the language and the SDK have tensor operations: qmm and the sorted gather. No
 // float32: the matrix units would round it to ten bits of mantissa.
+
+// Before any include: see metal.h.
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
+
 #include "matmul_tensor.h"
 
 // --- Instances -----------------------------------------------------------------------------------------------------
@@ -10,8 +16,7 @@
 
 namespace quantization_mlx {
 
-#define ALL(type_name, T) FOR_EACH_FORMAT(TENSOR_KERNELS_, type_name, T)
-FOR_EACH_HALF_TYPE(ALL)
+FOR_EACH_HALF_TYPE(KERNELS_OF_HALF, TENSOR)
 
 }  // namespace quantization_mlx
 

@@ -5,7 +5,8 @@
 //   simdgroup 0:  lane         0   1  ...  15 | 16  17  ...  31
 //                 part of K    0   1  ...  15 |  0   1  ...  15    parts of 32 elements for few rows of half, else of
 //                 16 row of w           n        |       n + 1        with n + 2, n + 4, n + 6 in more registers
-//   simdgroups 1, 2, 3:       16  17  ...  31 ...  63 of the same rows of w; then all of them go on by 64 parts
+//   simdgroups 1, 2, 3:       16  17  ...  31 ...  63 of the same rows of w; then all of them go on by 64 parts. Where
+//                             K is short or odd, only one or two go along it, and the others take the next rows of w
 //
 // Sixteen lanes read adjacent parts of a row of w, 16 bytes each at 4 bits: whole lines. A value of x in a register is
 // used for four rows of w, and a weight, once unpacked, for all rows of x. Each pair of a row of x and a row of w has
@@ -18,13 +19,15 @@
 // so both take few and cheap operations; and the code of one step fits an instruction cache, because it takes 16
 // elements at a time where there are many rows.
 //
-// qvm of one row: y = x @ w, w [K, N], groups along N.
+// qvm of one or two rows: y = x @ w, w [K, N], groups along N.
 //
 //   simdgroup:  lane         0  1  2 ... 7 | 8  9 ... 15 | 16 ... 23 | 24 ... 31
 //               run of 32    0  1  2 ... 7 | 0  1 ...  7 |  0 ...  7 |  0 ...  7   along N: 256 columns
 //               row of w           k       |    k + 1    |   k + 2   |   k + 3     then on by 4 * simdgroups, along K
 //
-// A lane keeps its 32 columns to the end: shuffles then add up the four rows, and threadgroup memory the simdgroups.
+// A lane keeps its 32 columns to the end: shuffles then add up the four rows, and threadgroup memory the simdgroups. Of
+// three rows, a lane has 16 columns, and the simdgroup two rows of w. The sum of codes times x is scaled, which costs
+// one multiplication for each group and row of x, and the unpacked weights no further operation.
 //
 // qvm of up to eight rows: the 256 columns are one row of w in one simdgroup, eight columns to a lane.
 //
@@ -44,14 +47,7 @@ namespace quantization_mlx {
 
 // --- Transposed ----------------------------------------------------------------------------------------------------
 
-static constant constexpr const int qmv_lanes_along = 32 / qmv_lanes_across();
-
-// Elements of a row of w that a lane takes at a time: a whole run, in the widest loads, for few rows of x; half of one
-// for more rows, which keeps the code of a step short, for groups of 16, so that a lane needs one scale, and for x in
-// float32, of which sixteen lanes would load 2 KiB at once.
-inline constexpr int qmv_elements(int rows, int group_size, int element_size) {
-  return rows <= 3 && group_size >= run_elements && element_size == 2 ? run_elements : half_run_elements;
-}
+static constant constexpr const int qmv_threads = 32 * qmv_simdgroups();
 
 inline constexpr int words_of(int elements, int bits) { return (elements * bits + 31) / 32; }
 
@@ -65,7 +61,7 @@ struct PackedRows {
 
 // Elements [step * elements, (step + 1) * elements) of rows first + 2 * r of w. Rows that do not exist are zeros.
 template <Mode mode, int group_size, int bits, int elements, int words, int outputs, typename T, typename Scale>
-inline void load_rows(
+METAL_FUNC void load_rows(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     int step,
@@ -109,7 +105,7 @@ inline void load_rows(
 // Few rows: codes are summed first, and the sums are scaled; the bias meets the sum of x. More rows: weights are scaled
 // before they meet x, which is then fewer operations.
 template <Mode mode, int bits, int rows, int elements, int words, int outputs, typename T>
-inline void multiply_rows(
+METAL_FUNC void multiply_rows(
     const device T* x,
     constant ProductParams& params,
     int first,
@@ -172,26 +168,35 @@ inline void multiply_rows(
   }
 }
 
-// Sums that a threadgroup's simdgroups have for the same elements of y.
-inline constexpr int qmv_memory(int rows) { return qmv_simdgroups() * rows * qmv_columns(); }
+// Sums of a threadgroup's simdgroups, `columns` of y in each.
+inline constexpr int qmv_memory(int rows) { return qmv_simdgroups() * rows * qmv_simdgroup_columns(); }
 
-// shared: qmv_memory(rows) floats.
+// As the plans count them.
+template <int rows, int group_size, typename T>
+METAL_FUNC int simdgroups_along(constant ProductParams& params) {
+  return qmv_simdgroups_along(params.k / qmv_elements(rows, group_size, sizeof(T)));
+}
+
+// shared: qmv_memory(rows) floats. along: simdgroups_along.
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Scale, typename Y>
-inline void matvec_transposed(
+METAL_FUNC void matvec_transposed(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
+    int along,
     device Y* y,
     threadgroup float* shared,
     uint block,
     uint simdgroup,
     uint lane) {
   constexpr int outputs = qmv_outputs();
-  constexpr int columns = qmv_columns();
+  constexpr int columns = qmv_simdgroup_columns();
   constexpr int elements = qmv_elements(rows, group_size, sizeof(T));
   constexpr int words = words_of(elements, bits);
-  const int lane_step = lane % qmv_lanes_along;
-  const int column = lane / qmv_lanes_along;
-  const int first = block * columns + column;
+  const int lane_step = lane % qmv_lanes_along();
+  const int column = lane / qmv_lanes_along();
+  const int part = static_cast<int>(simdgroup) & (along - 1);
+  const int first_column = block * qmv_columns(along);
+  const int first = first_column + (static_cast<int>(simdgroup) >> qmv_log2(along)) * columns + column;
   const int steps = params.k / elements;
 
   float sums[rows * outputs];
@@ -199,7 +204,7 @@ inline void matvec_transposed(
   for (int i = 0; i < rows * outputs; ++i) {
     sums[i] = 0.0f;
   }
-  for (int step = simdgroup * qmv_lanes_along + lane_step; step < steps; step += qmv_simdgroups() * qmv_lanes_along) {
+  for (int step = part * qmv_lanes_along() + lane_step; step < steps; step += along * qmv_lanes_along()) {
     PackedRows<words, outputs> w;
     load_rows<mode, group_size, bits, elements>(operands, params, step, first, w);
     multiply_rows<mode, bits, rows, elements>(operands.x, params, step * elements, w, sums);
@@ -208,7 +213,7 @@ inline void matvec_transposed(
   for (int i = 0; i < rows * outputs; ++i) {
     float sum = sums[i];
 #pragma unroll
-    for (int mask = 1; mask < qmv_lanes_along; mask *= 2) {
+    for (int mask = 1; mask < qmv_lanes_along(); mask *= 2) {
       sum += simd_shuffle_xor(sum, static_cast<ushort>(mask));
     }
     if (lane_step == 0) {
@@ -217,72 +222,91 @@ inline void matvec_transposed(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   write_sums<qmv_simdgroups(), rows, columns>(
-      shared, y, params, 0, block * columns, operands.factor, simdgroup * 32 + lane);
+      shared, y, params, 0, first_column, along, operands.factor, simdgroup * 32 + lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void qmv(PRODUCT_ARGUMENTS(T, mode, T)) {
+[[kernel, max_total_threads_per_threadgroup(qmv_threads)]] void qmv(PRODUCT_ARGUMENTS(T, mode, T)) {
   threadgroup float shared[qmv_memory(rows)];
   const Operands<T, ScaleType<mode, T>> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
   matvec_transposed<T, mode, group_size, bits, rows>(
-      operands, params, batch_output(y, params, 0, threadgroup_index.z), shared, threadgroup_index.x, simdgroup, lane);
+      operands, params, simdgroups_along<rows, group_size, T>(params), batch_output(y, params, 0, threadgroup_index.z),
+      shared, threadgroup_index.x, simdgroup, lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void gather_qmv(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(qmv_threads)]] void gather_qmv(GATHER_ARGUMENTS(T, mode)) {
   threadgroup float shared[qmv_memory(rows)];
   Operands<T, ScaleType<mode, T>> operands;
+  const int along = simdgroups_along<rows, group_size, T>(params.product);
   device T* out = y + threadgroup_index.z * params.product.y.outer;
   if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
     matvec_transposed<T, mode, group_size, bits, rows>(
-        operands, params.product, out, shared, threadgroup_index.x, simdgroup, lane);
+        operands, params.product, along, out, shared, threadgroup_index.x, simdgroup, lane);
   } else {
+    const int columns = qmv_columns(along);
     write_nan(
-        out, params.product, 0, params.product.rows, threadgroup_index.x * qmv_columns(), qmv_columns(),
-        simdgroup * 32 + lane, qmv_simdgroups() * 32);
+        out, params.product, 0, params.product.rows, threadgroup_index.x * columns, columns, simdgroup * 32 + lane,
+        qmv_threads);
   }
 }
 
 // --- Not transposed ------------------------------------------------------------------------------------------------
 
-static constant constexpr const int qvm_lanes_along = 8;  // of one row of x
-static constant constexpr const int qvm_lanes_across = 4;
+static constant constexpr const int qvm_threads = 32 * qvm_simdgroups();
 
-// One row: adds the product of row k of w, 32 columns of it, to the sums; their biases count for all columns alike, and
-// are summed on their own.
-template <Mode mode, int group_size, int bits, typename T, typename Scale>
-inline void accumulate_run_of_columns(
+// Columns of y that a lane sums up for few rows of x: a run, or for three rows, for the sake of registers, half of one.
+inline constexpr int qvm_run(int rows) { return rows <= 2 ? run_elements : half_run_elements; }
+
+// Adds the products of row k of w, a run of its columns, with `rows` rows of x to sums[m * run + i]; the biases count
+// for all columns of a group alike, and are summed on their own.
+template <Mode mode, int group_size, int bits, int rows, int run, typename T, typename Scale>
+METAL_FUNC void accumulate_run_of_columns(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int k,
     int column,
     thread float* sums,
-    thread float& bias_sum) {
-  constexpr int span = group_size < run_elements ? group_size / chunk_elements : 4;  // chunks with one scale
-  const int columns = params.n - column;  // 32 or more, or in nvfp4 16
-  const long row_words = static_cast<long>(params.n / 16) * bits / 2;
+    thread float* bias_sums) {
+  constexpr int words = words_of(run, bits);
+  constexpr int span = group_size < run ? group_size / chunk_elements : run / chunk_elements;  // chunks with one scale
+  const int columns = params.n - column;  // as many as the run has or more, or in nvfp4 16
+  const long row_halves = static_cast<long>(params.n / 16) * bits;
   const long first_group = k * static_cast<long>(params.n / group_size) + column / group_size;
-  const device uint* source = operands.w + k * row_words + column / run_elements * bits;
-  uint packed[bits];
-  if (group_size >= run_elements || columns >= run_elements) {
-    load_words<bits>(source, aligned_weights, packed);
+  const device ushort* source = (const device ushort*)operands.w + k * row_halves + column / 16 * bits;
+  uint packed[words];
+  if (run == half_run_elements) {
+    load_half_run<bits>(source, aligned_weights, packed);
+  } else if (group_size >= run_elements || columns >= run_elements) {
+    load_words<bits>((const device uint*)source, aligned_weights, packed);
   } else {
 #pragma unroll
-    for (int i = 0; i < bits; ++i) {
-      packed[i] = i < bits / 2 ? source[i] : 0u;
+    for (int i = 0; i < words; ++i) {
+      packed[i] = i < words / 2 ? ((const device uint*)source)[i] : 0u;
     }
   }
-  const float activation = static_cast<float>(operands.x[k]);
-  bias_sum = fma(decode_bias<mode>(operands.biases, first_group), activation, bias_sum);
+  const float bias = decode_bias<mode>(operands.biases, first_group);
+  float activations[rows];
 #pragma unroll
-  for (int chunk = 0; chunk < 4; ++chunk) {
-    if (group_size >= run_elements || chunk * chunk_elements < columns) {
-      const float scale = decode_scale<mode>(operands.scales[first_group + chunk / span]) * activation;
+  for (int m = 0; m < rows; ++m) {
+    // An instance for more rows than there are repeats the last one, and does not write it.
+    activations[m] = static_cast<float>(operands.x[(m == 0 ? 0 : min(m, params.rows - 1) * params.x_row_stride) + k]);
+    bias_sums[m] = fma(bias, activations[m], bias_sums[m]);
+  }
+#pragma unroll
+  for (int chunk = 0; chunk < run / chunk_elements; ++chunk) {
+    if (group_size >= run || chunk * chunk_elements < columns) {
+      const float scale = decode_scale<mode>(operands.scales[first_group + chunk / span]);
       float weights[chunk_elements];
       decode_chunk<mode, bits>(packed, chunk, weights);
 #pragma unroll
-      for (int i = 0; i < chunk_elements; ++i) {
-        sums[chunk * chunk_elements + i] = fma(weights[i], scale, sums[chunk * chunk_elements + i]);
+      for (int m = 0; m < rows; ++m) {
+        const float scaled = scale * activations[m];
+        thread float* target = sums + m * run + chunk * chunk_elements;
+#pragma unroll
+        for (int i = 0; i < chunk_elements; ++i) {
+          target[i] = fma(weights[i], scaled, target[i]);
+        }
       }
     }
   }
@@ -291,7 +315,7 @@ inline void accumulate_run_of_columns(
 // Lanes whose numbers differ in bit `mask` have sums of the same `count` columns. Each adds the other's to its own for
 // half of them, the `upper` lane for the second half: what is given away need not be added twice.
 template <int count>
-inline void share_columns(ushort mask, bool upper, thread float* sums) {
+METAL_FUNC void share_columns(ushort mask, bool upper, thread float* sums) {
 #pragma unroll
   for (int i = 0; i < count / 2; ++i) {
     const float kept = upper ? sums[count / 2 + i] : sums[i];
@@ -300,10 +324,10 @@ inline void share_columns(ushort mask, bool upper, thread float* sums) {
   }
 }
 
-// The sums of eight columns from `lane_column` on of the 256 of this block, for one row. Lanes eight apart read every
-// fourth row of w, and in the end have a quarter of their 32 columns each.
-template <Mode mode, int group_size, int bits, typename T, typename Scale>
-inline void sum_one_row(
+// The sums of eight columns from `lane_column` on of the 256 of this block, for up to three rows: sums[8 * m + i].
+// Lanes that have the same run read different rows of w, and in the end have a part of its columns each.
+template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
+METAL_FUNC void sum_few_rows(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int first_column,
@@ -311,36 +335,52 @@ inline void sum_one_row(
     int end,
     uint simdgroup,
     uint lane,
-    thread float* chunk_sums,
+    thread float* sums,
     thread int& lane_column) {
-  const int run = lane % qvm_lanes_along;
-  const int column = first_column + run * run_elements;
-  float sums[run_elements];
+  constexpr int run = qvm_run(rows);
+  constexpr int lanes_along = qvm_columns() / run;  // of one row of w
+  constexpr int lanes_across = 32 / lanes_along;
+  lane_column = lane % lanes_along * run;
+  const int column = first_column + lane_column;
+  float run_sums[rows * run];
+  float bias_sums[rows];
 #pragma unroll
-  for (int i = 0; i < run_elements; ++i) {
-    sums[i] = 0.0f;
+  for (int i = 0; i < rows * run; ++i) {
+    run_sums[i] = 0.0f;
   }
-  float bias_sum = 0.0f;
+#pragma unroll
+  for (int m = 0; m < rows; ++m) {
+    bias_sums[m] = 0.0f;
+  }
   if (aligned_outputs || column < params.n) {
-    const int stride = qvm_lanes_across * qvm_simdgroups();
-    for (int k = begin + simdgroup * qvm_lanes_across + lane / qvm_lanes_along; k < end; k += stride) {
-      accumulate_run_of_columns<mode, group_size, bits>(operands, params, k, column, sums, bias_sum);
+    const int first = begin + static_cast<int>(simdgroup * lanes_across + lane / lanes_along);
+    for (int k = first; k < end; k += lanes_across * qvm_simdgroups()) {
+      accumulate_run_of_columns<mode, group_size, bits, rows, run>(operands, params, k, column, run_sums, bias_sums);
     }
   }
-  share_columns<run_elements>(16, (lane & 16) != 0, sums);
-  share_columns<run_elements / 2>(8, (lane & 8) != 0, sums);
-  bias_sum += simd_shuffle_xor(bias_sum, 16);
-  bias_sum += simd_shuffle_xor(bias_sum, 8);
 #pragma unroll
-  for (int i = 0; i < chunk_elements; ++i) {
-    chunk_sums[i] = sums[i] + bias_sum;
+  for (int m = 0; m < rows; ++m) {
+    thread float* own = run_sums + m * run;
+    float bias_sum = bias_sums[m];
+    if (run == run_elements) {
+      share_columns<run_elements>(16, (lane & 16) != 0, own);
+      share_columns<half_run_elements>(8, (lane & 8) != 0, own);
+      bias_sum += simd_shuffle_xor(bias_sum, 8);
+    } else {
+      share_columns<half_run_elements>(16, (lane & 16) != 0, own);
+    }
+    bias_sum += simd_shuffle_xor(bias_sum, 16);
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      sums[m * chunk_elements + i] = own[i] + bias_sum;
+    }
   }
-  lane_column = run * run_elements + (lane / 16 * 2 + lane / 8 % 2) * chunk_elements;
+  lane_column += (run == run_elements ? lane / 16 * 2 + lane / 8 % 2 : lane / 16) * chunk_elements;
 }
 
-// Several rows: adds the products of rows k to k + count - 1 of w, all of one chunk of columns, to sums[8 * m + i].
+// More rows: adds the products of rows k to k + count - 1 of w, all of one chunk of columns, to sums[8 * m + i].
 template <Mode mode, int group_size, int bits, int rows, int count, typename T, typename Scale>
-inline void accumulate_columns(
+METAL_FUNC void accumulate_columns(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int k,
@@ -381,9 +421,9 @@ inline void accumulate_columns(
   }
 }
 
-// As sum_one_row, for `rows` rows: sums[8 * m + i]. All lanes of a simdgroup read one row of w.
+// As sum_few_rows, for more rows. All lanes of a simdgroup read one row of w.
 template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
-inline void sum_rows(
+METAL_FUNC void sum_many_rows(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     int first_column,
@@ -412,12 +452,12 @@ inline void sum_rows(
 }
 
 // Rows of y that the simdgroups add up in threadgroup memory at a time.
-inline constexpr int rows_at_once(int rows) { return rows == 1 ? 1 : 2; }
+inline constexpr int rows_at_once(int rows) { return rows % 2 == 1 ? 1 : 2; }
 inline constexpr int qvm_memory(int rows) { return rows_at_once(rows) * qvm_simdgroups() * qvm_columns(); }
 
 // shared: qvm_memory(rows) floats.
 template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale, typename Y>
-inline void matvec_plain(
+METAL_FUNC void matvec_plain(
     Operands<T, Scale> operands,
     constant ProductParams& params,
     device Y* y,
@@ -431,10 +471,11 @@ inline void matvec_plain(
   const int end = min(params.k, begin + params.part_k);
   float sums[rows * chunk_elements];
   int lane_column;
-  if (rows == 1) {
-    sum_one_row<mode, group_size, bits>(operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
+  if (rows <= 3) {
+    sum_few_rows<mode, group_size, bits, rows>(
+        operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
   } else {
-    sum_rows<mode, group_size, bits, rows>(
+    sum_many_rows<mode, group_size, bits, rows>(
         operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
   }
 
@@ -451,12 +492,12 @@ inline void matvec_plain(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     write_sums<qvm_simdgroups(), at_once, qvm_columns()>(
-        shared, y, params, first, first_column, operands.factor, simdgroup * 32 + lane);
+        shared, y, params, first, first_column, qvm_simdgroups(), operands.factor, simdgroup * 32 + lane);
   }
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
-[[kernel]] void qvm(PRODUCT_ARGUMENTS(T, mode, Y)) {
+[[kernel, max_total_threads_per_threadgroup(qvm_threads)]] void qvm(PRODUCT_ARGUMENTS(T, mode, Y)) {
   threadgroup float shared[qvm_memory(rows)];
   matvec_plain<mode, group_size, bits, rows>(
       batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z), params,
@@ -465,7 +506,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void gather_qvm(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(qvm_threads)]] void gather_qvm(GATHER_ARGUMENTS(T, mode)) {
   threadgroup float shared[qvm_memory(rows)];
   Operands<T, ScaleType<mode, T>> operands;
   device T* out = y + threadgroup_index.z * params.product.y.outer;
@@ -475,7 +516,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
   } else {
     write_nan(
         out, params.product, 0, params.product.rows, threadgroup_index.x * qvm_columns(), qvm_columns(),
-        simdgroup * 32 + lane, qvm_simdgroups() * 32);
+        simdgroup * 32 + lane, qvm_threads);
   }
 }
 
@@ -483,7 +524,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
 
 // One thread per element of y, x dimension: size, y dimension: batch. The order of the additions is fixed.
 template <typename T>
-[[kernel]] void sum_parts(
+[[kernel, max_total_threads_per_threadgroup(elementwise_threads)]] void sum_parts(
     const device float* partial_sums [[buffer(0)]],
     device T* y [[buffer(1)]],
     constant SumPartsParams& params [[buffer(2)]],

@@ -1,5 +1,11 @@
 // The kernels of matvec.h: qmv and qvm, their split-K and gathered forms, and sum_parts; and those of matvec_columns.h,
 // which are the qvm of packed columns.
+
+// Before any include: see metal.h.
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
+
 #include "matvec.h"
 #include "matvec_columns.h"
 
@@ -9,9 +15,11 @@
 
 namespace quantization_mlx {
 
-#define ALL(type_name, T)                        \
-  FOR_EACH_FORMAT(MATVEC_KERNELS_, type_name, T) \
-  SUM_KERNELS(INSTANTIATE, "_" #type_name, T)
-FOR_EACH_TYPE(ALL)
+FOR_EACH_HALF_TYPE(KERNELS_OF_HALF, MATVEC)
+FOR_FLOAT(KERNELS_OF_FLOAT, MATVEC)
+
+#define SUM_KERNELS_OF(KERNEL, type_name, T) SUM_KERNELS(KERNEL, "_" #type_name, T)
+FOR_EACH_HALF_TYPE(SUM_KERNELS_OF, INSTANTIATE)
+FOR_FLOAT(SUM_KERNELS_OF, INSTANTIATE)
 
 }  // namespace quantization_mlx

@@ -27,6 +27,7 @@
 namespace quantization_mlx {
 
 static constant constexpr const int lane_columns = column_qvm_lane_columns();
+static constant constexpr const int column_qvm_threads = 32 * column_qvm_simdgroups();
 
 // The columns of a lane: `exist` of them, from `first` on, are in the matrix.
 struct LaneColumns {
@@ -36,7 +37,7 @@ struct LaneColumns {
 
 // One run of each of the lane's columns, packed. Columns that do not exist are zeros.
 template <int bits>
-inline void load_column_runs(
+METAL_FUNC void load_column_runs(
     const device uint* w,
     constant ProductParams& params,
     int run,
@@ -62,7 +63,7 @@ inline void load_column_runs(
 }
 
 // Values of the lane's columns in one group: scales or zeros.
-inline void load_column_values(const device half* source, LaneColumns columns, thread float* values) {
+METAL_FUNC void load_column_values(const device half* source, LaneColumns columns, thread float* values) {
   if (aligned_outputs || columns.exist == lane_columns) {
     load_values<lane_columns>(source, aligned_weights, values);
   } else {
@@ -76,7 +77,7 @@ inline void load_column_values(const device half* source, LaneColumns columns, t
 // Adds the products of all rows of x with one run of the lane's columns, (element - zero) * scale or, where sums are
 // scaled, element, to sums[m * lane_columns + c].
 template <Mode mode, int bits, int rows, bool scales_sums, typename T>
-inline void multiply_column_runs(
+METAL_FUNC void multiply_column_runs(
     const device T* x,
     constant ProductParams& params,
     thread const uint* packed,
@@ -116,7 +117,7 @@ inline void multiply_column_runs(
 
 // Adds the products of all rows of x with one group of the lane's columns to sums[m * lane_columns + c].
 template <Mode mode, int group_size, int bits, int rows, typename T>
-inline void accumulate_column_group(
+METAL_FUNC void accumulate_column_group(
     thread const Operands<T, half>& operands,
     constant ProductParams& params,
     int group,
@@ -163,7 +164,7 @@ inline constexpr int column_qvm_memory(int rows) { return column_qvm_simdgroups(
 
 // shared: column_qvm_memory(rows) floats.
 template <Mode mode, int group_size, int bits, int rows, typename T, typename Y>
-inline void matvec_of_columns(
+METAL_FUNC void matvec_of_columns(
     thread const Operands<T, half>& operands,
     constant ProductParams& params,
     device Y* y,
@@ -194,11 +195,11 @@ inline void matvec_of_columns(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   write_sums<column_qvm_simdgroups(), rows, block_columns>(
-      shared, y, params, 0, first_column, operands.factor, simdgroup * 32 + lane);
+      shared, y, params, 0, first_column, column_qvm_simdgroups(), operands.factor, simdgroup * 32 + lane);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
-[[kernel]] void column_qvm(PRODUCT_ARGUMENTS(T, mode, Y)) {
+[[kernel, max_total_threads_per_threadgroup(column_qvm_threads)]] void column_qvm(PRODUCT_ARGUMENTS(T, mode, Y)) {
   threadgroup float shared[column_qvm_memory(rows)];
   const Operands<T, half> operands = batch_operands<mode>(TENSORS(T, mode), params, threadgroup_index.z);
   matvec_of_columns<mode, group_size, bits, rows>(
@@ -207,7 +208,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel]] void gather_column_qvm(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(column_qvm_threads)]] void gather_column_qvm(GATHER_ARGUMENTS(T, mode)) {
   threadgroup float shared[column_qvm_memory(rows)];
   Operands<T, half> operands;
   device T* out = y + threadgroup_index.z * params.product.y.outer;
@@ -217,7 +218,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
   } else {
     write_nan(
         out, params.product, 0, params.product.rows, threadgroup_index.x * column_qvm_columns(), column_qvm_columns(),
-        simdgroup * 32 + lane, column_qvm_simdgroups() * 32);
+        simdgroup * 32 + lane, column_qvm_threads);
   }
 }
 

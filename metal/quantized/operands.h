@@ -13,6 +13,8 @@ constant bool aligned_x [[function_constant(QUANTIZATION_MLX_ALIGNED_X)]];
 constant bool aligned_k [[function_constant(QUANTIZATION_MLX_ALIGNED_K)]];
 constant bool has_global_scale [[function_constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE)]];
 
+static constant constexpr const int elementwise_threads = elementwise_threads_per_threadgroup();
+
 // The tensors that a kernel is given, and the matrices among them that one product multiplies.
 template <typename T, typename Scales>
 struct Tensors {
@@ -39,7 +41,7 @@ struct Operands {
     const device uint* w [[buffer(1)]],                     \
     const device ScaleType<mode, T>* scales [[buffer(2)]],  \
     const device ScaleType<mode, T>* biases [[buffer(3)]],  \
-    const device float* global_scale [[buffer(4)]],         \
+    const device float* global_scale [[buffer(4), function_constant(has_global_scale)]], \
     device Y* y [[buffer(5)]],                              \
     constant Params& params [[buffer(6)]],                  \
     uint3 threadgroup_index [[threadgroup_position_in_grid]], \
@@ -53,11 +55,11 @@ struct Operands {
 #define TENSORS(T, mode) Tensors<T, ScaleType<mode, T>>{x, w, scales, biases, global_scale}
 // clang-format on
 
-inline float factor_at(const device float* global_scale, long offset) {
+METAL_FUNC float factor_at(const device float* global_scale, long offset) {
   return has_global_scale ? nvfp4_decode_factor(global_scale[offset]) : 1.0f;
 }
 
-inline long batch_offset(constant BatchStrides& strides, uint position, int inner_size) {
+METAL_FUNC long batch_offset(constant BatchStrides& strides, uint position, int inner_size) {
   const long outer = position / static_cast<uint>(inner_size);
   const long inner = position % static_cast<uint>(inner_size);
   return outer * strides.outer + inner * strides.inner;
@@ -65,7 +67,7 @@ inline long batch_offset(constant BatchStrides& strides, uint position, int inne
 
 // At one position of the batch.
 template <Mode mode, typename T, typename Scales>
-inline Operands<T, Scales> batch_operands(Tensors<T, Scales> all, constant ProductParams& params, uint position) {
+METAL_FUNC Operands<T, Scales> batch_operands(Tensors<T, Scales> all, constant ProductParams& params, uint position) {
   Operands<T, Scales> result;
   result.x = all.x + batch_offset(params.x, position, params.inner_size);
   result.w = all.w + batch_offset(params.w, position, params.inner_size);
@@ -78,13 +80,13 @@ inline Operands<T, Scales> batch_operands(Tensors<T, Scales> all, constant Produ
 
 // Where y of one position and part begins.
 template <typename Y>
-inline device Y* batch_output(device Y* y, constant ProductParams& params, uint part, uint position) {
+METAL_FUNC device Y* batch_output(device Y* y, constant ProductParams& params, uint part, uint position) {
   return y + batch_offset(params.y, position, params.inner_size) + part * params.y_part_stride;
 }
 
 // Of matrix `rhs`, x being left where it is.
 template <Mode mode, typename T, typename Scales>
-inline Operands<T, Scales> operands_of_matrix(Tensors<T, Scales> all, constant ProductParams& params, long rhs) {
+METAL_FUNC Operands<T, Scales> operands_of_matrix(Tensors<T, Scales> all, constant ProductParams& params, long rhs) {
   Operands<T, Scales> result;
   result.x = all.x;
   result.w = all.w + rhs * params.w.outer;
@@ -94,11 +96,11 @@ inline Operands<T, Scales> operands_of_matrix(Tensors<T, Scales> all, constant P
   return result;
 }
 
-inline bool is_valid_index(long index, int count) { return index >= 0 && index < count; }
+METAL_FUNC bool is_valid_index(long index, int count) { return index >= 0 && index < count; }
 
 // Of one pair of indices. False where one of them is out of range: then nothing may be read.
 template <Mode mode, typename T, typename Scales>
-inline bool gather_operands(
+METAL_FUNC bool gather_operands(
     Tensors<T, Scales> all,
     const device long* lhs_indices,
     const device long* rhs_indices,
@@ -123,7 +125,7 @@ struct Pair {
 };
 
 // Of the `pairs` pairs from `first` on.
-inline Pair pair_of_lane(
+METAL_FUNC Pair pair_of_lane(
     const device long* lhs_indices,
     const device long* rhs_indices,
     constant GatherParams& params,
@@ -143,7 +145,7 @@ inline Pair pair_of_lane(
 }
 
 // Where the run of equal matrices ends that begins with pair `first`; rhs: this lane's.
-inline int end_of_run(int rhs, int first, int pairs) {
+METAL_FUNC int end_of_run(int rhs, int first, int pairs) {
   const int matrix = simd_shuffle(rhs, static_cast<ushort>(first));
   int end = first + 1;
   while (end < pairs && simd_shuffle(rhs, static_cast<ushort>(end)) == matrix) {
@@ -152,26 +154,31 @@ inline int end_of_run(int rhs, int first, int pairs) {
   return end;
 }
 
-// Adds up, in a fixed order, what each of the simdgroups of a threadgroup has in `shared` for the same rows x columns
-// of y, and writes it, times `factor`, to rows from first_row and columns from first_column on, as far as the matrix
-// goes.
+// Each simdgroup of a threadgroup has sums of rows x columns of y in `shared`: the first `along` of them, a power of
+// two, for the same ones, the next for the columns beside those. Adds them up, in a fixed order, and writes them, times
+// `factor`, to rows from first_row and columns from first_column on, as far as the matrix goes.
 template <int simdgroups, int rows, int columns, typename Y>
-inline void write_sums(
+METAL_FUNC void write_sums(
     threadgroup const float* shared,
     device Y* y,
     constant ProductParams& params,
     int first_row,
     int first_column,
+    int along,
     float factor,
     int thread_index) {
-  for (int i = thread_index; i < rows * columns; i += simdgroups * 32) {
+  constexpr int size = rows * columns;
+  for (int i = thread_index; i * along < simdgroups * size; i += simdgroups * 32) {
+    const int block = i / size;
     float sum = 0.0f;
 #pragma unroll
-    for (int simdgroup = 0; simdgroup < simdgroups; ++simdgroup) {
-      sum += shared[simdgroup * rows * columns + i];
+    for (int part = 0; part < simdgroups; ++part) {
+      if (part < along) {
+        sum += shared[(block * along + part) * size + i % size];
+      }
     }
-    const int row = first_row + i / columns;
-    const int column = first_column + i % columns;
+    const int row = first_row + i % size / columns;
+    const int column = first_column + block * columns + i % columns;
     if (row < params.rows && (aligned_outputs || column < params.n)) {
       y[static_cast<long>(row) * params.n + column] = static_cast<Y>(sum * factor);
     }
@@ -180,7 +187,7 @@ inline void write_sums(
 
 // NaN to `columns` columns, from `first` on, of rows [first_row, end_row), as far as the matrix goes.
 template <typename Y>
-inline void write_nan(
+METAL_FUNC void write_nan(
     device Y* y,
     constant ProductParams& params,
     int first_row,

@@ -23,13 +23,10 @@
 #include "../common/metal.h"
 #include "operands.h"
 
-// Codes are those of the CPU bit for bit: no fused operations, either.
-#pragma METAL fp contract(off)
-
 namespace quantization_mlx {
 
 template <int lanes>
-inline float min_over(float value) {
+METAL_FUNC float min_over(float value) {
 #pragma unroll
   for (int mask = 1; mask < lanes; mask *= 2) {
     value = min(value, simd_shuffle_xor(value, static_cast<ushort>(mask)));
@@ -38,7 +35,7 @@ inline float min_over(float value) {
 }
 
 template <int lanes>
-inline float max_over(float value) {
+METAL_FUNC float max_over(float value) {
 #pragma unroll
   for (int mask = 1; mask < lanes; mask *= 2) {
     value = max(value, simd_shuffle_xor(value, static_cast<ushort>(mask)));
@@ -48,7 +45,7 @@ inline float max_over(float value) {
 
 // Writes eight codes as `bits` bytes, in the widest pieces that are aligned.
 template <int bits>
-inline void store_codes(thread const uint* codes, device uchar* destination) {
+METAL_FUNC void store_codes(thread const uint* codes, device uchar* destination) {
   if (bits == 4 || bits == 8) {
 #pragma unroll
     for (int word = 0; word < bits / 4; ++word) {
@@ -78,7 +75,7 @@ inline void store_codes(thread const uint* codes, device uchar* destination) {
 
 // Affine codes of a lane's eight values, whose group has these extremes.
 template <int bits>
-inline void affine_codes(thread const float* values, AffineParameters parameters, thread uint* codes) {
+METAL_FUNC void affine_codes(thread const float* values, AffineParameters parameters, thread uint* codes) {
 #pragma unroll
   for (int i = 0; i < chunk_elements; ++i) {
     codes[i] = affine_code(values[i], parameters, bits);
@@ -87,18 +84,18 @@ inline void affine_codes(thread const float* values, AffineParameters parameters
 
 // Quotients round to T, the type of w: that matters where they are subnormal in half, and in nvfp4.
 template <typename T>
-inline float rounded(float value) {
+METAL_FUNC float rounded(float value) {
   return static_cast<float>(static_cast<T>(value));
 }
 
 template <typename T, Mode mode>
-inline uint fp_scale(float absmax, float encode) {
+METAL_FUNC uint fp_scale(float absmax, float encode) {
   const float ratio = rounded<T>(fp_scale_ratio(mode, absmax));
   return traits_of(mode).scale == Scale::e4m3 ? e4m3_from_float(ratio * encode) : e8m0_from_ratio(ratio);
 }
 
 template <typename T, Mode mode>
-inline uint fp_code(float value, float decoded, float encode) {
+METAL_FUNC uint fp_code(float value, float decoded, float encode) {
   if (decoded == 0.0f) {  // an nvfp4 group too small for any scale becomes zeros
     return 0u;
   }
@@ -108,9 +105,9 @@ inline uint fp_code(float value, float decoded, float encode) {
 }
 
 template <typename T, Mode mode, int group_size, int bits>
-[[kernel]] void quantize(
+[[kernel, max_total_threads_per_threadgroup(elementwise_threads)]] void quantize(
     const device T* w [[buffer(0)]],
-    const device float* global_scale [[buffer(1)]],
+    const device float* global_scale [[buffer(1), function_constant(has_global_scale)]],
     device uint* words [[buffer(2)]],
     device ScaleType<mode, T>* scales [[buffer(3)]],
     device ScaleType<mode, T>* biases [[buffer(4)]],
@@ -161,11 +158,11 @@ template <typename T, Mode mode, int group_size, int bits>
 }
 
 template <typename T, Mode mode, int group_size, int bits>
-[[kernel]] void dequantize(
+[[kernel, max_total_threads_per_threadgroup(elementwise_threads)]] void dequantize(
     const device uint* words [[buffer(0)]],
     const device ScaleType<mode, T>* scales [[buffer(1)]],
     const device ScaleType<mode, T>* biases [[buffer(2)]],
-    const device float* global_scale [[buffer(3)]],
+    const device float* global_scale [[buffer(3), function_constant(has_global_scale)]],
     device T* y [[buffer(4)]],
     constant QuantizeParams& params [[buffer(5)]],
     uint3 position [[thread_position_in_grid]]) {
@@ -204,9 +201,9 @@ template <typename T, Mode mode, int group_size, int bits>
 // --- Packed columns ------------------------------------------------------------------------------------------------
 
 template <typename T, Mode mode, int group_size, int bits>
-[[kernel]] void quantize_columns(
+[[kernel, max_total_threads_per_threadgroup(elementwise_threads)]] void quantize_columns(
     const device T* w [[buffer(0)]],
-    const device float* global_scale [[buffer(1)]],
+    const device float* global_scale [[buffer(1), function_constant(has_global_scale)]],
     device uint* words [[buffer(2)]],
     device half* scales [[buffer(3)]],
     device half* zeros [[buffer(4)]],
@@ -246,11 +243,11 @@ template <typename T, Mode mode, int group_size, int bits>
 }
 
 template <typename T, Mode mode, int group_size, int bits>
-[[kernel]] void dequantize_columns(
+[[kernel, max_total_threads_per_threadgroup(elementwise_threads)]] void dequantize_columns(
     const device uint* words [[buffer(0)]],
     const device half* scales [[buffer(1)]],
     const device half* zeros [[buffer(2)]],
-    const device float* global_scale [[buffer(3)]],
+    const device float* global_scale [[buffer(3), function_constant(has_global_scale)]],
     device T* y [[buffer(4)]],
     constant QuantizeColumnsParams& params [[buffer(5)]],
     uint3 position [[thread_position_in_grid]]) {

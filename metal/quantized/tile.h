@@ -73,7 +73,7 @@ struct WeightRange {
   float factor;  // a power of two, which the weights are multiplied by
 };
 
-inline WeightRange initial_range() {
+METAL_FUNC WeightRange initial_range() {
   WeightRange range;
   range.largest = 0.0f;
   range.factor = 1.0f;
@@ -85,7 +85,7 @@ static constant constexpr const float largest_half = 65504.0f / 65536.0f;
 
 // The largest magnitude, in that unit, that codes of a group can stand for.
 template <Mode mode, int bits>
-inline float largest_weight(float scale, float bias) {
+METAL_FUNC float largest_weight(float scale, float bias) {
   if (is_e2m1(mode) || is_e4m3(mode)) {
     return fabs(scale) * ((is_e2m1(mode) ? 6.0f : 448.0f) / range_unit);
   }
@@ -94,7 +94,7 @@ inline float largest_weight(float scale, float bias) {
 }
 
 // The factor that brings weights of this magnitude below 2^15. Of infinity, any does.
-inline float range_factor(float largest) {
+METAL_FUNC float range_factor(float largest) {
   const uint exponent = min(bits_from_float(largest) >> 23, 250u);
   return largest > largest_half ? float_from_bits((252u - exponent) << 23) : 1.0f;
 }
@@ -110,13 +110,13 @@ struct PackedWeights {
 };
 
 // Eight consecutive elements to threadgroup memory. target is a multiple of 16 bytes.
-inline void store_chunk(thread const float* values, threadgroup float* target) {
+METAL_FUNC void store_chunk(thread const float* values, threadgroup float* target) {
   ((threadgroup float4*)target)[0] = float4(values[0], values[1], values[2], values[3]);
   ((threadgroup float4*)target)[1] = float4(values[4], values[5], values[6], values[7]);
 }
 
 template <typename T>
-inline void store_chunk(thread const float* values, threadgroup T* target) {
+METAL_FUNC void store_chunk(thread const float* values, threadgroup T* target) {
   static_assert(sizeof(T) == 2, "half or bfloat");
   uint pairs[chunk_elements / 2];
 #pragma unroll
@@ -132,7 +132,7 @@ inline void store_chunk(thread const float* values, threadgroup T* target) {
 
 // Weights of row `row` from `first` on. exist: how many are in the matrix: all, half of a run in groups of 16, or none.
 template <Mode mode, int group_size, int bits, int elements, typename T, typename Scale>
-inline void fetch_weights(
+METAL_FUNC void fetch_weights(
     thread const Operands<T, Scale>& operands,
     int row_elements,
     int row,
@@ -167,7 +167,7 @@ inline void fetch_weights(
 
 // As fetch_weights, of column `column` from row k on; all of them are in the matrix or none.
 template <Mode mode, int group_size, int bits, int elements, typename T, typename Scale>
-inline void fetch_column_weights(
+METAL_FUNC void fetch_column_weights(
     thread const Operands<T, Scale>& operands,
     int columns,
     int k,
@@ -197,7 +197,7 @@ template <
     int elements,
     typename T,
     typename Scale>
-inline void fetch_block(
+METAL_FUNC void fetch_block(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     int k,
@@ -230,7 +230,7 @@ struct BlockPlace {
 };
 
 template <bool transpose, int columns, int depth, Mode mode, int elements>
-inline BlockPlace block_place(int thread_index) {
+METAL_FUNC BlockPlace block_place(int thread_index) {
   constexpr int threads_per_row = block_row_elements(transpose, columns, depth) / elements;
   BlockPlace place;
   place.row = is_column_packed(mode) ? thread_index % columns : thread_index / threads_per_row;
@@ -240,7 +240,7 @@ inline BlockPlace block_place(int thread_index) {
 
 // Unpacks them into the block in threadgroup memory, whose rows are padded<T>.
 template <bool transpose, int columns, int depth, typename T, Mode mode, int group_size, int bits, int elements>
-inline void store_block(
+METAL_FUNC void store_block(
     thread const PackedWeights<mode, group_size, bits, elements>& packed,
     int thread_index,
     threadgroup T* block,
@@ -283,13 +283,13 @@ static constant constexpr const int range_threads = 128;
 
 // The padding of the block's first row: memory for four floats, which no product reads.
 template <bool transpose, int columns, int depth, typename T>
-inline threadgroup float* block_padding(threadgroup T* block) {
+METAL_FUNC threadgroup float* block_padding(threadgroup T* block) {
   return (threadgroup float*)(block + block_row_elements(transpose, columns, depth));
 }
 
 // For needs_factors, before the barrier that completes the last step.
 template <bool transpose, int columns, int depth, Mode mode, typename T>
-inline void share_range(WeightRange range, int thread_index, threadgroup T* block) {
+METAL_FUNC void share_range(WeightRange range, int thread_index, threadgroup T* block) {
   if (may_exceed_range<T>(mode)) {
     const float largest = simd_max(range.largest);
     if (thread_index % 32 == 0) {
@@ -301,7 +301,7 @@ inline void share_range(WeightRange range, int thread_index, threadgroup T* bloc
 // Sets the factor of a thread's weights, the same for all threads that unpack weights of the same columns. memory: a
 // float for each thread.
 template <bool transpose, int columns, int depth, Mode mode, int elements>
-inline void set_range_factor(thread WeightRange& range, int thread_index, threadgroup float* memory) {
+METAL_FUNC void set_range_factor(thread WeightRange& range, int thread_index, threadgroup float* memory) {
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has been multiplied, and needs_factors has read
   memory[thread_index] = range.largest;
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -317,7 +317,7 @@ inline void set_range_factor(thread WeightRange& range, int thread_index, thread
 
 // Writes the factor of the sums of each column to the beginning of `memory`.
 template <bool transpose, int columns, int depth, Mode mode, int elements>
-inline void store_sum_factors(WeightRange range, int thread_index, threadgroup float* memory) {
+METAL_FUNC void store_sum_factors(WeightRange range, int thread_index, threadgroup float* memory) {
   const BlockPlace place = block_place<transpose, columns, depth, mode, elements>(thread_index);
   const float inverse = float_from_bits((254u << 23) - bits_from_float(range.factor));
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the last step has been multiplied
@@ -336,7 +336,7 @@ inline void store_sum_factors(WeightRange range, int thread_index, threadgroup f
 // After a pass: whether a weight was too large for T, so that a second pass with factors is needed. After that one,
 // `scaled` is true and the factors of the sums are at `block`. The same for all threads.
 template <bool transpose, int columns, int depth, Mode mode, int elements, typename T>
-inline bool needs_factors(thread WeightRange& range, thread bool& scaled, int thread_index, threadgroup T* block) {
+METAL_FUNC bool needs_factors(thread WeightRange& range, thread bool& scaled, int thread_index, threadgroup T* block) {
   if (!may_exceed_range<T>(mode)) {
     return false;
   }
@@ -356,7 +356,7 @@ inline bool needs_factors(thread WeightRange& range, thread bool& scaled, int th
 // --- Rows of x -----------------------------------------------------------------------------------------------------
 
 // 16 bytes of a row. exist: elements that are in the matrix; the others are zeros.
-inline uint4 fetch_piece(const device uint* source, int exist) {
+METAL_FUNC uint4 fetch_piece(const device uint* source, int exist) {
   if (exist >= 4 && aligned_x) {
     return *(const device uint4*)source;
   }
@@ -368,7 +368,7 @@ inline uint4 fetch_piece(const device uint* source, int exist) {
   return uint4(words[0], words[1], words[2], words[3]);
 }
 
-inline uint4 fetch_piece(const device ushort* source, int exist) {
+METAL_FUNC uint4 fetch_piece(const device ushort* source, int exist) {
   if (exist >= 8 && aligned_x) {
     return *(const device uint4*)source;
   }
@@ -382,15 +382,15 @@ inline uint4 fetch_piece(const device ushort* source, int exist) {
   return uint4(words[0], words[1], words[2], words[3]);
 }
 
-inline uint4 fetch_piece(const device float* source, int exist) {
+METAL_FUNC uint4 fetch_piece(const device float* source, int exist) {
   return fetch_piece((const device uint*)source, exist);
 }
 
-inline uint4 fetch_piece(const device half* source, int exist) {
+METAL_FUNC uint4 fetch_piece(const device half* source, int exist) {
   return fetch_piece((const device ushort*)source, exist);
 }
 
-inline uint4 fetch_piece(const device bfloat* source, int exist) {
+METAL_FUNC uint4 fetch_piece(const device bfloat* source, int exist) {
   return fetch_piece((const device ushort*)source, exist);
 }
 
@@ -411,13 +411,13 @@ inline constexpr int pieces_per_thread(int element_size, int rows, int depth, in
 
 // The row of the block that a piece is in; `rows` or more where the thread has no such piece.
 template <typename T, int depth, int threads>
-inline int row_of_piece(int thread_index, int piece) {
+METAL_FUNC int row_of_piece(int thread_index, int piece) {
   return (thread_index + piece * threads) / row_pieces(sizeof(T), depth);
 }
 
 // Row r of the block is row `lhs` of x, lhs being that of lane r.
 template <typename T, int rows, int depth, int threads>
-inline void gather_rows(
+METAL_FUNC void gather_rows(
     const device T* x,
     long row_stride,
     int lhs,
@@ -432,7 +432,12 @@ inline void gather_rows(
 
 // Rows [first, end) of the block have k elements, the others none.
 template <typename T, int rows, int depth, int threads>
-inline void set_rows(int first, int end, int k, int thread_index, thread RowPieces<T, rows, depth, threads>& pieces) {
+METAL_FUNC void set_rows(
+    int first,
+    int end,
+    int k,
+    int thread_index,
+    thread RowPieces<T, rows, depth, threads>& pieces) {
 #pragma unroll
   for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, threads); ++i) {
     const int row = row_of_piece<T, depth, threads>(thread_index, i);
@@ -441,7 +446,7 @@ inline void set_rows(int first, int end, int k, int thread_index, thread RowPiec
 }
 
 template <typename T, int rows, int depth, int threads>
-inline void fetch_rows(int k, int thread_index, thread RowPieces<T, rows, depth, threads>& pieces) {
+METAL_FUNC void fetch_rows(int k, int thread_index, thread RowPieces<T, rows, depth, threads>& pieces) {
   constexpr int piece_elements = 16 / static_cast<int>(sizeof(T));
   const int first = k + thread_index % row_pieces(sizeof(T), depth) * piece_elements;
 #pragma unroll
@@ -451,7 +456,7 @@ inline void fetch_rows(int k, int thread_index, thread RowPieces<T, rows, depth,
 }
 
 template <typename T, int rows, int depth, int threads>
-inline void store_rows(
+METAL_FUNC void store_rows(
     thread const RowPieces<T, rows, depth, threads>& pieces,
     int thread_index,
     threadgroup T* block) {

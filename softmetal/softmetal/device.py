@@ -191,10 +191,15 @@ def lint(
     include_dirs: Sequence[str | Path] = (),
     defines: Mapping[str, object] | None = None,
     standard: str = "metal3.1",
+    *,
+    advice: bool = False,
 ) -> list[Finding]:
-    """What Apple's compiler would reject or warn about and compile() does not notice; arguments as for compile()."""
+    """What Apple's compiler would reject or warn about and compile() does not notice; arguments as for compile().
+
+    advice: also what it takes, and shaders had better not have (msl/lint.py).
+    """
     preprocessed = _preprocess(source, include_dirs, defines, standard)
-    return find_faults(preprocessed, str(toolchain.SHIM), toolchain.VERSIONS[standard])
+    return find_faults(preprocessed, str(toolchain.SHIM), toolchain.VERSIONS[standard], advice)
 
 
 def _preprocess(
@@ -348,11 +353,12 @@ class Library:
             raise ValueError("give either threadgroups or threads")
         groups = _three("threadgroups", threadgroups) if threads is None else None
         grid = [g * s for g, s in zip(groups, size, strict=True)] if groups else _three("threads", threads)
-        if np.prod(size) > kernel.max_threads:
-            raise ValueError(f"a threadgroup of {kernel.name} has at most {kernel.max_threads} threads, not {size}")
         memory = _Memory(kernel, buffers, set(uninitialized))
         lengths = _threadgroup_lengths(kernel, threadgroup_memory or {})
         pipeline = self.pipeline(name, function_constants, check)
+        most = pipeline.structure.max_threads
+        if np.prod(size) > most:
+            raise ValueError(f"a threadgroup of {kernel.name} has at most {most} threads, not {size}")
         launch = _Launch(
             pipeline=ctypes.pointer(pipeline.structure),
             allocations=memory.allocations,
@@ -388,6 +394,7 @@ class _Module:
         self.library = ctypes.CDLL(str(path))
         self.entry = ctypes.cast(self.library[symbol], ctypes.c_void_p).value
         self.derive = ctypes.cast(self.library[f"{symbol}_derive"], ctypes.c_void_p).value
+        self.max_threads: int = self.library[f"{symbol}_max_threads"]()
         symbols = toolchain.undefined_symbols(path)
         self.slots = self._numbers(symbols, "softmetal_slot_")
         self.optional_slots = self._numbers(symbols, "softmetal_defined_")
@@ -416,7 +423,7 @@ class Pipeline:
             buffers=sum(1 << p.index for p in buffers),
             writable_buffers=sum(1 << p.index for p in buffers if not p.is_const),
             threadgroup_arguments=max((p.index + 1 for p in kernel.parameters if p.kind == "threadgroup"), default=0),
-            max_threads=kernel.max_threads,
+            max_threads=module.max_threads,
             checked=check,
         )
 

@@ -26,7 +26,7 @@ MISUSES = {
     "unbound buffer": "nothing is bound",
     "stale buffer": "another op has bound",
     "stale pipeline": "without a pipeline state",
-    "nil that the kernel reads": "address of no buffer",
+    "nil that the kernel reads": "uses [[buffer(1)]], to which nothing is bound",
     "setBytes for a writable argument": "as writable",
     "setBytes shorter than the argument": "which has 2 bytes",
     "misaligned offset": "misaligned",

@@ -26,6 +26,7 @@ from softmetal.msl import toolchain
 
 HERE = Path(__file__).resolve().parent
 STANDARD = "metal3.2"
+ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
 ARCHITECTURE = "sm_90"
 TARGET = [*("-target", "nvptx64-nvidia-cuda", "-nogpulib", "-Xclang", "-target-cpu", "-Xclang", ARCHITECTURE)]
 TARGET += ["-Xclang", "-target-feature", "-Xclang", "+ptx80", "-w"]
@@ -104,7 +105,7 @@ class Source:
 def _program(source: Source) -> msl.Program:
     text = f'# 1 "{source.path}"\n{source.path.read_text()}' if source.path else source.text
     includes = [source.path.parent, *source.include_dirs] if source.path else list(source.include_dirs)
-    preprocessed = toolchain.preprocess(text, STANDARD, includes, {})
+    preprocessed = toolchain.preprocess(text, STANDARD, includes, ALL_KERNELS)
     if source.change:
         changed = source.change(preprocessed)
         if changed == preprocessed:

@@ -28,6 +28,7 @@ from bundle import Archive, Buffers, Item
 from check import compare
 from mutants import MUTANTS
 from operands import random_operands
+from shapes import SHAPES
 from timing import GUARD, Timer, copy_bandwidth, read_bytes, time_int4pack, time_linear
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +123,11 @@ class Run:
         self.results["copy"] = copy_bandwidth()
         timer = Timer()
         self.results["times"] = [self._time(item, timer) for item in items]
-        products = {item.call: None for item in items if item.build == "known" and item.call.transpose}
+        products = {
+            item.call: None
+            for item in items
+            if item.build == "known" and item.call.transpose and (item.call.n, item.call.k) in SHAPES
+        }
         self.results["peers"] = [self._peers(call) for call in products]
         # Clocks that were still rising, or a neighbour, would show.
         self.results["copy"] = max(self.results["copy"], copy_bandwidth())

@@ -3,8 +3,11 @@
 # Of the timing tables: n and k, rows of x, rows of tiled products, rows where w is not transposed.
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336), (14336, 4096))  # n, k
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
+# One row where K is short or odd, as of experts and of small models' heads; n: enough to fill the GPU.
+SMALL_N, SMALL_KS = 32768, (512, 768, 1024, 2880, 3072)
+SMALL_PAIRS = 64
 LARGE = {"n": 8192, "k": 8192}
 EXPERT = {"op": "gather_qmm", "n": 1024, "k": 2048}
 TILE_ROWS = (64, 512)
 SWEEP = range(1, 65)
-PLAIN_ROWS = (1, 2, 4, 8, 16, 64, 512)
+PLAIN_ROWS = (1, 2, 3, 4, 8, 16, 64, 512)

@@ -18,7 +18,7 @@ import mlx_peer
 from calls import Call
 from mutants import MUTANTS
 from plans import plan_of
-from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SWEEP, TILE_ROWS
+from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SMALL_KS, SMALL_N, SMALL_PAIRS, SWEEP, TILE_ROWS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -190,12 +190,20 @@ def mutants() -> Iterator[Item]:
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
+def small_k() -> Iterator[Call]:
+    for k in SMALL_KS:
+        yield Call(n=SMALL_N, k=k)
+        yield Call(op="gather_qmm", n=EXPERT["n"], k=k, experts=SMALL_PAIRS, pairs=SMALL_PAIRS)
+
+
 def time() -> Iterator[Item]:
     for (n, k), rows in itertools.product(SHAPES, ROWS):
         builds = ("generic", "known", "mlx") if mlx_peer.is_installed() else ("generic", "known")
         yield from (Item("time", Call(rows=rows, n=n, k=k), build) for build in builds)
     for (n, k), rows in itertools.product(SHAPES, TILE_ROWS):
         yield Item("time", Call(rows=rows, n=n, k=k), "exchanged")
+    for call, build in itertools.product(small_k(), ("generic", "known")):
+        yield Item("time", call, build)
     for rows in SWEEP:
         yield Item("time", Call(rows=rows, **LARGE))
     for format, transpose in itertools.product(FORMATS, (True, False)):

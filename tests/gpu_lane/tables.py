@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from calls import Call
-from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SWEEP, TILE_ROWS
+from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SMALL_KS, SWEEP, TILE_ROWS
 
 KERNEL = re.compile(
     r"\w+?_(?P<op>(?:gather_q|q|dequantize)\w*?)_(?:float32|float16|bfloat16)_gs_\d+_b_\d+(?P<rows>\w*)"
@@ -83,7 +83,7 @@ class Times:
 
     def tables(self) -> list[str]:
         shapes = [self._shape(n, k) for n, k in SHAPES]
-        kinds = (self._formats(), self._not_transposed(), self._packed_columns(), self._gathered())
+        kinds = (self._small_k(), self._formats(), self._not_transposed(), self._packed_columns(), self._gathered())
         return [*shapes, self._tiles(), self._steps(), *kinds]
 
     def _seconds(self, call: Call, build: str = "generic") -> float | None:
@@ -154,6 +154,19 @@ class Times:
         header = ("rows", *map(str, range(1, 9)), "kernels")
         return table("Neighbouring rows, w 8192 x 8192, generic, us", header, rows, note)
 
+    def _small_k(self) -> str:
+        """One row, or one row for each pair."""
+        calls = [call for call in self._timed if call.k in SMALL_KS and call.rows == 1 and call.transpose]
+        rows = [
+            (
+                *(f"{call.n} x {call.k}", call.pairs or NOTHING, self._kernel(call)),
+                *(self._micros(call, build) for build in ("generic", "known")),
+            )
+            for call in calls
+        ]
+        header = ("w", "pairs", "kernel", "generic, us", "known, us")
+        return table("One row, K short or odd, float16, affine, 4 bits, group_size 64", header, rows)
+
     def _formats(self) -> str:
         """At one row."""
         kinds = {
@@ -204,7 +217,7 @@ class Times:
     def _gathered(self) -> str:
         rows = []
         for (call, _), found in self._times.items():
-            if call.op == "gather_qmm":
+            if call.op == "gather_qmm" and call.k == EXPERT["k"]:
                 rate = found["bytes"] / found["seconds"]
                 of_copy = f"{100 * rate / self._copy:.0f}%"
                 order = "sorted" if call.sorted else "any"

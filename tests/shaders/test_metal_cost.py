@@ -56,6 +56,15 @@ def test_few_rows_share_one_reading_of_the_weights(rows, transpose):
     assert cost.weights <= 1.02
 
 
+@pytest.mark.parametrize("k", metal_cost.SMALL_OR_ODD_K)
+@pytest.mark.parametrize("experts", [0, 2], ids=["plain", "experts"])
+def test_lanes_have_work_where_k_is_small_or_odd(k, experts):
+    cost = product(Call(1, 256, k, experts=experts))
+    assert "qmv" in cost.kernel
+    assert 0.75 <= cost.lanes <= 1
+    assert cost.weights <= 1.02
+
+
 @pytest.mark.parametrize("rows", [12, 16, 32])
 def test_weights_are_read_once_for_all_rows_of_a_tile(rows):
     assert product(Call(rows, 256, 1024)).weights <= 1.02

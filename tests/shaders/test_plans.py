@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import struct
-import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,26 +17,14 @@ from cases import DTYPES, FORMATS
 from oracle import Format
 from repository import ROOT
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from metal_library import kernels_in
+
 GPUS = [f"applegpu_g{generation}{variant}" for generation in range(13, 19) for variant in "pgscd"]
 # One for each way in which plans differ: no tensor ops on few and on many cores, tensor ops, a phone's chip without.
 SOME_GPUS = ["applegpu_g13g", "applegpu_g14d", "applegpu_g17s", "applegpu_g17p"]
 FOUR_BIT = Format("affine", 64, 4)
-
-
-@functools.cache
-def kernels_in(stem: str) -> dict[str, str]:
-    """What metal/quantized/<stem>.metal instantiates, by host name, by expanding its macros alone."""
-    path = ROOT / f"metal/quantized/{stem}.metal"
-    text = path.read_text().partition("// --- Instances")[2]  # without the templates, and the gate of tensor operations
-    done = subprocess.run(
-        ["c++", "-E", "-P", "-x", "c++", "-DQUANTIZATION_MLX_TENSOR_OPS=1", f"-I{path.parent}", "-"],
-        input=text,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = re.findall(r"host_name\(([^)]*)\)\]\] \[\[kernel\]\] decltype\(([^()]*)\)", done.stdout)
-    return {"".join(re.findall(r'"([^"]*)"', literals)): instance for literals, instance in found}
 
 
 def weights(format: Format, *shape: int, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, ...]:
@@ -78,8 +65,8 @@ def gather_plan(gpu: str, pairs: int, M: int, experts: int, sorted_indices: bool
 def assert_exists(plan) -> None:
     assert plan.launches
     for launch in plan.launches:
-        # A library of all kernels, and one that is compiled for this launch, have the same one of that name.
-        assert kernels_in(launch.file).get(launch.kernel) == launch.instance, launch.kernel
+        # A library of many kernels, and one that is compiled for this launch, have the same one of that name.
+        assert kernels_in(launch.file, all_kernels=True).get(launch.kernel) == launch.instance, launch.kernel
         assert launch.threads <= 1024
         assert all(launch.threadgroups)
 
@@ -151,21 +138,30 @@ def families(plan) -> list[str]:
 
 
 def test_tensor_ops_run_where_gpu_system_and_dtype_have_them():
-    assert families(matmul_plan("applegpu_g17s", 64, 4096, 4096)) == ["tensor"]
-    assert families(matmul_plan("applegpu_g18p", 64, 4096, 4096)) == ["tensor"]
+    assert families(matmul_plan("applegpu_g17s", 64, 16384, 4096)) == ["tensor"]
+    assert families(matmul_plan("applegpu_g18p", 64, 16384, 4096)) == ["tensor"]
     for gpu, dtype, macos in (
         ("applegpu_g16s", torch.float16, (26, 2)),
         ("applegpu_g17p", torch.float16, (26, 2)),  # a phone's chip, without matrix units
         ("applegpu_g17s", torch.float32, (26, 2)),  # they would round float32
         ("applegpu_g17s", torch.float16, (26, 1)),
     ):
-        assert families(matmul_plan(gpu, 64, 4096, 4096, dtype=dtype, macos=macos)) == ["tile"], (gpu, dtype, macos)
+        assert families(matmul_plan(gpu, 64, 16384, 4096, dtype=dtype, macos=macos)) == ["tile"], (gpu, dtype, macos)
 
 
-@pytest.mark.parametrize("gpu", ["applegpu_g14s", "applegpu_g17s"])
-def test_few_rows_are_one_matvec(gpu):
-    for rows in range(1, 13):
-        plan = matmul_plan(gpu, rows, 4096, 4096)
+@pytest.mark.parametrize(
+    ("gpu", "size", "most"),
+    [
+        *(("applegpu_g13s", size, most) for size, most in ((2048, 12), (4096, 10), (8192, 8))),
+        *(("applegpu_g14g", size, most) for size, most in ((2048, 12), (4096, 10), (8192, 8))),
+        *((gpu, 8192, 12) for gpu in ("applegpu_g14d", "applegpu_g15s", "applegpu_g16g", "applegpu_g17s")),
+    ],
+)
+def test_few_rows_are_one_matvec(gpu, size, most):
+    assert families(matmul_plan(gpu, most + 1, size, size)) != ["matvec"]
+    assert families(matmul_plan(gpu, most + 1, 2048, size)) != ["matvec"]
+    for rows in range(1, most + 1):
+        plan = matmul_plan(gpu, rows, size, 2048)
         assert families(plan) == ["matvec"]
         instance = int(re.search(r"_rows_(\d+)|$", plan.launches[0].kernel)[1] or 1)
         assert rows <= instance <= 2 * rows, "a matvec for many more rows than there are"
@@ -179,8 +175,102 @@ def tile_of(plan) -> int:
 def test_tiles_follow_the_rows():
     for rows, tile in ((13, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 32), (96, 32), (97, 64), (512, 64)):
         assert tile_of(matmul_plan("applegpu_g14s", rows, 4096, 4096)) == tile, rows
-    for rows, tile in ((13, 32), (32, 32), (33, 64), (512, 64)):
+    for rows, tile in ((13, 32), (32, 32), (33, 64), (65, 32), (128, 64), (512, 128), (528, 64)):
         assert tile_of(matmul_plan("applegpu_g17s", rows, 4096, 4096)) == tile, rows
+    assert tile_of(matmul_plan("applegpu_g17s/64", 512, 2048, 4096)) == 64, "too few tiles of 128 rows for these cores"
+
+
+def test_tensor_operations_split_k_where_tiles_are_few():
+    """Parts are whole steps, and their sums no more bytes than their weights."""
+    for gpu, N, K, expected in (
+        ("applegpu_g17s", 4096, 4096, 3),  # 12 threadgroups for each of 20 cores
+        ("applegpu_g17s/40", 4096, 4096, 4),  # of 1024
+        ("applegpu_g17s/40", 4096, 16384, 7),
+        ("applegpu_g17s", 16384, 4096, 1),
+    ):
+        plan = matmul_plan(gpu, 64, N, K)
+        *_, parts, part_k = struct.unpack_from("<6i", plan.launches[0].params, 14 * 8)
+        assert parts == expected, (gpu, N, K)
+        assert plan.launches[0].threadgroups == (N // 64, parts, 1)
+        assert part_k % 64 == 0 and (parts - 1) * part_k < K <= parts * part_k
+        assert [launch.kernel.split("_float16")[0] for launch in plan.launches] == (
+            ["affine_qmm_t_nax_splitk", "sum_parts"] if parts > 1 else ["affine_qmm_t_nax"]
+        )
+        assert families(plan) == ["tensor"] * len(plan.launches)
+
+
+def test_simdgroups_of_a_matvec_go_along_n_where_k_is_short():
+    """Threadgroups of y's columns: 8, 16 or 32 to each."""
+    for K, columns in ((64, 32), (512, 32), (768, 16), (1024, 16), (2048, 8), (2880, 16), (3072, 16), (4096, 8)):
+        [launch] = matmul_plan("applegpu_g14s", 1, 4096, K).launches
+        assert launch.threadgroups == (4096 // columns, 1, 1), K
+        assert launch.threads == 128
+    [launch] = matmul_plan("applegpu_g14s", 1, 40, 512).launches
+    assert launch.threadgroups == (2, 1, 1)
+    assert "aligned_outputs" not in launch.constants
+
+
+def test_few_rows_of_untransposed_weights():
+    for rows, instance in ((1, ""), (2, "_rows_2"), (3, "_rows_3"), (4, "_rows_4"), (5, "_rows_8")):
+        [launch] = matmul_plan("applegpu_g14s", rows, 65536, 256, transpose=False).launches
+        assert launch.kernel == f"affine_qvm_float16_gs_64_b_4{instance}"
+
+
+# --- The library that is compiled beforehand -------------------------------------------------------------------------
+
+
+def is_in_library(plan) -> bool:
+    return all(launch.kernel in kernels_in(launch.file) for launch in plan.launches)
+
+
+def test_library_has_kernels_of_no_other_kind():
+    for stem in ("matvec", "matmul", "matmul_tensor", "quantize"):
+        everything = kernels_in(stem, all_kernels=True)
+        assert kernels_in(stem).items() <= everything.items()
+        for kernel in kernels_in(stem):
+            assert "float32" not in kernel or not (stem == "matmul_tensor" or kernel.startswith("marlin")), kernel
+
+
+def test_library_is_small():
+    """It is embedded as a C array: thousands of kernels take minutes to compile and many megabytes."""
+    count, everything = (
+        sum(len(kernels_in(stem, full)) for stem in ("matvec", "matmul", "matmul_tensor", "quantize"))
+        for full in (False, True)
+    )
+    assert count <= everything / 5
+
+
+PUBLISHED = [Format("affine", 64, bits) for bits in (3, 4, 5, 6, 8)]
+PUBLISHED += [Format("affine", 32, 4), *cases.FLOAT_FORMATS]
+
+
+@pytest.mark.parametrize("format", PUBLISHED, ids=oracle.name_of)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=oracle.name_of)
+def test_library_has_what_runs_a_published_model(format, dtype):
+    """Any number of rows, on any GPU; experts; quantizing and dequantizing."""
+    for gpu in SOME_GPUS:
+        for rows in (*range(1, 18), 33, 65, 512, 4096):
+            for N, K in ((4096, 4096), (512, 16384)):
+                assert is_in_library(matmul_plan(gpu, rows, N, K, format, dtype))
+        for pairs, rows, sorted_indices in ((8, 1, False), (512, 1, True), (8, 4, False), (8, 20, False)):
+            assert is_in_library(gather_plan(gpu, pairs, rows, 8, sorted_indices, format, dtype=dtype))
+        x = torch.empty(4, 256, dtype=dtype, device="meta")
+        [plan] = qm.explain(qm.quantize, x, **format.options, gpu=gpu)
+        assert is_in_library(plan)
+        [plan] = qm.explain(
+            qm.dequantize, *weights(format, 4, 256, dtype=dtype), **format.options, dtype=dtype, gpu=gpu
+        )
+        assert is_in_library(plan)
+
+
+def test_library_has_gradients_and_marlin():
+    for gpu in SOME_GPUS:
+        for rows in (1, 3, 8, 64, 512):
+            assert is_in_library(matmul_plan(gpu, rows, 4096, 4096, transpose=False))
+            for mode, bits in cases.MARLIN_BITS.items():
+                assert is_in_library(matmul_plan(gpu, rows, 4096, 4096, Format(mode, 128, bits), transpose=False))
+    assert is_in_library(matmul_plan("applegpu_g14s", 3, 4096, 4096, dtype=torch.float32))
+    assert not is_in_library(matmul_plan("applegpu_g14s", 3, 4096, 4096, Format("affine", 128, 2)))
 
 
 def test_cores_can_be_named():
@@ -237,7 +327,7 @@ def test_packed_columns_run_as_any_other_untransposed_weights():
                 op = "qmm_n_nax"
             plan = matmul_plan(gpu, rows, 8192, 1024, MARLIN, transpose=False)
             assert [launch.kernel.split("_float16")[0] for launch in plan.launches] == [f"marlin_fp4_{op}"], (gpu, rows)
-    assert families(matmul_plan("applegpu_g17s", 64, 4096, 4096, MARLIN, transpose=False)) == ["tensor"]
+    assert families(matmul_plan("applegpu_g17s", 64, 16384, 4096, MARLIN, transpose=False)) == ["tensor"]
     assert "nax" in gather_plan("applegpu_g17s", 256, 1, 8, True, MARLIN, transpose=False).launches[0].kernel
     # What a threadgroup computes: 64 columns. K is cut where there are few of them, at whole groups.
     [whole] = matmul_plan("applegpu_g14s", 1, 8192, 1024, MARLIN, transpose=False).launches

@@ -25,6 +25,7 @@ from oracle import Format, Quantized
 from repository import ROOT
 
 METAL = ROOT / "metal/quantized"
+ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
 # csrc/gpu/launch.h
 ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)
 PRODUCT_PARAMS, GATHER_TAIL, SUM_PARTS_PARAMS = "<14q6i", "<2i", "<2i"
@@ -38,7 +39,8 @@ EVERY_WIDTH = (*(Format("affine", 32, bits) for bits in (2, 3, 5, 6, 8)), FOUR_B
 INSTANCES = {
     "qmv": (1, 2, 3, 4, 6, 8, 12),
     "gather_qmv": (1, 4, 8, 12),
-    **dict.fromkeys(("qvm", "qvm_splitk", "gather_qvm"), (1, 4, 8)),
+    **dict.fromkeys(("qvm", "qvm_splitk"), (1, 2, 3, 4, 8)),
+    "gather_qvm": (1, 4, 8),
     **dict.fromkeys(("qmm_t", "qmm_n", "qmm_t_splitk", "qmm_n_splitk"), (16, 32, 64)),
     **dict.fromkeys(("gather_qmm_t", "gather_qmm_n", "gather_qmm_rhs_t", "gather_qmm_rhs_n"), (32,)),
 }
@@ -46,6 +48,12 @@ SPLIT = [op for op in INSTANCES if op.endswith("_splitk")]
 GATHERED = [op for op in INSTANCES if op.startswith("gather_")]
 # Packed columns have the untransposed product alone.
 COLUMN_OPS = [op for op in INSTANCES if "qvm" in op or op.endswith(("_n", "_n_splitk"))]
+
+
+def instances_of(op: str, column_packed: bool) -> tuple[int, ...]:
+    return INSTANCES["gather_qvm" if column_packed and "qvm" in op else op]
+
+
 # Each of Marlin's modes, and each group size.
 COLUMN_FORMATS = tuple(
     Format(mode, group_size, bits)
@@ -58,7 +66,7 @@ COLUMN_FORMATS = tuple(
 
 @functools.cache
 def library(stem: str) -> softmetal.Library:
-    return softmetal.compile(METAL / f"{stem}.metal")
+    return softmetal.compile(METAL / f"{stem}.metal", defines=ALL_KERNELS)
 
 
 def kernel_name(format: Format, op: str, dtype: torch.dtype, rows: int = 1) -> str:
@@ -91,6 +99,15 @@ def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def simdgroups_along(steps: int) -> int:
+    """Of qmv's four, those that divide K: half as many where a quarter of the lanes is idle, and fewer are then."""
+    busy = {along: steps / (16 * along * ceil(steps, 16 * along)) for along in (4, 2, 1)}
+    along = 4
+    while along > 1 and busy[along] <= 0.75 and busy[along // 2] > busy[along]:
+        along //= 2
+    return along
+
+
 # --- Products, planned as a host would -------------------------------------------------------------------------------
 
 
@@ -104,7 +121,8 @@ class Kernel:
 
     @classmethod
     def of(cls, op: str, rows: int, column_packed: bool = False) -> Kernel:
-        return cls(op, next((count for count in INSTANCES[op] if count >= rows), INSTANCES[op][-1]), column_packed)
+        instances = instances_of(op, column_packed)
+        return cls(op, next((count for count in instances if count >= rows), instances[-1]), column_packed)
 
     @property
     def is_tiled(self) -> bool:
@@ -118,12 +136,14 @@ class Kernel:
     def transpose(self) -> bool:
         return "qmv" in self.op or "_t" in self.op
 
-    @property
-    def columns(self) -> int:
+    def columns(self, k: int, dtype: torch.dtype, format: Format) -> int:
         """Of y, to a threadgroup."""
         if self.is_tiled or self.column_packed:
             return 64
-        return 8 if self.transpose else 256
+        if not self.transpose:
+            return 256
+        step = 32 if self.instance <= 3 and format.group_size >= 32 and dtype.itemsize == 2 else 16
+        return 8 * 4 // simdgroups_along(k // step)
 
     @property
     def threads(self) -> int:
@@ -135,8 +155,8 @@ class Kernel:
             return 64 if self.instance < 64 and dtype.itemsize == 2 else 32
         return format.group_size if self.column_packed else 32
 
-    def threadgroups(self, rows: int, n: int, parts: int = 1, batch: int = 1) -> tuple[int, int, int]:
-        return ceil(n, self.columns), (ceil(rows, self.instance) if self.is_tiled else 1) * parts, batch
+    def threadgroups(self, rows: int, n: int, columns: int, parts: int = 1, batch: int = 1) -> tuple[int, int, int]:
+        return ceil(n, columns), (ceil(rows, self.instance) if self.is_tiled else 1) * parts, batch
 
     def name(self, format: Format, dtype: torch.dtype) -> str:
         return kernel_name(format, self.op, dtype, self.instance)
@@ -144,7 +164,7 @@ class Kernel:
     def constants(self, x: Tensor, weights: Quantized, n: int) -> set[int]:
         load_bytes = 8 if self.column_packed else {2: 8, 4: 16, 6: 8, 8: 16}.get(weights.format.bits, 4)
         aligned = {
-            ALIGNED_OUTPUTS: n % self.columns == 0,
+            ALIGNED_OUTPUTS: n % self.columns(x.shape[-1], x.dtype, weights.format) == 0,
             ALIGNED_WEIGHTS: weights.w.shape[-1] * 4 % load_bytes == 0,
             ALIGNED_X: all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]),
             ALIGNED_K: x.shape[-1] % self.depth(x.dtype) == 0,
@@ -178,7 +198,7 @@ def product(kernel: Kernel, x: Tensor, weights: Quantized, parts: int = 1, align
     ]
     params = struct.pack(PRODUCT_PARAMS, *strides, x.stride(-2), rows * n, inner, rows, k, n, parts, part_k)
     buffers = [x, *weights.tensors, weights.global_scale, y, params]
-    threadgroups = kernel.threadgroups(rows, n, parts, outer * inner)
+    threadgroups = kernel.threadgroups(rows, n, kernel.columns(k, dtype, weights.format), parts, outer * inner)
     name = kernel.name(weights.format, dtype)
     report = launch(kernel.stem, name, constants, buffers, threadgroups, kernel.threads)
     if kernel.op in SPLIT:
@@ -207,7 +227,7 @@ def gather(kernel: Kernel, x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tens
     constants = kernel.constants(x, weights, n) if aligned else set()
     constants |= {HAS_GLOBAL_SCALE} if weights.global_scale is not None else set()
     buffers = [x, *weights.tensors, weights.global_scale, y, params, lhs, rhs]
-    threadgroups = kernel.threadgroups(counted, n, 1, batch)
+    threadgroups = kernel.threadgroups(counted, n, kernel.columns(k, dtype, weights.format), 1, batch)
     launch(kernel.stem, kernel.name(weights.format, dtype), constants, buffers, threadgroups, kernel.threads)
     return y
 
@@ -295,7 +315,9 @@ def test_names():
             expected["quantize"] |= {kernel_name(format, op, dtype) for op in ("quantize", "dequantize")}
         for format in cases.MARLIN_FORMATS:
             for op in COLUMN_OPS:
-                expected[Kernel(op, 0).stem] |= {kernel_name(format, op, dtype, rows) for rows in INSTANCES[op]}
+                expected[Kernel(op, 0).stem] |= {
+                    kernel_name(format, op, dtype, rows) for rows in instances_of(op, True)
+                }
             expected["quantize"] |= {kernel_name(format, op, dtype) for op in ("quantize", "dequantize")}
     for stem, names in expected.items():
         found = library(stem).kernels
@@ -307,18 +329,11 @@ def test_names():
 @pytest.mark.parametrize("standard", ("metal3.1", "metal4.0"))
 def test_language_versions(stem, standard):
     """C++14 and C++17, for each kind of packing."""
-    compiled = softmetal.compile(METAL / f"{stem}.metal", standard=standard)
+    compiled = softmetal.compile(METAL / f"{stem}.metal", defines=ALL_KERNELS, standard=standard)
     for format in (*SOME_FORMATS, *COLUMN_FORMATS[:3]):
         end = re.compile(rf"_gs_{format.group_size}_b_{format.bits}(_rows_\d+)?")
         names = [name for name in compiled.kernels if name.startswith(f"{format.mode}_") and end.search(name)]
         compiled.check(names)
-
-
-@pytest.mark.parametrize("version", ["3.1", "4.0"])
-@pytest.mark.parametrize("shader", sorted((ROOT / "metal").rglob("*.metal")), ids=lambda path: path.stem)
-def test_lint(shader, version):
-    found = softmetal.lint(shader, standard=f"metal{version}")
-    assert [str(finding) for finding in found if finding.level != "note" and finding.rule != "cpp17"] == []
 
 
 def test_launch_structs(tmp_path):
@@ -369,7 +384,7 @@ def test_every_kernel(op, part, dtype):
 @pytest.mark.parametrize("op", COLUMN_OPS)
 def test_packed_columns(op):
     """Every mode in every instance and type: no dimension a multiple of a block's, one column, and whole blocks."""
-    kernels = [Kernel(op, instance, True) for instance in INSTANCES[op]]
+    kernels = [Kernel(op, instance, True) for instance in instances_of(op, True)]
     cases = [(format, DTYPES[i % 3], kernel) for i, format in enumerate(COLUMN_FORMATS) for kernel in kernels]
     cases += [(COLUMN_FORMATS[3], dtype, kernel) for dtype in DTYPES for kernel in kernels]
     library(kernels[0].stem).prepare([kernel.name(format, dtype) for format, dtype, kernel in cases])
@@ -403,6 +418,15 @@ def test_row_instances(op):
         check(
             op, NVFP4, torch.bfloat16, instance + 1 if "qmm" in op else max(1, instance - 1), 37, 80, instance=instance
         )
+
+
+@pytest.mark.parametrize("op", ("qmv", "gather_qmv"))
+@pytest.mark.parametrize("k", (64, 512, 768, 1024, 2048, 2880))
+def test_simdgroups_of_a_matvec(op, k):
+    """One, two or four of them along K, the others along N: whole and ragged in both."""
+    for rows, dtype in ((1, torch.float16), (4, torch.bfloat16), (1, torch.float32)):
+        check(op, FOUR_BIT, dtype, rows, 64, k)
+        check(op, FOUR_BIT, dtype, rows, 37, k, aligned=False)
 
 
 @pytest.mark.parametrize("op", SPLIT)
@@ -530,7 +554,7 @@ def test_every_barrier_is_needed(header, number, monkeypatch):
         monkeypatch.setattr(oracle, "random_quantized", lambda *shape, **options: large)
     source = source.replace(f'#include "{header}.h"', without)
     kernels = f"{stem.upper()}_KERNELS_{'columns' if format.is_column_packed else 'rows'}"
-    instances = f"EACH_WIDTH({format.bits}, {format.group_size}, {kernels}, {format.mode}, float16, half)"
+    instances = f"FORMAT_KERNELS({format.mode}, {format.group_size}, {format.bits}, {kernels}, float16, half)"
     source += f'#include "formats.h"\nnamespace quantization_mlx {{\n{instances}\n}}\n'
     broken = softmetal.compile(source, include_dirs=[METAL])
     monkeypatch.setattr(sys.modules[__name__], "library", lambda stem: broken)

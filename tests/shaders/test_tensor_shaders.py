@@ -34,6 +34,7 @@ from repository import ROOT
 
 DTYPES = (torch.float16, torch.bfloat16)
 STANDARD = "metal4.0"
+ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
 PRODUCT_PARAMS, GATHER_PARAMS = "<14q6i", "<14q8i"
 SHADER = ROOT / "metal/quantized/matmul_tensor.metal"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -53,7 +54,7 @@ EACH_WIDTH = (
 def library(constants: frozenset[int], layout: int = 0):
     """layout: which thread holds which of the sums."""
     values = {index: index in constants for index in range(5)}
-    defines = {"SOFTMETAL_TENSOR_LAYOUT": layout}
+    defines = {"SOFTMETAL_TENSOR_LAYOUT": layout, **ALL_KERNELS}
     return softmetal.compile(SHADER, defines=defines, function_constants=values, standard=STANDARD)
 
 
@@ -76,20 +77,33 @@ def launch(weights, dtype, op, rows, constants, buffers, threadgroups, layout=0)
     return report
 
 
-def qmm(x: Tensor, weights: Quantized, transpose: bool, rows: int = 32, aligned: bool = True, layout: int = 0):
-    """y [B0, B1, M, N] of x [B0, B1, M, K] and matrices with the same batch dimensions, any strides; and the report."""
+def qmm(
+    x: Tensor,
+    weights: Quantized,
+    transpose: bool,
+    rows: int = 32,
+    aligned: bool = True,
+    layout: int = 0,
+    parts: int = 0,
+):
+    """y [B0, B1, M, N] of x [B0, B1, M, K] and matrices with the same batch dimensions, any strides; and the report.
+
+    parts: of K, where it is split; y is then the sum of the float32 parts.
+    """
     outer, inner, m, k = x.shape
     n = columns_of(weights, transpose)
     strides = [n for t in (x, *weights.tensors) for n in ((0, 0) if t is None else t.stride()[:2])]
-    y = unwritten(outer, inner, m, n, dtype=x.dtype)
+    part_k = ceil(k, DEPTH * max(parts, 1)) * DEPTH
+    y = unwritten(outer, inner, max(parts, 1), m, n, dtype=torch.float32 if parts else x.dtype)
     params = struct.pack(
-        PRODUCT_PARAMS, *strides, 0, 0, *y.stride()[:2], x.stride(-2), 0, inner, m, k, n, 1, ceil(k, DEPTH) * DEPTH
+        PRODUCT_PARAMS, *strides, 0, 0, *y.stride()[:2], x.stride(-2), m * n, inner, m, k, n, max(parts, 1), part_k
     )
     buffers = [x, *weights.tensors, weights.global_scale, y, params]
     constants = constants_for(weights, n, k, False, aligned)
-    grid = (ceil(n, COLUMNS), ceil(m, rows), outer * inner)
-    report = launch(weights, x.dtype, "qmm_t_nax" if transpose else "qmm_n_nax", rows, constants, buffers, grid, layout)
-    return y, report
+    grid = (ceil(n, COLUMNS), ceil(m, rows) * max(parts, 1), outer * inner)
+    op = f"qmm_{'t' if transpose else 'n'}_nax{'_splitk' if parts else ''}"
+    report = launch(weights, x.dtype, op, rows, constants, buffers, grid, layout)
+    return y.sum(2), report
 
 
 def check_qmm(format: Format, dtype: torch.dtype, m: int, n: int, k: int, transpose: bool, **options):
@@ -163,6 +177,23 @@ def test_qmm_global_scale(transpose):
 def test_qmm_does_not_assume_who_holds_which_sum(rows):
     check_qmm(FOUR_BIT, torch.float16, rows, 64, 64, transpose=True, rows=rows, layout=1)
     check_qmm(FOUR_BIT, torch.float16, 19, 70, 64, transpose=True, rows=rows, layout=1)
+
+
+@pytest.mark.parametrize("transpose", (True, False), ids=("t", "n"))
+def test_split_k(transpose):
+    """Whole and ragged tiles; parts of one and of two steps, the last one shorter."""
+    for rows, m, parts in ((32, 32, 2), (32, 37, 3), (64, 64, 3), (64, 70, 5)):
+        n, k = (70, 320) if transpose else (128, 290)
+        check_qmm(FOUR_BIT, torch.float16, m, n, k, transpose, rows=rows, parts=parts)
+        check_qmm(NVFP4, torch.bfloat16, m, n if transpose else 80, k - k % 16, transpose, rows=rows, parts=parts)
+
+
+@pytest.mark.parametrize("transpose", (True, False), ids=("t", "n"))
+def test_large_tiles(transpose):
+    """A whole one, one with a last tile of few rows, and one in another layout of its sums."""
+    check_qmm(FOUR_BIT, torch.float16, 128, 64, 128, transpose, rows=128)
+    check_qmm(FOUR_BIT, torch.bfloat16, 135, *((70, 64) if transpose else (64, 70)), transpose, rows=128)
+    check_qmm(FOUR_BIT, torch.float16, 128, 64, 64, transpose, rows=128, layout=1)
 
 
 def test_qmm_reads_weights_once_for_each_tile_of_rows():
@@ -265,13 +296,15 @@ def test_kernels():
     for dtype in DTYPES:
         for format in FORMATS:
             for side in "tn":
-                expected |= {kernel_name(format, f"qmm_{side}_nax", dtype, rows) for rows in (32, 64)}
+                expected |= {kernel_name(format, f"qmm_{side}_nax", dtype, rows) for rows in (32, 64, 128)}
+                expected |= {kernel_name(format, f"qmm_{side}_nax_splitk", dtype, rows) for rows in (32, 64)}
                 expected |= {kernel_name(format, f"gather_qmm_rhs_{side}_nax", dtype, GATHER_ROWS)}
         for format in cases.MARLIN_FORMATS:
-            expected |= {kernel_name(format, "qmm_n_nax", dtype, rows) for rows in (32, 64)}
+            expected |= {kernel_name(format, "qmm_n_nax", dtype, rows) for rows in (32, 64, 128)}
+            expected |= {kernel_name(format, "qmm_n_nax_splitk", dtype, rows) for rows in (32, 64)}
             expected |= {kernel_name(format, "gather_qmm_rhs_n_nax", dtype, GATHER_ROWS)}
-    assert set(softmetal.compile(SHADER, standard="metal4.0").kernels) == expected
-    assert softmetal.compile(SHADER, standard="metal3.1").kernels == []
+    assert set(softmetal.compile(SHADER, defines=ALL_KERNELS, standard="metal4.0").kernels) == expected
+    assert softmetal.compile(SHADER, defines=ALL_KERNELS, standard="metal3.1").kernels == []
 
 
 @pytest.mark.parametrize("barrier", range(4))

@@ -6,7 +6,7 @@
 namespace quantization_mlx::gpu {
 namespace {
 
-constexpr uint32_t matrix_threads = 64;
+constexpr uint32_t matrix_threads = elementwise_threads_per_threadgroup();
 
 uint32_t threadgroups_for(std::string_view op, int64_t threads) {
   // A kernel knows its place as the number of a thread, in 32 bits.

@@ -16,11 +16,33 @@ namespace {
 // hold too many accumulators for the registers of a lane.
 constexpr int qmv_rows[] = {1, 2, 3, 4, 6, 8, 12};
 constexpr int gather_qmv_rows[] = {1, 4, 8, 12};
-constexpr int qvm_rows[] = {1, 4, 8};
+constexpr int qvm_rows[] = {1, 2, 3, 4, 8};
+constexpr int gather_qvm_rows[] = {1, 4, 8};  // also where columns are packed
 // Rows of a tile. 16 for what is just too much for a matvec: a tile's time is that of all its rows, used or not.
 constexpr int tile_rows[] = {16, 32, 64};
 constexpr int tensor_tile_rows[] = {32, 64};
+// llama.cpp's pull request 20962: 26 % faster than 64 rows on M5 Max.
+constexpr int large_tensor_tile_rows = 128;
+constexpr int large_tiles_per_core = 4;
 constexpr int gather_tile_rows[] = {32};
+
+// The most rows of x for which qmv is chosen, from a generation of GPUs on, where K and N are at most 2048, at most
+// 4096, or more. MLX's limits, which were found on these GPUs (get_qmv_batch_limit in mlx/backend/metal/quantized.cpp),
+// as far as qmv has instances, but for the largest matrices on M1 and M2: MLX's 6 are of a kernel that reads w again
+// for each row. This one reads it once, as that of llama.cpp does, which takes its tiles beyond 8 (ggml-metal-ops.cpp).
+struct RowLimits {
+  int generation;
+  bool ultra;
+  int rows[3];
+};
+constexpr int small_matrix = 2048;
+constexpr int medium_matrix = 4096;
+constexpr RowLimits row_limits[] = {
+    {17, false, {12, 12, 12}},  // M5; MLX: 33, 25, 13
+    {15, false, {12, 12, 12}},  // M3, M4; MLX: 13, 15, 13
+    {13, false, {12, 10, 8}},  // M1, M2; MLX: 14, 10, 6
+    {13, true, {12, 12, 12}},  // any Ultra; MLX: 32, 18, 12
+};
 
 // Where K is split: a core hides the latency of memory with about so many threadgroups, and with fewer, parts of K make
 // more of them. A shorter part than `least_part` costs more in partial sums, written and read again, than it gains.
@@ -32,6 +54,11 @@ constexpr SplitK no_split{0, 0};
 constexpr SplitK qvm_split{8, 128};  // of 128 threads
 constexpr SplitK column_qvm_split{4, 1024};  // of 256 threads, with a group of 128 for each simdgroup
 constexpr SplitK tile_split{4, 512};  // of 128 threads, with 6 to 18 KiB of threadgroup memory
+
+// Tensor operations, of 128 threads: MLX has about 512 threadgroups then (quantized.cpp), on whatever GPU; this is as
+// many on one of 40 cores. The sums of a part, written and read again, are no more bytes than its weights at 4 bits.
+constexpr SplitK tensor_split(int rows) { return {12, 16 * rows}; }
+
 // Parts are whole steps of a kernel along K.
 constexpr int qmv_step_k = 32;
 constexpr int qvm_step_k = 32;  // where columns are packed: a group
@@ -115,7 +142,18 @@ class ProductPlanner {
   // Matrix units take float32 as 10 bits of mantissa or not at all.
   bool has_tensor_ops() const { return target_.gpu.tensor_ops && dtype() != at::kFloat && available(Family::tensor); }
 
-  int64_t matvec_rows() const { return facts_.transpose ? std::end(qmv_rows)[-1] : std::end(qvm_rows)[-1]; }
+  int64_t matvec_rows() const {
+    if (!facts_.transpose) {
+      return std::end(qvm_rows)[-1];
+    }
+    const GpuTraits& gpu = target_.gpu;
+    const auto found = std::find_if(std::begin(row_limits), std::end(row_limits), [&](const RowLimits& limits) {
+      return gpu.generation >= limits.generation && limits.ultra == (gpu.variant == 'd');
+    });
+    const int64_t size = std::max(facts_.K, facts_.N);
+    const int column = (size > small_matrix) + (size > medium_matrix);
+    return found == std::end(row_limits) ? std::end(qmv_rows)[-1] : found->rows[column];
+  }
 
   void require_any() const {
     TORCH_CHECK(has_tensor_ops() || available(Family::tile) || available(Family::matvec), no_family_left(op_, target_));
@@ -156,12 +194,17 @@ class ProductPlanner {
     const bool gathered = is_gathered();
     const int instance = gathered ? smallest_at_least(gather_qmv_rows, rows) : smallest_at_least(qmv_rows, rows);
     const char* op = gathered ? "gather_qmv" : "qmv";
-    return {Family::matvec, op, instance, qmv_columns(), qmv_step_k, 32u * qmv_simdgroups(), no_split};
+    const int element_size = static_cast<int>(c10::elementSize(dtype()));
+    const int elements = qmv_elements(instance, format_.group_size, element_size);
+    const int columns = qmv_columns(qmv_simdgroups_along(static_cast<int>(facts_.K / elements)));
+    return {Family::matvec, op, instance, columns, qmv_step_k, 32u * qmv_simdgroups(), no_split};
   }
 
   Kernel qvm_kernel(int64_t rows) const {
-    const int instance = smallest_at_least(qvm_rows, rows);
-    const char* op = is_gathered() ? "gather_qvm" : "qvm";
+    const bool gathered = is_gathered();
+    const int instance = gathered || is_column_packed(format_.mode) ? smallest_at_least(gather_qvm_rows, rows)
+                                                                    : smallest_at_least(qvm_rows, rows);
+    const char* op = gathered ? "gather_qvm" : "qvm";
     if (is_column_packed(format_.mode)) {
       const uint32_t threads = 32u * column_qvm_simdgroups();
       return {Family::matvec, op, instance, column_qvm_columns(), format_.group_size, threads, column_qvm_split};
@@ -185,9 +228,18 @@ class ProductPlanner {
     return {Family::tile, op + side(), rows, tile_columns(), depth, 32u * tile_simdgroups(), tile_split};
   }
 
+  // A larger tile than that of `rows` where there are many, none of its rows would be idle, and every core has as many
+  // tiles as it can hide latency with.
   Kernel tensor_kernel(const char* op, int rows) const {
+    const int64_t large = ceil_div(facts_.M, large_tensor_tile_rows);
+    const int64_t tiles = large * ceil_div(facts_.N, tensor_tile_columns());
+    const bool fits = rows == std::end(tensor_tile_rows)[-1] &&
+        2 * large == ceil_div(facts_.M, large_tensor_tile_rows / 2) &&
+        tiles >= static_cast<int64_t>(target_.gpu.cores) * large_tiles_per_core;
+    const int instance = fits ? large_tensor_tile_rows : rows;
+    const SplitK split = fits || is_gathered() ? no_split : tensor_split(rows);
     const uint32_t threads = 32u * tensor_tile_simdgroups();
-    return {Family::tensor, op + side() + "_nax", rows, tensor_tile_columns(), tensor_tile_k(), threads, no_split};
+    return {Family::tensor, op + side() + "_nax", instance, tensor_tile_columns(), tensor_tile_k(), threads, split};
   }
 
   std::string side() const { return facts_.transpose ? "_t" : "_n"; }
@@ -201,7 +253,7 @@ class ProductPlanner {
   // Of K.
   int64_t parts_of(const Block& block, const Kernel& kernel) const {
     const bool has_gaps = batch_.count() > 1 && block.rows < facts_.M;  // which sum_parts does not write
-    if (kernel.split.threadgroups_per_core == 0 || is_gathered() || has_gaps) {
+    if (kernel.split.least_part == 0 || is_gathered() || has_gaps) {
       return 1;
     }
     const int64_t threadgroups = ceil_div(facts_.N, kernel.columns) * row_tiles(block, kernel) * batch_.count();
@@ -305,8 +357,10 @@ class ProductPlanner {
   void sum_parts(Family family, const Block& block, int64_t parts, int64_t y_offset) {
     const int64_t size = checked_int(op_, "rows of x times columns of w", block.rows * facts_.N);
     Launch launch = launch_of(family, "sum_parts", 1, format_, facts_.dtype);  // part of that family's product
-    launch.kernel.threads = 64;
-    launch.threadgroups = {static_cast<uint32_t>(ceil_div(size, 64)), static_cast<uint32_t>(batch_.count()), 1};
+    launch.kernel.threads = elementwise_threads_per_threadgroup();
+    launch.threadgroups = {
+        static_cast<uint32_t>(ceil_div(size, elementwise_threads_per_threadgroup())),
+        static_cast<uint32_t>(batch_.count()), 1};
     set_arguments(launch, {{Role::partial_sums}, {Role::y, y_offset}});
     set_params(launch, SumPartsParams{static_cast<int>(parts), static_cast<int>(size)}, 2);
     plan_.launches.push_back(launch);

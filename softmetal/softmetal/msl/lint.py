@@ -2,6 +2,10 @@
 
 The rules are those of the Metal Shading Language Specification that can be told from the tokens of a preprocessed
 shader. They know no types, so they are silent where a name could be anything.
+
+Advice is about what every compiler takes, and some of them, or some users' devices, make something bad of: helpers that
+become calls, kernels whose registers allow fewer threads than the host launches, arithmetic that is fast where it is to
+be exact, arguments that are to be bound although a function constant says that they are not used.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .rewrite import BUILTINS, RewriteError, _Rewriter
+from .rewrite import BUILTINS, CLOSING, FP_PRAGMA, LATE_PRAGMA, MAX_THREADS, RewriteError, Token, _Rewriter
 
 SPACES = {"__global", "__constant", "__local", "__private", "object_data", "ray_data"}
 # Words that a declaration may begin with besides its type.
@@ -48,36 +52,76 @@ class _Scope:
     name: str = ""
 
 
-def lint(preprocessed: str, shim_directory: str, version: int) -> list[Finding]:
+def lint(preprocessed: str, shim_directory: str, version: int, advice: bool = False) -> list[Finding]:
     """All findings, in the order of the source. version: 310 for language version 3.1, and so on."""
     try:
-        return _Linter(preprocessed, shim_directory, version).run()
+        return _Linter(preprocessed, shim_directory, version, advice).run()
     except RewriteError as error:
         place, _, message = str(error).partition(": error: ")
         return [Finding("syntax", "error", place, message)]
 
 
 class _Linter(_Rewriter):
-    def __init__(self, text: str, shim_directory: str, version: int) -> None:
+    def __init__(self, text: str, shim_directory: str, version: int, advice: bool) -> None:
         super().__init__(text, shim_directory)
         self.version = version
+        self.advice = advice
         self.findings: list[Finding] = []
         self.kernels: dict[str, int] = {}
         self.wide_structs: set[str] = set()  # with a member of type size_t or ptrdiff_t
         self.host_names: set[str] = set()
+        self.function_constants = {
+            self._text(i - 3) for i, token in enumerate(self.tokens) if token.text == "function_constant"
+        }
 
     def run(self) -> list[Finding]:
         with self._understood():
+            self._lint_pragmas()
             self._lint_words()
             self._lint_casts()
             self._lint_scopes()
+            self._lint_getters()
         return sorted(set(self.findings), key=lambda f: (f.place.rsplit(":", 1)[0], int(f.place.rsplit(":", 1)[1])))
 
     def _add(self, rule: str, index: int, message: str, level: str = "error") -> None:
-        token = self.tokens[index]
+        self._add_at(rule, self.tokens[index], message, level)
+
+    def _add_at(self, rule: str, token: Token, message: str, level: str) -> None:
         self.findings.append(Finding(rule, level, f"{token.file}:{token.line}", message))
 
+    def _advise(self, rule: str, index: int, message: str) -> None:
+        if self.advice:
+            self._add(rule, index, message, "warning")
+
     # --- Anywhere ---
+
+    def _lint_pragmas(self) -> None:
+        for pragma in self._late_pragmas():
+            self._add_at("fp-pragma", pragma, LATE_PRAGMA, "error")
+        is_safe = any(FP_PRAGMA.match(token.text) and "math_mode(safe)" in token.text for token in self.all_tokens)
+        if self.version >= 320 and not is_safe and self.tokens:
+            self._advise("safe-math", 0, "no '#pragma METAL fp math_mode(safe)': NaN and infinity may be anything")
+
+    def _lint_getters(self) -> None:
+        """`getter<decltype(a)>` of a cooperative tensor: the type of a local variable carries `thread`."""
+        aliases: set[str] = set()
+        for i, token in enumerate(self.tokens):
+            if token.text == "typedef" and self._is_type_of_variable(i + 1):
+                aliases.add(self._text(self._closing(i + 2) + 1))
+            elif token.text == "using" and self._text(i + 2) == "=" and self._is_type_of_variable(i + 3):
+                aliases.add(self._text(i + 1))
+            elif token.text.endswith("cooperative_tensor") and self._text(i + 1) == "<":
+                self._lint_getter(i + 1, aliases)
+
+    def _is_type_of_variable(self, i: int) -> bool:
+        return self._text(i) == "decltype" and self._text(i + 3) == ")" and self.tokens[i + 2].kind == "word"
+
+    def _lint_getter(self, opening: int, aliases: set[str]) -> None:
+        for k in range(opening + 1, self._closing_angle(opening)):
+            is_argument = self._text(k - 1) in ("<", ",") and self._text(k - 2) != "remove_addrspace_t"
+            if is_argument and (self._is_type_of_variable(k) or self._text(k) in aliases):
+                message = "the type of a variable carries its address space, which this template does not take"
+                self._add("decltype-local", k, message)
 
     def _lint_words(self) -> None:
         for i, token in enumerate(self.tokens):
@@ -237,6 +281,7 @@ class _Linter(_Rewriter):
         if opening < 0:
             return _Scope("initializer")
         self._lint_function(begin, opening, is_kernel)
+        self._lint_body(start, begin, opening, brace, is_kernel)
         return _Scope("kernel" if is_kernel else "function", self._text(opening - 1))
 
     def _parameter_list(self, begin: int, end: int) -> int:
@@ -295,6 +340,45 @@ class _Linter(_Rewriter):
             self.kernels[name] = opening - 1
             if self._text(begin) != "void" and "void" not in (self._text(k) for k in range(begin, opening)):
                 self._add("kernel-type", begin, f"kernel '{name}' does not return void")
+
+    def _lint_body(self, start: int, begin: int, opening: int, brace: int, is_kernel: bool) -> None:
+        """Of a function that is defined: `start` begins its attributes, `brace` its body."""
+        words = {self._text(k) for k in range(start, opening)}
+        name = self._text(opening - 1)
+        if not is_kernel:
+            if not words & {"__always_inline__", "always_inline", "constexpr"}:
+                self._advise("always-inline", begin, f"'{name}' is not always inlined (METAL_FUNC)")
+            return
+        if MAX_THREADS not in words:
+            self._advise("max-threads", begin, f"kernel '{name}' does not say how many threads run it ({MAX_THREADS})")
+        for first, end in self._groups(opening):
+            if "function_constant" not in (self._text(k) for k in range(first, end)):
+                self._lint_optional(first, end, brace)
+
+    def _lint_optional(self, first: int, end: int, brace: int) -> None:
+        """An argument that is used where a function constant is true, and nowhere else."""
+        attribute = next((k for k in range(first, end) if self._text(k) == "["), end)
+        name = self._text(attribute - 1)
+        flags = {constant for constant in self.function_constants if constant != name}
+        uses = [k for k in range(brace, self._closing(brace)) if self._text(k) == name and self._text(k - 1) != "."]
+        if uses and all(self._is_guarded(k, brace, flags) for k in uses):
+            self._advise("optional-argument", first, f"'{name}' is used if a function constant is true: say which")
+
+    def _is_guarded(self, use: int, brace: int, flags: set[str]) -> bool:
+        """True behind `flag ?` in the statement, or in a block that `if (flag)` begins."""
+        k = use
+        while k > brace:
+            k -= 1
+            text = self._text(k)
+            if text in CLOSING:
+                k = self._opening(k)
+            elif text == "?" and self._text(k - 1) in flags:
+                return True
+            elif text == "{" and self._text(k - 1) == ")":
+                condition = self._opening(k - 1)
+                if self._text(condition - 1) == "if" and condition + 2 == k - 1 and self._text(condition + 1) in flags:
+                    return True
+        return False
 
     def _lint_pointer(self, begin: int, end: int) -> None:
         """A parameter, member or result with a pointer or reference needs an address space."""

@@ -24,6 +24,8 @@ TOKEN = re.compile(
     re.MULTILINE,
 )
 REAL = re.compile(r"(\d+\.\d*|\.\d+)([eE][+-]?\d+)?|\d+[eE][+-]?\d+|0[xX][\dA-Fa-f.]+[pP][+-]?\d+")
+FP_PRAGMA = re.compile(r"#\s*pragma\s+METAL\s+fp\b")
+LATE_PRAGMA = "this pragma does not hold for what stands before it: program-scope ones stand before any include"
 MARKER = re.compile(r'#(?:line)? (\d+) "((?:\\.|[^"\\])*)"')
 
 # The codes of __softmetal_builtin in runtime.cpp.
@@ -63,6 +65,7 @@ CLOSING = set(OPENING.values())
 ALWAYS_INLINE = "inline __attribute__((__always_inline__))"
 # Function constants and constants derived from them; runtime.cpp has as many.
 MAX_CONSTANTS = 256
+MAX_THREADS = "max_total_threads_per_threadgroup"
 # How far the rewriter looks beyond the source: a loop that looks further does not find what it looks for.
 MARGIN = 64
 
@@ -114,7 +117,7 @@ class Kernel:
     name: str
     instance: str
     parameters: list[Parameter]
-    max_threads: int = 1024  # per threadgroup
+    max_threads: str = ""  # per threadgroup: an expression, or nothing where the shader does not say
 
 
 @dataclass
@@ -133,7 +136,10 @@ def rewrite(preprocessed: str, shim_directory: str, unroll: bool = False) -> Pro
 
 
 def entry_point(program: Program, name: str, symbol: str) -> str:
-    """The C functions through which the runtime calls one kernel and computes its constants."""
+    """The C functions through which the runtime calls one kernel, computes its constants and asks for its limit.
+
+    A buffer's address is asked for where the compiled kernel uses it: clang drops the other calls.
+    """
     kernel = program.kernels[name]
     derived = "".join(f"{constant.derive}(); " for constant in program.constants if constant.derive)
     arguments = []
@@ -142,8 +148,7 @@ def entry_point(program: Program, name: str, symbol: str) -> str:
         if parameter.kind == "position":
             arguments.append(f"__softmetal_position<{kind}>::get({parameter.index})")
         else:
-            table = "bindings" if parameter.kind == "buffer" else "threadgroups"
-            address = f"{table}[{parameter.index}]"
+            address = f"__softmetal_{parameter.kind}_argument({parameter.index})"
             if parameter.condition:
                 address = f"({parameter.condition}) ? {address} : 0ul"
             arguments.append(f"__softmetal_pointer<{kind}>::get({address})")
@@ -153,10 +158,10 @@ def entry_point(program: Program, name: str, symbol: str) -> str:
     return (
         '\n# 1 "<entry point>"\n'
         f'extern "C" __attribute__((no_sanitize("thread"))) void {symbol}_derive(void) {{ {derived}}}\n'
-        f'extern "C" __attribute__((no_sanitize("thread"))) void {symbol}(ulong b, ulong t) {{\n'
+        f'extern "C" uint {symbol}_max_threads(void) {{ {scope}return {kernel.max_threads or 1024}; }}\n'
+        # As the kernel, this is checked: it would not become part of a function that is not.
+        f'extern "C" void {symbol}(void) {{\n'
         f"  {scope}using S = __softmetal_signature<decltype({kernel.instance})>;\n"
-        "  __global const ulong* bindings = (__global const ulong*)b;\n"
-        "  __global const ulong* threadgroups = (__global const ulong*)t;\n"
         f"  {kernel.instance}({', '.join(arguments)});\n"
         "}\n"
     )
@@ -198,6 +203,8 @@ class _Rewriter:
         return self.program
 
     def _rewrite(self) -> None:
+        for pragma in self._late_pragmas():
+            raise self._error(pragma, LATE_PRAGMA)
         self._check_words()
         self._collect_vector_names()
         self._replace_function_parameters()
@@ -315,6 +322,29 @@ class _Rewriter:
                 breaks += token.text if token.kind == "marker" else "\n" * token.text.count("\n")
             token.output = ""
         self.tokens[begin].output = text + ("\n" + breaks if "#" in breaks else breaks)
+
+    # --- Pragmas ---
+
+    def _late_pragmas(self) -> Iterator[Token]:
+        """Program-scope pragmas on arithmetic behind a header of the library or anything that is compiled."""
+        depth = 0  # of braces that open no namespace
+        openings: list[bool] = []
+        behind_library = False
+        previous: Token | None = None
+        places = {token.position: i for i, token in enumerate(self.tokens)}
+        for token in self.all_tokens:
+            if token.kind == "marker" and FP_PRAGMA.match(token.text):
+                if depth == 0 and (behind_library or previous is not None):
+                    yield token
+            elif token.kind == "marker":
+                behind_library |= token.shim and not token.file.endswith("/softmetal/macros.h")
+            elif token.position in places:
+                previous = token
+                if token.text == "{":
+                    openings.append(self._namespace(places[token.position]) is None)
+                    depth += openings[-1]
+                elif token.text == "}" and openings:
+                    depth -= openings.pop()
 
     # --- Words ---
 
@@ -788,11 +818,13 @@ class _Rewriter:
             after, later_name = self._attributes(after + 1)
             host_name = host_name or later_name
         attributes = [self._text(k) for k in range(begin, after)]
-        max_threads = 1024
-        if "max_total_threads_per_threadgroup" in attributes:
-            number = attributes[attributes.index("max_total_threads_per_threadgroup") + 2]
-            max_threads = int(number) if number.isdigit() else max_threads
+        max_threads = ""
         is_template = self._text(begin - 1) == ">"
+        if MAX_THREADS in attributes:
+            opening = begin + attributes.index(MAX_THREADS) + 1
+            expression = range(opening + 1, self._closing(opening))
+            if not {self._text(k) for k in expression} & self._template_words(begin if is_template else 0):
+                max_threads = self._join(expression.start, expression.stop)
         self._replace(begin, after, "static")
         if self._text(after) == "inline":
             after += 1
@@ -807,6 +839,13 @@ class _Rewriter:
         if not is_template:
             self._add_kernel(host_name or name, kernel.instance, kernel, self.tokens[i])
         return after + 1
+
+    def _template_words(self, end: int) -> set[str]:
+        """The words of the template head that ends before a token; nothing where that is the first one."""
+        begin = end
+        while begin > 0 and self._text(begin) != "template":
+            begin -= 1
+        return {token.text for token in self.tokens[begin:end] if token.kind == "word"}
 
     def _add_kernel(self, host_name: str, instance: str, function: Kernel, token: Token) -> None:
         known = self.program.kernels.get(host_name)

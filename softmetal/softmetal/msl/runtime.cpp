@@ -446,8 +446,7 @@ Fiber* pick() {
 }
 
 void run_fiber() {
-  gpu.launch->pipeline->entry(
-      reinterpret_cast<uint64_t>(gpu.addresses.data()), reinterpret_cast<uint64_t>(gpu.threadgroup_addresses.data()));
+  gpu.launch->pipeline->entry();
   Fiber* fiber = gpu.current;
   Simdgroup& simdgroup = gpu.simdgroups[fiber->simdgroup];
   fiber->state = State::done;
@@ -1224,6 +1223,17 @@ uint32_t position_in_group(int component) {
 }  // namespace
 
 // Codes as in rewrite.py's BUILTINS.
+// The address that is bound to an argument. The entry point asks where the kernel uses it.
+SOFTMETAL_API uint64_t __softmetal_buffer_argument(uint32_t index) {
+  const uint64_t address = index < gpu.addresses.size() ? gpu.addresses[index] : 0;
+  if (address == 0) {
+    report("unbound-argument", 0, "the kernel uses [[buffer(%u)]], to which nothing is bound", index);
+  }
+  return address;
+}
+
+SOFTMETAL_API uint64_t __softmetal_threadgroup_argument(uint32_t index) { return gpu.threadgroup_addresses[index]; }
+
 SOFTMETAL_API uint32_t __softmetal_builtin(int which, int component) {
   const uint32_t* full_size = gpu.launch->threads_per_threadgroup;
   switch (which) {

@@ -42,7 +42,7 @@ struct SoftmetalConstant {
 
 // A kernel with its function constants.
 struct SoftmetalPipeline {
-  void (*entry)(uint64_t bindings, uint64_t threadgroup_arguments);
+  void (*entry)(void);
   void (*derive)(void);  // computes program-scope constants from function constants
   const SoftmetalConstant* constants;
   uint32_t constant_count;

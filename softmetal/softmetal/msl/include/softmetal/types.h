@@ -495,6 +495,8 @@ extern "C" {
 ulong __softmetal_threadgroup_variable(int id, ulong size);
 uint __softmetal_lane(void) METAL_CONST;
 uint __softmetal_builtin(int which, int component) METAL_CONST;
+ulong __softmetal_buffer_argument(uint index) METAL_CONST;
+ulong __softmetal_threadgroup_argument(uint index) METAL_CONST;
 ulong __softmetal_constant_address(int slot);
 bool __softmetal_constant_is_defined(int slot);
 void __softmetal_set_constant(int slot, ulong value, uint size);
