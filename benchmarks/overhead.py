@@ -1,19 +1,26 @@
 """What one op call costs beyond its work: microseconds over a no-op op of the same schema.
 
-    python benchmarks/overhead.py
+    python benchmarks/overhead.py [--host]
 
 The no-op is compiled at run time, with torch's C++ extension loader, and returns an empty tensor of the result's size.
 The product is the smallest there is, one row of 32 values, so that next to nothing is computed; layers and modules are
 called the way a model calls them. Medians of interleaved turns on one thread; without a compiler, the no-op is left
 out.
+
+--host: of the ops on device "mps", what the host does before the GPU begins. On Linux, with the package's Objective-C++
+on the software Metal device, whose commands are encoded and not run; its Objective-C is not Apple's.
 """
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -43,6 +50,8 @@ TORCH_LIBRARY(quantization_mlx_no_op, m) {
 
 TORCH_LIBRARY_IMPL(quantization_mlx_no_op, CPU, m) { m.impl("quantized_matmul", no_op); }
 
+TORCH_LIBRARY_IMPL(quantization_mlx_no_op, MPS, m) { m.impl("quantized_matmul", no_op); }
+
 TORCH_LIBRARY_IMPL(quantization_mlx_no_op, Autograd, m) {
   m.impl("quantized_matmul", torch::CppFunction::makeFallthrough());
 }
@@ -61,6 +70,7 @@ def no_op() -> Callable | None:
 
 
 def contenders() -> dict[str, Callable[[], object]]:
+    """On the CPU."""
     x, weight = torch.randn(1, 32), torch.randn(4, 32)
     w, scales, biases = quantization_mlx.quantize(weight, 32, 4)
     layer = quantization_mlx.QuantizedLinear.from_linear(torch.nn.Linear(32, 4, bias=False), 32, 4)
@@ -79,6 +89,28 @@ def contenders() -> dict[str, Callable[[], object]]:
     return result
 
 
+def host_contenders() -> dict[str, Callable[[], object]]:
+    """On "mps": of one row, of a prompt, of a product whose parts are summed, and of gathered rows."""
+    nothing, overload, gather = no_op(), ops.quantized_matmul.default, ops.gather_qmm.default
+    x = {rows: torch.randn(rows, 4096).half().to("mps") for rows in (1, 40, 100)}
+    packed, experts = (
+        tuple(tensor.to("mps") for tensor in quantization_mlx.quantize(torch.randn(*sizes).half(), 64, 4))
+        for sizes in ((64, 4096), (2, 64, 4096))
+    )
+    indices = torch.tensor([1, 0]).to("mps")
+    two = torch.randn(2, 1, 4096).half().to("mps")
+    result: dict[str, Callable[[], object]] = {
+        "no-op, overload": lambda: nothing(x[1], *packed, True, 64, 4, "affine"),
+        "quantized_matmul, 1 row": lambda: overload(x[1], *packed, True, 64, 4, "affine"),
+        "quantized_matmul, 40 rows, split": lambda: overload(x[40], *packed, True, 64, 4, "affine"),
+        "quantized_matmul, 100 rows": lambda: overload(x[100], *packed, True, 64, 4, "affine"),
+        "gather_qmm, 2 pairs": lambda: gather(two, *experts, indices, indices, True, 64, 4, "affine"),
+    }
+    if nothing is None:
+        del result["no-op, overload"]
+    return result
+
+
 def microseconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     for _ in range(CALLS):
@@ -86,21 +118,39 @@ def microseconds(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) / CALLS * 1e6
 
 
+def measure(made: dict[str, Callable[[], object]]) -> None:
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(TURNS):
+        for name, call in made.items():
+            times[name].append(microseconds(call))
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    for name, median in medians.items():
+        over = f"{median - medians['no-op, overload']:+8.2f}" if "no-op, overload" in medians else ""
+        print(f"  {name:<34}{median:8.2f}{over}")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", action="store_true", help='of the ops on device "mps"')
+    host = parser.parse_args().host
     torch.set_num_threads(1)
     print(f"{platform.machine()}, torch {torch.__version__}; microseconds of a call, and over the no-op")
-    made = contenders()
-    for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
-        with context():
-            times: dict[str, list[float]] = {name: [] for name in made}
-            for _ in range(TURNS):
-                for name, call in made.items():
-                    times[name].append(microseconds(call))
-        medians = {name: statistics.median(each) for name, each in times.items()}
+    idle = nullcontext
+    if host and not torch.backends.mps.is_available():
+        root = Path(__file__).resolve().parents[1]
+        sys.path.extend(str(root / folder) for folder in ("softmetal", "tests/support"))
+        import software_gpu
+        from softmetal import mps
+
+        software_gpu.install(check_plans=False)
+        idle = mps.idle
+    made = host_contenders() if host else contenders()
+    for call in made.values():  # compiles and checks kernels
+        call()
+    for context in (torch.inference_mode,) if host else (torch.inference_mode, torch.no_grad, torch.enable_grad):
         print(f"\n{context.__name__}")
-        for name, median in medians.items():
-            over = f"{median - medians['no-op, overload']:+8.2f}" if "no-op, overload" in medians else ""
-            print(f"  {name:<28}{median:8.2f}{over}")
+        with context(), idle():
+            measure(made)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ ScalarType dequantized_dtype(const WeightArguments& arguments, Format format, st
         "; supported are float32, float16 and bfloat16.");
     return *dtype;
   }
-  if (is_column_packed(format.mode)) {
-    return arguments.scales.scalar_type();
+  switch (traits_of(format.mode).scale) {
+    case Scale::real: return scale_dtype(arguments);
+    case Scale::float16: return at::kHalf;
+    default: return at::kBFloat16;
   }
-  return has_biases(format.mode) ? c10::promoteTypes(arguments.scales.scalar_type(), arguments.biases->scalar_type())
-                                 : at::kBFloat16;
 }
 
 template <typename Int>
@@ -73,7 +73,8 @@ Format check_quantize(
 
 template <typename Int>
 std::tuple<Tensor, Tensor, Tensor> empty_results(const Tensor& w, Format format, const QuantizedShape<Int>& shape) {
-  const auto dtype = is_column_packed(format.mode) ? at::kHalf : has_biases(format.mode) ? w.scalar_type() : at::kByte;
+  const Scale scale = traits_of(format.mode).scale;
+  const auto dtype = scale == Scale::real ? w.scalar_type() : scale == Scale::float16 ? at::kHalf : at::kByte;
   const auto parameters = w.options().dtype(dtype);
   const bool third = has_biases(format.mode) || has_zeros(format.mode);
   const Sizes<Int> none{Int(0)};

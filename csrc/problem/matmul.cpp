@@ -123,14 +123,10 @@ Format check_product(const WeightArguments& arguments, const Tensor& x, bool gat
   return format;
 }
 
-// The result dtype: in affine mode x, scales and biases promote, else it is x's.
+// The result dtype: x's, which real scales and biases promote.
 ScalarType result_dtype(const WeightArguments& arguments, Format format, const Tensor& x) {
-  ScalarType dtype = x.scalar_type();
-  if (has_biases(format.mode)) {
-    dtype = c10::promoteTypes(dtype, arguments.scales.scalar_type());
-    dtype = c10::promoteTypes(dtype, arguments.biases->scalar_type());
-  }
-  return dtype;
+  const bool promotes = traits_of(format.mode).scale == Scale::real;
+  return promotes ? c10::promoteTypes(x.scalar_type(), scale_dtype(arguments)) : x.scalar_type();
 }
 
 }  // namespace

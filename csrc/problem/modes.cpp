@@ -88,20 +88,25 @@ Format parse_format(
 }
 
 std::string describe_modes() {
-  constexpr const char* packings[] = {"rows", "columns"};
-  constexpr const char* elements[] = {"integer", "e2m1", "e4m3"};
-  constexpr const char* scales[] = {"real", "float16", "e8m0", "e4m3"};
-  constexpr const char* offsets[] = {"none", "biases", "zeros"};
+  constexpr struct {
+    const char* packing;
+    const char* element;
+    const char* scale;
+    const char* offset;
+  } texts[] = {
+#define TEXTS(name, packing, element, scale, offset, ...) {#packing, #element, #scale, #offset},
+      QUANTIZATION_MLX_MODES(TEXTS, )
+#undef TEXTS
+  };
   std::ostringstream text;
   for (int i = 0; i < mode_count(); ++i) {
-    const ModeTraits traits = traits_of(static_cast<Mode>(i));
-    text << (i == 0 ? "[" : ", ") << R"({"name": ")" << mode_names[i] << R"(", "packing": ")"
-         << packings[static_cast<int>(traits.packing)] << R"(", "element": ")"
-         << elements[static_cast<int>(traits.element)] << R"(", "scale": ")" << scales[static_cast<int>(traits.scale)]
-         << R"(", "offset": ")" << offsets[static_cast<int>(traits.offset)] << R"(", "group_sizes": [)"
-         << listed(group_sizes_of(static_cast<Mode>(i)), ", ") << R"(], "widths": [)"
-         << listed(widths_of(static_cast<Mode>(i)), ", ") << R"(], "default_group_size": )" << traits.default_group_size
-         << R"(, "default_bits": )" << traits.default_bits << "}";
+    const Mode mode = static_cast<Mode>(i);
+    const auto& [packing, element, scale, offset] = texts[i];
+    text << (i == 0 ? "[" : ", ") << R"({"name": ")" << mode_names[i] << R"(", "packing": ")" << packing
+         << R"(", "element": ")" << element << R"(", "scale": ")" << scale << R"(", "offset": ")" << offset
+         << R"(", "group_sizes": [)" << listed(group_sizes_of(mode), ", ") << R"(], "widths": [)"
+         << listed(widths_of(mode), ", ") << R"(], "default_group_size": )" << default_group_size(mode)
+         << R"(, "default_bits": )" << default_bits(mode) << "}";
   }
   return text.str() + "]";
 }

@@ -12,22 +12,28 @@ namespace {
 
 bool is_words(ScalarType dtype) { return dtype == at::kUInt32 || dtype == at::kInt; }
 
-void check_float16(const WeightArguments& arguments, const char* name, const Tensor& tensor) {
+// name: "scales", "biases" or "zeros", which have one dtype.
+void check_scale_dtype(const WeightArguments& arguments, Scale scale, const char* name, const Tensor& tensor) {
+  if (scale == Scale::real) {
+    check_activation(arguments.op, name, tensor);
+    return;
+  }
+  const bool is_float16 = scale == Scale::float16;
   TORCH_CHECK_TYPE(
-      tensor.defined() && tensor.scalar_type() == at::kHalf, "[", arguments.op, "] ", name, " have dtype ",
-      tensor.scalar_type(), "; mode \"", arguments.mode, "\" has float16 ", name, ".");
+      tensor.defined() && tensor.scalar_type() == (is_float16 ? at::kHalf : at::kByte), "[", arguments.op, "] ", name,
+      " have dtype ", tensor.scalar_type(), "; mode \"", arguments.mode, "\" has ", is_float16 ? "float16 " : "uint8 ",
+      name, ".");
 }
 
-void check_column_packed(const WeightArguments& arguments, Mode mode) {
-  check_float16(arguments, "scales", arguments.scales);
-  if (has_zeros(mode)) {
-    TORCH_CHECK_VALUE(
-        arguments.biases.has_value(), "[", arguments.op, "] mode \"", arguments.mode, "\" needs zeros, as biases.");
-    check_float16(arguments, "zeros", *arguments.biases);
-    check_device(arguments.op, "zeros", *arguments.biases, "w", arguments.w);
-  } else {
-    TORCH_CHECK_VALUE(
-        !arguments.biases.has_value(), "[", arguments.op, "] mode \"", arguments.mode, "\" has no biases.");
+void check_offsets(const WeightArguments& arguments, const ModeTraits& traits) {
+  const bool wanted = traits.offset != Offset::none;
+  const char* name = traits.offset == Offset::zeros ? "zeros" : "biases";
+  TORCH_CHECK_VALUE(
+      arguments.biases.has_value() == wanted, "[", arguments.op, "] mode \"", arguments.mode, "\" ",
+      wanted ? "needs " : "has no ", name, traits.offset == Offset::zeros ? ", as biases." : ".");
+  if (wanted) {
+    check_scale_dtype(arguments, traits.scale, name, *arguments.biases);
+    check_device(arguments.op, name, *arguments.biases, "w", arguments.w);
   }
 }
 
@@ -112,7 +118,7 @@ void check_global_scale(
 Format check_weights(const WeightArguments& arguments) {
   std::string_view op = arguments.op;
   const Format format = parse_format(op, arguments.mode, arguments.group_size, arguments.bits);
-  const auto& [w, scales, biases] = std::tie(arguments.w, arguments.scales, arguments.biases);
+  const auto& [w, scales] = std::tie(arguments.w, arguments.scales);
   TORCH_CHECK_TYPE(
       w.defined() && scales.defined(), "[", op, "] ", w.defined() ? "scales" : "w", " is None; it must be a tensor.");
   TORCH_CHECK_TYPE(
@@ -122,19 +128,9 @@ Format check_weights(const WeightArguments& arguments) {
       w.dim() >= 2 && scales.dim() >= 2, "[", op, "] w of shape ", w.sym_sizes(), " and scales of shape ",
       scales.sym_sizes(), " must have at least two dimensions.");
   check_device(op, "scales", scales, "w", w);
-  if (is_column_packed(format.mode)) {
-    check_column_packed(arguments, format.mode);
-  } else if (has_biases(format.mode)) {
-    TORCH_CHECK_VALUE(biases.has_value(), "[", op, "] mode \"", arguments.mode, "\" needs biases.");
-    check_activation(op, "scales", scales);
-    check_activation(op, "biases", *biases);
-    check_device(op, "biases", *biases, "w", w);
-  } else {
-    TORCH_CHECK_VALUE(!biases.has_value(), "[", op, "] mode \"", arguments.mode, "\" has no biases.");
-    TORCH_CHECK_TYPE(
-        scales.scalar_type() == at::kByte, "[", op, "] scales have dtype ", scales.scalar_type(), "; mode \"",
-        arguments.mode, "\" has uint8 scales.");
-  }
+  const ModeTraits traits = traits_of(format.mode);
+  check_scale_dtype(arguments, traits.scale, "scales", scales);
+  check_offsets(arguments, traits);
   return format;
 }
 
@@ -168,19 +164,21 @@ Int check_packing(const WeightArguments& arguments, Format format) {
 template int64_t check_packing(const WeightArguments& arguments, Format format);
 template c10::SymInt check_packing(const WeightArguments& arguments, Format format);
 
+ScalarType scale_dtype(const WeightArguments& arguments) {
+  const ScalarType scales = arguments.scales.scalar_type();
+  return arguments.biases.has_value() ? c10::promoteTypes(scales, arguments.biases->scalar_type()) : scales;
+}
+
 Tensor with_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
 }
 
 QuantizedMatrices matrices_of(const WeightArguments& arguments, Format format) {
   QuantizedMatrices result{format, weight_matrices(arguments.w), {}, {}, {}};
+  const ScalarType dtype = scale_dtype(arguments);
+  result.scales = weight_matrices(with_dtype(arguments.scales, dtype));
   if (arguments.biases.has_value()) {
-    // One dtype for both; promoting a value is exact.
-    const auto dtype = c10::promoteTypes(arguments.scales.scalar_type(), arguments.biases->scalar_type());
-    result.scales = weight_matrices(with_dtype(arguments.scales, dtype));
     result.biases = weight_matrices(with_dtype(*arguments.biases, dtype));
-  } else {
-    result.scales = weight_matrices(arguments.scales);
   }
   if (arguments.global_scale.has_value()) {
     result.global_scale = arguments.global_scale->contiguous();

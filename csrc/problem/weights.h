@@ -46,6 +46,9 @@ Format check_weights(const WeightArguments& arguments);
 template <typename Int>
 Int check_packing(const WeightArguments& arguments, Format format);
 
+// Of scales and biases together: promoting a value is exact.
+at::ScalarType scale_dtype(const WeightArguments& arguments);
+
 at::Tensor with_dtype(const at::Tensor& tensor, at::ScalarType dtype);
 
 QuantizedMatrices matrices_of(const WeightArguments& arguments, Format format);

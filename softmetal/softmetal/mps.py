@@ -297,6 +297,11 @@ def corrupted(part_of_name: str) -> AbstractContextManager[None]:
     return _changed(corrupted=part_of_name)
 
 
+def idle() -> AbstractContextManager[None]:
+    """For a while, commands are encoded and not run: what is then left of an op's time is the host's."""
+    return _changed(idle=True)
+
+
 def shuffled(seed: int) -> AbstractContextManager[None]:
     """For a while, threads and threadgroups run in an order that the seed draws; 0: in order."""
     return _changed(seed=seed)

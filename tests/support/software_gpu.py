@@ -20,25 +20,27 @@ FLAGS = (
 )
 
 
-def install(metallib: bool = False) -> None:
+def install(metallib: bool = False, check_plans: bool = True) -> None:
     """Gives torch a device "mps", and the package's ops their kernels for it. Does nothing the second time.
 
     metallib: as kernel-builder builds, with a library of all shaders compiled beforehand, and not as pip does, with
         their source.
+    check_plans: compares every plan that is encoded with what the device was told to launch.
     """
     import quantization_mlx  # noqa: F401  (its ops must be there)
 
-    mps.install(extension(metallib))
+    mps.install(extension(metallib, check_plans))
 
 
-def extension(metallib: bool = False) -> mps.Extension:
+def extension(metallib: bool = False, check_plans: bool = True) -> mps.Extension:
     files = [path for path in kernel_builder.sources(backend="metal") if path.endswith((".cpp", ".mm"))]
     sources: dict[Path, list[str]] = {ROOT / path: [] for path in files if not path.startswith(INSTALLED)}
-    sources[Path(__file__).with_name("plan_check.cpp")] = []
+    if check_plans:
+        sources[Path(__file__).with_name("plan_check.cpp")] = []
     # Compiled again where the shaders that it embeds have changed.
     embedded = [*(ROOT / "metal").rglob("*"), *(ROOT / "csrc" / name for name in SHADER_HEADERS)]
     texts = [path.read_bytes() for path in sorted(embedded) if path.is_file()]
     sources[ROOT / "csrc/metal/shader_source.cpp"] = [f"-DSOFTMETAL_EMBEDDED={digest(*texts)}"]
     if metallib:
         sources[ROOT / "csrc/metal/library.mm"] = mps.metallib_flags(sorted((ROOT / "metal").rglob("*.metal")))
-    return mps.Extension(sources, FLAGS, [f"-Wl,--wrap={ENCODE}"])
+    return mps.Extension(sources, FLAGS, [f"-Wl,--wrap={ENCODE}"] if check_plans else [])

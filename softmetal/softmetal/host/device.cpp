@@ -12,6 +12,7 @@ namespace {
 std::mutex mutex;
 Settings current_settings;
 std::atomic<uint64_t> changes{0};
+std::atomic<bool> idle{false};
 Logs current_logs;
 uint64_t blocks = 0;
 
@@ -30,8 +31,11 @@ Settings settings() {
 void set(const Settings& settings) {
   std::lock_guard lock(mutex);
   current_settings = settings;
+  idle = settings.idle;
   ++changes;
 }
+
+bool is_idle() { return idle.load(std::memory_order_relaxed); }
 
 uint64_t settings_version() { return changes.load(std::memory_order_relaxed); }
 

@@ -25,10 +25,12 @@ struct Settings {
   int macos = 2602;  // 26.2
   std::string corrupted;  // results of kernels whose names contain this are spoilt; empty: of none
   uint32_t seed = 0;  // of the order of threads and threadgroups; 0: in order
+  bool idle = false;  // commands are taken and not run, to measure what encodes them
 };
 Settings settings();
 void set(const Settings& settings);
 uint64_t settings_version();  // another number after each change
+bool is_idle();
 
 // 13 is M1, 17 is M5.
 int gpu_generation();

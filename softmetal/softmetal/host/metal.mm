@@ -408,6 +408,9 @@ void run(EncoderState& state, MTLSize threads, MTLSize threads_per_threadgroup) 
   if (state.pipeline == nil || state.pipeline_block != block_number()) {
     misuse("a dispatch without a pipeline state of this op");
   }
+  if (is_idle()) {
+    return;
+  }
   const std::string& name = *state.pipeline->_name;
   const SoftmetalPipeline& pipeline = *(*state.pipeline->_kernel)->pipeline();
   const MTLSize size = threads_per_threadgroup;

@@ -182,7 +182,8 @@ PYBIND11_MODULE(softmetal_host, m) {
       .def_readwrite("gpu", &Settings::gpu)
       .def_readwrite("macos", &Settings::macos)
       .def_readwrite("corrupted", &Settings::corrupted)
-      .def_readwrite("seed", &Settings::seed);
+      .def_readwrite("seed", &Settings::seed)
+      .def_readwrite("idle", &Settings::idle);
   m.def("settings", settings);
   m.def("set", softmetal::set);
   m.def("misuses", softmetal_misuses);

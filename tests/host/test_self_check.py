@@ -1,0 +1,165 @@
+"""Kernels that a compiler got wrong, each for some of its shapes alone: the check before their first use finds them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+import quantization_mlx as q
+import software_gpu
+from covering import mostly_exhaustive
+from softmetal import mps
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A kernel, by part of its name, with one text in the place of another; and a call whose plan names it."""
+
+    kernel: str
+    old: str
+    new: str
+    rows: int
+    K: int = 64
+    N: int = 72
+    transpose: bool = True
+    experts: tuple[int, ...] = ()
+
+
+STORED_ROW = "row >= first_row && row < end_row"
+SPLIT_TILE = "min(params.k, k_begin + params.part_k)"
+SORTED = (0,) * 9 + (1,) * 16 + (2,) * 15
+
+
+def lost_row(kernel: str, rows: int, condition: str, **call: object) -> Mutant:
+    """Without the last row of some tiles."""
+    return Mutant(kernel, STORED_ROW, f"{STORED_ROW} - (end_row {condition} ? 1 : 0)", rows, **call)
+
+
+MUTANTS = {
+    "tile of 16, whole": lost_row("qmm_t_float16_gs_64_b_4_rows_16", 16, "== 16"),
+    "tile of 16, partial": lost_row("qmm_t_float16_gs_64_b_4_rows_16", 14, "< 16"),
+    "tile of 32, whole": lost_row("qmm_t_float16_gs_64_b_4_rows_32", 32, "== 32"),
+    "tile of 32, partial": lost_row("qmm_t_float16_gs_64_b_4_rows_32", 20, "< 32"),
+    "tile of 64, whole": lost_row("qmm_t_float16_gs_64_b_4_rows_64", 64, "== 64"),
+    "tile of 64, partial": lost_row("qmm_t_float16_gs_64_b_4_rows_64", 40, "< 64"),
+    "tile, ragged columns": Mutant("qmm_t_float16", "if (n + 1 < params.n) {", "if (n + 2 < params.n) {", 20),
+    "tile, w not transposed": lost_row("qmm_n_float16_gs_64_b_4_rows_32", 20, "< 32", N=64, transpose=False),
+    "tile, split": Mutant("qmm_t_splitk", SPLIT_TILE, f"({SPLIT_TILE} - (k_begin > 0 ? 32 : 0))", 20, K=4096, N=64),
+    "tile, gathered": Mutant(
+        "gather_qmm_t_",
+        "y + threadgroup_index.z * params.product.y.outer",
+        "y + (threadgroup_index.z == 3 ? 2 : threadgroup_index.z) * params.product.y.outer",
+        20,
+        experts=(0, 2, 1, 1),
+    ),
+    "tile, sorted": Mutant(
+        "gather_qmm_rhs_t_", "set_rows(first, end, ", "set_rows(first, first > 0 ? end - 1 : end, ", 1, experts=SORTED
+    ),
+    "tensor of 32, whole": lost_row("qmm_t_nax_float16_gs_64_b_4_rows_32", 32, "== 32"),
+    "tensor of 32, partial": lost_row("qmm_t_nax_float16_gs_64_b_4_rows_32", 20, "< 32"),
+    "tensor of 64, whole": lost_row("qmm_t_nax_float16_gs_64_b_4_rows_64", 64, "== 64"),
+    "tensor of 64, partial": lost_row("qmm_t_nax_float16_gs_64_b_4_rows_64", 40, "< 64"),
+    "tensor of 128, whole": lost_row("qmm_t_nax_float16_gs_64_b_4_rows_128", 512, "== 128", N=384),
+    "tensor of 128, partial": lost_row("qmm_t_nax_float16_gs_64_b_4_rows_128", 500, "< 128", N=384),
+    "tensor, split": Mutant("qmm_t_nax_splitk", SPLIT_TILE, f"({SPLIT_TILE} - (part > 0 ? 64 : 0))", 20, K=4096, N=64),
+    "tensor, sorted": Mutant(
+        "gather_qmm_rhs_t_nax",
+        "set_rows(first, end, ",
+        "set_rows(first, first > 0 ? end - 1 : end, ",
+        1,
+        experts=SORTED,
+    ),
+    "matvec of 1 row, long": Mutant(
+        "qmv_float16_gs_64_b_4", "params.k / elements;", "params.k / elements - (params.k > 2048 ? 1 : 0);", 1, K=4096
+    ),
+    "matvec of 8 rows, ragged": Mutant("_rows_8", "column < params.n)", "column < params.n - 1)", 7),
+    "matvec of 8 rows, the last": Mutant(
+        "_rows_8", "if (row < params.rows &&", "if (row < params.rows - (params.rows > 6 ? 1 : 0) &&", 7
+    ),
+    "matvec, gathered": Mutant(
+        "gather_qmv_float16_gs_64_b_4_rows_4",
+        "if (row < params.rows &&",
+        "if (row + 1 < params.rows &&",
+        3,
+        experts=(2, 0, 1),
+    ),
+    "matvec, not transposed": Mutant(
+        "qvm_float16_gs_64_b_4_rows_2",
+        "if (row < params.rows &&",
+        "if (row + 1 < params.rows &&",
+        2,
+        N=64,
+        transpose=False,
+    ),
+    "matvec, not transposed, split": Mutant(
+        "qvm_splitk",
+        "min(params.k, begin + params.part_k);",
+        "min(params.k, begin + params.part_k) - (part > 0 ? 1 : 0);",
+        1,
+        K=4096,
+        N=64,
+        transpose=False,
+    ),
+}
+
+
+@contextmanager
+def compiled_as(mutant: Mutant) -> Iterator[list[str]]:
+    """For a while, the names of the kernels that were compiled as the mutant says."""
+    changed: list[str] = []
+    compile = mps.device.compile
+
+    def compile_mutant(source, **options):
+        [name] = re.findall(r'host_name\("(\w+)"\)', source)
+        if mutant.kernel in name and "sum_parts" not in name:
+            assert mutant.old in source, f"{name} has no {mutant.old}"
+            source = source.replace(mutant.old, mutant.new)
+            changed.append(name)
+        return compile(source, **options)
+
+    mps.device.compile = compile_mutant
+    try:
+        yield changed
+    finally:
+        mps.device.compile = compile
+
+
+def call(mutant: Mutant, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+    if not mutant.experts:
+        return q.quantized_matmul(x, *packed, mutant.transpose, 64, 4)
+    experts = torch.tensor(mutant.experts, device=x.device)
+    is_sorted = list(mutant.experts) == sorted(mutant.experts)
+    return q.gather_qmm(x, *packed, None, experts, mutant.transpose, 64, 4, sorted_indices=is_sorted)
+
+
+@pytest.mark.parametrize(
+    "name", mostly_exhaustive(MUTANTS, "tile of 32, partial", "tensor of 64, whole", "tile, sorted")
+)
+def test_wrong_kernel_is_found(name, monkeypatch, capfd):
+    mutant = MUTANTS[name]
+    monkeypatch.setenv("CI", "")  # where it would be an error
+    software_gpu.install()
+    sizes = (mutant.N, mutant.K) if mutant.transpose else (mutant.K, mutant.N)
+    w = oracle.random_x(*((3,) if mutant.experts else ()), *sizes).to(torch.float16)
+    packed = q.quantize(w, 64, 4)
+    leading = (len(mutant.experts),) if mutant.experts else ()
+    x = oracle.random_x(*leading, mutant.rows, mutant.K).to(torch.float16)
+    # A GPU that no other test uses has no kernels yet.
+    generation = (30 if "nax" in mutant.kernel else 400) + list(MUTANTS).index(name)
+    gpu, macos = (f"applegpu_g{generation}p", 2602) if generation < 400 else (f"applegpu_g{generation}p", 2600)
+    moved = tuple(tensor.to("mps") for tensor in packed)
+    with mps.gpu(gpu, macos), compiled_as(mutant) as changed:
+        result = call(mutant, x.to("mps"), moved).cpu()
+    found = capfd.readouterr().err
+    assert "fails its self-check" in found and f"is not used: {changed[0]}: its result differs" in found
+    expected = call(mutant, x, packed)
+    torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+    assert not mps.errors()
+    mps.clear()
