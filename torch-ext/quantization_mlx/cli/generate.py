@@ -1,21 +1,17 @@
 """The command `generate`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..hf.bounded_cache import bounded_cache
+from ..optional import PreTrainedModel, PreTrainedTokenizerBase
 from .arguments import SAMPLING, UsageError, refuse
 from .models import load_model, load_tokenizer, read_text
 from .run import Clock, note, peak_memory, prepare, run_generate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,7 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         note("=" * 10)
         note(f"Prompt: {tokens.shape[1]} tokens, {tokens.shape[1] / streamer.prompt_seconds:.3f} tokens-per-sec")
-        note(f"Generation: {streamer.count} tokens{_rate(streamer)}")
+        rate = "" if streamer.tokens_per_second is None else f", {streamer.tokens_per_second:.3f} tokens-per-sec"
+        note(f"Generation: {streamer.count} tokens{rate}")
         note(f"Decoder: {way}")
         note(peak_memory())
 
@@ -115,8 +112,3 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         "top_k": arguments.top_k or 0,
         "min_p": arguments.min_p or None,
     }
-
-
-def _rate(clock: Clock) -> str:
-    """Of generation, to follow the number of tokens; nothing for one token, whose time is the prompt's."""
-    return "" if clock.tokens_per_second is None else f", {clock.tokens_per_second:.3f} tokens-per-sec"

@@ -1,22 +1,16 @@
 """The command `perplexity`."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..optional import progress
+from ..optional import PreTrainedModel, PreTrainedTokenizerBase, progress
 from .models import load_model, load_tokenizer, read_text
 from .run import check_numbers, note, peak_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run(arguments: argparse.Namespace) -> None:
