@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_generation(arguments)
     tokenizer = load_tokenizer(arguments)
     extra = [_token_of(tokenizer, text) for text in arguments.extra_eos_token or ()]
-    tokens = _encode(tokenizer, _prompt(arguments.prompt), arguments).to(arguments.device)
+    tokens = _encode(tokenizer, arguments).to(arguments.device)
     model = load_model(arguments)
     from transformers import TextStreamer
 
@@ -53,17 +53,14 @@ def _template_flags(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
     return [("--system-prompt", arguments.system_prompt), ("--chat-template-config", arguments.chat_template_config)]
 
 
-def _prompt(text: str) -> str:
-    r"""The prompt that was typed, where \n and \t stand for what a shell makes hard to type."""
-    return read_text("-", "--prompt") if text == "-" else text.replace("\\n", "\n").replace("\\t", "\t")
-
-
 # Options of apply_chat_template that decide the type of its result.
 _RESULT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, arguments: argparse.Namespace) -> Tensor:
-    """The prompt's tokens [1, length]."""
+def _encode(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> Tensor:
+    r"""The prompt's tokens [1, length]; typed, \n and \t stand for what a shell makes hard to type."""
+    typed = arguments.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = read_text("-", "--prompt") if typed == "-" else typed
     if tokenizer.chat_template is None or arguments.ignore_chat_template:
         refuse(_template_flags(arguments), "needs a model with a chat template, which this one has not")
         tokens = tokenizer(prompt, return_tensors="pt").input_ids

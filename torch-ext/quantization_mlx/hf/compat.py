@@ -326,7 +326,7 @@ def adapt_accelerate() -> None:
     if hasattr(hooks.set_module_tensor_to_device, "__wrapped__"):
         return
     check("offload")
-    for_good = ExitStack()
+    for_good = ExitStack()  # never closed
     for owner in (hooks, modeling):
         wrap(for_good, owner, "set_module_tensor_to_device", _set_module_tensor_to_device)
 

@@ -94,9 +94,7 @@ def _rejoin(layer: nn.Module, _: Any) -> None:
 def _is_kind(module: nn.Module, suffix: str) -> bool:
     """Whether `module` is, for example, a LlamaModel for the suffix "Model", and not a prepared one."""
     kind = type(module)
-    if issubclass(kind, _FastLayer | _FastStack):
-        return False
-    return kind.__module__ in _KNOWN_MODELS and kind.__name__ == _KNOWN_MODELS[kind.__module__] + suffix
+    return not issubclass(kind, _Forward) and kind.__name__ == f"{_KNOWN_MODELS.get(kind.__module__)}{suffix}"
 
 
 def _is_known_layer(module: nn.Module) -> bool:
@@ -175,6 +173,7 @@ class _Product:
     def __init__(self, layer: QuantizedLinear, tensors: dict[str, Tensor]) -> None:
         self.tensors = [tensors.get(name) for name in ("weight", "scales", "biases", "bias")]
         self.format = (layer.group_size, layer.bits, layer.mode)
+        self.format_numbers = (layer.group_size, layer.bits, _MODES.index(layer.mode))
 
     def __call__(self, x: Tensor) -> Tensor:
         *packed, bias = self.tensors
@@ -344,11 +343,8 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     for begin in range(0, length, _QUERY_BLOCK):
         end = min(begin + _QUERY_BLOCK, length)
         mask = torch.ones(end - begin, end, dtype=torch.bool).tril_(begin)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                query[:, :, begin:end], key[:, :, :end], value[:, :, :end], mask, scale=scaling, enable_gqa=True
-            )
-        )
+        operands = query[:, :, begin:end], key[:, :, :end], value[:, :, :end], mask
+        blocks.append(F.scaled_dot_product_attention(*operands, scale=scaling, enable_gqa=True))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
@@ -445,15 +441,9 @@ def _step_lists(layers: list[nn.Module], epsilon: float) -> tuple[list, list, li
         or any(_sliding_window(layer.self_attn) is not None for layer in layers)
     ):
         return None
-    return (
-        [norm.weight.detach() for norm in norms],
-        [tensor for product in products for tensor in product.tensors],
-        [
-            number
-            for group_size, bits, mode in (each.format for each in products)
-            for number in (group_size, bits, _MODES.index(mode))
-        ],
-    )
+    weights = [norm.weight.detach() for norm in norms]
+    tensors = [tensor for product in products for tensor in product.tensors]
+    return weights, tensors, [number for product in products for number in product.format_numbers]
 
 
 def _sliding_window(attention: nn.Module) -> int | None:

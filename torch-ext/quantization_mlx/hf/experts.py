@@ -33,11 +33,8 @@ def register_experts() -> None:
 
 
 def use_experts(model: nn.Module) -> None:
-    """Makes the experts modules in `model` that hold our layers run through `experts_forward`.
-
-    To be called when all layers are in place; `fuse` does. Other experts modules of the model run as Transformers
-    runs them by default.
-    """
+    """Makes the experts modules in `model` that hold our layers run through `experts_forward`, once all layers are in
+    place. Others run as Transformers runs them by default."""
     ours = [
         module
         for _, module in fused.experts_modules(model)

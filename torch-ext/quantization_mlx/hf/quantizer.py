@@ -111,9 +111,9 @@ def quantizer_classes() -> tuple[type, type]:
 
 def __getattr__(name: str) -> Any:
     """The two classes, as attributes of the module, where pickle and users look for them."""
-    for each in quantizer_classes() if name in ("MLXConfig", "MLXQuantizer") else ():
-        if each.__name__ == name:
-            return each
+    names = ("MLXConfig", "MLXQuantizer")
+    if name in names:
+        return quantizer_classes()[names.index(name)]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

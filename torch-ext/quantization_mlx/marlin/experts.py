@@ -36,10 +36,6 @@ class ColumnPackedSwitchLinear(PackedSwitchLinear, ColumnPackedModule):
     @classmethod
     def from_switch_linear(cls, linear: SwitchLinear, mode: str, group_size: int = 128) -> ColumnPackedSwitchLinear:
         """Quantizes `linear`, one expert after the other, which shares nothing with the layer that is returned; hooks
-        are copied.
-
-        Raises:
-            TypeError: it is no `SwitchLinear`, or of a subclass with a forward of its own.
-            ValueError: the format is not supported, or a weight is not finite, or a state of it cannot be kept.
-        """
+        are copied. Raises TypeError if it is no `SwitchLinear`, or of a subclass with a forward of its own, and
+        ValueError if the format is not supported, or a weight is not finite, or a state of it cannot be kept."""
         return cls.quantized("from_switch_linear", linear, SwitchLinear, mode=mode, group_size=group_size)

@@ -13,7 +13,7 @@ from ..hf import compat
 from ..nn.conv1d import as_linear
 from ..nn.switch import SwitchLinear
 from ..optional import PreTrainedModel
-from ..quantization.replacement import FloatWeight, Refusal, Replacement, class_refusal, replace_layers, share, surgery
+from ..quantization.replacement import Refusal, Replacement, class_refusal, replace_layers, share, surgery
 from .experts import ColumnPackedSwitchLinear
 from .layers import DTYPES, ColumnPackedModule, MarlinLinear, MetalQuantizedLinear, mode_of_bits, mode_of_quant_type
 from .saved import is_saved, mark_configs, refuse_mlx, usable_device
@@ -34,11 +34,10 @@ class ReplacementStats(dict[str, int]):
     skipped_share: their part of the model's parameters.
     """
 
-    def __init__(self, replaced: Iterable[str], skipped: Iterable[FloatWeight], parameters: int) -> None:
-        skipped = list(skipped)
-        self.replaced = list(replaced)
-        self.skipped = {each.path: each.reason for each in skipped}
-        self.skipped_share = share(skipped, parameters)
+    def __init__(self, done: Replacement) -> None:
+        self.replaced = done.replaced
+        self.skipped = {each.path: each.reason for each in done.left}
+        self.skipped_share = share(done.left, done.parameters)
         super().__init__(replaced_count=len(self.replaced), skipped_count=len(self.skipped))
 
 
@@ -112,7 +111,7 @@ def replace_linear_layers(
     if isinstance(model, nn.Linear):
         raise TypeError(f"[{op}] a layer by itself is not replaced in place; use MetalQuantizedLinear.from_float")
     done = _replace(op, model, MetalQuantizedLinear, mode, group_size, skip_layers, layer_filter)
-    return ReplacementStats(done.replaced, done.left, done.parameters)
+    return ReplacementStats(done)
 
 
 def _replace(

@@ -123,10 +123,8 @@ def save_quantized(
 
 
 def mark_configs(model: nn.Module) -> None:
-    """Lets the configs in `model` say that it has layers of Marlin.
-
-    What Transformers' own `save_pretrained` writes has no record of the layers; with this, loading it raises.
-    """
+    """Lets the configs in `model` say that it has layers of Marlin: what Transformers' own `save_pretrained` writes has
+    no record of them, and with this, loading it raises."""
     for path, module in list(model.named_modules()):
         if isinstance(module, ColumnPackedModule):
             components = path.split(".")
