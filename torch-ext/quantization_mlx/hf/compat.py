@@ -203,12 +203,11 @@ def require(name: str, extra: str = "transformers") -> Any:
 
 
 @functools.cache
-def check(op: str) -> Any:
-    """The library that the function `op` relies on, after looking up, once, what that needs according to `PRIVATE`.
-    Raises ImportError as `require` does, and for a name or a parameter that is missing; the message has the version
-    and it."""
+def check(op: str) -> None:
+    """Looks up, once, what the function `op` needs according to `PRIVATE`. Raises ImportError if a version is older
+    than the tested ones, or lacks a name or a parameter; the message has both."""
     library = PRIVATE[op][0][0].partition(":")[0].partition(".")[0]
-    module = require(library, "train" if library == "peft" else "transformers")
+    check_version(library)
     if library == "transformers" and importlib.util.find_spec("accelerate") is not None:
         check_version("accelerate")
     if missing := [lack for name, parameters, _ in PRIVATE[op] for lack in missing_parts(name, parameters)]:
@@ -216,7 +215,6 @@ def check(op: str) -> Any:
             f"[{op}] {library} {_version(library)} lacks {', '.join(missing)}, which this version of quantization-mlx "
             f"relies on; it is tested with {_tested(library)}"
         )
-    return module
 
 
 @functools.cache

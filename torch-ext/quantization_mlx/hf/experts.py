@@ -81,6 +81,7 @@ def experts_forward(
 
 
 def _transformers_experts() -> Any:
+    compat.require("transformers")
     compat.check("experts")
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

@@ -67,6 +67,7 @@ def patched_transformers() -> AbstractContextManager[None]:
 
 
 def _apply(stack: ExitStack) -> None:
+    compat.require("transformers")
     compat.check("patch_transformers")
     from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils, quantizers
     from transformers.integrations import metal_quantization

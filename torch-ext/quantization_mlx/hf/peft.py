@@ -53,7 +53,8 @@ def unpatch_peft() -> None:
 
 
 def _apply(stack: ExitStack) -> None:
-    peft = compat.check("patch_peft")
+    peft = compat.require("peft", "train")
+    compat.check("patch_peft")
     from peft.utils.other import ModulesToSaveWrapper
 
     wrap(stack, peft.LoraConfig, "__post_init__", _declare_quantized_layers)
@@ -155,7 +156,8 @@ def load_adapter(model: PreTrainedModel, directory: str | os.PathLike[str]) -> P
     """
     directory = Path(directory)
     config = _read_config(directory)
-    peft = compat.check("load_adapter")
+    peft = compat.require("peft", "train")
+    compat.check("load_adapter")
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     with _patch.applied():

@@ -88,7 +88,8 @@ def save_quantized(
     op = "save_quantized"
     if not isinstance(model, nn.Module):
         raise TypeError(f"[{op}] model is of type {type(model).__name__}; it must be a torch.nn.Module")
-    transformers = compat.check(op)
+    transformers = compat.require("transformers")
+    compat.check(op)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = {path: module for path, module in modules.items() if isinstance(module, ColumnPackedModule)}
     if not layers:
@@ -179,6 +180,7 @@ def load_quantized(
             was none of Transformers and `model` is None.
     """
     device = usable_device(device, _LOAD)
+    compat.require("transformers")
     compat.check("patch_transformers")
     with reading_once():
         checkpoint = Checkpoint.at(path, _LOAD)
