@@ -198,6 +198,8 @@ def require(name: str, extra: str = "transformers") -> Any:
     """Imports an optional package, which `extra` of this package has. Raises ImportError if it is not installed, and
     then the message names the extra, or older than what is supported."""
     module = optional.require(name, extra)
+    if name == "transformers":
+        optional.require("safetensors")  # for loading and saving
     check_version(name)
     return module
 
