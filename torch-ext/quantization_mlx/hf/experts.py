@@ -117,10 +117,8 @@ def unfuse(model: nn.Module, among: Iterable[str] | None = None) -> None:
 
 
 def fuse(model: nn.Module) -> None:
-    """Gives the experts modules of `model` whose layers are all floating-point ones their fused parameters back.
-
-    The others run through `experts_forward` from now on.
-    """
+    """Gives the experts modules of `model` whose layers are all floating-point ones their fused parameters back; the
+    others run through `experts_forward` from now on."""
     for path, experts in list(fused.experts_modules(model)):
         names = dict.fromkeys((*fused.PROJECTIONS, *fused.FUSED))
         layers = {name: experts._modules[name] for name in names if name in experts._modules}
@@ -166,10 +164,8 @@ def place_experts(model: nn.Module, stored: Iterable[str]) -> None:
 
 
 def place_routers(model: nn.Module, format_of: FormatOf) -> None:
-    """Lets the routers of `model`, on the meta device, hold packed weights until `finish_experts` unpacks them.
-
-    Transformers' routers are no layers of their own, so they compute with floating-point weights.
-    """
+    """Lets the routers of `model`, on the meta device, hold packed weights until `finish_experts` unpacks them: they are
+    no layers of their own in Transformers, and compute with floating-point weights."""
     for path, _ in list(fused.experts_modules(model)):
         for router_path, router in _routers(model, path):
             if (format := format_of(router_path, router)) is not None:
@@ -211,11 +207,8 @@ def _routers(model: nn.Module, experts_path: str) -> Iterator[tuple[str, nn.Modu
 
 
 def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of `model`, by their names in it, as an MLX checkpoint has them.
-
-    The experts get MLX's names; fused parameters become views of the projections, and nothing is copied. Other tensors
-    pass through.
-    """
+    """The tensors of `model`, by their names in it, as an MLX checkpoint has them: the experts get MLX's names, fused
+    parameters become views of the projections, nothing is copied, and other tensors pass through."""
     split = dict(tensors)
     for path, experts in fused.experts_modules(model):
         for name in fused.fused_names(experts):
