@@ -164,8 +164,8 @@ def place_experts(model: nn.Module, stored: Iterable[str]) -> None:
 
 
 def place_routers(model: nn.Module, format_of: FormatOf) -> None:
-    """Lets the routers of `model`, on the meta device, hold packed weights until `finish_experts` unpacks them: they are
-    no layers of their own in Transformers, and compute with floating-point weights."""
+    """Lets the routers of `model`, on the meta device, hold packed weights until `finish_experts` unpacks them: they
+    are no layers of their own in Transformers, and compute with floating-point weights."""
     for path, _ in list(fused.experts_modules(model)):
         for router_path, router in _routers(model, path):
             if (format := format_of(router_path, router)) is not None:
