@@ -50,11 +50,8 @@ MARLIN_MODES = {name: mode for name, mode in MODES.items() if mode.packing == "c
 
 
 def complete_format(group_size: int | None = None, bits: int | None = None, mode: str = "affine") -> Format:
-    """The keyword arguments group_size, bits and mode of a format, with the mode's defaults for what is None.
-
-    Raises:
-        ValueError: the mode is unknown, or does not know the group_size or the bits.
-    """
+    """The keyword arguments group_size, bits and mode of a format, with the mode's defaults for what is None. Raises
+    ValueError if the mode is unknown, or does not know the group_size or the bits."""
     if not isinstance(mode, str) or mode not in MLX_MODES:
         raise ValueError(f"mode {mode!r} is not supported; supported are {', '.join(MLX_MODES)}")
     known = MLX_MODES[mode]

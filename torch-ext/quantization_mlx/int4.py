@@ -2,6 +2,7 @@
 
 A value is `(code - zero_point) * scale`, with codes from -8 to 7. They look at numbers and carry small data; weights of
 models are for `quantize` and `quantize_model`, whose scales belong to short groups of weights.
+Without numpy they raise ImportError.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import numpy
 
 LOWEST, HIGHEST = -8, 7  # of the codes
+_METHODS = ("minmax", "absmax")  # by which scales are chosen
 
 _EXAMPLE = (0.1, 0.5, -1.3, 2.7, 3.9, -0.8, 5.2, -4.7)
 
@@ -50,15 +52,14 @@ def quantize_to_int4(
     Raises:
         ValueError: the method is unknown, or a value is not finite in float32.
         TypeError: the values are no numbers.
-        ImportError: numpy is not installed.
     """
-    if scale_method not in _SCALES:
+    if scale_method not in _METHODS:
         raise ValueError(
-            f"[quantize_to_int4] scale_method {scale_method!r} is not supported; supported are {', '.join(_SCALES)}"
+            f"[quantize_to_int4] scale_method {scale_method!r} is not supported; supported are {', '.join(_METHODS)}"
         )
     np = require("numpy", "int4")
     floats = _finite_float32("quantize_to_int4", values).astype(np.float64)  # so that no range over- or underflows
-    scale, zero_point = _SCALES[scale_method](floats, symmetric) if floats.size else (1.0, 0.0)
+    scale, zero_point = _scale_and_zero_point(floats, scale_method, symmetric)
     quotients = floats / scale
     # Only constant arrays have a fractional zero point; then the sum has to be a whole number.
     codes = np.rint(quotients) + zero_point if zero_point.is_integer() else np.rint(quotients + zero_point)
@@ -78,7 +79,6 @@ def dequantize_from_int4(quantized_values: numpy.ndarray, scale: float, zero_poi
     Raises:
         ValueError: a code lies outside of -8..7, or the scale or the zero point is not finite.
         TypeError: the codes are no integers, or the scale or the zero point is no single number.
-        ImportError: numpy is not installed.
     """
     np = require("numpy", "int4")
     for name, number in (("scale", scale), ("zero_point", zero_point)):
@@ -104,7 +104,6 @@ def pack_int4_to_int8(int4_values: numpy.ndarray) -> numpy.ndarray:
     Raises:
         ValueError: a code lies outside of -8..7, or there is no axis.
         TypeError: the codes are no integers.
-        ImportError: numpy is not installed.
     """
     np = require("numpy", "int4")
     codes = _codes("pack_int4_to_int8", "int4_values", int4_values)
@@ -129,7 +128,6 @@ def unpack_int8_to_int4(packed_values: numpy.ndarray, *, length: int | None = No
     Raises:
         ValueError: the length is not that of m bytes, or there is no axis.
         TypeError: the values are no bytes.
-        ImportError: numpy is not installed.
     """
     np = require("numpy", "int4")
     packed = np.asarray(packed_values)
@@ -162,21 +160,17 @@ def example() -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
 # Scales, and the checks that functions share
 
 
-def _minmax(values: numpy.ndarray, symmetric: bool) -> tuple[float, float]:
-    """Scale and zero point of float64 values that map their ends to -8 and 7."""
+def _scale_and_zero_point(values: numpy.ndarray, method: str, symmetric: bool) -> tuple[float, float]:
+    """Of float64 values."""
+    if not values.size:
+        return 1.0, 0.0
+    if method == "absmax":
+        return float(abs(values).max()) / HIGHEST or 1.0, 0.0
     low, high = float(values.min()), float(values.max())
     if low == high:
         return 1.0, 0.0 if symmetric else min(max(round(low), LOWEST), HIGHEST) - low
     scale = (high - low) / (HIGHEST - LOWEST)
     return scale, 0.0 if symmetric else float(LOWEST - round(low / scale))
-
-
-def _absmax(values: numpy.ndarray, symmetric: bool) -> tuple[float, float]:
-    """Scale and zero point of float64 values that map their largest magnitude to 7."""
-    return float(abs(values).max()) / HIGHEST or 1.0, 0.0
-
-
-_SCALES = {"minmax": _minmax, "absmax": _absmax}
 
 
 def _finite_float32(function: str, values: Any) -> numpy.ndarray:

@@ -1,5 +1,6 @@
-"""Lists of names and of dtypes in error messages."""
+"""How names, dtypes and tables are shown."""
 
+from collections.abc import Iterable
 from typing import Any
 
 _SHOWN_NAMES = 8
@@ -14,3 +15,10 @@ def listed(names: list[str]) -> str:
 def short_name(of_torch: Any) -> str:
     """Of a dtype or a layout: "float32" for torch.float32."""
     return str(of_torch).removeprefix("torch.")
+
+
+def aligned(rows: Iterable[tuple[str, ...]]) -> list[list[str]]:
+    """The cells of a table, those of a column as wide as its widest."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]

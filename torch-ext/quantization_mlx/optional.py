@@ -2,15 +2,17 @@
 
 import importlib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+else:  # in annotations alone: importing Transformers takes seconds
+    PreTrainedConfig = PreTrainedModel = PreTrainedTokenizerBase = Any
 
 
 def require(name: str, extra: str = "transformers") -> Any:
-    """Imports an optional package, which `extra` of this package has.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra.
-    """
+    """Imports an optional package, which `extra` of this package has. Raises ImportError if it is not installed; the
+    message names the extra."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

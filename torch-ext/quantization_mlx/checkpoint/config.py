@@ -1,30 +1,22 @@
 """What MLX reads in config.json and Transformers writes elsewhere, or not at all."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..formats import Format
+from ..optional import PreTrainedConfig
 from .record import RECORDS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 def in_mlx_terms(
     config: dict[str, Any], formats: Mapping[str, Format], reader: type[PreTrainedConfig] | None
 ) -> dict[str, Any]:
-    """`config` with what MLX looks for in it, among that the formats by the paths of the layers.
-
-    Args:
-        config: the content of config.json in Transformers' terms.
-        formats: by the paths of the layers in the checkpoint.
-        reader: the class by which Transformers reads `config`; None if it is not known.
-    """
+    """`config`, the content of config.json in Transformers' terms, with what MLX looks for in it, among that the
+    formats by the paths of the layers in the checkpoint. `reader` is the class by which Transformers reads it, if
+    known."""
     # Transformers has other names for some of these.
     for name, own_name in getattr(reader, "attribute_map", {}).items():
         if own_name in config:

@@ -78,11 +78,7 @@ class Checkpoint:
         return cls(directory, op) if known is None else known.setdefault(directory, cls(directory, op))
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """The object in a JSON file of that name, None if there is none.
-
-        Raises:
-            ValueError: it is no JSON object.
-        """
+        """The object in a JSON file of that name, None if there is none. Raises ValueError if it is no JSON object."""
         if name not in self._json:
             file = self.directory / name
             self._json[name] = read_json(file, self._op) if file.exists() else None
@@ -100,11 +96,7 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The weight files.
-
-        Raises:
-            FileNotFoundError: there are none.
-        """
+        """The weight files. Raises FileNotFoundError if there are none."""
         if not (files := sorted(self.directory.glob(WEIGHT_FILES))):
             raise FileNotFoundError(f"[{self._op}] {self.directory} has no {WEIGHT_FILES}")
         return files
@@ -112,21 +104,15 @@ class Checkpoint:
     @cached_property
     def is_mlx(self) -> bool:
         """Whether MLX wrote the files: config.json has a record of formats, or else the first weight file says so.
-
-        Raises:
-            ValueError: config.json or that file is damaged.
-        """
+        Raises ValueError if config.json or that file is damaged."""
         if self.config is None or self.record is not None:
             return self.config is not None
         first = next(iter(sorted(self.directory.glob(WEIGHT_FILES))), None)
         return first is not None and self._header(first).metadata.get("format") == "mlx"
 
     def tensors(self, files: Iterable[Path] | None = None) -> dict[str, torch.Tensor]:
-        """The tensors of the weight files, or of these, by name, without their values: on the meta device.
-
-        Raises:
-            ValueError: a file is damaged or no safetensors file, has a dtype that is not known, or repeats a tensor.
-        """
+        """The tensors of the weight files, or of these, by name, without their values: on the meta device. Raises
+        ValueError if a file is damaged or no safetensors file, has a dtype that is not known, or repeats a tensor."""
         stored: dict[str, torch.Tensor] = {}
         for file in self.files if files is None else files:
             tensors = self._header(file).tensors
@@ -162,11 +148,8 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def read_json(file: Path, op: str) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: it is no JSON object; the message begins with the name of `op`.
-    """
+    """The object in a JSON file. Raises ValueError if it is no JSON object; the message begins with the name of
+    `op`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -47,11 +47,8 @@ def own_method(config: Mapping[str, Any]) -> str | None:
 
 
 def entry_format(entry: Mapping[str, Any]) -> Format:
-    """The format of an entry of the record, which may have other keys and lack these.
-
-    Raises:
-        ValueError: the format is not supported.
-    """
+    """The format of an entry of the record, which may have other keys and lack these. Raises ValueError if the format
+    is not supported."""
     return complete_format(entry.get("group_size"), entry.get("bits"), entry.get("mode") or "affine")
 
 
@@ -64,11 +61,9 @@ def format_of_tensors(
     the shapes tell more than the record's default: mixed checkpoints exist that have no entry for their exceptions.
 
     Args:
-        path: of the layer, in the record and in the names of the tensors.
+        path: of the layer, in the record and in the names of the tensors, which may be on the meta device.
         columns: of the layer's weight in floating point. None if they are not known: of the formats that the shapes
             allow, the record's default is then taken for granted.
-        record: the record of formats.
-        stored: the tensors, which may be on the meta device.
 
     Raises:
         ValueError: the entry's format is not supported, or the columns are not known and the shapes allow several

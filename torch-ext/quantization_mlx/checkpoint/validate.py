@@ -16,19 +16,10 @@ def check_tensors(
     exact: Iterable[str] = (),
     op: str = "from_pretrained",
 ) -> None:
-    """Compares the stored tensors with those that the model wants, which must be exactly these.
-
-    Args:
-        model: its quantized layers are in place.
-        stored: on the meta device, by their names in the model.
-        source: what an error message names as the checkpoint.
-        may_be_missing: names of tensors that come from elsewhere.
-        exact: names of tensors that may not even be of another floating-point dtype.
-        op: what an error message begins with.
-
-    Raises:
-        ValueError: tensors are missing, unknown, or of another shape or kind of dtype; the message names them.
-    """
+    """Compares the stored tensors, by their names in the model, with those that the model wants, whose quantized layers
+    are in place. They must be exactly these, but for those that `may_be_missing` because they come from elsewhere, and
+    those in `exact` may not even be of another floating-point dtype. Raises ValueError for tensors that are missing,
+    unknown, or of another shape or kind of dtype; the message names them, `op`, and `source` as the checkpoint."""
     wanted: dict[torch.Tensor, list[str]] = {}  # parameter -> its names
     for name, placeholder in model.state_dict(keep_vars=True).items():
         wanted.setdefault(placeholder, []).append(name)

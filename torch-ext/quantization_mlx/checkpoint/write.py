@@ -1,20 +1,15 @@
 """Writing a checkpoint directory."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..optional import progress, require
+from ..optional import PreTrainedModel, PreTrainedTokenizerBase, progress, require
 from .staging import staged
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def write_directory(
@@ -26,10 +21,9 @@ def write_directory(
     max_shard_size: int | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Writes tensors, JSON files and what else belongs to `model`: all beside their final places first, then renamed.
+    """Writes tensors, JSON files and what else belongs to `model` into a `staged` directory.
 
     Args:
-        directory: made if it does not exist; weight files in it that are not overwritten are removed.
         tensors: by the names that they are stored under.
         records: returns what the JSON files hold, by their names, config.json among them; is called with the directory
             in which everything is gathered, for what else it may put there.
@@ -48,10 +42,14 @@ def write_directory(
 
 def distinct_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """The model's tensors under their first names: tied ones are stored once, as MLX does."""
-    distinct: dict[torch.Tensor, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        distinct.setdefault(tensor, name)
-    return {name: (tensor if state_dict is None else state_dict[name]).detach() for tensor, name in distinct.items()}
+    tensors = model.state_dict() if state_dict is None else state_dict
+    return {name: tensors[name].detach() for name, first in first_names(model).items() if name == first}
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """By each name of each of the model's tensors, the first name of the same one."""
+    first: dict[torch.Tensor, str] = {}
+    return {name: first.setdefault(tensor, name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def _shards(

@@ -1,6 +1,8 @@
 """What may be typed after `quantization-mlx`: its commands' flags, and the flags of mlx_lm that it does not have."""
 
 import argparse
+import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +23,7 @@ _DEVICES = ("cpu", "mps")
 
 # name -> (what runs it, one line of help)
 Commands = Mapping[str, tuple[Callable[[argparse.Namespace], None], str]]
+AddFlag = Callable[..., argparse.Action]  # `add_argument` of a parser
 T = TypeVar("T")
 
 
@@ -142,30 +145,30 @@ def parser_of(commands: Commands) -> argparse.ArgumentParser:
     for name, (run, text) in commands.items():
         subparser = subparsers.add_parser(name, help=text, description=run.__doc__, formatter_class=_Formatter)
         subparser.set_defaults(run=run)
-        _ARGUMENTS[name](subparser)
+        _ARGUMENTS[name](subparser.add_argument)
         for flags, advice in _NOT_HERE.get(name, {}).items():
             subparser.add_argument(*flags, action=_NotHere, advice=advice)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="directory of an MLX checkpoint")
-    parser.add_argument("--device", choices=_DEVICES, default="cpu", help="where the model runs")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of activations; as stored if left out")
-    _remote_code_argument(parser)
+def _model_arguments(add: AddFlag) -> None:
+    add("--model", required=True, metavar="DIR", help="directory of an MLX checkpoint")
+    add("--device", choices=_DEVICES, default="cpu", help="where the model runs")
+    add("--dtype", choices=_DTYPES, help="of activations; as stored if left out")
+    _remote_code_argument(add)
 
 
-def _remote_code_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+def _remote_code_argument(add: AddFlag) -> None:
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
-def _adapter_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter-path", metavar="DIR", help="directory of a LoRA adapter that PEFT saved")
+def _adapter_argument(add: AddFlag) -> None:
+    add("--adapter-path", metavar="DIR", help="directory of a LoRA adapter that PEFT saved")
 
 
-def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _convert_arguments(add: AddFlag) -> None:
+    add(
         "--hf-path",
         "--model",
         dest="hf_path",
@@ -173,22 +176,18 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="directory of a Transformers model, its id on the Hub, or a GGUF file; with -d, of an MLX checkpoint",
     )
-    parser.add_argument("--gguf-file", metavar="NAME", help="GGUF file inside of --hf-path to read")
-    parser.add_argument("--mlx-path", default="mlx_model", metavar="DIR", help="directory to write, not there yet")
-    parser.add_argument("-q", "--quantize", action="store_true", help="quantize linear layers and embeddings")
-    parser.add_argument("--q-bits", type=int, metavar="BITS", help=f"bits of a code ({_defaults('bits')})")
-    parser.add_argument(
-        "--q-group-size", type=int, metavar="SIZE", help=f"weights that share a scale ({_defaults('group_sizes')})"
-    )
-    parser.add_argument("--q-mode", choices=list(MLX_MODES), help="kind of the format (default: affine)")
-    parser.add_argument("--quant-predicate", choices=list(RECIPES), help="recipe that mixes two numbers of bits")
-    parser.add_argument("-d", "--dequantize", action="store_true", help="make an MLX checkpoint floating-point again")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of what stays in floating point; as stored, GGUF: bfloat16")
-    parser.add_argument(
-        "--report", metavar="FILE", help="write error of each layer, and what stays floating point, in Markdown"
-    )
-    parser.add_argument("--plot", metavar="FILE", help="draw the error of each layer, as .png, .svg or .pdf")
-    _remote_code_argument(parser)
+    add("--gguf-file", metavar="NAME", help="GGUF file inside of --hf-path to read")
+    add("--mlx-path", default="mlx_model", metavar="DIR", help="directory to write, not there yet")
+    add("-q", "--quantize", action="store_true", help="quantize linear layers and embeddings")
+    add("--q-bits", type=int, metavar="BITS", help=f"bits of a code ({_defaults('bits')})")
+    add("--q-group-size", type=int, metavar="SIZE", help=f"weights that share a scale ({_defaults('group_sizes')})")
+    add("--q-mode", choices=list(MLX_MODES), help="kind of the format (default: affine)")
+    add("--quant-predicate", choices=list(RECIPES), help="recipe that mixes two numbers of bits")
+    add("-d", "--dequantize", action="store_true", help="make an MLX checkpoint floating-point again")
+    add("--dtype", choices=_DTYPES, help="of what stays in floating point; as stored, GGUF: bfloat16")
+    add("--report", metavar="FILE", help="write error of each layer, and what stays floating point, in Markdown")
+    add("--plot", metavar="FILE", help="draw the error of each layer, as .png, .svg or .pdf")
+    _remote_code_argument(add)
 
 
 def _defaults(option: str) -> str:
@@ -196,55 +195,47 @@ def _defaults(option: str) -> str:
     return "default: " + ", ".join(f"{name} {getattr(mode, option)[0]}" for name, mode in MLX_MODES.items())
 
 
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    _adapter_argument(parser)
-    parser.add_argument(
-        "-p", "--prompt", default="hello", metavar="TEXT", help=r"what to answer, with \n and \t; - reads stdin"
-    )
-    parser.add_argument("--system-prompt", metavar="TEXT", help="system message of the chat template")
-    parser.add_argument("--ignore-chat-template", action="store_true", help="continue the bare prompt")
-    parser.add_argument(
-        "--chat-template-config", type=_json_object, metavar="JSON", help="variables of the chat template, an object"
-    )
-    parser.add_argument("-m", "--max-tokens", type=_positive, default=100, metavar="N", help="tokens at most")
-    parser.add_argument("--extra-eos-token", nargs="+", metavar="TOKEN", help="tokens that end the answer, too")
-    parser.add_argument(
-        "--max-kv-size", type=_cache_size, metavar="N", help="positions that the cache keeps; all if left out"
-    )
-    parser.add_argument("--temp", type=_temperature, default=0.0, help="temperature; 0 takes the likeliest token")
-    parser.add_argument("--top-p", type=_share, help="sample from tokens of this joint probability (default: 1.0)")
-    parser.add_argument("--top-k", type=_count, help="sample from that many tokens (default: 0, from all)")
-    parser.add_argument(
-        "--min-p", type=_fraction, help="least probability relative to the likeliest token's (default: 0.0)"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of the random numbers")
-    parser.add_argument("--verbose", type=_truth, default=True, metavar="T|F", help="figures about the run on stderr")
+def _generate_arguments(add: AddFlag) -> None:
+    _model_arguments(add)
+    _adapter_argument(add)
+    add("-p", "--prompt", default="hello", metavar="TEXT", help=r"what to answer, with \n and \t; - reads stdin")
+    add("--system-prompt", metavar="TEXT", help="system message of the chat template")
+    add("--ignore-chat-template", action="store_true", help="continue the bare prompt")
+    add("--chat-template-config", type=_json_object, metavar="JSON", help="variables of the chat template, an object")
+    add("-m", "--max-tokens", type=_positive, default=100, metavar="N", help="tokens at most")
+    add("--extra-eos-token", nargs="+", metavar="TOKEN", help="tokens that end the answer, too")
+    add("--max-kv-size", type=_cache_size, metavar="N", help="positions that the cache keeps; all if left out")
+    add("--temp", type=_temperature, default=0.0, help="temperature; 0 takes the likeliest token")
+    add("--top-p", type=_share, help="sample from tokens of this joint probability (default: 1.0)")
+    add("--top-k", type=_count, help="sample from that many tokens (default: 0, from all)")
+    add("--min-p", type=_fraction, help="least probability relative to the likeliest token's (default: 0.0)")
+    add("--seed", type=int, metavar="N", help="of the random numbers")
+    add("--verbose", type=_truth, default=True, metavar="T|F", help="figures about the run on stderr")
 
 
-def _perplexity_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    _adapter_argument(parser)
-    parser.add_argument("--data-path", required=True, metavar="FILE", help="text file in UTF-8; - reads stdin")
-    parser.add_argument("--sequence-length", type=_length, default=512, metavar="N", help="tokens of a sequence")
-    parser.add_argument("--num-samples", type=_samples, default=-1, metavar="N", help="sequences to use; -1: all")
-    parser.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="sequences at once")
+def _perplexity_arguments(add: AddFlag) -> None:
+    _model_arguments(add)
+    _adapter_argument(add)
+    add("--data-path", required=True, metavar="FILE", help="text file in UTF-8; - reads stdin")
+    add("--sequence-length", type=_length, default=512, metavar="N", help="tokens of a sequence")
+    add("--num-samples", type=_samples, default=-1, metavar="N", help="sequences to use; -1: all")
+    add("--batch-size", type=_positive, default=1, metavar="N", help="sequences at once")
 
 
-def _benchmark_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    parser.add_argument("-p", "--prompt-tokens", type=_positive, default=512, metavar="N", help="length of the prompt")
-    parser.add_argument(
+def _benchmark_arguments(add: AddFlag) -> None:
+    _model_arguments(add)
+    add("-p", "--prompt-tokens", type=_positive, default=512, metavar="N", help="length of the prompt")
+    add(
         "-g", "--generation-tokens", type=_positive, default=128, metavar="N", help="tokens to generate; 1: prompt only"
     )
-    parser.add_argument("-b", "--batch-size", type=_positive, default=1, metavar="N", help="sequences at once")
-    parser.add_argument("-n", "--num-trials", type=_positive, default=5, metavar="N", help="timed runs")
+    add("-b", "--batch-size", type=_positive, default=1, metavar="N", help="sequences at once")
+    add("-n", "--num-trials", type=_positive, default=5, metavar="N", help="timed runs")
 
 
-def _info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="directory of an MLX checkpoint")
-    parser.add_argument("--gpu", metavar="NAME", help=f"Metal's name of the Apple GPU to plan for (default: {GPU})")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def _info_arguments(add: AddFlag) -> None:
+    add("--model", required=True, metavar="DIR", help="directory of an MLX checkpoint")
+    add("--gpu", metavar="NAME", help=f"Metal's name of the Apple GPU to plan for (default: {GPU})")
+    add("--json", action="store_true", help="print JSON")
 
 
 _ARGUMENTS = {
@@ -263,15 +254,10 @@ def _value(convert: Callable[[str], T], fits: Callable[[T], bool], wanted: str) 
     """What argparse calls with a flag's text; the error of a text that does not fit says what is wanted."""
 
     def parse(text: str) -> T:
-        try:
-            value = convert(text)
-        except ValueError:
-            fitting = False
-        else:
-            fitting = fits(value)
-        if not fitting:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
+        with contextlib.suppress(ValueError):
+            if fits(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
     return parse
 
@@ -287,12 +273,7 @@ _temperature = _value(float, lambda number: 0 <= number < math.inf, "a finite nu
 _share = _value(float, lambda number: 0 < number <= 1, "a number above 0 and at most 1")
 _fraction = _value(float, lambda number: 0 <= number <= 1, "a number from 0 to 1")
 _truth = _value(lambda text: _TRUTHS.get(text.lower()), lambda truth: truth is not None, "T or F")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    import json
-
-    return _value(json.loads, lambda value: isinstance(value, dict), "a JSON object")(text)
+_json_object = _value(json.loads, lambda value: isinstance(value, dict), "a JSON object")
 
 
 # Flags together
@@ -306,10 +287,7 @@ def refuse(flags: Iterable[tuple[str, Any]], why: str) -> None:
 
 def check_output_file(flag: str, name: str, made_later: Path) -> None:
     """Sees to it that a file can be written, also one in the directory `made_later`, before what it tells is computed.
-
-    Raises:
-        OSError: it cannot; the message names the flag.
-    """
+    Raises OSError if it cannot; the message names the flag."""
     file = Path(name)
     if file.is_dir():
         raise IsADirectoryError(f"{flag} {name!r} is a directory; it takes the name of a file")
@@ -327,11 +305,8 @@ def check_output_file(flag: str, name: str, made_later: Path) -> None:
 
 
 def check_output_directory(flag: str, directory: Path) -> None:
-    """Sees to it that the first directory above `directory` that exists takes new ones.
-
-    Raises:
-        OSError: it does not; the message names the flag.
-    """
+    """Sees to it that the first directory above `directory` that exists takes new ones. Raises OSError if it does not;
+    the message names the flag."""
     place = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     if not place.is_dir():
         raise NotADirectoryError(f"{flag} {directory}: {place} is no directory")

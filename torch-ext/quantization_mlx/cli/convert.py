@@ -1,25 +1,20 @@
 """The command `convert`."""
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.staging import is_vacant
 from ..formats import complete_format
 from ..hf.save import save_checkpoint
-from ..optional import require
+from ..optional import PreTrainedModel, require
 from ..quantization.model import quantize_model
 from ..quantization.report import QuantizationReport
 from .arguments import PLOTS, UsageError, check_output_directory, check_output_file, refuse
 from .info import Summary
 from .models import copy_code, read_source
 from .run import note, peak_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def run(arguments: argparse.Namespace) -> None:

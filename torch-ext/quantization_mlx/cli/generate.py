@@ -1,21 +1,17 @@
 """The command `generate`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..hf.bounded_cache import bounded_cache
+from ..optional import PreTrainedModel, PreTrainedTokenizerBase
 from .arguments import SAMPLING, UsageError, refuse
 from .models import load_model, load_tokenizer, read_text
 from .run import Clock, note, peak_memory, prepare, run_generate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -23,7 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_generation(arguments)
     tokenizer = load_tokenizer(arguments)
     extra = [_token_of(tokenizer, text) for text in arguments.extra_eos_token or ()]
-    tokens = _encode(tokenizer, _prompt(arguments.prompt), arguments).to(arguments.device)
+    tokens = _encode(tokenizer, arguments).to(arguments.device)
     model = load_model(arguments)
     from transformers import TextStreamer
 
@@ -39,7 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         note("=" * 10)
         note(f"Prompt: {tokens.shape[1]} tokens, {tokens.shape[1] / streamer.prompt_seconds:.3f} tokens-per-sec")
-        note(f"Generation: {streamer.count} tokens{_rate(streamer)}")
+        rate = "" if streamer.tokens_per_second is None else f", {streamer.tokens_per_second:.3f} tokens-per-sec"
+        note(f"Generation: {streamer.count} tokens{rate}")
         note(f"Decoder: {way}")
         note(peak_memory())
 
@@ -56,17 +53,14 @@ def _template_flags(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
     return [("--system-prompt", arguments.system_prompt), ("--chat-template-config", arguments.chat_template_config)]
 
 
-def _prompt(text: str) -> str:
-    r"""The prompt that was typed, where \n and \t stand for what a shell makes hard to type."""
-    return read_text("-", "--prompt") if text == "-" else text.replace("\\n", "\n").replace("\\t", "\t")
-
-
 # Options of apply_chat_template that decide the type of its result.
 _RESULT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, arguments: argparse.Namespace) -> Tensor:
-    """The prompt's tokens [1, length]."""
+def _encode(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> Tensor:
+    r"""The prompt's tokens [1, length]; typed, \n and \t stand for what a shell makes hard to type."""
+    typed = arguments.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = read_text("-", "--prompt") if typed == "-" else typed
     if tokenizer.chat_template is None or arguments.ignore_chat_template:
         refuse(_template_flags(arguments), "needs a model with a chat template, which this one has not")
         tokens = tokenizer(prompt, return_tensors="pt").input_ids
@@ -115,8 +109,3 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         "top_k": arguments.top_k or 0,
         "min_p": arguments.min_p or None,
     }
-
-
-def _rate(clock: Clock) -> str:
-    """Of generation, to follow the number of tokens; nothing for one token, whose time is the prompt's."""
-    return "" if clock.tokens_per_second is None else f", {clock.tokens_per_second:.3f} tokens-per-sec"

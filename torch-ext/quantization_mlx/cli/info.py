@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoint.record import format_of_tensors
 from ..formats import format_name
 from ..hf.quantizer import columns_of_layers
-from ..messages import short_name
+from ..messages import aligned, short_name
 from ..ops import quantize, quantized_matmul
 from ..plans import explain
 from .arguments import GPU, refuse
@@ -50,16 +50,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _print_table(rows: Iterable[tuple[str, ...]]) -> None:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for row in aligned(rows):
+        print("  ".join(row).rstrip())
 
 
 def _kernels(part: _Part, gpu: str) -> list[tuple[str, int, str]]:
     """(device, rows of x, kernels) for the product with the part's largest matrix."""
     format, (rows, columns) = part.format, part.largest[-2:]
-    [cpu] = explain(quantized_matmul, *_small_product(format), **format)
+    small = torch.zeros(1, format["group_size"])  # a CPU's plan takes tensors that exist
+    weights = (*quantize(small.expand(2, -1).contiguous(), **format), None)[:3]
+    [cpu] = explain(quantized_matmul, small, *weights, **format)
     packed = quantize(torch.empty(rows, columns, dtype=torch.bfloat16, device="meta"), **format)
     packed = (*packed, None)[:3]
     found = [("cpu", count, str(cpu.instruction_set)) for count in _ROWS]
@@ -68,12 +68,6 @@ def _kernels(part: _Part, gpu: str) -> list[tuple[str, int, str]]:
         [plan] = explain(quantized_matmul, x, *packed, gpu=gpu, **format)
         found.append((gpu, count, ", ".join(f"{launch.kernel} [{launch.family}]" for launch in plan.launches)))
     return found
-
-
-def _small_product(format: dict[str, Any]) -> tuple[Tensor | None, ...]:
-    """x, weights, scales and biases of the smallest product in a format: a CPU's plan takes tensors that exist."""
-    x = torch.zeros(1, format["group_size"])
-    return (x, *(*quantize(x.expand(2, -1).contiguous(), **format), None)[:3])
 
 
 @dataclass
@@ -149,11 +143,8 @@ class Summary:
 def _stored_format(
     path: str, columns: int | None, record: Mapping[str, Any], stored: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """The format of a layer whose scales are stored, as loading finds it.
-
-    Raises:
-        ValueError: the stored tensors cannot be of that format.
-    """
+    """The format of a layer whose scales are stored, as loading finds it. Raises ValueError if the stored tensors
+    cannot be of that format."""
     format = format_of_tensors(path, columns, record, stored)
     if format is None:
         raise ValueError(f"{path}: config.json says that it is not quantized, and scales are stored")

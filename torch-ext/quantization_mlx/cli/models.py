@@ -1,14 +1,12 @@
 """The models, tokenizers and texts that the command's flags name."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,12 +15,9 @@ from ..checkpoint.record import RECORDS, find_record, other_method
 from ..hf import compat
 from ..hf.load import load_checkpoint
 from ..hf.peft import load_adapter
-from ..optional import require
+from ..optional import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, require
 from ..quantization.model import dequantize_model
 from .arguments import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _GGUF = b"GGUF"  # the first bytes of a GGUF file
 
@@ -39,11 +34,8 @@ def _transformers() -> Any:
 
 
 def read_directory(directory: Path, hint: str = "") -> Checkpoint:
-    """A checkpoint with a config.json.
-
-    Raises:
-        FileNotFoundError: there is no such directory, which the hint then follows, or no config.json in it.
-    """
+    """A checkpoint with a config.json. Raises FileNotFoundError if there is no such directory, which the hint then
+    follows, or no config.json in it."""
     if directory.is_file():
         raise NotADirectoryError(f"{directory} is a file; a model is the directory that holds its config.json")
     if not directory.is_dir():
@@ -173,12 +165,9 @@ def _tokenizer(source: str | Path, arguments: argparse.Namespace) -> PreTrainedT
 
 
 def _config(source: str, arguments: argparse.Namespace) -> PreTrainedConfig:
-    """The configuration of a causal language model, in a directory or on the Hub.
-
-    Raises:
-        FileNotFoundError: there is neither a directory nor a model on the Hub of that name.
-        ValueError: it is a model of another kind, or of Python code that is not trusted.
-    """
+    """The configuration of a causal language model, in a directory or on the Hub. Raises FileNotFoundError if there is
+    neither a directory nor a model on the Hub of that name, and ValueError if it is a model of another kind, or of
+    Python code that is not trusted."""
     transformers = _transformers()
     is_local = Path(source).exists()
     if not is_local and (source.count("/") > 1 or source.startswith((".", "~", "/"))):
@@ -218,11 +207,8 @@ def _named_flag(source: str | Path) -> Iterator[None]:
 
 
 def read_text(name: str, flag: str) -> str:
-    """The text of a file in UTF-8, or of the standard input for "-".
-
-    Raises:
-        ValueError: it is not UTF-8; the message names the flag.
-    """
+    """The text of a file in UTF-8, or of the standard input for "-". Raises ValueError if it is not UTF-8; the message
+    names the flag."""
     try:
         return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

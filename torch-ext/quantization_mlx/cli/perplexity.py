@@ -1,22 +1,16 @@
 """The command `perplexity`."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..optional import progress
+from ..optional import PreTrainedModel, PreTrainedTokenizerBase, progress
 from .models import load_model, load_tokenizer, read_text
 from .run import check_numbers, note, peak_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,12 +24,8 @@ def run(arguments: argparse.Namespace) -> None:
     sequences = _sequences(load_tokenizer(arguments), text, arguments.sequence_length)[:wanted]
     model = load_model(arguments)
     start = time.perf_counter()
-    losses = torch.cat(
-        [
-            _token_losses(model, batch.to(arguments.device)).flatten()
-            for batch in progress(list(sequences.split(arguments.batch_size)), "Perplexity")
-        ]
-    )
+    batches = progress(list(sequences.split(arguments.batch_size)), "Perplexity")
+    losses = torch.cat([_token_losses(model, batch.to(arguments.device)).flatten() for batch in batches])
     seconds = time.perf_counter() - start
     mean = losses.mean().item()
     spread = losses.std().item() if losses.numel() > 1 else math.inf  # unknown from one token
@@ -62,9 +52,5 @@ def _token_losses(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     logits = model(sequences[:, :-1], use_cache=False).logits
     check_numbers(logits, model.dtype)
     # One sequence at a time in float32: with large vocabularies, logits take more memory than all else.
-    return torch.stack(
-        [
-            F.cross_entropy(row.float(), targets, reduction="none").cpu()
-            for row, targets in zip(logits, sequences[:, 1:], strict=True)
-        ]
-    )
+    rows = zip(logits, sequences[:, 1:], strict=True)
+    return torch.stack([F.cross_entropy(row.float(), targets, reduction="none").cpu() for row, targets in rows])

@@ -1,19 +1,15 @@
 """What the commands that run a model share."""
 
-from __future__ import annotations
-
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..hf.decoder import prepare_for_generation
 from ..messages import short_name
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ..optional import PreTrainedModel
 
 
 def note(text: str = "") -> None:

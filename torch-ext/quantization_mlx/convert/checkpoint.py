@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.config import in_mlx_terms
-from ..checkpoint.read import Checkpoint, read_json
+from ..checkpoint.read import Checkpoint
 from ..checkpoint.staging import staged
 from ..checkpoint.write import write_json, write_weights
 from ..formats import complete_format
@@ -22,7 +22,7 @@ from ..ops import dequantize, quantize
 from ..optional import progress, require
 from . import awq, compressed_tensors, gptq
 from .experts import StackedExperts
-from .layer import ConversionReport, StoredLayer, affine_groups, in_mlx_format, is_exact, rounding, values_of
+from .layer import OP, ConversionReport, StoredLayer, affine_groups, in_mlx_format, is_exact, rounding, values_of
 
 # By their names in config.json.
 _METHODS = {"awq": awq.METHOD, "gptq": gptq.METHOD, "compressed-tensors": compressed_tensors.METHOD}
@@ -58,9 +58,11 @@ def convert_foreign_checkpoint(
     """
     source, target = Path(source), Path(target)
     if source.resolve() == target.resolve():
-        raise ValueError(f"[convert_foreign_checkpoint] source and target are the same directory: {source}")
-    config = _read_json(source / "config.json")
-    record = _foreign_record(source, config)
+        raise ValueError(f"[{OP}] source and target are the same directory: {source}")
+    foreign = Checkpoint(source, OP)
+    if (config := foreign.config) is None:
+        raise FileNotFoundError(f"[{OP}] {source} has no config.json")
+    record = _foreign_record(foreign)
     if requantize is not None:
         requantize = complete_format(**requantize)
     with ExitStack() as files:
@@ -85,19 +87,17 @@ class _StoredTensors(Mapping[str, Tensor]):
         safetensors = require("safetensors")
         paths = sorted(directory.glob("*.safetensors"))
         if not paths:
-            raise FileNotFoundError(f"[convert_foreign_checkpoint] {directory} has no *.safetensors")
+            raise FileNotFoundError(f"[{OP}] {directory} has no *.safetensors")
         self.names: list[list[str]] = []  # by file
         self._files: dict[str, Any] = {}
         for path in paths:
             try:
                 file = open_files.enter_context(safetensors.safe_open(path, framework="pt"))
             except safetensors.SafetensorError as error:
-                raise ValueError(f"[convert_foreign_checkpoint] {path} cannot be read: {error}") from error
+                raise ValueError(f"[{OP}] {path} cannot be read: {error}") from error
             self.names.append(list(file.keys()))
             if twice := sorted(self._files.keys() & set(self.names[-1])):
-                raise ValueError(
-                    f"[convert_foreign_checkpoint] {path} repeats tensors of another file: {listed(twice)}"
-                )
+                raise ValueError(f"[{OP}] {path} repeats tensors of another file: {listed(twice)}")
             self._files.update(dict.fromkeys(self.names[-1], file))
 
     def __contains__(self, name: str) -> bool:
@@ -118,33 +118,27 @@ class _StoredTensors(Mapping[str, Tensor]):
         return self._files[name].get_tensor(name)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise FileNotFoundError(f"[convert_foreign_checkpoint] {file.parent} has no {file.name}")
-    return read_json(file, "convert_foreign_checkpoint")
-
-
-def _foreign_record(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _foreign_record(foreign: Checkpoint) -> dict[str, Any]:
     """{"method", "variant", "bits"} of a checkpoint that can be read."""
+    source, config = foreign.directory, foreign.config
     record = config.get("quantization_config") or config.get("compression_config")
     name = (record or {}).get("quant_method")
     for file, old_name in _OLD_RECORDS.items():
-        if record is None and (source / file).exists():
-            record, name = _read_json(source / file), old_name
+        if record is None and (record := foreign.json(file)) is not None:
+            name = old_name
     if name not in _METHODS:
         found = "is not quantized" if record is None else f"is quantized by {name!r}"
-        raise ValueError(f"[convert_foreign_checkpoint] {source} {found}; supported are {', '.join(_METHODS)}")
+        raise ValueError(f"[{OP}] {source} {found}; supported are {', '.join(_METHODS)}")
     method = _METHODS[name]
     told = [str(record[key]).lower() for key in method.variant_keys if record.get(key)]
     variant = told[0] if told else method.variants[0]
     if variant not in method.variants:
         raise ValueError(
-            f"[convert_foreign_checkpoint] {source} is {name} in the variant {variant!r}; "
-            f"supported are {', '.join(method.variants)}"
+            f"[{OP}] {source} is {name} in the variant {variant!r}; supported are {', '.join(method.variants)}"
         )
     bits = record.get("bits", record.get("w_bit", 4))
     if name == "awq" and bits != 4:
-        raise ValueError(f"[convert_foreign_checkpoint] {source} is awq with {bits!r} bits; supported are 4")
+        raise ValueError(f"[{OP}] {source} is awq with {bits!r} bits; supported are 4")
     return {"method": name, "variant": variant, "bits": bits}
 
 
@@ -159,16 +153,16 @@ def _described_layers(stored: _StoredTensors, record: Mapping[str, Any]) -> dict
         except ValueError as error:
             raise _of_layer(path, error) from error
     if not layers:
-        raise ValueError(f"[convert_foreign_checkpoint] no tensor is named *{codes}")
+        raise ValueError(f"[{OP}] no tensor is named *{codes}")
     for name in stored:
         path, _, attribute = name.rpartition(".")
         if path in layers and attribute not in (*method.tensors, "bias"):
-            raise ValueError(f"[convert_foreign_checkpoint] {name} is not known in a layer of {record['method']}")
+            raise ValueError(f"[{OP}] {name} is not known in a layer of {record['method']}")
     return layers
 
 
 def _of_layer(path: str, error: ValueError) -> ValueError:
-    return ValueError(f"[convert_foreign_checkpoint] {path}: {str(error).removeprefix('[convert] ')}")
+    return ValueError(f"[{OP}] {path}: {str(error).removeprefix('[convert] ')}")
 
 
 def _write_converted(
@@ -260,7 +254,7 @@ def _check_that_it_loads(directory: Path) -> None:
         check_checkpoint(Checkpoint.at(directory))
     except ValueError as error:
         message = str(error).removeprefix(f"[from_pretrained] {directory}: ")
-        raise ValueError(f"[convert_foreign_checkpoint] the converted checkpoint would not load: {message}") from error
+        raise ValueError(f"[{OP}] the converted checkpoint would not load: {message}") from error
 
 
 def _mlx_config(config: Mapping[str, Any], report: ConversionReport, stored: _StoredTensors) -> dict[str, Any]:

@@ -31,48 +31,31 @@ def convert_compressed_tensors(
     Raises:
         ValueError: as in `convert_gptq`.
     """
-    layer = _layer(weight_packed, weight_scale, weight_zero_point, weight_g_idx, bits)
-    return in_mlx_format(layer, dtype)
+    return in_mlx_format(_layer(weight_packed, weight_scale, weight_zero_point, weight_g_idx, bits), dtype)
 
 
-def _layer(
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    weight_g_idx: Tensor | None,
-    bits: int,
-) -> StoredLayer:
+def _layer(words: Tensor, scales: Tensor, zero_point: Tensor | None, g_idx: Tensor | None, bits: int) -> StoredLayer:
     check(bits in (2, 4, 8), f"{bits} bits; supported are (2, 4, 8)")
-    check(weight_scale.dim() == 2, f"weight_scale {list(weight_scale.shape)} should be [out, groups]")
-    check(weight_packed.dim() == 2, f"weight_packed {list(weight_packed.shape)} should be [out, in * {bits} / 32]")
-    (rows, groups), columns = weight_scale.shape, weight_packed.shape[1] * 32 // bits
-    check_words("weight_packed", weight_packed, (rows, columns * bits // 32))
-    if weight_zero_point is None:
+    check(scales.dim() == 2, f"weight_scale {list(scales.shape)} should be [out, groups]")
+    check(words.dim() == 2, f"weight_packed {list(words.shape)} should be [out, in * {bits} / 32]")
+    (rows, groups), columns = scales.shape, words.shape[1] * 32 // bits
+    check_words("weight_packed", words, (rows, columns * bits // 32))
+    if zero_point is None:
         zeros = torch.full((rows, groups), 1 << (bits - 1), dtype=torch.int32)
     else:
-        check_words("weight_zero_point", weight_zero_point, (rows * bits // 32, groups))
-        zeros = unpack(weight_zero_point.T, bits).T.to(torch.int32)
-    if weight_g_idx is not None:
-        check(weight_g_idx.shape == (columns,), f"weight_g_idx {list(weight_g_idx.shape)} should be [{columns}]")
-    input_groups = equal_runs(columns, groups) if weight_g_idx is None else weight_g_idx
-    return checked(bits, zeros, weight_scale, input_groups, lambda: weight_packed.contiguous().view(torch.uint32))
+        check_words("weight_zero_point", zero_point, (rows * bits // 32, groups))
+        zeros = unpack(zero_point.T, bits).T.to(torch.int32)
+    if g_idx is not None:
+        check(g_idx.shape == (columns,), f"weight_g_idx {list(g_idx.shape)} should be [{columns}]")
+    input_groups = equal_runs(columns, groups) if g_idx is None else g_idx
+    return checked(bits, zeros, scales, input_groups, lambda: words.contiguous().view(torch.uint32))
 
 
 def _read(stored: Mapping[str, Tensor], path: str, record: Mapping[str, Any]) -> StoredLayer:
     packed, shape = stored[f"{path}.weight_packed"], stored[f"{path}.weight_shape"].tolist()
-    bits = packed.shape[-1] * 32 // shape[-1]
-    return _layer(
-        packed,
-        stored[f"{path}.weight_scale"],
-        stored.get(f"{path}.weight_zero_point"),
-        stored.get(f"{path}.weight_g_idx"),
-        bits,
-    )
+    further = (stored.get(f"{path}.{name}") for name in ("weight_zero_point", "weight_g_idx"))
+    return _layer(packed, stored[f"{path}.weight_scale"], *further, packed.shape[-1] * 32 // shape[-1])
 
 
-METHOD = Method(
-    _read,
-    ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-    ("format",),
-    ("pack-quantized",),
-)
+_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+METHOD = Method(_read, _TENSORS, ("format",), ("pack-quantized",))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..families import family_of
 from ..messages import listed
-from .layer import ConversionReport
+from .layer import OP, ConversionReport
 
 # The path of one expert's layer.
 _OF_AN_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
@@ -35,11 +35,11 @@ class StackedExperts:
         for stacked, paths in found.items():
             self._paths[stacked] = [paths.get(index, "") for index in range(max(paths) + 1)]
             if missing := [str(index) for index, path in enumerate(self._paths[stacked]) if not path]:
-                raise ValueError(f"[convert_foreign_checkpoint] {stacked}: experts are missing: {listed(missing)}")
+                raise ValueError(f"[{OP}] {stacked}: experts are missing: {listed(missing)}")
             if len({path in layers for path in self._paths[stacked]}) > 1:
                 floats = [path for path in self._paths[stacked] if path not in layers]
                 raise ValueError(
-                    f"[convert_foreign_checkpoint] {stacked}: experts that are not quantized are among others, which "
+                    f"[{OP}] {stacked}: experts that are not quantized are among others, which "
                     f"MLX checkpoints cannot express: {listed(floats)}"
                 )
 
@@ -50,10 +50,7 @@ class StackedExperts:
         self, name: str, convert: Callable[[str], dict[str, Tensor]], report: ConversionReport
     ) -> dict[str, Tensor]:
         """What `convert` makes of the tensors of that name of all experts, stacked; nothing unless it is the first's.
-
-        Raises:
-            ValueError: experts have different formats or shapes.
-        """
+        Raises ValueError if experts have different formats or shapes."""
         path, _, attribute = name.rpartition(".")
         stacked, index = self._place[path]
         if index != 0:
@@ -68,7 +65,7 @@ class StackedExperts:
         if uneven or any(format != formats[0] for format in formats):
             what = listed(sorted({str(format) for format in formats} or {str(shape) for shape in shapes}))
             raise ValueError(
-                f"[convert_foreign_checkpoint] {stacked}: the experts have different formats or shapes, which MLX "
+                f"[{OP}] {stacked}: the experts have different formats or shapes, which MLX "
                 f"checkpoints cannot express: {what}"
             )
         if formats:

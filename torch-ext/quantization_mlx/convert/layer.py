@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..formats import MODES
 
+OP = "convert_foreign_checkpoint"  # what its errors name
 _GROUP_SIZES = sorted(MODES["affine"].group_sizes, reverse=True)
 
 

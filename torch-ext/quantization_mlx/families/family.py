@@ -20,7 +20,8 @@ class Family:
     experts: where an MLX checkpoint has the experts of a layer, stacked. The first part takes the place of "mlp", by
         which Transformers knows most blocks of router and experts; other names of blocks are the same in both.
     projections: MLX's names of the projections of an expert, by those in checkpoints that store each expert by itself.
-    decoder: what the names of Transformers' classes begin with, where `prepare_for_generation` knows the layers.
+    decoders: what the names of Transformers' classes begin with, in small letters the model_types, where
+        `prepare_for_generation` knows the layers.
     stand_in: what takes the place of its modules of experts, if their forward pass reads fused parameters.
     """
 
@@ -30,7 +31,7 @@ class Family:
         **{name: name for name in ("gate_proj", "up_proj", "down_proj")},
         **{"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
     }
-    decoder: str | None = None
+    decoders: tuple[str, ...] = ()
     stand_in: type[StandIn] | None = None
 
     def __init_subclass__(cls) -> None:

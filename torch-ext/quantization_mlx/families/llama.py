@@ -1,7 +1,8 @@
-"""Llama: its decoder layer is norm, attention, sum, norm, gated MLP, sum."""
+"""Llama and its like: the decoder layer is norm, attention, sum, norm, gated MLP, sum."""
 
 from .family import Family
 
 
 class Llama(Family):
-    decoder = "Llama"
+    also = ("mistral", "qwen2", "qwen3")
+    decoders = ("Llama", "Mistral", "Qwen2", "Qwen3")

@@ -1,16 +1,12 @@
 """A cache that keeps no more than so many positions, for long answers in little memory."""
 
-from __future__ import annotations
-
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..optional import PreTrainedModel
 from . import compat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 KEPT = 4  # first positions, never dropped: attention needs them most
 

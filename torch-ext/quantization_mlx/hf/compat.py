@@ -15,10 +15,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, is_typeddict
 
 from .. import optional
+from .patching import wrap
 
 # The oldest and the newest minor version: the bounds in pyproject.toml, and `make test` runs on both.
 TESTED = {"transformers": ("5.23", "5.24"), "peft": ("0.20", "0.21"), "accelerate": ("1.14", "1.15")}
@@ -194,23 +195,19 @@ LOADED_MODEL = ("_is_hf_initialized", "all_tied_weights_keys", "hf_quantizer", "
 
 
 def require(name: str, extra: str = "transformers") -> Any:
-    """Imports an optional package, which `extra` of this package has.
-
-    Raises:
-        ImportError: it is not installed, and then the message names the extra, or older than what is supported.
-    """
+    """Imports an optional package, which `extra` of this package has. Raises ImportError if it is not installed, and
+    then the message names the extra, or older than what is supported."""
     module = optional.require(name, extra)
+    if name == "transformers":
+        optional.require("safetensors")  # for loading and saving
     check_version(name)
     return module
 
 
 @functools.cache
 def check(op: str) -> None:
-    """Looks up, once, what the function `op` needs according to `PRIVATE`.
-
-    Raises:
-        ImportError: a version is older than the tested ones, or lacks a name or a parameter; the message has both.
-    """
+    """Looks up, once, what the function `op` needs according to `PRIVATE`. Raises ImportError if a version is older
+    than the tested ones, or lacks a name or a parameter; the message has both."""
     library = PRIVATE[op][0][0].partition(":")[0].partition(".")[0]
     check_version(library)
     if library == "transformers" and importlib.util.find_spec("accelerate") is not None:
@@ -224,11 +221,8 @@ def check(op: str) -> None:
 
 @functools.cache
 def check_version(library: str) -> None:
-    """Compares, once, the installed version of a library with those in `TESTED`; warns where it is newer.
-
-    Raises:
-        ImportError: it is older.
-    """
+    """Compares, once, the installed version of a library with those in `TESTED`; warns where it is newer. Raises
+    ImportError if it is older."""
     oldest, newest = map(_minor, TESTED[library])
     installed = _version(library)
     if _minor(installed) < oldest:
@@ -281,24 +275,16 @@ def _tested(library: str) -> str:
 # The cache's keyword argument in `forward` of models, decoder layers and attention: today, and before
 # Transformers 5.24.
 _CACHE_NAMES = ("cache", "past_key_values")
-# With continuous batching, in every version.
-PAGED_CACHE_NAME = "cache"
 
 
-def are_paged(options: Mapping[str, Any]) -> bool:
-    """Whether these are keyword arguments of `forward` in continuous batching."""
-    return "read_index" in options
+def paged_cache_name(options: Mapping[str, Any]) -> str | None:
+    """The same in every version where these are keyword arguments of continuous batching, else None."""
+    return "cache" if "read_index" in options else None
 
 
 def cache_name(forward: Callable[..., Any] | None = None) -> str:
-    """The name of the keyword argument by which `forward` takes the cache.
-
-    Args:
-        forward: of a model of Transformers or of a part of one; that of Llama's decoder layers if None.
-
-    Raises:
-        TypeError: it has none of the known names.
-    """
+    """The name of the keyword argument by which `forward`, of a model of Transformers or of a part of one, takes the
+    cache; None stands for Llama's decoder layers. Raises TypeError if it has none of the known names."""
     if forward is None:
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -313,15 +299,8 @@ def cache_name(forward: Callable[..., Any] | None = None) -> str:
 
 
 def forward_options(forward: Callable[..., Any], overridden: Iterable[str]) -> frozenset[str]:
-    """The names of the further keyword arguments that `forward` takes.
-
-    Args:
-        forward: of a model of Transformers or of a part of one.
-        overridden: the parameters that what overrides it has, too, but for the cache.
-
-    Raises:
-        TypeError: `forward` has other parameters than those and the cache.
-    """
+    """The names of the keyword arguments that `forward`, as in `cache_name`, takes beside the cache and those that are
+    `overridden`. Raises TypeError if it has other parameters than these."""
     from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
     from transformers.utils import TransformersKwargs
 
@@ -347,17 +326,14 @@ def adapt_accelerate() -> None:
     if hasattr(hooks.set_module_tensor_to_device, "__wrapped__"):
         return
     check("offload")
-    hooks.set_module_tensor_to_device = _showing_words(hooks.set_module_tensor_to_device)
-    modeling.set_module_tensor_to_device = _showing_words(modeling.set_module_tensor_to_device)
+    for_good = ExitStack()  # never closed
+    for owner in (hooks, modeling):
+        wrap(for_good, owner, "set_module_tensor_to_device", _set_module_tensor_to_device)
 
 
-def _showing_words(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def set_module_tensor_to_device(module: Any, tensor_name: str, *args: Any, **kwargs: Any) -> Any:
-        path, _, name = tensor_name.rpartition(".")
-        layer = module.get_submodule(path)
-        shows = layer.showing_words() if name == "weight" and hasattr(layer, "showing_words") else nullcontext()
-        with shows:
-            return original(module, tensor_name, *args, **kwargs)
-
-    return set_module_tensor_to_device
+def _set_module_tensor_to_device(original: Any, module: Any, tensor_name: str, *args: Any, **kwargs: Any) -> Any:
+    path, _, name = tensor_name.rpartition(".")
+    layer = module.get_submodule(path)
+    shows = layer.showing_words() if name == "weight" and hasattr(layer, "showing_words") else nullcontext()
+    with shows:
+        return original(module, tensor_name, *args, **kwargs)

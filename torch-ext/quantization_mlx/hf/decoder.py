@@ -6,32 +6,28 @@ gives a model's stack of decoder layers a `forward` with one op for all of them 
 layers one with an op each for norms and gates. What these do not cover is left to the model's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._ops import ops
-from ..families import FAMILIES
+from ..families import EVERY_FAMILY
 from ..formats import MODES
 from ..nn.linear import QuantizedLinear
 from ..nn.obstacles import HOOKS
+from ..optional import PreTrainedModel
 from . import compat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # The models whose decoder layer is known to be norm, attention, sum, norm, gated MLP, sum.
 _KNOWN_MODELS = {
-    f"transformers.models.{name}.modeling_{name}": family.decoder
-    for name, family in FAMILIES.items()
-    if family.decoder is not None
+    f"transformers.models.{name.lower()}.modeling_{name.lower()}": name
+    for family in EVERY_FAMILY
+    for name in family.decoders
 }
 _HEAD_MULTIPLE = 32  # of head sizes, in the attention op
 _ROW_MULTIPLE = 16  # of row sizes, in the other ops
@@ -81,12 +77,12 @@ def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
             f"and other sizes that are multiples of {_ROW_MULTIPLE}"
         )
     for layer in layers:
-        layer.__class__ = _mixed_module(_FastLayer, type(layer))
+        layer.__class__ = _mixed(_FastLayer, type(layer))
         layer.join_projections()
         layer.register_load_state_dict_post_hook(_rejoin)
     for module in model.modules():
         if _is_known_stack(module):
-            module.__class__ = _mixed_module(_FastStack, type(module))
+            module.__class__ = _mixed(_FastStack, type(module))
     return model
 
 
@@ -98,9 +94,7 @@ def _rejoin(layer: nn.Module, _: Any) -> None:
 def _is_kind(module: nn.Module, suffix: str) -> bool:
     """Whether `module` is, for example, a LlamaModel for the suffix "Model", and not a prepared one."""
     kind = type(module)
-    if issubclass(kind, _FastLayer | _FastStack):
-        return False
-    return kind.__module__ in _KNOWN_MODELS and kind.__name__ == _KNOWN_MODELS[kind.__module__] + suffix
+    return not issubclass(kind, _Forward) and kind.__name__ == f"{_KNOWN_MODELS.get(kind.__module__)}{suffix}"
 
 
 def _is_known_layer(module: nn.Module) -> bool:
@@ -123,21 +117,14 @@ def _is_known_stack(module: nn.Module) -> bool:
     )
 
 
-_mixed_classes: dict[tuple[type, type], type] = {}
-
-
-def _mixed(mixin: type, kind: type, **attributes: Any) -> type:
+@cache
+def _mixed(mixin: type, kind: type) -> type:
     """`kind` with `mixin` in front, under the same name, by which Transformers knows some things about a class."""
-    if (mixin, kind) not in _mixed_classes:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **attributes}
-        _mixed_classes[mixin, kind] = type(kind.__name__, (mixin, kind), names)
-    return _mixed_classes[mixin, kind]
-
-
-def _mixed_module(mixin: type[_FastLayer | _FastStack], kind: type[nn.Module]) -> type:
-    """The same for a module, whose `forward` goes by the names of the one that it overrides."""
-    options = compat.forward_options(kind.forward, mixin.overridden)
-    return _mixed(mixin, kind, cache_name=compat.cache_name(kind.forward), option_names=options)
+    attributes: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    if issubclass(mixin, _Forward):  # which goes by the names of the `forward` that it overrides
+        attributes["cache_name"] = compat.cache_name(kind.forward)
+        attributes["option_names"] = compat.forward_options(kind.forward, mixin.overridden)
+    return type(kind.__name__, (mixin, kind), attributes)
 
 
 class _Forward:
@@ -149,10 +136,7 @@ class _Forward:
 
     def own_options(self, cache: Any, past_key_values: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The cache, by whichever of its names it came, and the keyword arguments for `forward` of the class before.
-
-        Raises:
-            TypeError: an option is unknown, or the cache came by both names.
-        """
+        Raises TypeError if an option is unknown, or the cache came by both names."""
         if unknown := sorted(options.keys() - self.option_names):
             raise TypeError(
                 f"{type(self).__name__}.forward() got unexpected keyword arguments: {', '.join(unknown)}; supported "
@@ -161,7 +145,7 @@ class _Forward:
         if cache is not None and past_key_values is not None:
             raise TypeError(f"{type(self).__name__}.forward() got the cache twice, as cache and as past_key_values")
         cache = past_key_values if cache is None else cache
-        return cache, {**options, compat.PAGED_CACHE_NAME if compat.are_paged(options) else self.cache_name: cache}
+        return cache, {**options, compat.paged_cache_name(options) or self.cache_name: cache}
 
     @staticmethod
     def are_ordinary(options: Mapping[str, Any]) -> bool:
@@ -189,6 +173,7 @@ class _Product:
     def __init__(self, layer: QuantizedLinear, tensors: dict[str, Tensor]) -> None:
         self.tensors = [tensors.get(name) for name in ("weight", "scales", "biases", "bias")]
         self.format = (layer.group_size, layer.bits, layer.mode)
+        self.format_numbers = (layer.group_size, layer.bits, _MODES.index(layer.mode))
 
     def __call__(self, x: Tensor) -> Tensor:
         *packed, bias = self.tensors
@@ -358,11 +343,8 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     for begin in range(0, length, _QUERY_BLOCK):
         end = min(begin + _QUERY_BLOCK, length)
         mask = torch.ones(end - begin, end, dtype=torch.bool).tril_(begin)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                query[:, :, begin:end], key[:, :, :end], value[:, :, :end], mask, scale=scaling, enable_gqa=True
-            )
-        )
+        operands = query[:, :, begin:end], key[:, :, :end], value[:, :, :end], mask
+        blocks.append(F.scaled_dot_product_attention(*operands, scale=scaling, enable_gqa=True))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
@@ -430,14 +412,10 @@ class _FastStack(_Forward):
         )
         for each in held:
             each.length += 1
-        x = _rms_norm(x, self.norm.weight, epsilon)
-        return self._output_class(last_hidden_state=x, **{self.cache_name: cache})
-
-    @property
-    def _output_class(self) -> type:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        return BaseModelOutputWithPast
+        x = _rms_norm(x, self.norm.weight, epsilon)
+        return BaseModelOutputWithPast(last_hidden_state=x, **{self.cache_name: cache})
 
     def _lists(self, layers: list[nn.Module]) -> tuple[list, list, list] | None:
         """The norms, products and formats of all layers, as the op takes them; None if it does not."""
@@ -463,15 +441,9 @@ def _step_lists(layers: list[nn.Module], epsilon: float) -> tuple[list, list, li
         or any(_sliding_window(layer.self_attn) is not None for layer in layers)
     ):
         return None
-    return (
-        [norm.weight.detach() for norm in norms],
-        [tensor for product in products for tensor in product.tensors],
-        [
-            number
-            for group_size, bits, mode in (each.format for each in products)
-            for number in (group_size, bits, _MODES.index(mode))
-        ],
-    )
+    weights = [norm.weight.detach() for norm in norms]
+    tensors = [tensor for product in products for tensor in product.tensors]
+    return weights, tensors, [number for product in products for number in product.format_numbers]
 
 
 def _sliding_window(attention: nn.Module) -> int | None:

@@ -11,19 +11,8 @@ import torch
 from torch import nn
 
 from ..families import EVERY_FAMILY, family_of
-from ..nn.fused import (
-    FUSED,
-    PROJECTIONS,
-    StandIn,
-    can_be_unfused,
-    detach,
-    experts_mlp,
-    experts_modules,
-    fuse_experts,
-    fused_names,
-    halves,
-    unfuse_experts,
-)
+from ..formats import Format
+from ..nn import fused
 from ..nn.module import QuantizedModule
 from ..nn.switch import SwitchLinear
 from ..ops import dequantize
@@ -31,6 +20,7 @@ from . import compat
 
 IMPLEMENTATION = "quantization_mlx"  # the name under which Transformers knows `experts_forward`
 
+FormatOf = Callable[[str, nn.Module], Format | None]  # of a path and a layer; None if it is not quantized
 _PARTS = ("weight", "scales", "biases", "bias")  # the names of a layer's tensors
 
 # The forward pass
@@ -38,23 +28,17 @@ _PARTS = ("weight", "scales", "biases", "bias")  # the names of a layer's tensor
 
 def register_experts() -> None:
     """Makes `experts_forward` known to Transformers as the experts implementation "quantization_mlx"; may be repeated.
-
-    Raises:
-        ImportError: transformers is not installed.
-    """
+    Raises ImportError if transformers is not installed."""
     _transformers_experts().register(IMPLEMENTATION, experts_forward)
 
 
 def use_experts(model: nn.Module) -> None:
-    """Makes the experts modules in `model` that hold our layers run through `experts_forward`.
-
-    To be called when all layers are in place; `fuse` does. Other experts modules of the model run as Transformers
-    runs them by default.
-    """
+    """Makes the experts modules in `model` that hold our layers run through `experts_forward`, once all layers are in
+    place. Others run as Transformers runs them by default."""
     ours = [
         module
-        for _, module in experts_modules(model)
-        if isinstance(module.down_proj, nn.Module) and not isinstance(module, StandIn)
+        for _, module in fused.experts_modules(model)
+        if isinstance(module.down_proj, nn.Module) and not isinstance(module, fused.StandIn)
     ]
     if not ours:
         return
@@ -86,18 +70,14 @@ def experts_forward(
     if experts._is_expert_parallel:
         top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
         top_k_index = top_k_index.clamp(max=experts.num_experts - 1)
-    if _sorting_pays(hidden_states, top_k_index, experts.num_experts):
+    # Sorted pairs choose a kernel that is worth it; the CPU's sorts by itself.
+    if hidden_states.device.type != "cpu" and top_k_index.numel() >= max(16, 4 * experts.num_experts):
         indices, order = top_k_index.flatten().sort()
-        y = experts_mlp(experts, hidden_states[order // top_k_index.shape[1]], indices, sorted_indices=True)
+        y = fused.experts_mlp(experts, hidden_states[order // top_k_index.shape[1]], indices, sorted_indices=True)
         y = torch.zeros_like(y).index_copy(0, order, y).unflatten(0, top_k_index.shape)
     else:
-        y = experts_mlp(experts, hidden_states.unsqueeze(1), top_k_index)
+        y = fused.experts_mlp(experts, hidden_states.unsqueeze(1), top_k_index)
     return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
-
-
-def _sorting_pays(hidden_states: torch.Tensor, indices: torch.Tensor, num_experts: int) -> bool:
-    """Whether sorted pairs choose a kernel that is worth it; the CPU's sorts by itself."""
-    return hidden_states.device.type != "cpu" and indices.numel() >= max(16, 4 * num_experts)
 
 
 def _transformers_experts() -> Any:
@@ -115,49 +95,43 @@ def unfuse(model: nn.Module, among: Iterable[str] | None = None) -> None:
     """Puts a `SwitchLinear` in the place of each projection of the fused experts in `model`, to be replaced.
 
     The paths are `….experts.gate_proj`, `up_proj` and `down_proj`; the weights are views of the fused parameters,
-    [num_experts, out_features, in_features] however these are stored. `fuse` has to follow.
-
-    Args:
-        among: names of projections; experts without one of them stay fused. None unfuses all.
-
-    Raises:
-        ImportError: Transformers marks experts in another way than in the tested versions.
+    [num_experts, out_features, in_features] however these are stored. `fuse` has to follow. Experts of which no
+    projection is in `among` stay fused, unless that is None. Raises ImportError if Transformers marks experts in
+    another way than in the tested versions.
     """
     if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         compat.check("experts")
     wanted = None if among is None else set(among)
 
     def is_wanted(path: str) -> bool:
-        return wanted is None or any(f"{path}.{name}" in wanted for name in PROJECTIONS)
+        return wanted is None or any(f"{path}.{name}" in wanted for name in fused.PROJECTIONS)
 
     stand_ins = {each.stand_in.stands_for: each.stand_in for each in EVERY_FAMILY if each.stand_in is not None}
     for path, module in list(model.named_modules()):
         stand_in = stand_ins.get(type(module).__name__)
-        if path and stand_in is not None and is_wanted(path) and can_be_unfused(module):
+        if path and stand_in is not None and is_wanted(path) and fused.can_be_unfused(module):
             model.set_submodule(path, stand_in(module))
-    for path, experts in experts_modules(model):
-        if is_wanted(path) and can_be_unfused(experts):
-            unfuse_experts(experts)
+    for path, experts in fused.experts_modules(model):
+        if is_wanted(path) and fused.can_be_unfused(experts):
+            fused.unfuse_experts(experts)
 
 
 def fuse(model: nn.Module) -> None:
-    """Gives the experts modules of `model` whose layers are all floating-point ones their fused parameters back.
-
-    The others run through `experts_forward` from now on.
-    """
-    for path, experts in list(experts_modules(model)):
-        names = dict.fromkeys((*PROJECTIONS, *FUSED))
+    """Gives the experts modules of `model` whose layers are all floating-point ones their fused parameters back; the
+    others run through `experts_forward` from now on."""
+    for path, experts in list(fused.experts_modules(model)):
+        names = dict.fromkeys((*fused.PROJECTIONS, *fused.FUSED))
         layers = {name: experts._modules[name] for name in names if name in experts._modules}
         if not layers:
             continue
         if all(type(layer) is SwitchLinear for layer in layers.values()):
-            fuse_experts(experts, layers)
-            if isinstance(experts, StandIn):
+            fused.fuse_experts(experts, layers)
+            if isinstance(experts, fused.StandIn):
                 model.set_submodule(path, experts.give_back())
         else:
             for layer in layers.values():
                 if type(layer) is SwitchLinear:
-                    detach(layer)
+                    fused.detach(layer)
     use_experts(model)
 
 
@@ -176,37 +150,23 @@ def expert_renamings(model: nn.Module) -> list[Any]:
 
 
 def place_experts(model: nn.Module, stored: Iterable[str]) -> None:
-    """Gives `model`, on the meta device, layers for what an MLX checkpoint stores in other ways than Transformers.
-
-    Fused experts are unfused, and each family may place layers of its own.
-
-    Args:
-        stored: the names of the stored tensors, as they are in the model.
-    """
+    """Gives `model`, on the meta device, layers for what an MLX checkpoint stores in other ways than Transformers:
+    fused experts are unfused, and each family may place layers of its own. `stored` has the tensors' names in the
+    model."""
     names = set(stored)
     for path, module in list(model.named_modules()):
         for family in EVERY_FAMILY:
             family.place(path, module, names)
     layers = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
-    unfuse(model, [*_projections(model), *layers])
+    # What a stand-in stands for may be stored in fused form.
+    experts = (path for path, module in fused.experts_modules(model) if not isinstance(module, fused.StandIn))
+    unfuse(model, [*layers, *(f"{path}.{name}" for path in experts for name in fused.PROJECTIONS)])
 
 
-def _projections(model: nn.Module) -> Iterator[str]:
-    """The paths that the projections of experts have, but for those of Llama 4, which may be stored in fused form."""
-    for path, experts in experts_modules(model):
-        if not isinstance(experts, StandIn):
-            yield from (f"{path}.{name}" for name in PROJECTIONS)
-
-
-def place_routers(model: nn.Module, format_of: Callable[[str, nn.Module], dict[str, Any] | None]) -> None:
-    """Lets the routers of `model`, on the meta device, hold packed weights until `finish_experts` unpacks them.
-
-    Transformers' routers are no layers of their own, so they compute with floating-point weights.
-
-    Args:
-        format_of: called with the path and the module; the format, None for a router that is not quantized.
-    """
-    for path, _ in list(experts_modules(model)):
+def place_routers(model: nn.Module, format_of: FormatOf) -> None:
+    """Lets the routers of `model`, on the meta device, hold packed weights until `finish_experts` unpacks them: they
+    are no layers of their own in Transformers, and compute with floating-point weights."""
+    for path, _ in list(fused.experts_modules(model)):
         for router_path, router in _routers(model, path):
             if (format := format_of(router_path, router)) is not None:
                 packed = QuantizedModule(tuple(router.weight.shape), **format, device="meta", dtype=router.weight.dtype)
@@ -222,11 +182,8 @@ def is_packed_router(module: nn.Module) -> bool:
 
 def finish_experts(model: nn.Module) -> None:
     """Fuses floating-point experts, and unpacks what Transformers computes with in floating point; see `place_experts`
-    and `place_routers`. To be called with the tensors in place.
-
-    Raises:
-        ValueError: the scales of a router are not finite numbers.
-    """
+    and `place_routers`. To be called with the tensors in place. Raises ValueError if the scales of a router are not
+    finite numbers."""
     for path, module in list(model.named_modules()):
         if (packed := module.__dict__.pop("_packed", None)) is not None:
             weight = dequantize(module.weight, module.scales, module._parameters.pop("biases", None), **packed)
@@ -250,14 +207,11 @@ def _routers(model: nn.Module, experts_path: str) -> Iterator[tuple[str, nn.Modu
 
 
 def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of `model`, by their names in it, as an MLX checkpoint has them.
-
-    The experts get MLX's names; fused parameters become views of the projections, and nothing is copied. Other tensors
-    pass through.
-    """
+    """The tensors of `model`, by their names in it, as an MLX checkpoint has them: the experts get MLX's names, fused
+    parameters become views of the projections, nothing is copied, and other tensors pass through."""
     split = dict(tensors)
-    for path, experts in experts_modules(model):
-        for name in fused_names(experts):
+    for path, experts in fused.experts_modules(model):
+        for name in fused.fused_names(experts):
             # Either a packed layer's tensors, or a parameter and its bias.
             for part, key in (
                 *((part, f"{name}.{part}") for part in _PARTS),
@@ -269,7 +223,7 @@ def split_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict
                 if key == name and experts.is_transposed:
                     tensor = tensor.mT
                 if name == "gate_up_proj":
-                    gate, up = halves(tensor, not experts.is_concatenated)
+                    gate, up = fused.halves(tensor, not experts.is_concatenated)
                     split[f"{path}.gate_proj.{part}"], split[f"{path}.up_proj.{part}"] = gate, up
                 else:
                     split[f"{path}.{name}.{part}"] = tensor
@@ -293,7 +247,7 @@ def stored_paths(model: nn.Module) -> Callable[[str], list[str]]:
 def _stored_prefixes(model: nn.Module) -> dict[str, str]:
     """MLX's path for that of each experts module, and of the block around it where that has another name."""
     prefixes = {}
-    for path, experts in experts_modules(model):
+    for path, experts in fused.experts_modules(model):
         family = family_of(experts if hasattr(experts, "config") else getattr(experts, "model_type", ""))
         own_block, _, layers = family.experts.rpartition(".")
         block, _, _ = path.rpartition(".")

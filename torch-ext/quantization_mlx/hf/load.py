@@ -1,20 +1,14 @@
 """MLX checkpoint directories into Transformers models."""
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..checkpoint.read import Checkpoint, reading_once
 from ..checkpoint.record import other_method
-from ..optional import require
+from ..optional import PreTrainedModel
 from . import compat
 from .patch import mark_as_mlx, patched_transformers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def load_checkpoint(
@@ -45,7 +39,6 @@ def load_checkpoint(
             wrong shape or dtype, or scales that are not finite numbers; the message names them.
     """
     transformers = compat.require("transformers")
-    require("safetensors")
     with reading_once(), patched_transformers():
         checkpoint = Checkpoint.at(directory)
         if checkpoint.config is None:

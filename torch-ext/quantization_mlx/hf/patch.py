@@ -4,16 +4,12 @@ What loads is Transformers' own `from_pretrained`. The patch lets it find the qu
 marlin/saved.py) of a config without `quant_method`, and all weight files of an MLX checkpoint.
 """
 
-from __future__ import annotations
-
-import contextlib
-import functools
 import inspect
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,55 +19,22 @@ from ..checkpoint.read import WEIGHT_FILES, Checkpoint, reading_once
 from ..checkpoint.record import MARLIN_FILE, MARLIN_METHOD, MLX_METHOD, RECORDS, find_record, own_method
 from ..families import family_of
 from ..nn.module import QuantizedModule
-from ..optional import require
+from ..optional import PreTrainedConfig, PreTrainedModel
 from . import compat
+from .patching import Patch, replace, wrap
 from .quantizer import quantizer_classes
-from .save import write_checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+from .save import save_checkpoint
 
 
 class StoredKind(NamedTuple):
-    """Quantized models of a kind that `from_pretrained` and `save_pretrained` know.
+    """Quantized models of a kind that `from_pretrained` and `save_pretrained` know."""
 
-    quantizer_classes: makes the classes of config and quantizer. layer: the class of its layers. write: called with the
-    model, the directory, max_shard_size and state_dict.
-    """
-
-    quantizer_classes: Callable[[], tuple[type, type]]
-    layer: type[nn.Module]
-    write: Callable[..., None]
+    quantizer_classes: Callable[[], tuple[type, type]]  # makes those of config and quantizer
+    layer: type[nn.Module]  # the class of its layers
+    write: Callable[..., None]  # called with the model, the directory, max_shard_bytes and state_dict
 
 
-STORED_KINDS = {MLX_METHOD: StoredKind(quantizer_classes, QuantizedModule, write_checkpoint)}  # by the quantizer's name
-
-# Patching
-
-
-class _Patch:
-    """The state of the patch: how many hold it, and how it is undone."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.holders = 0
-        self.permanent = False
-        self.undo = contextlib.ExitStack()
-
-    def acquire(self) -> None:
-        if self.holders == 0:
-            with contextlib.ExitStack() as stack:
-                _apply(stack)
-                self.undo = stack.pop_all()
-        self.holders += 1
-
-    def release(self) -> None:
-        self.holders -= 1
-        if self.holders == 0:
-            self.undo.close()
-
-
-_patch = _Patch()
+STORED_KINDS = {MLX_METHOD: StoredKind(quantizer_classes, QuantizedModule, save_checkpoint)}  # by the quantizer's name
 
 
 def patch_transformers() -> None:
@@ -90,36 +53,21 @@ def patch_transformers() -> None:
         ImportError: transformers or safetensors is not installed, or transformers is older than the tested versions or
             lacks a name that is needed.
     """
-    with _patch.lock:
-        if not _patch.permanent:
-            _patch.acquire()
-            _patch.permanent = True
+    _patch.install()
 
 
 def unpatch_transformers() -> None:
     """Undoes `patch_transformers()`; without it, does nothing. MLX models that were loaded go on working."""
-    with _patch.lock:
-        if _patch.permanent:
-            _patch.permanent = False
-            _patch.release()
+    _patch.remove()
 
 
-@contextlib.contextmanager
-def patched_transformers() -> Iterator[None]:
+def patched_transformers() -> AbstractContextManager[None]:
     """As between `patch_transformers()` and `unpatch_transformers()`; may be nested, and used by several threads."""
-    with _patch.lock:
-        _patch.acquire()
-    try:
-        yield
-    finally:
-        with _patch.lock:
-            _patch.release()
+    return _patch.applied()
 
 
-def _apply(stack: contextlib.ExitStack) -> None:
-    """Patches; `stack` gets what undoes it."""
+def _apply(stack: ExitStack) -> None:
     compat.require("transformers")
-    require("safetensors")
     compat.check("patch_transformers")
     from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils, quantizers
     from transformers.integrations import metal_quantization
@@ -133,22 +81,17 @@ def _apply(stack: contextlib.ExitStack) -> None:
         quantizers.register_quantizer(method)(quantizer_class)
         stack.callback(auto.AUTO_QUANTIZER_MAPPING.pop, method)
 
-    for target, name, replacement in (
-        (PreTrainedConfig, "get_config_dict", _gives_parts_the_record(PreTrainedConfig.get_config_dict)),
-        (PreTrainedModel, "from_pretrained", _reads_files_once(PreTrainedModel.from_pretrained)),
-        (modeling_utils, "get_hf_quantizer", _reads_mlx_configs(modeling_utils.get_hf_quantizer)),
-        (
-            modeling_utils,
-            "_get_resolved_checkpoint_files",
-            _takes_all_weight_files(modeling_utils._get_resolved_checkpoint_files),
-        ),
-        (PreTrainedModel, "save_pretrained", _writes_quantized_models(PreTrainedModel.save_pretrained)),
-        (MetalHfQuantizer, "validate_environment", lambda self, *args, **kwargs: None),
-        (MetalHfQuantizer, "update_device_map", _metal_device_map),
-        (metal_quantization, "_metal_kernel", ops),
-    ):
-        stack.callback(setattr, target, name, inspect.getattr_static(target, name))
-        setattr(target, name, replacement)
+    wrap(stack, PreTrainedConfig, "get_config_dict", _get_config_dict)
+    wrap(stack, PreTrainedModel, "from_pretrained", _from_pretrained)
+    wrap(stack, PreTrainedModel, "save_pretrained", _save_pretrained)
+    wrap(stack, modeling_utils, "get_hf_quantizer", _get_hf_quantizer)
+    wrap(stack, modeling_utils, "_get_resolved_checkpoint_files", _get_resolved_checkpoint_files)
+    replace(stack, MetalHfQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
+    replace(stack, MetalHfQuantizer, "update_device_map", _metal_device_map)
+    replace(stack, metal_quantization, "_metal_kernel", ops)
+
+
+_patch = Patch(_apply)
 
 
 def _metal_device_map(self: Any, device_map: Any) -> Any:
@@ -156,53 +99,33 @@ def _metal_device_map(self: Any, device_map: Any) -> Any:
     return {"": "mps"} if device_map is None and torch.backends.mps.is_available() else device_map
 
 
-def _gives_parts_the_record(original: Any) -> Any:
-    """`get_config_dict` that writes the record of formats into the parts of config.json too.
+def _get_config_dict(original: Any, cls: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> Any:
+    """Writes the record of formats into the parts of config.json too.
 
     The class of a part, of the text of a model that sees images for example, is given that part alone.
     """
-
-    @functools.wraps(original.__func__)
-    def get_config_dict(cls: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> Any:
-        config, unused = original.__func__(cls, *args, **kwargs)
-        if own_method(config) is not None:
-            record = {name: config[name] for name in RECORDS if config.get(name)}
-            for name, part in config.items():
-                if isinstance(part, dict) and (name == cls.base_config_key or part.get("model_type") == cls.model_type):
-                    config[name] = {**record, **part}
-        return config, unused
-
-    return classmethod(get_config_dict)
+    config, unused = original(cls, *args, **kwargs)
+    if own_method(config) is not None:
+        record = {name: config[name] for name in RECORDS if config.get(name)}
+        for name, part in config.items():
+            if isinstance(part, dict) and (name == cls.base_config_key or part.get("model_type") == cls.model_type):
+                config[name] = {**record, **part}
+    return config, unused
 
 
-def _reads_files_once(original: Any) -> Any:
-    """`from_pretrained` within which the hooks below share what they have read."""
-
-    @functools.wraps(original.__func__)
-    def from_pretrained(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
-        with reading_once():
-            return original.__func__(cls, *args, **kwargs)
-
-    return classmethod(from_pretrained)
+def _from_pretrained(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Lets the functions below share what they read."""
+    with reading_once():
+        return original(*args, **kwargs)
 
 
-def _reads_mlx_configs(original: Any) -> Any:
-    """`get_hf_quantizer` that knows the quantizer of a config without `quant_method`, as MLX and Marlin write it."""
-
-    @functools.wraps(original)
-    def get_hf_quantizer(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
-        mark_as_mlx(config)
-        _mark_as_marlin(config)
-        return original(config, *args, **kwargs)
-
-    return get_hf_quantizer
-
-
-def _mark_as_marlin(config: PreTrainedConfig) -> None:
-    """Gives a config that `marlin.save_quantized` wrote the `quant_method` of the quantizer."""
+def _get_hf_quantizer(original: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+    """Knows the quantizer of a config without `quant_method`, as MLX and Marlin write it."""
+    mark_as_mlx(config)
     for holder in (config, config.get_text_config(decoder=True)):
         if own_method(_records_of(holder)) == MARLIN_METHOD:
             config.quantization_config = {"quant_method": MARLIN_METHOD}
+    return original(config, *args, **kwargs)
 
 
 def _records_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -213,14 +136,9 @@ def mark_as_mlx(config: PreTrainedConfig, always: bool = False) -> None:
     """Gives the record of formats in `config` the `quant_method` by which Transformers finds the quantizer.
 
     The record of gpt-oss as OpenAI stores it, in mode mxfp4 by another name, becomes one of MLX where Transformers
-    would dequantize the experts, which is without a GPU of the kinds that its own kernels are for.
-
-    Args:
-        config: of a model; left alone if it has no record of MLX.
-        always: whether a config without any record becomes that of a checkpoint without quantized layers.
-
-    Raises:
-        ValueError: the checkpoint quantizes activations.
+    would dequantize the experts, which is without a GPU of the kinds that its own kernels are for. A config without any
+    record is left alone, or `always` becomes that of a checkpoint without quantized layers. Raises ValueError if the
+    checkpoint quantizes activations.
     """
     for holder in (config, config.get_text_config(decoder=True)):
         record = find_record(_records_of(holder)) or family_of(holder).record(holder)
@@ -236,41 +154,33 @@ def mark_as_mlx(config: PreTrainedConfig, always: bool = False) -> None:
     config.quantization_config = {**(record or {}), "quant_method": MLX_METHOD}
 
 
-def _takes_all_weight_files(original: Any) -> Any:
-    """The resolver of weight files, by which MLX checkpoints are all files `model*.safetensors` that there are.
+def _get_resolved_checkpoint_files(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Takes all files `model*.safetensors` of an MLX checkpoint, and not those that an index names.
 
-    Raises:
-        ValueError: config.json has a record of formats, and the config of the model has none.
+    Raises ValueError if config.json has a record of formats, and the config of the model has none.
     """
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        source = given.get("pretrained_model_name_or_path")
-        plain = not any(given.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
-        options = given.get("download_kwargs") or {}
-        known = plain and source is not None and not os.path.isfile(source)
-        checkpoint = _stored_checkpoint(source, options) if known else None
-        if checkpoint is None:
-            return original(*args, **kwargs)
-        is_local = os.path.isdir(source)
-        if (method := own_method(checkpoint.config or {})) is not None:
-            chosen = (given.get("user_agent") or {}).get("quant")
-            if chosen != method:
-                raise ValueError(
-                    f"[from_pretrained] config.json of {source} says that the weights are quantized, which the config "
-                    "of the model does not; load with the class that config.json names, without a config of your own"
-                )
-            if method == MARLIN_METHOD and not is_local:
-                _cached(source, MARLIN_FILE, options)  # downloaded into the directory of the weights
-        if not checkpoint.is_mlx if is_local else checkpoint.record is None:
-            return original(*args, **kwargs)
-        if not is_local:
-            checkpoint = Checkpoint.at(_downloaded(source, options))
-        return [str(file) for file in checkpoint.files], None
-
-    return _get_resolved_checkpoint_files
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    source = given.get("pretrained_model_name_or_path")
+    plain = not any(given.get(name) for name in ("gguf_file", "variant", "transformers_explicit_filename"))
+    options = given.get("download_kwargs") or {}
+    known = plain and source is not None and not os.path.isfile(source)
+    checkpoint = _stored_checkpoint(source, options) if known else None
+    if checkpoint is None:
+        return original(*args, **kwargs)
+    is_local = os.path.isdir(source)
+    if (method := own_method(checkpoint.config or {})) is not None:
+        if (given.get("user_agent") or {}).get("quant") != method:
+            raise ValueError(
+                f"[from_pretrained] config.json of {source} says that the weights are quantized, which the config "
+                "of the model does not; load with the class that config.json names, without a config of your own"
+            )
+        if method == MARLIN_METHOD and not is_local:
+            _cached(source, MARLIN_FILE, options)  # downloaded into the directory of the weights
+    if not checkpoint.is_mlx if is_local else checkpoint.record is None:
+        return original(*args, **kwargs)
+    if not is_local:
+        checkpoint = Checkpoint.at(_downloaded(source, options))
+    return [str(file) for file in checkpoint.files], None
 
 
 def _stored_checkpoint(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Checkpoint | None:
@@ -306,42 +216,31 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _writes_quantized_models(original: Any) -> Any:
-    """`save_pretrained` that writes models with quantized layers of this package in their own formats."""
-
-    @functools.wraps(original)
-    def save_pretrained(
-        self: PreTrainedModel,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str | None = None,
-        **kwargs: Any,
-    ) -> None:
+def _save_pretrained(
+    original: Any,
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Writes models with quantized layers of this package in their own formats."""
+    kinds = () if model._hf_peft_config_loaded else STORED_KINDS.values()
+    write = next((kind.write for kind in kinds if any(isinstance(each, kind.layer) for each in model.modules())), None)
+    if write is None:
         options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
-        write = None if self._hf_peft_config_loaded else _writer(self)
-        if write is None:
-            return original(self, save_directory, **options, **_given({"max_shard_size": max_shard_size}))
-        max_shard_size = max_shard_size or "5GB"
-        if kwargs.get("variant") is not None or kwargs.get("distributed_checkpoint"):
-            raise ValueError(
-                "[save_pretrained] a quantized model is written without variant and distributed_checkpoint"
+        return original(model, save_directory, **options, **_given({"max_shard_size": max_shard_size}))
+    max_shard_size = max_shard_size or "5GB"
+    if kwargs.get("variant") is not None or kwargs.get("distributed_checkpoint"):
+        raise ValueError("[save_pretrained] a quantized model is written without variant and distributed_checkpoint")
+    if is_main_process:
+        write(model, save_directory, max_shard_bytes=max_shard_size, state_dict=state_dict)
+        if push_to_hub:
+            names = ("commit_message", "private", "token", "revision", "create_pr")
+            model.push_to_hub(
+                kwargs.get("repo_id") or Path(save_directory).name,
+                max_shard_size=max_shard_size,
+                **{name: kwargs[name] for name in names if name in kwargs},
             )
-        if is_main_process:
-            write(self, Path(save_directory), max_shard_size=max_shard_size, state_dict=state_dict)
-            if push_to_hub:
-                names = ("commit_message", "private", "token", "revision", "create_pr")
-                self.push_to_hub(
-                    kwargs.get("repo_id") or Path(save_directory).name,
-                    max_shard_size=max_shard_size,
-                    **{name: kwargs[name] for name in names if name in kwargs},
-                )
-
-    return save_pretrained
-
-
-def _writer(model: PreTrainedModel) -> Callable[..., None] | None:
-    """What writes the model with its quantized layers, None if it has none."""
-    kinds = STORED_KINDS.values()
-    return next((kind.write for kind in kinds if any(isinstance(each, kind.layer) for each in model.modules())), None)

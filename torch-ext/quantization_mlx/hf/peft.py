@@ -4,13 +4,11 @@ PEFT takes quantized layers for the `nn.Linear` and `nn.Embedding` ones that the
 they come. What it does with a layer's own weight, to merge an adapter or to train a copy of the layer, is here.
 """
 
-from __future__ import annotations
-
-import contextlib
 import functools
 import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +19,9 @@ from ..nn.conv1d import conv1d_of
 from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import PackedLinear, QuantizedLinear
 from ..nn.obstacles import move_hooks
+from ..optional import PreTrainedModel
 from . import compat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from .patching import Patch, wrap
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -32,9 +29,6 @@ _MLX_KEYS = {"fine_tune_type", "lora_parameters", "num_layers"}  # of mlx_lm's a
 
 # All others start from the float weight, which does not exist.
 _INITIALISATIONS = ("gaussian", "orthogonal")
-
-_patched = contextlib.ExitStack()  # undoes the patch; empty while not patched
-_is_patched = False
 
 
 def patch_peft() -> None:
@@ -50,52 +44,41 @@ def patch_peft() -> None:
     Raises:
         ImportError: peft is not installed, or older than the tested versions, or lacks a name that is needed.
     """
-    global _is_patched
-    if _is_patched:
-        return
-    peft = compat.require("peft", "train")
-    compat.check("patch_peft")
-    from peft.utils.other import ModulesToSaveWrapper
-
-    for owner, name, replacement in (
-        (peft.LoraConfig, "__post_init__", _knows_quantized_layers(peft.LoraConfig.__post_init__)),
-        (ModulesToSaveWrapper, "update", _trains_float_copies(ModulesToSaveWrapper.update)),
-    ):
-        _patched.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, replacement)
-    _is_patched = True
+    _patch.install()
 
 
 def unpatch_peft() -> None:
     """Takes back `patch_peft`; layers that have adapters keep them."""
-    global _is_patched
-    _patched.close()
-    _is_patched = False
+    _patch.remove()
 
 
-def _knows_quantized_layers(original: Any) -> Any:
-    @functools.wraps(original)
-    def post_init(config: Any) -> None:
-        original(config)
-        # PEFT's way to register further layer classes.
-        config._register_custom_module({QuantizedLinear: _lora_layer_class()})
+def _apply(stack: ExitStack) -> None:
+    peft = compat.require("peft", "train")
+    compat.check("patch_peft")
+    from peft.utils.other import ModulesToSaveWrapper
 
-    return post_init
+    wrap(stack, peft.LoraConfig, "__post_init__", _declare_quantized_layers)
+    wrap(stack, ModulesToSaveWrapper, "update", _train_a_float_copy)
 
 
-def _trains_float_copies(original: Any) -> Any:
-    @functools.wraps(original)
-    def update(wrapper: Any, *args: Any, **kwargs: Any) -> None:
-        layer = wrapper.original_module
-        if not isinstance(layer, PackedLinear | QuantizedEmbedding):
-            return original(wrapper, *args, **kwargs)
-        wrapper.original_module = layer.dequantize()  # update() copies it
-        try:
-            return original(wrapper, *args, **kwargs)
-        finally:
-            wrapper.original_module = layer.requires_grad_(False)
+_patch = Patch(_apply)
 
-    return update
+
+def _declare_quantized_layers(original: Any, config: Any) -> None:
+    original(config)
+    # PEFT's way to register further layer classes.
+    config._register_custom_module({QuantizedLinear: _lora_layer_class()})
+
+
+def _train_a_float_copy(original: Any, wrapper: Any, *args: Any, **kwargs: Any) -> None:
+    layer = wrapper.original_module
+    if not isinstance(layer, PackedLinear | QuantizedEmbedding):
+        return original(wrapper, *args, **kwargs)
+    wrapper.original_module = layer.dequantize()  # update() copies it
+    try:
+        return original(wrapper, *args, **kwargs)
+    finally:
+        wrapper.original_module = layer.requires_grad_(False)
 
 
 @functools.cache
@@ -177,13 +160,8 @@ def load_adapter(model: PreTrainedModel, directory: str | os.PathLike[str]) -> P
     compat.check("load_adapter")
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    was_patched = _is_patched
-    patch_peft()
-    try:
+    with _patch.applied():
         adapted = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(directory))
-    finally:
-        if not was_patched:
-            unpatch_peft()
     result = set_peft_model_state_dict(adapted, load_peft_weights(str(directory), device=str(model.device)))
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:

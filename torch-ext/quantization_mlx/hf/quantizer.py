@@ -1,13 +1,11 @@
 """The quantizer that Transformers' `from_pretrained` uses for MLX checkpoints."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,13 +18,11 @@ from ..formats import MODES, Format
 from ..messages import listed
 from ..nn.conv1d import as_linear, finish_conv1d, place_linear
 from ..nn.module import PackedModule, QuantizedModule
-from ..quantization.model import dequantize_model, quantize_model, shell_like, shell_of
+from ..optional import PreTrainedModel
+from ..quantization.model import KINDS, dequantize_model, quantize_model
 from ..quantization.replacement import Refusal, class_refusal, replace_layers
 from . import compat
-from .experts import expert_renamings, finish_experts, is_packed_router, place_experts, place_routers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from .experts import FormatOf, expert_renamings, finish_experts, is_packed_router, place_experts, place_routers
 
 # Stored by some checkpoints, computed by models.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -78,11 +74,14 @@ def quantizer_classes() -> tuple[type, type]:
             return False
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-            return dequantize_loaded(model, dtype)
+            """What `model.dequantize(dtype)` calls; without a dtype, each layer keeps its own."""
+            model = dequantize_model(model)
+            # Transformers' default is the dtype at load time, which may have changed since.
+            return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
             if self.pre_quantized:
-                _place_layers(model, self, options.get("checkpoint_files"), options.get("dtype"))
+                _place_layers(model, self, options.get("checkpoint_files"))
 
         def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
             """Spares packed words, whose layers say another shape, a check that `_place_layers` has made."""
@@ -112,20 +111,15 @@ def quantizer_classes() -> tuple[type, type]:
 
 def __getattr__(name: str) -> Any:
     """The two classes, as attributes of the module, where pickle and users look for them."""
-    for each in quantizer_classes() if name in ("MLXConfig", "MLXQuantizer") else ():
-        if each.__name__ == name:
-            return each
+    names = ("MLXConfig", "MLXQuantizer")
+    if name in names:
+        return quantizer_classes()[names.index(name)]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _place_layers(
-    model: PreTrainedModel, quantizer: Any, checkpoint_files: list[str] | None, dtype: torch.dtype | None
-) -> None:
-    """Puts quantized layers that wait for their tensors into `model`, which is on the meta device.
-
-    Raises:
-        ValueError: the stored tensors are not those of the model.
-    """
+def _place_layers(model: PreTrainedModel, quantizer: Any, checkpoint_files: list[str] | None) -> None:
+    """Puts quantized layers that wait for their tensors into `model`, which is on the meta device. Raises ValueError if
+    the stored tensors are not those of the model."""
     if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
         raise ValueError("[from_pretrained] an MLX checkpoint is read from safetensors files, not from a state_dict")
     files = [Path(file) for file in checkpoint_files]
@@ -147,11 +141,8 @@ def _place_layers(
     def choose(path: str, layer: nn.Module) -> Format | Refusal:
         return format_of(path, layer) or Refusal("not quantized in the checkpoint", is_asked_for=True)
 
-    def shell(layer: nn.Module, format: Format) -> QuantizedModule:
-        return shell_of(layer, format, dtype)
-
     compat.adapt_accelerate()
-    done = replace_layers(model, class_refusal, choose, shell, shell_like)
+    done = replace_layers(model, class_refusal, choose, KINDS)
     place_routers(model, format_of)
     _refuse_obstacles(model, done.refusals, format_of, files[0].parent)
     _tie_packed(model, stored)
@@ -176,12 +167,7 @@ def _tie_packed(model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> N
             del model.all_tied_weights_keys[target]
 
 
-def _refuse_obstacles(
-    model: nn.Module,
-    refusals: Mapping[str, Refusal],
-    format_of: Callable[[str, nn.Module], Format | None],
-    directory: Path,
-) -> None:
+def _refuse_obstacles(model: nn.Module, refusals: Mapping[str, Refusal], format_of: FormatOf, directory: Path) -> None:
     """Raises ValueError for layers that the checkpoint has quantized and that cannot be so in `model`, with reasons."""
     obstructed = [
         f"{path}: {refusal.reason}"
@@ -196,13 +182,9 @@ def _refuse_obstacles(
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Compares the headers of an MLX checkpoint with the model that config.json describes; does nothing if Transformers
-    does not know that.
-
-    Raises:
-        ValueError: the stored tensors are not those of the model.
-    """
+    does not know that. Raises ValueError if the stored tensors are not those of the model."""
     if (model := _meta_model(checkpoint.directory)) is not None:
-        _place_layers(model, _quantizer_of(checkpoint), [str(file) for file in checkpoint.files], None)
+        _place_layers(model, _quantizer_of(checkpoint), [str(file) for file in checkpoint.files])
 
 
 def columns_of_layers(checkpoint: Checkpoint) -> dict[str, int]:
@@ -330,11 +312,8 @@ def _may_be_missing(model: PreTrainedModel) -> set[str]:
 
 
 def freeze_packed(model: nn.Module, op: str = "from_pretrained") -> None:
-    """Freezes the packed tensors, which Transformers made trainable, and looks at the scales.
-
-    Raises:
-        ValueError: scales, biases or zeros are not finite numbers.
-    """
+    """Freezes the packed tensors, which Transformers made trainable, and looks at the scales. Raises ValueError if
+    scales, biases or zeros are not finite numbers."""
     align_parameters(model)
     for path, module in model.named_modules():
         for name in module.packed_names if isinstance(module, PackedModule) else ():
@@ -343,13 +322,6 @@ def freeze_packed(model: nn.Module, op: str = "from_pretrained") -> None:
             parameter.requires_grad_(False)
             if name != module.packed_names[0] and not _is_finite(parameter, module.mode):
                 raise ValueError(f"[{op}] {path}.{name} has values that are not finite numbers")
-
-
-def dequantize_loaded(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """What `model.dequantize(dtype)` of Transformers does; without a dtype, each layer keeps its own."""
-    model = dequantize_model(model)
-    # Transformers' default is the dtype at load time, which may have changed since.
-    return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
 
 def align_parameters(model: nn.Module) -> None:

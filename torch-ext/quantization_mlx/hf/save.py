@@ -5,12 +5,10 @@ as `<path>.weight`, `<path>.scales` and, in mode "affine", `<path>.biases`; `con
 "quantization" and as "quantization_config", with an entry for each layer that differs from the default.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,18 +18,17 @@ from ..checkpoint.write import distinct_tensors, write_directory
 from ..families import family_of
 from ..messages import listed, short_name
 from ..nn.module import PackedModule, QuantizedModule
+from ..optional import PreTrainedModel, PreTrainedTokenizerBase
 from . import compat
 from .experts import split_experts, stored_paths
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def save_checkpoint(
     model: PreTrainedModel,
     directory: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_bytes: int = 5 * 1024**3,
+    max_shard_bytes: int | str = 5 * 1024**3,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes `model` as an MLX checkpoint.
 
@@ -42,30 +39,21 @@ def save_checkpoint(
         model: a Transformers model, quantized by `quantize_model` or not at all.
         directory: made if it does not exist.
         tokenizer: saved along if given.
-        max_shard_bytes: weights beyond this size are split over several files.
+        max_shard_bytes: weights beyond this size are split over several files; a number, or a string such as "5GB".
+        state_dict: the model's tensors, if they are not those that it holds.
 
     Raises:
         ImportError: safetensors is not installed.
         ValueError: model has layers of `quantization_mlx.marlin`, which an MLX checkpoint cannot describe.
     """
-    write_checkpoint(model, Path(directory), tokenizer, max_shard_bytes)
-
-
-def write_checkpoint(
-    model: PreTrainedModel,
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_size: int | str = 5 * 1024**3,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """`save_checkpoint`, where a size may be a string such as "5GB", and the model's tensors may be given."""
-    if marlin := [path for path, module in model.named_modules() if _is_of_marlin(module)]:
+    packed = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedModule)]
+    if marlin := [path for path, module in packed if not isinstance(module, QuantizedModule)]:
         raise ValueError(
             f"[save_checkpoint] layers are of Marlin's formats, which marlin.save_quantized writes: {listed(marlin)}"
         )
     tensors = family_of(model).stored_tensors(model, split_experts(model, distinct_tensors(model, state_dict)))
     records = {"config.json": _mlx_config(model)}
-    write_directory(model, directory, tensors, lambda staged: records, "mlx", max_shard_size, tokenizer)
+    write_directory(model, Path(directory), tensors, lambda staged: records, "mlx", max_shard_bytes, tokenizer)
 
 
 def config_record(model: PreTrainedModel) -> dict[str, Any]:
@@ -94,7 +82,3 @@ def _mlx_config(model: PreTrainedModel) -> dict[str, Any]:
     }
     family.complete_config(config)
     return in_mlx_terms(config, formats, type(model.config))
-
-
-def _is_of_marlin(module: Any) -> bool:
-    return isinstance(module, PackedModule) and not isinstance(module, QuantizedModule)

@@ -19,10 +19,7 @@ def is_mlx_array(value: Any) -> bool:
 
 def to_torch(array: Any) -> Tensor:
     """The values of an mlx array, on the device that MLX computes on where torch has it too ("mps"), else on the CPU.
-
-    Raises:
-        TypeError: the array's dtype is none of float16, bfloat16, float32, float64, uint32 and int32.
-    """
+    Raises TypeError if the array's dtype is none of float16, bfloat16, float32, float64, uint32 and int32."""
     import mlx.core as mx
 
     dtype = _DTYPES.get(str(array.dtype))
@@ -44,10 +41,7 @@ def to_mlx(tensor: Tensor) -> Any:
 
 def accepts_mlx_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
     """Lets a function of tensors, which returns one or a tuple of them, take mlx arrays and return what it was given.
-
-    Raises:
-        TypeError: a call has both tensors and mlx arrays.
-    """
+    Raises TypeError if a call has both tensors and mlx arrays."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

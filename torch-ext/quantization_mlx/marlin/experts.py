@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..nn.obstacles import check_class, check_state
 from ..nn.switch import PackedSwitchLinear, SwitchLinear
-from .functions import pack
-from .layers import DTYPES, ColumnPackedModule
+from .layers import ColumnPackedModule
 
 
 class ColumnPackedSwitchLinear(PackedSwitchLinear, ColumnPackedModule):
@@ -38,18 +36,6 @@ class ColumnPackedSwitchLinear(PackedSwitchLinear, ColumnPackedModule):
     @classmethod
     def from_switch_linear(cls, linear: SwitchLinear, mode: str, group_size: int = 128) -> ColumnPackedSwitchLinear:
         """Quantizes `linear`, one expert after the other, which shares nothing with the layer that is returned; hooks
-        are copied.
-
-        Raises:
-            TypeError: it is no `SwitchLinear`, or of a subclass with a forward of its own.
-            ValueError: the format is not supported, or a weight is not finite, or a state of it cannot be kept.
-        """
-        name = f"{cls.__name__}.from_switch_linear"
-        check_class(name, linear, SwitchLinear)
-        check_state(name, linear, DTYPES)
-        sizes = linear.num_experts, linear.in_features, linear.out_features
-        layer = cls(*sizes, mode, group_size, device="meta")
-        packed = [pack(name, mode, matrix.T, group_size) for matrix in linear.weight.detach()]
-        layer.take(map(torch.stack, zip(*packed, strict=True)), linear.weight)
-        layer.resemble(linear)
-        return layer
+        are copied. Raises TypeError if it is no `SwitchLinear`, or of a subclass with a forward of its own, and
+        ValueError if the format is not supported, or a weight is not finite, or a state of it cannot be kept."""
+        return cls.quantized("from_switch_linear", linear, SwitchLinear, mode=mode, group_size=group_size)

@@ -2,7 +2,8 @@
 
 M rows of activations A, K the inner size, N output features. The marlin modes, which the table in `ops.py` describes,
 pack `weights` [K, N] into words of 32 / bits elements along K, with one float16 scale for each `group_size` elements
-of a column. What was packed can be given to `dequantize` and `quantized_matmul(..., transpose=False)` as well.
+of a column. What was packed can be given to `dequantize` and `quantized_matmul(..., transpose=False)` as well. The
+functions without `lib` take mlx arrays, too, and then return such.
 
 Every function raises `ValueError` for shapes, values and options that do not fit and `TypeError` for dtypes and for
 what is no tensor; the message names the function and shows what was given and what is supported.
@@ -111,30 +112,21 @@ def pack(function: str, mode: str, weights: Tensor, group_size: int, name: str =
 @accepts_mlx_arrays
 def pack_fp4_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
     """Quantizes weights [K, N] of any float dtype to E2M1 with scales of absmax / 6; ties go to the smaller magnitude.
-
-    Returns:
-        (packed uint32 [K / 8, N], scales float16 [K / group_size, N]). Given an mlx array, mlx arrays.
-    """
+    Returns (packed uint32 [K / 8, N], scales float16 [K / group_size, N])."""
     return pack("pack_fp4_weights", "marlin_fp4", weights, group_size)
 
 
 @accepts_mlx_arrays
 def pack_fp8_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Quantizes weights [K, N] of any float dtype to E4M3 with scales of absmax / 448.
-
-    Returns:
-        (packed uint32 [K / 4, N], scales float16 [K / group_size, N]). Given an mlx array, mlx arrays.
-    """
+    """Quantizes weights [K, N] of any float dtype to E4M3 with scales of absmax / 448. Returns (packed uint32 [K / 4,
+    N], scales float16 [K / group_size, N])."""
     return pack("pack_fp8_weights", "marlin_fp8", weights, group_size)
 
 
 @accepts_mlx_arrays
 def pack_int2_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Quantizes weights [K, N] of any float dtype to -1.5, -0.5, 0.5 and 1.5 times scales of absmax / 1.5.
-
-    Returns:
-        (packed uint32 [K / 16, N], scales float16 [K / group_size, N]). Given an mlx array, mlx arrays.
-    """
+    """Quantizes weights [K, N] of any float dtype to -1.5, -0.5, 0.5 and 1.5 times scales of absmax / 1.5. Returns
+    (packed uint32 [K / 16, N], scales float16 [K / group_size, N])."""
     return pack("pack_int2_weights", "marlin_int2", weights, group_size)
 
 
@@ -143,21 +135,16 @@ def pack_int4_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, T
     """Quantizes weights [K, N] of any float dtype to (code - zero) * scale, from the least to the largest of a group.
 
     A zero point is a whole number, and outside of 0 to 15 where a group has values of one sign only; it is 2048 at
-    most, so groups that vary by less than 1 / 136 of their magnitude get larger scales than their range needs.
-
-    Returns:
-        (packed uint32 [K / 8, N], scales and zeros float16 [K / group_size, N]). Given an mlx array, mlx arrays.
+    most, so groups that vary by less than 1 / 136 of their magnitude get larger scales than their range needs. Returns
+    (packed uint32 [K / 8, N], scales and zeros float16 [K / group_size, N]).
     """
     return pack("pack_int4_weights", "marlin_int4", weights, group_size)
 
 
 @accepts_mlx_arrays
 def pack_int4_sym_weights(weights: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Quantizes weights [K, N] of any float dtype to (code - 8) * scale with scales of absmax / 7.
-
-    Returns:
-        (packed uint32 [K / 8, N], scales float16 [K / group_size, N]). Given an mlx array, mlx arrays.
-    """
+    """Quantizes weights [K, N] of any float dtype to (code - 8) * scale with scales of absmax / 7. Returns (packed
+    uint32 [K / 8, N], scales float16 [K / group_size, N])."""
     return pack("pack_int4_sym_weights", "marlin_int4_sym", weights, group_size)
 
 
@@ -192,7 +179,7 @@ def marlin_gemm_fp4(A: Tensor, B_packed: Tensor, scales: Tensor, group_size: int
         group_size: 128, 64 or 32.
 
     Returns:
-        [..., N] of A's dtype. Given mlx arrays, an mlx array.
+        [..., N] of A's dtype.
     """
     return _gemm("marlin_gemm_fp4", "marlin_fp4", A, group_size, B_packed, scales=scales)
 
@@ -209,24 +196,16 @@ def _check_library(function: str, lib: Any) -> None:
 
 
 def _dispatch(
-    function: str,
-    mode: str,
-    lib: MetalKernelLibrary,
-    A: Tensor,
-    B_packed: Tensor,
-    scales: Tensor,
-    M: int,
-    N: int,
-    K: int,
-    group_size: int,
+    function: str, mode: str, lib: Any, A: Tensor, B_packed: Tensor, scales: Tensor, sizes: tuple[int, ...], group: int
 ) -> Tensor:
+    M, N, K = sizes
     _check_library(function, lib)
     _check_tensor(function, "A", A, 2)
     check_size(function, "M", M)
     check_size(function, "K", K)
     if tuple(A.shape) != (M, K):
         raise ValueError(f"[{function}] A has shape {list(A.shape)}; with M = {M} and K = {K} it must be [{M}, {K}]")
-    return _multiply(function, mode, A, group_size, K, N, B_packed, scales=scales)
+    return _multiply(function, mode, A, group, K, N, B_packed, scales=scales)
 
 
 def dispatch_gemm_fp4(
@@ -241,21 +220,21 @@ def dispatch_gemm_fp4(
         M, N, K: the sizes, which those of the tensors must be.
         group_size: 128, 64 or 32; the default is not that of `pack_fp4_weights`.
     """
-    return _dispatch("dispatch_gemm_fp4", "marlin_fp4", lib, A, B_packed, scales, M, N, K, group_size)
+    return _dispatch("dispatch_gemm_fp4", "marlin_fp4", lib, A, B_packed, scales, (M, N, K), group_size)
 
 
 def dispatch_gemm_fp8(
     lib: MetalKernelLibrary, A: Tensor, B_packed: Tensor, scales: Tensor, M: int, N: int, K: int, group_size: int = 128
 ) -> Tensor:
     """`dispatch_gemm_fp4` with E4M3 weights, as of `pack_fp8_weights`: B_packed is [K / 4, N]."""
-    return _dispatch("dispatch_gemm_fp8", "marlin_fp8", lib, A, B_packed, scales, M, N, K, group_size)
+    return _dispatch("dispatch_gemm_fp8", "marlin_fp8", lib, A, B_packed, scales, (M, N, K), group_size)
 
 
 def dispatch_gemm_int2(
     lib: MetalKernelLibrary, A: Tensor, B_packed: Tensor, scales: Tensor, M: int, N: int, K: int, group_size: int = 128
 ) -> Tensor:
     """`dispatch_gemm_fp4` with 2-bit weights, as of `pack_int2_weights`: B_packed is [K / 16, N]."""
-    return _dispatch("dispatch_gemm_int2", "marlin_int2", lib, A, B_packed, scales, M, N, K, group_size)
+    return _dispatch("dispatch_gemm_int2", "marlin_int2", lib, A, B_packed, scales, (M, N, K), group_size)
 
 
 # Dequantization
@@ -293,12 +272,9 @@ def benchmark_dequant_fp4(
     function = "benchmark_dequant_fp4"
     _check_library(function, lib)
     check_group_size(function, group_size)
-    for name, count, least in (
-        ("num_packed", num_packed, 1),
-        ("warmup_iters", warmup_iters, 0),
-        ("benchmark_iters", benchmark_iters, 1),
-    ):
-        check_size(function, name, count, least)
+    check_size(function, "num_packed", num_packed, 1)
+    check_size(function, "warmup_iters", warmup_iters)
+    check_size(function, "benchmark_iters", benchmark_iters, 1)
     words_per_group = group_size // 8
     N = min(4096, -(-num_packed // words_per_group))
     groups = -(-num_packed // (words_per_group * N))

@@ -11,24 +11,27 @@ from torch import nn
 from ..formats import FLOATS
 from ..nn.linear import PackedLinear
 from ..nn.module import PackedModule, new_bias
-from ..nn.obstacles import check_class, check_state
-from .functions import BITS, check_groups, check_size, pack
+from .functions import BITS, check_group_size, check_groups, check_size, pack
 
-QUANT_TYPES = {"fp4": "marlin_fp4", "int4": "marlin_int4", "int4_sym": "marlin_int4_sym"}
+_QUANT_TYPES = {"fp4": "marlin_fp4", "int4": "marlin_int4", "int4_sym": "marlin_int4_sym"}
+_MODE_OF_BITS = {4: "marlin_fp4", 8: "marlin_fp8", 2: "marlin_int2"}
 DTYPES = (*FLOATS, torch.float64)  # of weights that can be packed
-MODE_OF_BITS = {4: "marlin_fp4", 8: "marlin_fp8", 2: "marlin_int2"}
 
 
-def check_quant_type(function: str, quant_type: str) -> None:
-    """Raises ValueError unless `MarlinLinear` has this format."""
-    if quant_type not in QUANT_TYPES:
-        raise ValueError(f"[{function}] quant_type is {quant_type!r}; supported are {', '.join(QUANT_TYPES)}")
+def mode_of_quant_type(function: str, quant_type: str, group_size: int) -> str:
+    """The mode of `MarlinLinear`. Raises ValueError unless it has this format."""
+    if quant_type not in _QUANT_TYPES:
+        raise ValueError(f"[{function}] quant_type is {quant_type!r}; supported are {', '.join(_QUANT_TYPES)}")
+    check_group_size(function, group_size)
+    return _QUANT_TYPES[quant_type]
 
 
-def check_bits(function: str, bits: int) -> None:
-    """Raises ValueError unless `MetalQuantizedLinear` has a format of so many bits."""
-    if bits not in MODE_OF_BITS or isinstance(bits, float):
-        raise ValueError(f"[{function}] bits is {bits!r}; supported are {sorted(MODE_OF_BITS)}")
+def mode_of_bits(function: str, bits: int, group_size: int) -> str:
+    """The mode of `MetalQuantizedLinear`. Raises ValueError unless it has this format."""
+    if bits not in _MODE_OF_BITS or isinstance(bits, float):
+        raise ValueError(f"[{function}] bits is {bits!r}; supported are {sorted(_MODE_OF_BITS)}")
+    check_group_size(function, group_size)
+    return _MODE_OF_BITS[bits]
 
 
 class ColumnPackedModule(PackedModule):
@@ -46,6 +49,7 @@ class ColumnPackedModule(PackedModule):
 
     packed_names = ("weight_packed", "scales", "zeros")
     packed_transposed = True
+    float_dtypes = DTYPES
 
     def __init__(
         self,
@@ -67,6 +71,14 @@ class ColumnPackedModule(PackedModule):
         self.out_features = out_features
         self.register_parameter("bias", new_bias(bias, *batch, out_features, device=device, dtype=dtype))
 
+    @staticmethod
+    def options_of(mode: str) -> dict[str, Any]:
+        """The argument by which the constructor takes the mode."""
+        return {"mode": mode}
+
+    def pack_matrix(self, matrix: torch.Tensor, op: str) -> tuple[torch.Tensor, ...]:
+        return pack(op, self.mode, matrix.T, self.group_size, "linear.weight")
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ColumnPackedModule:
         """Moves everything, but lets a change of dtype leave the packed weight alone: the format has its dtypes."""
         packed = [self._parameters.get(name) for name in self.packed_names]
@@ -87,7 +99,7 @@ class ColumnPackedLinear(ColumnPackedModule, PackedLinear):
         in_features, out_features: the two sizes; in_features is a multiple of group_size.
         mode: "marlin_fp4", "marlin_fp8", "marlin_int2", "marlin_int4" or "marlin_int4_sym".
         group_size: 128, 64 or 32.
-        bias: whether there is a `bias`.
+        bias: whether there is a `bias` [out_features].
         device, dtype: where the parameters live, and the dtype of the bias.
 
     Raises:
@@ -106,29 +118,13 @@ class ColumnPackedLinear(ColumnPackedModule, PackedLinear):
     ) -> None:
         super().__init__((in_features, out_features), mode, group_size, bias, device, dtype)
 
-    @classmethod
-    def _quantized(cls, function: str, linear: nn.Linear, **options: Any) -> ColumnPackedLinear:
-        """A layer with the quantized weight of `linear`, which shares nothing with it."""
-        name = f"{cls.__name__}.{function}"
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"[{name}] linear is of type {type(linear).__name__}; it must be a torch.nn.Linear")
-        check_class(name, linear, nn.Linear)
-        check_state(name, linear, DTYPES)
-        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **options)
-        layer.take(pack(name, layer.mode, linear.weight.T, layer.group_size, "linear.weight"), linear.weight)
-        layer.resemble(linear)
-        return layer
-
 
 class MarlinLinear(ColumnPackedLinear):
     """`torch.nn.Linear` on packed 4-bit weights.
 
     Args:
-        in_features, out_features: the two sizes; in_features is a multiple of group_size.
-        bias: whether there is a `bias` [out_features].
         quant_type: "fp4", "int4" (with zero points) or "int4_sym", packed as by `pack_fp4_weights` and its like.
-        group_size: 128, 64 or 32.
-        device, dtype: where the parameters live, and the dtype of the bias.
+        in_features, out_features, bias, group_size, device, dtype: as in `ColumnPackedLinear`.
 
     Raises:
         ValueError: quant_type or group_size is not supported, or in_features does not divide into groups.
@@ -144,25 +140,26 @@ class MarlinLinear(ColumnPackedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_quant_type(type(self).__name__, quant_type)
-        super().__init__(in_features, out_features, QUANT_TYPES[quant_type], group_size, bias, device, dtype)
+        mode = mode_of_quant_type(type(self).__name__, quant_type, group_size)
+        super().__init__(in_features, out_features, mode, group_size, bias, device, dtype)
         self.quant_type = quant_type
+
+    @staticmethod
+    def options_of(mode: str) -> dict[str, Any]:
+        return {"quant_type": str(mode).removeprefix("marlin_")}
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quant_type: str = "fp4", group_size: int = 128) -> MarlinLinear:
         """Quantizes `linear`, which shares nothing with the layer that is returned."""
-        return cls._quantized("from_linear", linear, quant_type=quant_type, group_size=group_size)
+        return cls.quantized("from_linear", linear, nn.Linear, quant_type=quant_type, group_size=group_size)
 
 
 class MetalQuantizedLinear(ColumnPackedLinear):
     """`torch.nn.Linear` on packed weights of 4 bits (E2M1), 8 bits (E4M3) or 2 bits (-1.5, -0.5, 0.5, 1.5).
 
     Args:
-        in_features, out_features: the two sizes; in_features is a multiple of group_size.
         bits: 4, 8 or 2, packed as by `pack_fp4_weights`, `pack_fp8_weights` and `pack_int2_weights`.
-        group_size: 128, 64 or 32.
-        bias: whether there is a `bias` [out_features].
-        device, dtype: where the parameters live, and the dtype of the bias.
+        in_features, out_features, group_size, bias, device, dtype: as in `ColumnPackedLinear`.
 
     Raises:
         ValueError: bits or group_size is not supported, or in_features does not divide into groups.
@@ -178,10 +175,14 @@ class MetalQuantizedLinear(ColumnPackedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_bits(type(self).__name__, bits)
-        super().__init__(in_features, out_features, MODE_OF_BITS[bits], group_size, bias, device, dtype)
+        mode = mode_of_bits(type(self).__name__, bits, group_size)
+        super().__init__(in_features, out_features, mode, group_size, bias, device, dtype)
+
+    @staticmethod
+    def options_of(mode: str) -> dict[str, Any]:
+        return {"bits": BITS[mode]}
 
     @classmethod
     def from_float(cls, linear: nn.Linear, bits: int = 4, group_size: int = 128) -> MetalQuantizedLinear:
         """Quantizes `linear`, which shares nothing with the layer that is returned."""
-        return cls._quantized("from_float", linear, bits=bits, group_size=group_size)
+        return cls.quantized("from_float", linear, nn.Linear, bits=bits, group_size=group_size)

@@ -1,13 +1,10 @@
 """Models with Marlin's linear layers, made of other models. `saved.py` saves and loads them."""
 
-from __future__ import annotations
-
-import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,40 +12,15 @@ from torch import nn
 from ..hf import compat
 from ..nn.conv1d import as_linear
 from ..nn.switch import SwitchLinear
-from ..optional import require
-from ..quantization.replacement import (
-    FloatWeight,
-    Refusal,
-    class_refusal,
-    float_weights,
-    parameter_count,
-    replace_layers,
-    share,
-    surgery,
-    warn_of_float_weights,
-)
+from ..optional import PreTrainedModel
+from ..quantization.replacement import Refusal, Replacement, class_refusal, replace_layers, share, surgery
 from .experts import ColumnPackedSwitchLinear
-from .functions import check_group_size
-from .layers import (
-    DTYPES,
-    MODE_OF_BITS,
-    QUANT_TYPES,
-    ColumnPackedLinear,
-    ColumnPackedModule,
-    MarlinLinear,
-    MetalQuantizedLinear,
-    check_bits,
-    check_quant_type,
-)
-from .saved import is_saved, mark_configs, refuse_mlx, shell_like, usable_device
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from .layers import DTYPES, ColumnPackedModule, MarlinLinear, MetalQuantizedLinear, mode_of_bits, mode_of_quant_type
+from .saved import is_saved, mark_configs, refuse_mlx, usable_device
 
 LayerFilter = Callable[[str, nn.Module], bool]
 
 _HEAD_AND_TABLE = frozenset({"lm_head", "embed_tokens"})
-_IN_SKIP_LAYERS = "in skip_layers"
 
 # Quantizing
 
@@ -62,11 +34,10 @@ class ReplacementStats(dict[str, int]):
     skipped_share: their part of the model's parameters.
     """
 
-    def __init__(self, replaced: Iterable[str], skipped: Iterable[FloatWeight], parameters: int) -> None:
-        skipped = list(skipped)
-        self.replaced = list(replaced)
-        self.skipped = {each.path: each.reason for each in skipped}
-        self.skipped_share = share(skipped, parameters)
+    def __init__(self, done: Replacement) -> None:
+        self.replaced = done.replaced
+        self.skipped = {each.path: each.reason for each in done.left}
+        self.skipped_share = share(done.left, done.parameters)
         super().__init__(replaced_count=len(self.replaced), skipped_count=len(self.skipped))
 
 
@@ -99,14 +70,12 @@ def quantize_model(
         ValueError: quant_type or group_size is not supported, or a weight has infinities or NaN; nothing has changed.
     """
     op = "quantize_model"
-    check_quant_type(op, quant_type)
-    linear = functools.partial(MarlinLinear.from_linear, quant_type=quant_type, group_size=group_size)
-    convert = _converter(linear, QUANT_TYPES[quant_type], group_size)
-    model, replaced, left, parameters = _replace(op, model, convert, group_size, skip_layers, None)
-    if not replaced:
+    mode = mode_of_quant_type(op, quant_type, group_size)
+    done = _replace(op, model, MarlinLinear, mode, group_size, skip_layers)
+    if not done.replaced:
         warnings.warn(f"[{op}] 0 layers were replaced", stacklevel=2)
-    warn_of_float_weights(op, left, parameters)
-    return model
+    done.warn(op)
+    return done.model
 
 
 def replace_linear_layers(
@@ -138,70 +107,55 @@ def replace_linear_layers(
         ValueError: bits or group_size is not supported, or a weight has infinities or NaN; nothing has changed.
     """
     op = "replace_linear_layers"
-    check_bits(op, bits)
+    mode = mode_of_bits(op, bits, group_size)
     if isinstance(model, nn.Linear):
         raise TypeError(f"[{op}] a layer by itself is not replaced in place; use MetalQuantizedLinear.from_float")
-    linear = functools.partial(MetalQuantizedLinear.from_float, bits=bits, group_size=group_size)
-    convert = _converter(linear, MODE_OF_BITS[bits], group_size)
-    _, replaced, left, parameters = _replace(op, model, convert, group_size, skip_layers, layer_filter)
-    return ReplacementStats(replaced, left, parameters)
-
-
-def _converter(
-    linear: Callable[[nn.Linear], ColumnPackedLinear], mode: str, group_size: int
-) -> Callable[[nn.Module], ColumnPackedModule]:
-    """What packs a layer: `linear` for one of a matrix, and for experts the layer that has one for each."""
-    experts = functools.partial(ColumnPackedSwitchLinear.from_switch_linear, mode=mode, group_size=group_size)
-    return lambda layer: experts(layer) if isinstance(layer, SwitchLinear) else linear(layer)
+    done = _replace(op, model, MetalQuantizedLinear, mode, group_size, skip_layers, layer_filter)
+    return ReplacementStats(done)
 
 
 def _replace(
     op: str,
     model: nn.Module,
-    convert: Callable[[nn.Module], ColumnPackedModule],
+    linear: type[ColumnPackedModule],
+    mode: str,
     group_size: int,
     skip_layers: Iterable[str] | None,
-    layer_filter: LayerFilter | None,
-) -> tuple[nn.Module, list[str], list[FloatWeight], int]:
-    """Puts what `convert` makes of a layer in its place; returns the model, or what took its place, the paths of the
-    layers that were replaced, what remains in floating point, and the number of parameters."""
+    layer_filter: LayerFilter | None = None,
+) -> Replacement:
+    """Puts layers of the class `linear`, and such of experts, in the place of those of `model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"[{op}] model is of type {type(model).__name__}; it must be a torch.nn.Module")
     if isinstance(skip_layers, str):
         raise TypeError(f"[{op}] skip_layers is the string {skip_layers!r}; it must be a set of names")
-    check_group_size(op, group_size)
     names = list(skip_layers or ())
 
     def refuse(path: str, layer: nn.Module) -> Refusal | None:
-        return _refusal(path, layer, group_size, names, layer_filter)
+        """The reason to leave alone a module that holds a weight, if there is one."""
+        if any(f".{name}." in f".{path}." for name in names):
+            return Refusal("in skip_layers", is_asked_for=True)
+        if isinstance(layer, nn.Embedding):
+            return Refusal("an embedding; Marlin's formats are for linear layers", is_asked_for=True)
+        if (refusal := class_refusal(path, layer, DTYPES, embeddings=False)) is not None:
+            return refusal
+        in_features = as_linear(layer).in_features
+        if in_features % group_size:
+            return Refusal(f"in_features {in_features} is not divisible by group_size {group_size}")
+        if layer_filter is not None and not layer_filter(path, layer):
+            return Refusal("refused by layer_filter", is_asked_for=True)
+        return None
 
-    def check(path: str, layer: nn.Module) -> None:
+    def choose(path: str, layer: nn.Module) -> dict[str, Any]:
         if not layer.weight.is_meta and not layer.weight.isfinite().all():
             raise ValueError(f"[{op}] {path}.weight has values that are not finite numbers")
+        packed = ColumnPackedSwitchLinear if isinstance(layer, SwitchLinear) else linear
+        return {**packed.options_of(mode), "group_size": group_size}
 
+    kinds = (SwitchLinear, ColumnPackedSwitchLinear), (nn.Linear, linear)
     with surgery(model):
-        done = replace_layers(model, refuse, check, lambda layer, _: convert(layer), shell_like)
-        left = float_weights(done.model, done.refusals)
+        done = replace_layers(model, refuse, choose, kinds, op)
     mark_configs(done.model)
-    return done.model, done.replaced, left, parameter_count(done.model)
-
-
-def _refusal(
-    path: str, layer: nn.Module, group_size: int, skip_layers: list[str], layer_filter: LayerFilter | None
-) -> Refusal | None:
-    """The reason to leave alone a module that holds a weight, if there is one."""
-    if any(f".{name}." in f".{path}." for name in skip_layers):
-        return Refusal(_IN_SKIP_LAYERS, is_asked_for=True)
-    if isinstance(layer, nn.Embedding):
-        return Refusal("an embedding; Marlin's formats are for linear layers", is_asked_for=True)
-    if (refusal := class_refusal(path, layer, DTYPES, embeddings=False)) is not None:
-        return refusal
-    in_features = as_linear(layer).in_features
-    if in_features % group_size:
-        return Refusal(f"in_features {in_features} is not divisible by group_size {group_size}")
-    if layer_filter is not None and not layer_filter(path, layer):
-        return Refusal("refused by layer_filter", is_asked_for=True)
-    return None
+    return done
 
 
 # Loading models that are not quantized
@@ -233,8 +187,7 @@ def load_and_quantize(
         ValueError: bits, group_size or the device is not supported, or the model is already quantized.
     """
     op = "load_and_quantize"
-    check_bits(op, bits)
-    check_group_size(op, group_size)
+    mode_of_bits(op, bits, group_size)  # raises before anything is loaded
     device = usable_device(device, op)
     model = load_dense(model_id_or_path, op, dtype="auto", trust_remote_code=trust_remote_code)
     stats = replace_linear_layers(model, bits, group_size)
@@ -242,13 +195,9 @@ def load_and_quantize(
 
 
 def load_dense(source: str | os.PathLike[str], op: str, **options: Any) -> PreTrainedModel:
-    """A causal language model that is not quantized; `options` are those of Transformers' `from_pretrained`.
-
-    Raises:
-        ValueError: the model is quantized; the message says what loads it.
-    """
+    """A causal language model that is not quantized; `options` are those of Transformers' `from_pretrained`. Raises
+    ValueError if the model is quantized; the message says what loads it."""
     transformers = compat.require("transformers")
-    require("safetensors")
     directory = Path(source)
     if directory.is_dir():
         if is_saved(directory):

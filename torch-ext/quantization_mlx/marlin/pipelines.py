@@ -10,20 +10,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoint.read import has_tokenizer
 from ..hf import compat
-from .functions import check_group_size
-from .layers import check_bits, check_quant_type
+from ..optional import PreTrainedModel, PreTrainedTokenizerBase
+from .layers import mode_of_bits, mode_of_quant_type
 from .models import LayerFilter, load_dense, quantize_model, replace_linear_layers
 from .saved import is_saved, load_quantized, usable_device
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # name -> (type, test, description of valid values)
 _SAMPLING: dict[str, tuple[type, Callable[[Any], bool], str]] = {
@@ -84,8 +81,7 @@ class TransformersMarlinPipeline:
             ValueError: an option or the device is not supported, or the model is of another quantized kind.
         """
         op = f"{cls.__name__}.from_pretrained"
-        check_bits(op, bits)
-        check_group_size(op, group_size)
+        mode_of_bits(op, bits, group_size)  # raises before anything is loaded
 
         def replace(model: PreTrainedModel) -> PreTrainedModel:
             if quantize:
@@ -185,11 +181,8 @@ class TransformersMarlinPipeline:
     def _sampling(
         self, max_tokens: int, temperature: float, top_p: float, top_k: int, options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The arguments of `model.generate`, options among them.
-
-        Raises:
-            ValueError: a value is out of its range, or an option asks for other results than one text for a prompt.
-        """
+        """The arguments of `model.generate`, options among them. Raises ValueError if a value is out of its range, or
+        an option asks for other results than one text for a prompt."""
         for name, wanted in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
             if options.get(name, wanted) != wanted:
                 raise ValueError(
@@ -316,8 +309,7 @@ class MarlinPipeline(TransformersMarlinPipeline):
         """
         _deprecate()
         op = "MarlinPipeline.from_pretrained"
-        check_quant_type(op, quant_type)
-        check_group_size(op, group_size)
+        mode_of_quant_type(op, quant_type, group_size)  # raises before anything is loaded
         skip = {"skip_layers": kwargs.pop("skip_layers")} if "skip_layers" in kwargs else {}
         quantize = functools.partial(quantize_model, quant_type=quant_type, group_size=group_size, **skip)
         pipeline = cls.__new__(cls)  # __init__ would warn again

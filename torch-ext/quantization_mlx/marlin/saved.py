@@ -4,7 +4,7 @@ A saved directory holds `config.json`, `model*.safetensors` with an index, `gene
 one, and `quantization_config.json`:
 
     {"format": "marlin",
-     "layers": {path: {"class": the name of one of the classes below, "mode": …, "group_size": …, "bits": …}},
+     "layers": {path: {"class": the name of one of the classes below, "group_size": …, "bits": …, "mode": …}},
      "tied": {name of a tensor: name that the same tensor is stored under}}
 
 The tensors of a layer are stored as `<path>.weight_packed`, `<path>.scales`, `<path>.zeros` in mode "marlin_int4", and
@@ -12,13 +12,11 @@ The tensors of a layer are stored as `<path>.weight_packed`, `<path>.scales`, `<
 which Transformers refuses the directory unless `patch_transformers()` or `load_quantized` lets it read the layers.
 """
 
-from __future__ import annotations
-
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +24,7 @@ from torch import nn
 from ..checkpoint.read import Checkpoint, reading_once
 from ..checkpoint.record import MARLIN_FILE, MARLIN_METHOD, MARLIN_RECORD, other_method
 from ..checkpoint.validate import check_tensors
-from ..checkpoint.write import distinct_tensors, write_directory
+from ..checkpoint.write import distinct_tensors, first_names, write_directory
 from ..hf import compat
 from ..hf.experts import fuse, unfuse
 from ..hf.patch import STORED_KINDS, StoredKind, patched_transformers
@@ -37,31 +35,20 @@ from ..nn.conv1d import as_linear, conv1d_of, is_conv1d
 from ..nn.module import QuantizedModule
 from ..nn.obstacles import move_hooks
 from ..nn.switch import SwitchLinear
-from ..optional import require
+from ..optional import PreTrainedModel, require
 from ..quantization.replacement import why_not
 from .experts import ColumnPackedSwitchLinear
 from .layers import DTYPES, ColumnPackedModule, MarlinLinear, MetalQuantizedLinear
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 FORMAT = "marlin"  # the record's "format"
 _LOAD = "load_quantized"  # the op that loading errors name
 
-# Class name -> (class, the constructor's arguments beyond sizes, group_size, bias, device and dtype).
-_CLASSES: dict[str, tuple[type[ColumnPackedModule], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
-    "MarlinLinear": (MarlinLinear, lambda entry: {"quant_type": str(entry["mode"]).removeprefix("marlin_")}),
-    "MetalQuantizedLinear": (MetalQuantizedLinear, lambda entry: {"bits": entry["bits"]}),
-    "ColumnPackedSwitchLinear": (ColumnPackedSwitchLinear, lambda entry: {"mode": entry["mode"]}),
-}
+_CLASSES = {each.__name__: each for each in (MarlinLinear, MetalQuantizedLinear, ColumnPackedSwitchLinear)}
 
 
 def usable_device(device: torch.device | str | None, op: str) -> torch.device:
-    """The device of that name; for None the GPU of a Mac, and the CPU where there is none.
-
-    Raises:
-        ValueError: it is not here, or this package has no kernels for it.
-    """
+    """The device of that name; for None the GPU of a Mac, and the CPU where there is none. Raises ValueError if it is
+    not here, or this package has no kernels for it."""
     here = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     found = torch.device(here[0] if device is None else device)
     if found.type not in here:
@@ -72,7 +59,13 @@ def usable_device(device: torch.device | str | None, op: str) -> torch.device:
 # Saving
 
 
-def save_quantized(model: nn.Module, output_dir: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 1024**3) -> None:
+def save_quantized(
+    model: nn.Module,
+    output_dir: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int | str = 5 * 1024**3,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Writes a model with layers of Marlin, for `load_quantized`; the opening comment of this module has the layout.
 
     Everything is written beside its final place first and then renamed, so a save that fails leaves an older directory
@@ -84,28 +77,18 @@ def save_quantized(model: nn.Module, output_dir: str | os.PathLike[str], *, max_
             `transformers.PreTrainedModel` has a config, of which `load_quantized` makes the model again; for others it
             has to be given one.
         output_dir: made if it does not exist.
-        max_shard_bytes: weights beyond this size are split over several files.
+        max_shard_bytes: weights beyond this size are split over several files; a number, or a string such as "5GB".
+        state_dict: the model's tensors, if they are not those that it holds.
 
     Raises:
         ImportError: transformers or safetensors is not installed.
         TypeError: model is no module.
         ValueError: model has no layers of Marlin, or layers of other quantized kinds, or state that is no tensor.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"[save_quantized] model is of type {type(model).__name__}; it must be a torch.nn.Module")
-    write_quantized(model, Path(output_dir), max_shard_bytes)
-
-
-def write_quantized(
-    model: nn.Module,
-    directory: Path,
-    max_shard_size: int | str = 5 * 1024**3,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """`save_quantized`, where a size may be a string such as "5GB", and the model's tensors may be given."""
     op = "save_quantized"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"[{op}] model is of type {type(model).__name__}; it must be a torch.nn.Module")
     transformers = compat.require("transformers")
-    require("safetensors")
     compat.check(op)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = {path: module for path, module in modules.items() if isinstance(module, ColumnPackedModule)}
@@ -113,8 +96,7 @@ def write_quantized(
         raise ValueError(
             f"[{op}] the model has no layers of Marlin; quantize_model and replace_linear_layers make them"
         )
-    known = {layer_class for layer_class, _ in _CLASSES.values()}
-    if strange := [path for path, layer in layers.items() if type(layer) not in known]:
+    if strange := [path for path, layer in layers.items() if type(layer) not in _CLASSES.values()]:
         raise ValueError(f"[{op}] layers are of no known class, which is {' or '.join(_CLASSES)}: {listed(strange)}")
     if mlx := [path for path, module in modules.items() if isinstance(module, QuantizedModule)]:
         raise ValueError(f"[{op}] layers are of MLX's formats, which save_checkpoint writes: {listed(mlx)}")
@@ -126,32 +108,24 @@ def write_quantized(
         config: dict[str, Any] = {"architectures": [type(model).__name__]}
         if isinstance(model, transformers.PreTrainedModel):
             _copy_remote_code(model, staged)
-            config = _marked(config_record(model))
-        entries = {path: entry_of(layer) for path, layer in layers.items()}
-        record = {"format": FORMAT, "layers": entries, "tied": _aliases(model)}
+            config = config_record(model)
+            for part in config.values():  # the class of a part reads that one alone
+                if isinstance(part, dict) and "model_type" in part:
+                    part["quantization_config"] = MARLIN_RECORD
+        entries = {path: _entry_of(layer) for path, layer in layers.items()}
+        tied = {name: first for name, first in first_names(model).items() if first != name}
+        record = {"format": FORMAT, "layers": entries, "tied": tied}
         return {
             "config.json": dict(sorted({**config, "quantization_config": MARLIN_RECORD}.items())),
             MARLIN_FILE: record,
         }
 
-    write_directory(model, directory, distinct_tensors(model, state_dict), records, "pt", max_shard_size)
-
-
-def _marked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of config.json with `MARLIN_RECORD` in its parts, of which the class of a part reads one alone."""
-    return {
-        name: {**value, "quantization_config": MARLIN_RECORD}
-        if isinstance(value, dict) and "model_type" in value
-        else value
-        for name, value in config.items()
-    }
+    write_directory(model, Path(output_dir), distinct_tensors(model, state_dict), records, "pt", max_shard_bytes)
 
 
 def mark_configs(model: nn.Module) -> None:
-    """Lets the configs in `model` say that it has layers of Marlin.
-
-    What Transformers' own `save_pretrained` writes has no record of the layers; with this, loading it raises.
-    """
+    """Lets the configs in `model` say that it has layers of Marlin: what Transformers' own `save_pretrained` writes has
+    no record of them, and with this, loading it raises."""
     for path, module in list(model.named_modules()):
         if isinstance(module, ColumnPackedModule):
             components = path.split(".")
@@ -170,20 +144,9 @@ def _copy_remote_code(model: PreTrainedModel, directory: Path) -> None:
             custom_object_save(each, directory, config=model.config)
 
 
-def entry_of(layer: ColumnPackedModule) -> dict[str, Any]:
+def _entry_of(layer: ColumnPackedModule) -> dict[str, Any]:
     """What the record says of a layer."""
-    format = {"mode": layer.mode, "group_size": layer.group_size, "bits": layer.bits}
-    return {"class": type(layer).__name__, **format}
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """The further names of tensors that have several, and the first ones, under which they are stored."""
-    first: dict[torch.Tensor, str] = {}
-    aliases = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if first.setdefault(tensor, name) != name:
-            aliases[name] = first[tensor]
-    return aliases
+    return {"class": type(layer).__name__, **layer.format}
 
 
 # Loading what was saved
@@ -218,16 +181,14 @@ def load_quantized(
     """
     device = usable_device(device, _LOAD)
     compat.require("transformers")
-    require("safetensors")
     compat.check("patch_transformers")
     with reading_once():
         checkpoint = Checkpoint.at(path, _LOAD)
         record = _read_record(checkpoint)
-        files = checkpoint.files
         if model is None:
             model = _build(checkpoint, trust_remote_code)
         else:
-            _fill(model, record, checkpoint, files)
+            _fill(model, record, checkpoint)
     return model.to(device)
 
 
@@ -252,40 +213,28 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedModel:
     return model
 
 
-def _fill(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint, files: Iterable[Path]) -> None:
+def _fill(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Puts the layers of the record and the stored tensors into `model`, in eval mode; all of them or none.
 
-    Raises:
-        ValueError: the record or the stored tensors are not those of the model, or scales are not finite numbers.
+    Raises ValueError as `_place` does, and if scales are not finite numbers.
     """
     load_file = require("safetensors.torch").load_file
-    ties = record["tied"]
-    unfuse(model, record["layers"])
-    originals: dict[str, nn.Module] = {}
-    try:
-        shells = _shells(model, record, checkpoint)
-        originals = {path: model.get_submodule(path) for path in shells}
-        _put(model, shells)
-        tensors = model.state_dict(keep_vars=True)
-        _check_ties(tensors, ties, checkpoint)
-        check_tensors(model, checkpoint.tensors(), str(checkpoint.directory), ties, _packed_names(shells), _LOAD)
-        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        for name in (f"{path}.{kind}" for path in shells for kind in ("scales", "zeros")):
-            if name in state and not state[name].isfinite().all():
-                raise ValueError(f"[{_LOAD}] {name} has values that are not finite numbers")
-    except Exception:
-        _put(model, originals)
-        fuse(model)
-        raise
-    packed = set(_packed_names(shells))
+    checkpoint.tensors()  # raises for files that are damaged
+    state = {name: tensor for file in checkpoint.files for name, tensor in load_file(file).items()}
+    packed = _packed_names(record)
+    for name in packed:
+        if name in state and not state[name].isfinite().all():
+            raise ValueError(f"[{_LOAD}] {name} has values that are not finite numbers")
+    originals = _place(model, record, checkpoint)
     dtypes = (tensor.dtype for name, tensor in state.items() if tensor.is_floating_point() and name not in packed)
     dtype = next(dtypes, None)
-    for path, layer in shells.items():
-        move_hooks(originals[path], layer)
+    for path, original in originals.items():
+        layer = model.get_submodule(path)
+        move_hooks(original, layer)
         layer.follow_dtype(dtype or layer.weight.dtype, "cpu")  # this buffer is not stored
-    state |= {alias: state[name] for alias, name in ties.items()}
+    state |= {alias: state[name] for alias, name in record["tied"].items()}
     model.load_state_dict(state, assign=True)
-    _share(model, ties)
+    _share(model, record["tied"])
     align_parameters(model)
     fuse(model)
     mark_configs(model)
@@ -299,12 +248,8 @@ def is_saved(directory: Path) -> bool:
 
 
 def _read_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The content of quantization_config.json.
-
-    Raises:
-        FileNotFoundError: the directory or its config.json or the weights are missing.
-        ValueError: it is of another kind, or the record is damaged.
-    """
+    """The content of quantization_config.json. Raises FileNotFoundError if the directory or its config.json or the
+    weights are missing, and ValueError if it is of another kind, or the record is damaged."""
     directory = checkpoint.directory
     if not directory.is_dir():
         raise FileNotFoundError(f"[{_LOAD}] {directory} is no directory")
@@ -380,15 +325,11 @@ def marlin_quantizer_classes() -> tuple[type, type]:
     return MarlinConfig, MarlinQuantizer
 
 
-STORED_KINDS[MARLIN_METHOD] = StoredKind(marlin_quantizer_classes, ColumnPackedModule, write_quantized)
+STORED_KINDS[MARLIN_METHOD] = StoredKind(marlin_quantizer_classes, ColumnPackedModule, save_quantized)
 
 
 def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
-    """Puts layers that wait for their tensors into `model`, which is on the meta device.
-
-    Raises:
-        ValueError: the record or the stored tensors are not those of the model.
-    """
+    """`_place` for a model of Transformers on the meta device."""
     if not files:
         raise ValueError(f"[{_LOAD}] the model is read from files, not from a state_dict")
     directory = files[0].parent
@@ -396,25 +337,41 @@ def _place_layers(model: PreTrainedModel, files: list[Path]) -> None:
     record = _read_record(checkpoint)
     if set(files) != set(checkpoint.files):
         raise ValueError(f"[{_LOAD}] {directory}: the index does not name the weight files that are there")
-    unfuse(model, record["layers"])
-    shells = _shells(model, record, checkpoint)
-    _put(model, shells)
-    for path in shells:
+    for path in _place(model, record, checkpoint):
         holder = model.get_submodule(path.rpartition(".")[0])
         if not holder._parameters and not holder._buffers:
             holder._is_hf_initialized = True  # else Transformers initialises the float weights of its layers
-    _check_ties(model.state_dict(keep_vars=True), record["tied"], checkpoint)
     _share(model, record["tied"])
     model.all_tied_weights_keys = dict(record["tied"])  # Transformers ties again after loading
-    check_tensors(model, checkpoint.tensors(), str(directory), exact=_packed_names(shells), op=_LOAD)
+
+
+def _place(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """Puts layers that wait for their tensors in the place of those of `model`, which it returns, by their paths.
+
+    Raises ValueError if the record or the stored tensors are not those of the model, which then is as it was.
+    """
+    unfuse(model, record["layers"])
+    originals: dict[str, nn.Module] = {}
+    try:
+        shells = _shells(model, record, checkpoint)
+        originals = {path: model.get_submodule(path) for path in shells}
+        _put(model, shells)
+        tensors = model.state_dict(keep_vars=True)
+        for alias, name in record["tied"].items():
+            if alias not in tensors or name not in tensors or tensors[alias].shape != tensors[name].shape:
+                file = checkpoint.directory / MARLIN_FILE
+                raise ValueError(f"[{_LOAD}] {file} ties {alias} to {name}, which the model cannot")
+        source, packed = str(checkpoint.directory), _packed_names(record)
+        check_tensors(model, checkpoint.tensors(), source, record["tied"], packed, _LOAD)
+    except Exception:
+        _put(model, originals)
+        fuse(model)
+        raise
+    return originals
 
 
 def _shells(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, ColumnPackedModule]:
-    """Layers that wait for their tensors, by the paths that the record has them under.
-
-    Raises:
-        ValueError: the record has layers that the model has not, or in formats that are not supported.
-    """
+    """Layers that wait for their tensors, by the paths that the record has them under."""
     file = checkpoint.directory / MARLIN_FILE
     linear = {
         path: as_linear(layer)
@@ -428,7 +385,7 @@ def _shells(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint)
         if (reason := why_not(path, linear[path], DTYPES)) is not None:
             raise ValueError(f"[{_LOAD}] {file} has {path} as a packed layer, which it cannot be: {reason}")
         try:
-            shells[path] = shell(linear[path], entry)
+            shells[path] = _shell(linear[path], entry)
             shells[path].conv1d_class = conv1d_of(linear[path])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"[{_LOAD}] {file}: {path} is {entry!r}, which is not supported") from error
@@ -440,45 +397,18 @@ def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         model.set_submodule(path, layer)
 
 
-def _packed_names(layers: Mapping[str, ColumnPackedModule]) -> list[str]:
-    return [f"{path}.{name}" for path, layer in layers.items() for name in layer.state_dict() if name != "bias"]
+def _packed_names(record: Mapping[str, Any]) -> list[str]:
+    return [f"{path}.{name}" for path in record["layers"] for name in ColumnPackedModule.packed_names]
 
 
-def shell(layer: nn.Module, entry: Mapping[str, Any]) -> ColumnPackedModule:
-    """A layer of the same sizes that waits for its tensors.
-
-    Raises:
-        KeyError, TypeError, ValueError: the entry is not one of a supported format.
-    """
-    layer_class, options = _CLASSES[entry["class"]]
-    dtype = layer.weight.dtype if layer.bias is None else layer.bias.dtype
-    experts = (layer.num_experts,) if isinstance(layer, SwitchLinear) else ()
-    made = layer_class(
-        *experts,
-        layer.in_features,
-        layer.out_features,
-        bias=layer.bias is not None,
-        group_size=entry["group_size"],
-        device="meta",
-        dtype=dtype,
-        **options(entry),
-    )
-    if entry_of(made) != dict(entry):
-        raise ValueError(f"an entry would be {entry_of(made)}")
+def _shell(layer: nn.Module, entry: Mapping[str, Any]) -> ColumnPackedModule:
+    """A layer of the same sizes that waits for its tensors. Raises KeyError, TypeError or ValueError unless the entry
+    is one of a supported format."""
+    packed = _CLASSES[entry["class"]]
+    made = packed.shell(layer, layer.weight.dtype, group_size=entry["group_size"], **packed.options_of(entry["mode"]))
+    if _entry_of(made) != dict(entry):
+        raise ValueError(f"an entry would be {_entry_of(made)}")
     return made
-
-
-def shell_like(layer: nn.Module, twin: ColumnPackedModule) -> ColumnPackedModule:
-    """`shell` in the format of `twin`."""
-    return shell(layer, entry_of(twin))
-
-
-def _check_ties(tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Raises ValueError unless the tensors of a model that the record has as one can be one."""
-    for alias, name in aliases.items():
-        if alias not in tensors or name not in tensors or tensors[alias].shape != tensors[name].shape:
-            file = checkpoint.directory / MARLIN_FILE
-            raise ValueError(f"[{_LOAD}] {file} ties {alias} to {name}, which the model cannot")
 
 
 def _share(model: nn.Module, aliases: Mapping[str, str]) -> None:

@@ -58,12 +58,12 @@ def unfuse_experts(experts: nn.Module) -> None:
         origin = {key: experts._parameters.pop(key) for key in (name, f"{name}_bias") if key in experts._parameters}
         weight, bias = origin[name].detach(), origin[f"{name}_bias"].detach() if f"{name}_bias" in origin else None
         weight = weight.mT if experts.is_transposed else weight
-        parts = {name: (weight, bias)}
+        parts = [(name, weight, bias)]
         if name == "gate_up_proj":
             in_turns = not experts.is_concatenated
             biases = (None, None) if bias is None else halves(bias, in_turns)
-            parts = dict(zip(("gate_proj", "up_proj"), zip(halves(weight, in_turns), biases, strict=True), strict=True))
-        for part, tensors in parts.items():
+            parts = zip(("gate_proj", "up_proj"), halves(weight, in_turns), biases, strict=True)
+        for part, *tensors in parts:
             layer = SwitchLinear(*tensors).train(experts.training)
             layer.requires_grad_(origin[name].requires_grad)
             # A view keeps its fused parameters alive. On the meta device there is nothing to keep.

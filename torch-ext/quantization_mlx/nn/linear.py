@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -77,8 +75,3 @@ class QuantizedLinear(QuantizedModule, PackedLinear):
             ValueError: an option or a state of it, such as a parametrization, cannot be kept.
         """
         return cls.quantized("from_linear", linear, nn.Linear, group_size=group_size, bits=bits, mode=mode)
-
-    @classmethod
-    def shell(cls, layer: nn.Linear, dtype: torch.dtype | None = None, **format: Any) -> QuantizedLinear:
-        sizes = layer.in_features, layer.out_features
-        return cls(*sizes, layer.bias is not None, **format, device="meta", dtype=dtype)

@@ -20,7 +20,6 @@ from .packed_weight import Packed, PackedWeight, packed_weight
 # Called with all arguments: the fastest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
 
-
 _SCALE_DTYPES = {"float16": torch.float16, "e8m0": torch.uint8, "e4m3": torch.uint8}  # "real": that of the model
 
 
@@ -28,10 +27,8 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def new_bias(
-    wanted: bool, *sizes: int, device: torch.device | str | None, dtype: torch.dtype | None
-) -> nn.Parameter | None:
-    return nn.Parameter(torch.zeros(sizes, device=device, dtype=dtype)) if wanted else None
+def new_bias(wanted: bool, *sizes: int, **options: Any) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(sizes, **options)) if wanted else None
 
 
 def own(parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -50,6 +47,8 @@ class PackedModule(nn.Module):
 
     packed_names: tuple[str, str, str]  # parameters of words, scales, and biases or zeros
     packed_transposed = False  # whether `weight` is the transposed matrix of the packed parameters
+    float_dtypes = FLOATS  # of weights that can be packed
+    size_names: tuple[str, ...] = ("in_features", "out_features")  # first arguments of the constructor
 
     group_size: int
     bits: int
@@ -70,9 +69,8 @@ class PackedModule(nn.Module):
 
         scale_dtype = _SCALE_DTYPES.get(mode.scale) or dtype or torch.get_default_dtype()
         words, scales, third = self.packed_names
-        self._parameters[words] = zeros(
-            columns * self.bits // 32, torch.uint32
-        )  # register_parameter refuses a property's name
+        # register_parameter refuses a property's name.
+        self._parameters[words] = zeros(columns * self.bits // 32, torch.uint32)
         for name, is_there in ((scales, True), (third, mode.offset != "none")):
             self.register_parameter(name, zeros(columns // self.group_size, scale_dtype) if is_there else None)
         self.register_buffer("_like", None, persistent=False)
@@ -123,6 +121,39 @@ class PackedModule(nn.Module):
             yield
         finally:
             del self._shows_words
+
+    @classmethod
+    def shell(cls, layer: Any, dtype: torch.dtype | None = None, **format: Any) -> PackedModule:
+        """A layer of the sizes of `layer` on device "meta" that waits for its tensors; `format` are the constructor's
+        arguments that say how weights are packed."""
+        sizes = (getattr(layer, name) for name in cls.size_names)
+        return cls(*sizes, bias=layer.bias is not None, **format, device="meta", dtype=dtype)
+
+    @classmethod
+    def quantized(cls, function: str, layer: nn.Module, base: type[nn.Module] | None, **format: Any) -> PackedModule:
+        """A layer with the quantized weight of `layer`, which shares nothing with it and must have the forward pass of
+        `base`, unless that is None; errors name the method `function`, and `format` is as in `shell`."""
+        op = f"{cls.__name__}.{function}"
+        if base is not None:
+            check_class(op, layer, base)
+        check_state(op, layer, cls.float_dtypes)
+        made = cls.shell(layer, **format)
+        made.pack(layer.weight, op)
+        made.resemble(layer)
+        return made
+
+    def pack(self, weight: Tensor, op: str = "pack") -> None:
+        """Quantizes weight [rows, columns] or [num_experts, rows, columns] into this module's parameters; errors name
+        `op`."""
+        matrices = weight.detach()
+        if matrices.dim() == 2:
+            packed = self.pack_matrix(matrices, op)
+        else:  # one by one: quantizing copies what is not contiguous
+            packed = map(torch.stack, zip(*(self.pack_matrix(matrix, op) for matrix in matrices), strict=True))
+        self.take(packed, weight)
+
+    def pack_matrix(self, matrix: Tensor, op: str) -> tuple[Tensor, ...]:
+        return quantize(matrix, **self.format)
 
     def values(self, dtype: torch.dtype | None = None) -> nn.Parameter:
         """`weight` as a floating-point parameter, of its own dtype or of this one, to which it is rounded once."""
@@ -213,31 +244,3 @@ class QuantizedModule(PackedModule):
     def weight_packed(self) -> nn.Parameter:
         """The words, uint32 [..., rows, columns * bits / 32]."""
         return self._parameters["weight"]
-
-    @classmethod
-    def shell(cls, layer: Any, dtype: torch.dtype | None = None, **format: Any) -> QuantizedModule:
-        """A layer of the sizes of `layer` on device "meta" that waits for its tensors."""
-        raise NotImplementedError
-
-    @classmethod
-    def quantized(cls, function: str, layer: nn.Module, base: type[nn.Module] | None, **format: Any) -> QuantizedModule:
-        """A layer with the quantized weight of `layer`, which shares nothing with it and must have the forward pass of
-        `base`, unless that is None; errors name the method `function`."""
-        name = f"{cls.__name__}.{function}"
-        if base is not None:
-            check_class(name, layer, base)
-        check_state(name, layer)
-        made = cls.shell(layer, **format)
-        made.pack(layer.weight)
-        made.resemble(layer)
-        return made
-
-    def pack(self, weight: torch.Tensor) -> None:
-        """Quantizes weight [rows, columns] or [num_experts, rows, columns] into this module's parameters."""
-        weight = weight.detach()
-        if weight.dim() == 2:
-            packed = quantize(weight, **self.format)
-        else:  # one by one: quantizing copies what is not contiguous
-            experts = [quantize(matrix, **self.format) for matrix in weight]
-            packed = map(torch.stack, zip(*experts, strict=True))
-        self.take(packed, weight)

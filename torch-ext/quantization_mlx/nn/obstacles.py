@@ -1,7 +1,5 @@
 """What of a layer a quantized one does not take over: options and state that its forward pass depends on."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -12,11 +10,7 @@ from ..messages import short_name
 
 def obstacle(layer: nn.Module, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
     """Why a quantized layer, which takes over weight, bias and hooks, would not compute what `layer` does; None if it
-    would. The class of the layer is not looked at.
-
-    Args:
-        dtypes: that the weight may have.
-    """
+    would. The class of the layer is not looked at. `dtypes` are those that the weight may have."""
     if (reason := next((reason for check in _CHECKS if (reason := check(layer)) is not None), None)) is not None:
         return reason
     dtype = layer._parameters["weight"].dtype
@@ -27,7 +21,8 @@ def check_class(op: str, layer: nn.Module, base: type[nn.Module]) -> None:
     """Raises TypeError unless `layer` is of `base` and has its forward; `op` is what the message begins with."""
     name = type(layer).__name__
     if not isinstance(layer, base):
-        raise TypeError(f"[{op}] the layer is of type {name}; it must be a torch.nn.{base.__name__}")
+        wanted = f"torch.nn.{base.__name__}" if hasattr(nn, base.__name__) else base.__name__
+        raise TypeError(f"[{op}] linear is of type {name}; it must be a {wanted}")
     if type(layer).forward is not base.forward:
         raise TypeError(f"[{op}] {name} has a forward of its own and may compute something else than {base.__name__}")
 
@@ -98,14 +93,7 @@ def hooks_that_stay(layer: nn.Module) -> str | None:
     return None
 
 
-_CHECKS: tuple[Callable[[nn.Module], str | None], ...] = (
-    _parametrized,
-    _weight_of_another_kind,
-    _forward_of_its_own,
-    _options,
-    _further_state,
-    hooks_that_stay,
-)
+_CHECKS = (_parametrized, _weight_of_another_kind, _forward_of_its_own, _options, _further_state, hooks_that_stay)
 
 # Hooks
 

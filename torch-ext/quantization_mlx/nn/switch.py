@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -49,9 +48,7 @@ class SwitchLinear(nn.Module):
 class PackedSwitchLinear(PackedModule):
     """What layers with a packed matrix for each expert have in common."""
 
-    num_experts: int
-    in_features: int
-    out_features: int
+    size_names = ("num_experts", "in_features", "out_features")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> SwitchLinear:
         """A floating-point layer with the values of `weight`, of its dtype or this one, and a copy of the bias."""
@@ -69,19 +66,8 @@ class PackedSwitchLinear(PackedModule):
             [*indices.shape, out_features], of x's dtype promoted with that of affine scales.
         """
         words, scales, biases, *format = self.packed()
-        transpose = not self.packed_transposed
-        y = _gather_qmm(
-            x.unsqueeze(-2),
-            words,
-            scales,
-            biases,
-            None,
-            indices,
-            transpose,
-            *format,
-            None,
-            sorted_indices=sorted_indices,
-        ).squeeze(-2)
+        packed = words, scales, biases, None, indices, not self.packed_transposed, *format, None
+        y = _gather_qmm(x.unsqueeze(-2), *packed, sorted_indices=sorted_indices).squeeze(-2)
         return y if self.bias is None else y + self.bias[indices].to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -123,11 +109,6 @@ class QuantizedSwitchLinear(PackedSwitchLinear, QuantizedModule):
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter("bias", new_bias(bias, num_experts, out_features, device=device, dtype=dtype))
-
-    @classmethod
-    def shell(cls, layer: SwitchLinear, dtype: torch.dtype | None = None, **format: Any) -> QuantizedSwitchLinear:
-        sizes = layer.num_experts, layer.in_features, layer.out_features
-        return cls(*sizes, layer.bias is not None, **format, device="meta", dtype=dtype)
 
     @classmethod
     def from_switch_linear(

@@ -10,23 +10,15 @@ from ..formats import Format, complete_format
 from ..nn.conv1d import as_conv1d, as_linear, conv1d_of
 from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import QuantizedLinear
-from ..nn.module import PackedModule, QuantizedModule
+from ..nn.module import PackedModule
 from ..nn.obstacles import copy_hooks, move_hooks
 from ..nn.switch import QuantizedSwitchLinear, SwitchLinear
 from .recipes import mixed_recipe
-from .replacement import (
-    OnLayer,
-    Refusal,
-    class_refusal,
-    float_weights,
-    parameter_count,
-    replace_layers,
-    surgery,
-    warn_of_float_weights,
-)
+from .replacement import OnLayer, Refusal, class_refusal, replace_layers, surgery
 from .report import QuantizationReport
 
 Predicate = Callable[[str, nn.Module], "bool | Format"]
+KINDS = ((SwitchLinear, QuantizedSwitchLinear), (nn.Linear, QuantizedLinear), (nn.Embedding, QuantizedEmbedding))
 
 
 def quantize_model(
@@ -96,11 +88,10 @@ def quantize_model(
                 each(path, weight, quantized)
 
     with surgery(model):
-        done = replace_layers(model, class_refusal, format_of, _quantized, shell_like, collect)
-        left, parameters = float_weights(done.model, done.refusals), parameter_count(done.model)
+        done = replace_layers(model, class_refusal, format_of, KINDS, "quantize_model", collect)
     if report is not None:
-        report.skip(left, parameters)
-    warn_of_float_weights("quantize_model", left, parameters)
+        report.skip(done.left, done.parameters)
+    done.warn("quantize_model")
     return done.model
 
 
@@ -135,9 +126,6 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     return model
 
 
-# Formats
-
-
 def _checked_format(where: str, given: Mapping[str, Any]) -> Format:
     """The format that is given in part; errors begin with `where`."""
     if unknown := [key for key in given if key not in ("group_size", "bits", "mode")]:
@@ -147,30 +135,3 @@ def _checked_format(where: str, given: Mapping[str, Any]) -> Format:
         return complete_format(**given)
     except ValueError as error:
         raise ValueError(f"{where} {error}") from error
-
-
-# Layers
-
-_KINDS: tuple[tuple[type[nn.Module], type[QuantizedModule]], ...] = (
-    (SwitchLinear, QuantizedSwitchLinear),
-    (nn.Linear, QuantizedLinear),
-    (nn.Embedding, QuantizedEmbedding),
-)
-
-
-def _kind_of(layer: nn.Module) -> type[QuantizedModule]:
-    return next(quantized for kind, quantized in _KINDS if isinstance(layer, kind))
-
-
-def shell_of(layer: nn.Module, format: Format, dtype: torch.dtype | None) -> QuantizedModule:
-    """A quantized layer of the same sizes that waits for its tensors."""
-    return _kind_of(layer).shell(layer, dtype, **format)
-
-
-def shell_like(layer: nn.Module, twin: QuantizedModule) -> QuantizedModule:
-    """`shell_of` in the format of `twin`."""
-    return shell_of(layer, twin.format, layer.weight.dtype)
-
-
-def _quantized(layer: nn.Module, format: Format) -> QuantizedModule:
-    return _kind_of(layer).quantized("quantize_model", layer, None, **format)

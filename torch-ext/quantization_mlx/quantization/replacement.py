@@ -25,6 +25,7 @@ from ..nn.switch import SwitchLinear
 from ..optional import progress
 
 OnLayer = Callable[[str, torch.Tensor, Any], None]
+Kinds = tuple[tuple[type[nn.Module], type[PackedModule]], ...]
 
 _NOTICEABLE = 0.01  # warn if this share of the parameters stays in floating point
 
@@ -70,20 +71,34 @@ class FloatWeight:
 
 @dataclass(frozen=True)
 class Replacement:
-    """The model, or what took its place; the paths of the layers that were replaced; and of those that were not, by
-    their paths, the reasons."""
+    """What `replace_layers` did.
+
+    model: the model, or what took its place. replaced: the paths of the layers that were replaced.
+    refusals: by the paths of those that were not, the reasons. left: what remains in floating point.
+    parameters: how many the model has; those of packed layers as many as they stand for.
+    """
 
     model: nn.Module
     replaced: list[str]
     refusals: Mapping[str, Refusal]
+    left: list[FloatWeight]
+    parameters: int
+
+    def warn(self, op: str) -> None:
+        """Warns once, the caller of `op`, if a noticeable share of the parameters remains in floating point without
+        having been asked for."""
+        unasked = sorted((each for each in self.left if not each.is_asked_for), key=lambda each: -each.parameters)
+        if (part := share(unasked, self.parameters)) >= _NOTICEABLE:
+            names = listed([f"{each.path or 'the layer'}: {each.reason}" for each in unasked])
+            warnings.warn(f"[{op}] {part:.1%} of the parameters stay in floating point: {names}", stacklevel=3)
 
 
 def replace_layers(
     model: nn.Module,
     refuse: Callable[[str, nn.Module], Refusal | None],
     choose: Callable[[str, Any], Any],
-    convert: Callable[[Any, Any], PackedModule],
-    shell: Callable[[Any, PackedModule], PackedModule],
+    kinds: Kinds,
+    op: str | None = None,
     on_layer: OnLayer | None = None,
 ) -> Replacement:
     """Puts packed layers in the place of layers of `model`, one weight after the other, within `surgery(model)`.
@@ -96,24 +111,29 @@ def replace_layers(
         model: changed in place; a layer by itself is not changed, what takes its place is returned.
         refuse: called with each module that has a parameter in common with a `weight`, and its path, or that of the
             parameter where it is not called `weight`; returns why it cannot be replaced, None if it can.
-        choose: called with the first of those that share a weight; returns what `convert` is to make of them, or a
-            Refusal.
-        convert: called with the first of them and that choice; returns what takes its place.
-        shell: called with each further one and what took the place of the first; returns a layer of its sizes in the
-            same format, without tensors.
+        choose: called with the first of those that share a weight; returns the options by which the constructors of
+            `kinds` pack it, or a Refusal.
+        kinds: the classes of layers, and of what takes their places.
+        op: what errors name; None makes layers that wait for their tensors.
         on_layer: called with the path, the weight [..., rows, columns] and what takes its layer's place, while both
             exist.
     """
     plan, refusals = _plan(model, refuse, choose)
     replaced: list[str] = []
-    for paths, choice in progress(plan, "Quantizing"):
+    for paths, options in progress(plan, "Quantizing"):
         layers = [model.get_submodule(path) for path in paths]  # sharing one weight; may be the same layer twice
         made: dict[int, PackedModule] = {}
         for path, layer in zip(paths, layers, strict=True):
             if id(layer) not in made:
                 linear = as_linear(layer)
+                kind = next(packed for kind, packed in kinds if isinstance(linear, kind))
                 twin = next(iter(made.values()), None)
-                made[id(layer)] = convert(linear, choice) if twin is None else _tied(shell(linear, twin), linear, twin)
+                if twin is None and op is not None:
+                    made[id(layer)] = kind.quantized(op, linear, None, **options)
+                else:
+                    made[id(layer)] = kind.shell(linear, linear.weight.dtype, **options)
+                if twin is not None:
+                    _tie(made[id(layer)], linear, twin)
                 made[id(layer)].conv1d_class = conv1d_of(linear)
                 if path:  # a lone layer is not changed
                     _hand_over(layer, made[id(layer)])
@@ -121,27 +141,27 @@ def replace_layers(
                     on_layer(path, linear.weight.detach(), made[id(layer)])
                 del linear
             replaced.append(path)
-            if not path:
-                return Replacement(made[id(layer)], replaced, refusals)
-            model.set_submodule(path, made[id(layer)])
-    return Replacement(model, replaced, refusals)
+            if path:
+                model.set_submodule(path, made[id(layer)])
+            else:
+                model = made[id(layer)]
+    return Replacement(model, replaced, refusals, _float_weights(model, refusals), _parameter_count(model))
 
 
-def _tied(made: PackedModule, layer: nn.Module, twin: PackedModule) -> PackedModule:
-    """`made`, without tensors, on the packed ones of `twin`, which had the same floating-point weight as `layer`."""
+def _tie(made: PackedModule, layer: nn.Module, twin: PackedModule) -> None:
+    """Gives `made` the packed tensors of `twin`, which had the same floating-point weight as `layer`."""
     made.share(twin)
     if getattr(layer, "bias", None) is not None:
         made.bias = layer.bias
-    return made.train(layer.training)
+    made.train(layer.training)
 
 
 def _hand_over(layer: nn.Module, made: nn.Module) -> None:
     """What one layer has and its replacement takes: the hooks, and the bias that an optimizer may know."""
     move_hooks(layer, made)
-    if layer._parameters.get("bias") is not None and not isinstance(
-        layer, SwitchLinear
-    ):  # a SwitchLinear's bias is a view
-        made.bias = layer.bias
+    bias = layer._parameters.get("bias")
+    if bias is not None and not isinstance(layer, SwitchLinear):  # whose bias is a view
+        made.bias = bias
 
 
 def _plan(
@@ -172,11 +192,8 @@ def _plan(
 
 
 def _refusals(held: Mapping[str, nn.Module], reasons: Mapping[str, Refusal | None]) -> dict[str, Refusal]:
-    """The reasons for all modules that hold one weight if one of them cannot be replaced, else none.
-
-    Args:
-        reasons: by the path of a module, why it is left alone, None if it need not be.
-    """
+    """The reasons for all modules that hold one weight if one of them cannot be replaced, else none. `reasons` has by
+    the path of each why it is left alone, None if it need not be."""
     refused = [path for path, reason in reasons.items() if reason is not None]
     first, *_ = refused or held
     if refused:
@@ -190,12 +207,8 @@ def _refusals(held: Mapping[str, nn.Module], reasons: Mapping[str, Refusal | Non
 def class_refusal(
     path: str, layer: nn.Module, dtypes: tuple[torch.dtype, ...] = FLOATS, embeddings: bool = True
 ) -> Refusal | None:
-    """Why a module that holds a weight is left alone whatever its format would be; None if it need not be.
-
-    Args:
-        dtypes: that its weight may have.
-        embeddings: whether these are replaced, too.
-    """
+    """Why a module that holds a weight is left alone whatever its format would be; None if it need not be. `dtypes` are
+    those that its weight may have, and `embeddings` tells whether these are replaced, too."""
     if type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer) or (embeddings and row_scale(layer) is not None):
         reason = why_not(path, layer, dtypes)
     else:
@@ -218,8 +231,7 @@ def _joined(path: str, name: str) -> str:
 # What remains
 
 
-def parameter_count(model: nn.Module) -> int:
-    """How many parameters `model` has; those of packed layers as many as they stand for."""
+def _parameter_count(model: nn.Module) -> int:
     counts: dict[int, int] = {}
     for module in model.modules():
         packed = module.packed_names if isinstance(module, PackedModule) else ()
@@ -230,12 +242,9 @@ def parameter_count(model: nn.Module) -> int:
     return sum(counts.values())
 
 
-def float_weights(model: nn.Module, refusals: Mapping[str, Refusal]) -> list[FloatWeight]:
-    """The matrices of `model` that remain in floating point, norms and biases left out.
-
-    Args:
-        refusals: by the paths of layers, why they were left alone; others get a reason by their class.
-    """
+def _float_weights(model: nn.Module, refusals: Mapping[str, Refusal]) -> list[FloatWeight]:
+    """The matrices of `model` that remain in floating point, norms and biases left out; those without a refusal get a
+    reason by their class."""
     found: dict[str, FloatWeight] = {}
     seen: set[int] = set()
     for path, name, module, parameter in _matrices(model, refusals):
@@ -269,11 +278,8 @@ def _matrices(model: nn.Module, refusals: Mapping[str, Refusal]) -> Iterator[tup
 
 
 def reason_of_class(path: str, module: nn.Module) -> str:
-    """Why a parameter is not quantized, as far as the class of its module tells.
-
-    Args:
-        path: of the parameter, or of the module whose `weight` it is.
-    """
+    """Why a parameter is not quantized, as far as the class of its module tells. `path` is that of the parameter, or of
+    the module whose `weight` it is."""
     kind = type(module).__name__
     if path.rpartition(".")[2] in module._parameters:
         return f"a parameter of {kind}"
@@ -285,11 +291,3 @@ def reason_of_class(path: str, module: nn.Module) -> str:
 def share(weights: Iterable[FloatWeight], parameters: int) -> float:
     """The part of all the `parameters` of a model that these are."""
     return sum(weight.parameters for weight in weights) / max(parameters, 1)
-
-
-def warn_of_float_weights(op: str, weights: Iterable[FloatWeight], parameters: int, stacklevel: int = 3) -> None:
-    """Warns once if a noticeable share of the parameters remains in floating point without having been asked for."""
-    unasked = sorted((each for each in weights if not each.is_asked_for), key=lambda each: -each.parameters)
-    if (part := share(unasked, parameters)) >= _NOTICEABLE:
-        names = listed([f"{each.path or 'the layer'}: {each.reason}" for each in unasked])
-        warnings.warn(f"[{op}] {part:.1%} of the parameters stay in floating point: {names}", stacklevel=stacklevel)

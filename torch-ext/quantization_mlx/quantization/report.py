@@ -5,16 +5,19 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..formats import format_name
-from ..ops import dequantize
+from ..messages import aligned
+from ..nn.module import QuantizedModule
+from ..nn.packed_weight import Packed
 from ..optional import require
 from .replacement import FloatWeight, share
 
 _CHUNK = 1 << 22  # weights that are dequantized at once
+_MARKERS = "osD^vP*X"  # in the picture, one for each format
+_SIZE = (9.0, 4.8)  # of the picture, in inches
 
 
 @dataclass(frozen=True)
@@ -72,22 +75,14 @@ class QuantizationReport:
         self.skipped: list[FloatWeight] = []
         self.parameters = 0
 
-    def add(self, path: str, weight: torch.Tensor, quantized: Any) -> None:
+    def add(self, path: str, weight: torch.Tensor, quantized: QuantizedModule) -> None:
         """Notes a layer: weight [..., rows, columns] before, and the module that holds it packed in the same order."""
-        error, norm = _error_and_norm(weight, quantized)
-        stored = [quantized.weight_packed, quantized.scales, quantized.biases]
-        self.layers.append(
-            LayerError(
-                path=path,
-                shape=tuple(weight.shape),
-                group_size=quantized.group_size,
-                bits=quantized.bits,
-                mode=quantized.mode,
-                stored_bytes=sum(tensor.nbytes for tensor in stored if tensor is not None),
-                relative_error=error / norm if norm else error,
-                weight_norm=norm,
-            )
-        )
+        packed = quantized.packed()
+        error, norm = _error_and_norm(weight, packed)
+        stored_bytes = sum(tensor.nbytes for tensor in packed[:3] if tensor is not None)
+        relative_error = error / norm if norm else error
+        shape = tuple(weight.shape)
+        self.layers.append(LayerError(path, shape, *packed[3:], stored_bytes, relative_error, norm))
 
     def skip(self, weights: Iterable[FloatWeight], parameters: int) -> None:
         """Notes the matrices that remain in floating point in a model of so many parameters."""
@@ -115,39 +110,25 @@ class QuantizationReport:
     @property
     def relative_error(self) -> float:
         """As if all layers were one."""
-        errors, norms = (
-            math.hypot(*values)
-            for values in (
-                [layer.relative_error * (layer.weight_norm or 1) for layer in self.layers],
-                [layer.weight_norm for layer in self.layers],
-            )
-        )
-        return errors / norms if norms else errors
+        error = math.hypot(*(layer.relative_error * (layer.weight_norm or 1) for layer in self.layers))
+        norm = math.hypot(*(layer.weight_norm for layer in self.layers))
+        return error / norm if norm else error
 
     def table(self) -> str:
         """All layers and their total, and what remains in floating point, as a table in Markdown."""
         rows = [("layer", "shape", "format", "bits per weight", "relative error")]
-        rows += [
-            (
-                layer.path,
-                _times(layer.shape),
-                layer.format,
-                f"{layer.bits_per_weight:.2f}",
-                f"{layer.relative_error:.2%}",
-            )
-            for layer in self.layers
-        ]
-        rows.append(("all", _count(self.weights), "", f"{self.bits_per_weight:.2f}", f"{self.relative_error:.2%}"))
+        for name, size, format, of in (
+            *((layer.path, _times(layer.shape), layer.format, layer) for layer in self.layers),
+            ("all", _count(self.weights), "", self),
+        ):
+            rows.append((name, size, format, f"{of.bits_per_weight:.2f}", f"{of.relative_error:.2%}"))
         rows += [(each.path, _times(each.shape), each.reason, "", "") for each in self.skipped]
         if self.skipped:
             count = _count(sum(each.parameters for each in self.skipped))
             rows.append(("left in floating point", count, f"{self.skipped_share:.1%} of the parameters", "", ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        ruler = tuple("-" * width for width in widths)
-        return "\n".join(
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-            for row in (rows[0], ruler, *rows[1:])
-        )
+        head, *body = aligned(rows)
+        ruler = ["-" * len(cell) for cell in head]
+        return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *body))
 
     def plot(self, file: str | os.PathLike[str]) -> None:
         """Draws the error of each layer into an image file of the format that its name ends with.
@@ -156,7 +137,37 @@ class QuantizationReport:
             ImportError: matplotlib is not installed.
             ValueError: there are no layers, or the name ends with no image format.
         """
-        _draw(self, file)
+        if not self.layers:
+            raise ValueError("[QuantizationReport] there are no layers to draw")
+        figure = require("matplotlib.figure", "plot").Figure(figsize=_SIZE, dpi=120, layout="constrained")
+        require("matplotlib.backends.backend_agg", "plot").FigureCanvasAgg(figure)
+        line = require("matplotlib.lines", "plot").Line2D
+        axes = figure.subplots()
+        formats = dict.fromkeys(layer.format for layer in self.layers)
+        markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(formats)}
+        series: dict[str, list[tuple[float, LayerError]]] = {}
+        for layer in self.layers:
+            number = re.search(r"\.(\d+)\.", layer.path)
+            name = layer.path.rpartition(".")[2]
+            series.setdefault(name, []).append((float(number[1]) if number else -1.0, layer))
+        for color, (name, points) in enumerate(series.items()):
+            xs, layers = zip(*points, strict=True)
+            ys = [100 * layer.relative_error for layer in layers]
+            axes.plot(xs, ys, color=f"C{color % 10}", linewidth=1, alpha=0.6, label=name)
+            for x, y, layer in zip(xs, ys, layers, strict=True):
+                axes.plot(x, y, markers[layer.format], color=f"C{color % 10}", markersize=5)
+        handles = [
+            *(line([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(series)),
+            *(line([], [], color="black", marker=mark, linestyle="", label=name) for name, mark in markers.items()),
+        ]
+        axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
+        axes.set_xlabel("decoder layer (-1: outside of them)")
+        axes.set_ylabel("relative error of the weights, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.set_title(f"{self.bits_per_weight:.2f} bits per weight, error {self.relative_error:.2%} over all layers")
+        figure.savefig(file)
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -167,62 +178,15 @@ def _count(number: int, of: str = "weights") -> str:
     return f"{number:,} {of}".replace(",", " ")
 
 
-def _error_and_norm(weight: torch.Tensor, quantized: Any) -> tuple[float, float]:
+def _error_and_norm(weight: torch.Tensor, packed: Packed) -> tuple[float, float]:
     """||dequantized - weight|| and ||weight||."""
-    original = weight.detach().flatten(0, -2)
-    packed = [
-        None if tensor is None else tensor.detach().flatten(0, -2)
-        for tensor in (quantized.weight_packed, quantized.scales, quantized.biases)
-    ]
+    original, *tensors = (None if each is None else each.detach().flatten(0, -2) for each in (weight, *packed[:3]))
     rows = max(1, _CHUNK // original.shape[-1])
     errors, norms = [0.0], [0.0]
     for start in range(0, original.shape[0], rows):
         part = original[start : start + rows].float()
-        held = [None if tensor is None else tensor[start : start + rows] for tensor in packed]
-        restored = dequantize(*held, quantized.group_size, quantized.bits, quantized.mode, dtype=torch.float32)
+        held = (None if each is None else each[start : start + rows] for each in tensors)
+        restored = Packed(*held, *packed[3:]).dequantize(torch.float32)
         errors.append(torch.linalg.vector_norm(restored - part).item())
         norms.append(torch.linalg.vector_norm(part).item())
     return math.hypot(*errors), math.hypot(*norms)
-
-
-# Drawing
-
-_MARKERS = "osD^vP*X"  # one for each format
-_SIZE = (9.0, 4.8)  # inches
-
-
-def _draw(report: QuantizationReport, file: str | os.PathLike[str]) -> None:
-    if not report.layers:
-        raise ValueError("[QuantizationReport] there are no layers to draw")
-    figure = require("matplotlib.figure", "plot").Figure(figsize=_SIZE, dpi=120, layout="constrained")
-    require("matplotlib.backends.backend_agg", "plot").FigureCanvasAgg(figure)
-    line = require("matplotlib.lines", "plot").Line2D
-    axes = figure.subplots()
-    markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(dict.fromkeys(_formats(report)))}
-    series: dict[str, list[tuple[float, LayerError]]] = {}
-    for layer in report.layers:
-        number = re.search(r"\.(\d+)\.", layer.path)
-        name = layer.path.rpartition(".")[2]
-        series.setdefault(name, []).append((float(number[1]) if number else -1.0, layer))
-    for color, (name, points) in enumerate(series.items()):
-        xs, layers = zip(*points, strict=True)
-        ys = [100 * layer.relative_error for layer in layers]
-        axes.plot(xs, ys, color=f"C{color % 10}", linewidth=1, alpha=0.6, label=name)
-        for x, y, layer in zip(xs, ys, layers, strict=True):
-            axes.plot(x, y, markers[layer.format], color=f"C{color % 10}", markersize=5)
-    handles = [
-        *(line([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(series)),
-        *(line([], [], color="black", marker=mark, linestyle="", label=name) for name, mark in markers.items()),
-    ]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
-    axes.set_xlabel("decoder layer (-1: outside of them)")
-    axes.set_ylabel("relative error of the weights, %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.set_title(f"{report.bits_per_weight:.2f} bits per weight, error {report.relative_error:.2%} over all layers")
-    figure.savefig(file)
-
-
-def _formats(report: QuantizationReport) -> Iterable[str]:
-    return (layer.format for layer in report.layers)

@@ -1,7 +1,0 @@
-"""dots.llm1."""
-
-from .family import Family
-
-
-class Dots1(Family):
-    experts = "mlp.experts"

@@ -1,7 +1,0 @@
-"""Mistral: its decoder layer is norm, attention, sum, norm, gated MLP, sum."""
-
-from .family import Family
-
-
-class Mistral(Family):
-    decoder = "Mistral"
