@@ -59,9 +59,12 @@ mac-wheel: $(if $(on_mac),$(VENV)/.base) ## the same on a Mac, for macOS 14 and 
 	MACOSX_DEPLOYMENT_TARGET=14.0 $(pip) wheel $(wheel_options) --config-settings=build-dir=build/mac-wheel \
 		--config-settings=cmake.define.QUANTIZATION_MLX_METALLIB=$(METALLIB) .
 
-nix: ## builds the Hub's variants for this system through kernel-builder; needs nix, and on a Mac Xcode 26
+nix: ## builds the Hub's variants for this system into build/hub; needs nix, and on a Mac Xcode 26
 	@command -v nix >/dev/null || { echo "make nix needs nix, which is not installed" >&2; exit 1; }
-	nix build --extra-experimental-features 'nix-command flakes' --print-build-logs .#ci
+	nix build --extra-experimental-features 'nix-command flakes' --print-build-logs --out-link build/nix .#ci
+	rm -rf build/hub
+	cp -RL build/nix build/hub
+	chmod -R u+w build/hub
 
 gpu-lane: $(VENV)/.with-gpu-lane build ## compiles the shaders for NVIDIA GPUs; docs/gpu-lane.md says what for
 	$(bin)/python tests/gpu_lane/build.py
