@@ -14,11 +14,15 @@ OLDEST ?= transformers==5.23.* peft==0.20.* accelerate==1.14.*
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip
+on_mac := $(filter Darwin,$(shell uname))
+wheel_options := --no-build-isolation --no-deps --wheel-dir dist
+# Whether the macOS wheel carries compiled shaders: where there is a compiler that knows the language, which Xcode 26 has.
+METALLIB ?= $(shell xcrun -sdk macosx metal -std=metal4.0 -x metal -E /dev/null >/dev/null 2>&1 && echo ON || echo OFF)
 # Processes that run tests.
 WORKERS ?= 2
 export PROMPT
 
-.PHONY: help setup build demo test test-all sanitize mac-check gpu-lane bench lint format clean
+.PHONY: help setup build demo test test-all sanitize mac-check mac-report wheel mac-wheel nix gpu-lane bench lint format clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +48,24 @@ sanitize: $(VENV)/.with-test ## runs the CPU kernels and all ops under sanitizer
 mac-check: $(VENV)/.with-mac-check ## compiles and links the macOS build, and checks its Objective-C++, without a Mac
 	$(bin)/python tests/host/mac_check.py
 
+mac-report: $(if $(on_mac),$(VENV)/.with-mac-report build) ## writes a file about the ops on this Mac's GPU, for an issue; docs/metal.md
+	@$(if $(on_mac),$(bin)/python,$(PYTHON)) tests/host/mac_report.py
+
+wheel: $(VENV)/.base ## builds a wheel for this machine into dist/
+	$(pip) wheel $(wheel_options) --config-settings=build-dir=build/wheel .
+
+mac-wheel: $(if $(on_mac),$(VENV)/.base) ## the same on a Mac, for macOS 14 and later, with compiled shaders where Xcode is
+	$(if $(on_mac),,$(error mac-wheel needs a Mac with the Command Line Tools, or Xcode to compile the shaders beforehand))
+	MACOSX_DEPLOYMENT_TARGET=14.0 $(pip) wheel $(wheel_options) --config-settings=build-dir=build/mac-wheel \
+		--config-settings=cmake.define.QUANTIZATION_MLX_METALLIB=$(METALLIB) .
+
+nix: ## builds the Hub's variants for this system into build/hub; needs nix, and on a Mac Xcode 26
+	@command -v nix >/dev/null || { echo "make nix needs nix, which is not installed" >&2; exit 1; }
+	nix build --extra-experimental-features 'nix-command flakes' --print-build-logs --out-link build/nix .#ci
+	rm -rf build/hub
+	cp -RL build/nix build/hub
+	chmod -R u+w build/hub
+
 gpu-lane: $(VENV)/.with-gpu-lane build ## compiles the shaders for NVIDIA GPUs; docs/gpu-lane.md says what for
 	$(bin)/python tests/gpu_lane/build.py
 
@@ -65,6 +87,8 @@ clean: ## removes .venv and what was built
 
 $(VENV)/.base: .ci/debian-packages.txt
 	.ci/system-packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or later is needed, and $(PYTHON) is older: make PYTHON=python3.12 ..." >&2; exit 1; }
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	$(pip) install $(TORCH)
 	$(pip) install "scikit-build-core>=0.11" "cmake>=3.26" ninja

@@ -224,9 +224,8 @@ def write_precompilation() -> Path:
 # --- The checks ------------------------------------------------------------------------------------------------------
 
 
-def build(version: str, source: Path = ROOT, folder: Path | None = None) -> Path:
-    """Compiles and links the extension for one release of torch. Returns the build folder."""
-    folder = folder or CACHE / f"build-{version}"
+def configure(version: str, source: Path, folder: Path, *options: str) -> None:
+    """Generates the build of the extension for one release of torch."""
     generate = ["cmake", "-S", source, "-B", folder, "-G", "Ninja", "--toolchain", write_toolchain()]
     generate += [
         "-DCMAKE_BUILD_TYPE=Check",
@@ -234,10 +233,19 @@ def build(version: str, source: Path = ROOT, folder: Path | None = None) -> Path
         f"-DCMAKE_PROJECT_INCLUDE={write_precompilation()}",
         f"-DPython_EXECUTABLE={sys.executable}",
     ]
-    # The programs that pip installed beside this Python come first.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    run(generate, PATH=path, PYTHONPATH=str(torch_release(version)))
-    run(["cmake", "--build", folder, "--parallel", JOBS], PATH=path)
+    run([*generate, *options], PATH=program_path(), PYTHONPATH=str(torch_release(version)))
+
+
+def program_path() -> str:
+    """The programs that pip installed beside this Python come first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def build(version: str, source: Path = ROOT, folder: Path | None = None) -> Path:
+    """Compiles and links the extension for one release of torch. Returns the build folder."""
+    folder = folder or CACHE / f"build-{version}"
+    configure(version, source, folder)
+    run(["cmake", "--build", folder, "--parallel", JOBS], PATH=program_path())
     return folder
 
 

@@ -48,6 +48,62 @@ def test_the_form_for_kernel_builder_compiles(objective_cxx, tmp_path):
     objective_cxx["library.mm"].compile(flags=flags)
 
 
+# --- Shaders compiled beforehand -------------------------------------------------------------------------------------
+
+# Writes down how it was called, and into what it is to make, what that was made of.
+COMPILER = """#!/bin/sh
+echo "$*" >> {folder}/calls
+output=
+for argument; do
+  [ "$previous" = -o ] && output=$argument
+  previous=$argument
+done
+[ -z "$output" ] || echo "$*" > "$output"
+exit {status}
+"""
+
+
+def with_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> Path:
+    """A program xcrun in place of the one of macOS; where it writes down its calls."""
+    (folder / "xcrun").write_text(COMPILER.format(folder=folder, status=status))
+    (folder / "xcrun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return folder / "calls"
+
+
+def test_metallib_is_compiled_and_installed(tmp_path, monkeypatch):
+    calls = with_compiler(tmp_path, monkeypatch)
+    folder = tmp_path / "build"
+    mac_check.configure(mac_check.TORCH_RELEASES[-1], mac_check.ROOT, folder, "-DQUANTIZATION_MLX_METALLIB=ON")
+    calls.write_text("")
+    mac_check.run(["cmake", "--build", folder, "--target", "metallib"], PATH=mac_check.program_path())
+    *compiled, linked = calls.read_text().splitlines()
+    options = "-sdk macosx metal -std=metal4.0 -mmacosx-version-min=26.2"
+    shaders = sorted((mac_check.ROOT / "metal").rglob("*.metal"))
+    objects = [folder / f"{shader.stem}.air" for shader in shaders]
+    expected = [
+        f"{options} -O2 -fno-fast-math -c {source} -o {made}" for source, made in zip(shaders, objects, strict=True)
+    ]
+    assert sorted(compiled) == expected
+    assert linked.startswith(options)
+    assert set(linked.removeprefix(options).split()) == {
+        *map(str, objects),
+        "-o",
+        str(folder / "quantization_mlx.metallib"),
+    }
+    command = ["cmake", "--install", folder, "--component", "metallib", "--prefix", tmp_path / "prefix"]
+    mac_check.run(command, PATH=mac_check.program_path())
+    installed = [path for path in (tmp_path / "prefix").rglob("*") if path.is_file()]
+    assert installed == [tmp_path / "prefix" / "quantization_mlx" / "quantization_mlx.metallib"]
+
+
+def test_metallib_needs_a_compiler(tmp_path, monkeypatch):
+    with_compiler(tmp_path, monkeypatch, status=72)
+    release = mac_check.TORCH_RELEASES[-1]
+    with pytest.raises(CheckFailed, match=r"xcodebuild\s+-downloadComponent\s+MetalToolchain"):
+        mac_check.configure(release, mac_check.ROOT, tmp_path / "build", "-DQUANTIZATION_MLX_METALLIB=ON")
+
+
 # --- Seeded mistakes -------------------------------------------------------------------------------------------------
 
 
