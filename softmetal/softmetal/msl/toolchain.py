@@ -148,6 +148,7 @@ def _compile(text: str, header: Path, output: Path, checked: bool = False, actio
 def precompile(text: str, standard: str) -> Path:
     """The shim, and behind it a program's text, as the header of its kernels. Raises CompileError."""
     shim = _shim(standard)
+    _frontends()  # which is made before the lock below is taken
     if not text:
         return shim
     # One header names the other by its path.
