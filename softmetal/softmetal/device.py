@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -162,23 +163,45 @@ def compile(
     it for all), when their code is generated. Everything compiled is cached (cache.py).
     Raises CompileError, with file and line; ValueError for an unknown standard.
     """
-    preprocessed = _preprocess(source, include_dirs, defines, standard)
+    text, includes = _read(source, include_dirs, standard)
     try:
-        program = _rewritten(preprocessed)
+        program = _program(text, includes, defines or {}, standard)
     except msl.RewriteError as error:
         raise CompileError(str(error)) from None
-    library = Library(program, standard, dict(function_constants or {}))
-    library.check([name for name in library.kernels if "<" not in program.kernels[name].instance])
-    return library
+    return Library(program, standard, dict(function_constants or {}))
 
 
-def _rewritten(preprocessed: str) -> msl.Program:
-    key = digest(preprocessed, _rewriter_source())
+def _program(text: str, includes: Sequence[Path], defines: Mapping[str, object], standard: str) -> msl.Program:
+    """The rewritten source. Many sources may differ only in the instance at their end: the rest is rewritten once."""
+    head, instances = msl.split_instances(text)
+    # What no header can define, the preprocessor need not see.
+    if instances and not includes and not _words(instances) & _macros(head, defines):
+        with suppress(CompileError, msl.RewriteError):
+            return msl.add_instances(_rewritten(head, (), defines, standard), instances, str(toolchain.SHIM))
+    return _rewritten(text, includes, defines, standard)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", text))
+
+
+def _macros(text: str, defines: Mapping[str, object]) -> set[str]:
+    own = (toolchain.SHIM / "softmetal" / "macros.h").read_text()
+    return {*re.findall(r"#\s*define\s+(\w+)", own + text), *defines}
+
+
+def _rewritten(text: str, includes: Sequence[Path], defines: Mapping[str, object], standard: str) -> msl.Program:
+    def preprocess() -> str:
+        return toolchain.preprocess(text, standard, includes, defines)
+
+    # Without headers, the text says everything.
+    parts = [preprocess()] if includes else [text, standard, repr(sorted(defines.items())), toolchain.identity()]
 
     def build(path: Path) -> None:
+        preprocessed = parts[0] if includes else preprocess()
         path.write_bytes(pickle.dumps(msl.rewrite(preprocessed, str(toolchain.SHIM))))
 
-    return pickle.loads(cached(f"program-{key}", build).read_bytes())
+    return pickle.loads(cached(f"program-{digest(_rewriter_source(), *parts)}", build).read_bytes())
 
 
 @cache
@@ -198,20 +221,19 @@ def lint(
 
     advice: also what it takes, and shaders had better not have (msl/lint.py).
     """
-    preprocessed = _preprocess(source, include_dirs, defines, standard)
+    text, includes = _read(source, include_dirs, standard)
+    preprocessed = toolchain.preprocess(text, standard, includes, defines or {})
     return find_faults(preprocessed, str(toolchain.SHIM), toolchain.VERSIONS[standard], advice)
 
 
-def _preprocess(
-    source: str | Path, include_dirs: Sequence[str | Path], defines: Mapping[str, object] | None, standard: str
-) -> str:
+def _read(source: str | Path, include_dirs: Sequence[str | Path], standard: str) -> tuple[str, list[Path]]:
+    """The text of a source, and where its headers are."""
     if standard not in toolchain.VERSIONS:
         raise ValueError(f"standard is one of {', '.join(toolchain.VERSIONS)}, not {standard!r}")
     is_path = isinstance(source, Path) or ("\n" not in source and source.endswith((".metal", ".h")))
     path = Path(source).resolve() if is_path else None
     text = f'# 1 "{path}"\n' + path.read_text() if path else '# 1 "<source>"\n' + str(source)
-    includes = [Path(d).resolve() for d in ([path.parent] if path else []) + list(include_dirs)]
-    return toolchain.preprocess(text, standard, includes, defines or {})
+    return text, [Path(d).resolve() for d in ([path.parent] if path else []) + list(include_dirs)]
 
 
 class Library:
@@ -219,10 +241,16 @@ class Library:
 
     def __init__(self, program: msl.Program, standard: str, function_constants: dict[int, object]) -> None:
         self._program = program
-        self._standard = standard
         self._constants = function_constants
         self._modules: dict[tuple[str, bool], _Module] = {}
         self._pipelines: dict[object, Pipeline] = {}
+        # Of templates, more than one kernel is made: together they parse the program once, and plain ones are checked.
+        plain = [name for name, kernel in program.kernels.items() if "<" not in kernel.instance]
+        is_shared = len(plain) < len(program.kernels)
+        self._header = toolchain.precompile(program.text if is_shared else "", standard)
+        self._text = "" if is_shared else program.text
+        if plain or not is_shared:
+            self.check(plain)
 
     @property
     def kernels(self) -> list[str]:
@@ -236,7 +264,7 @@ class Library:
     def check(self, names: Sequence[str] | None = None) -> None:
         """Compiles kernels (all by default) as far as the compiler can complain. Raises CompileError."""
         entries = [self._entry(name) for name in (self.kernels if names is None else names)]
-        toolchain.check_syntax(self._program.text + "".join(entries), self._standard)
+        toolchain.check_syntax(self._text + "".join(entries), self._header)
 
     def prepare(self, names: Sequence[str] | None = None, check: bool = True) -> None:
         """Compiles kernels (all by default) to code that later launches find in the cache, on all cores."""
@@ -250,8 +278,8 @@ class Library:
         batches = [missing[i : i + size] for i in range(0, len(missing), size)]
 
         def build(batch: list[tuple[str, str]]) -> None:
-            text = self._program.text + "".join(entry for _, entry in batch)
-            toolchain.compile_module(text, self._standard, check, [key for key, _ in batch])
+            text = self._text + "".join(entry for _, entry in batch)
+            toolchain.compile_module(text, self._header, check, [key for key, _ in batch])
 
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(build, batches))
@@ -260,12 +288,12 @@ class Library:
         return msl.entry_point(self._program, name, _symbol(name))
 
     def _key(self, name: str, check: bool) -> str:
-        return toolchain.module_key(self._program.text + self._entry(name), self._standard, check)
+        return toolchain.module_key(self._text + self._entry(name), self._header, check)
 
     def _load(self, name: str, check: bool) -> _Module:
         if (name, check) not in self._modules:
             key = self._key(name, check)
-            toolchain.compile_module(self._program.text + self._entry(name), self._standard, check, [key])
+            toolchain.compile_module(self._text + self._entry(name), self._header, check, [key])
             self._modules[name, check] = _Module(toolchain.module_path(key), _symbol(name))
         return self._modules[name, check]
 

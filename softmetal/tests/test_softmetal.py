@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import softmetal
-from softmetal import cache
+from softmetal import cache, device
 
 if sys.platform == "darwin":
     pytest.skip("the software device runs on Linux", allow_module_level=True)
@@ -800,6 +800,29 @@ def test_raw_launch_on_a_hosts_memory(check):
     errors = raw_launch(pipeline, allocations, 32)
     assert {error.split(":")[0] for error in errors} == {"device-out-of-bounds"}
     assert "device-out-of-bounds: overwritten guard zone: 0 bytes past the end of memory 1" in errors
+
+
+def test_sources_that_differ_in_their_last_instance(monkeypatch):
+    """What precedes it is rewritten once, and again where the instance has a macro of it."""
+    rewritten = []
+    rewrite = device.msl.rewrite
+    monkeypatch.setattr(device.msl, "rewrite", lambda text, *rest: rewritten.append(text) or rewrite(text, *rest))
+    template = f"""{HEADER}// {time.time_ns()}: in no cache
+#define WIDE ulong
+namespace n {{ template <typename T> kernel void size(device uint* y) {{ y[0] = sizeof(T); }} }}
+namespace n {{
+template [[host_name("named")]] [[kernel]] decltype(size<TYPE>) size<TYPE>;
+}}
+"""
+    sizes = np.zeros(4, np.uint32)
+    for i, kind in enumerate(("ushort", "uint4", "WIDE", "uchar")):
+        library = softmetal.compile(template.replace("TYPE", kind))
+        assert library.kernels == ["named"]
+        assert not library.launch("named", [sizes[i:]], (1,), (1,)).errors
+    assert sizes.tolist() == [2, 16, 8, 1]
+    assert len(rewritten) == 2
+    with pytest.raises(softmetal.CompileError, match=r"<source>:7: error: 'named' instantiates 'n::other<int>'"):
+        softmetal.compile(template.replace("size<TYPE>", "other<int>"))
 
 
 def test_prepare_compiles_in_batches(tmp_path, monkeypatch):

@@ -16,12 +16,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 TOKEN = re.compile(
     r"""(?P<marker>^\#[^\n]*\n)|(?P<space>\s+)|(?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
     r"""|(?P<word>[A-Za-z_]\w*)|(?P<number>\.?\d(?:[\w.]|(?<=[eEpP])[+-])*)|(?P<sign>::|->|[\s\S])""",
     re.MULTILINE,
+)
+# Explicit instantiations of kernels, up to the end.
+INSTANCES = re.compile(
+    r"""\n(namespace\s+[\w:]+\s*\{)?(\s*\btemplate\s*\[\[host_name\("[^"]*"\)\]\]\s*\[\[kernel\]\]"""
+    r"""\s*decltype\([^;{}\#]*;)+\s*(?(1)\}\s*)\Z"""
 )
 REAL = re.compile(r"(\d+\.\d*|\.\d+)([eE][+-]?\d+)?|\d+[eE][+-]?\d+|0[xX][\dA-Fa-f.]+[pP][+-]?\d+")
 FP_PRAGMA = re.compile(r"#\s*pragma\s+METAL\s+fp\b")
@@ -125,6 +130,29 @@ class Program:
     text: str
     kernels: dict[str, Kernel] = field(default_factory=dict)
     constants: list[Constant] = field(default_factory=list)
+    functions: dict[str, Kernel] = field(default_factory=dict)  # those that kernels are instances of
+    takes_functions: bool = False  # templates do, as arguments
+
+
+def split_instances(text: str) -> tuple[str, str]:
+    """A source in two: all before the explicit instantiations that it ends with, in one namespace or in none; these."""
+    found = INSTANCES.search(text)
+    return (text[: found.start()], found.group()) if found else (text, "")
+
+
+def add_instances(program: Program, instances: str, shim_directory: str) -> Program:
+    """The program with preprocessed explicit instantiations behind it.
+
+    Raises RewriteError, also where the program has to be rewritten with them.
+    """
+    if program.takes_functions:
+        raise RewriteError("the instantiations decide which functions become types")
+    rewriter = _Rewriter(instances, shim_directory)
+    rewriter.functions = program.functions
+    added = rewriter.run().kernels
+    if added.keys() & program.kernels.keys():
+        raise RewriteError(f"two kernels have the names {added.keys() & program.kernels.keys()}")
+    return replace(program, kernels=program.kernels | added)
 
 
 def rewrite(preprocessed: str, shim_directory: str, unroll: bool = False) -> Program:
@@ -217,6 +245,7 @@ class _Rewriter:
             if instance.split("<")[0].strip() != function.instance:
                 raise self._error(token, f"explicit instantiation of '{function.instance}' outside of its namespace")
             self._add_kernel(host_name, instance, function, token)
+        self.program.functions = self.functions
         self.program.text = "".join(t.text if t.output is None else t.output for t in self.all_tokens)
 
     # --- Tokens ---
@@ -384,6 +413,7 @@ class _Rewriter:
                     templates.add(self._declared_template(self._closing_angle(i + 1) + 1))
         if not parameters:
             return
+        self.program.takes_functions = True
         functions: set[str] = set()
         for i, token in enumerate(self.tokens):
             if token.text in parameters and self._text(i + 1) == "(" and token.output is None:

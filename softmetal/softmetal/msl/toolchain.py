@@ -1,11 +1,12 @@
 """clang and the linker, with a cache on disk: from rewritten shaders to shared objects.
 
-The shim headers are precompiled once for each language version; a kernel's compilation then costs the start of clang,
-the parsing of the shader's own text and the code of that kernel.
+The shim headers are precompiled once for each language version, and on top of them a program whose kernels are
+instances of templates; the compilation of one more kernel then costs the start of clang and the code of that kernel.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -79,9 +80,13 @@ def runtime_path() -> Path:
 
 
 def _run(command: Sequence[str], text: str | None) -> str:
-    result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    """Runs a command where no source is: relative names are names that the sources give themselves."""
+    place = directory()
+    place.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=place)
     if result.returncode:
-        raise CompileError(result.stderr.strip()[:8000])
+        # A precompiled header has made such names absolute.
+        raise CompileError(result.stderr.strip().replace(f"{place}/", "")[:8000])
     return result.stdout
 
 
@@ -98,67 +103,83 @@ def preprocess(text: str, standard: str, include_dirs: Sequence[Path], defines: 
 
 
 @cache
-def _shim(standard: str) -> str:
-    command = [clang(), *LANGUAGE, "-E", f"-I{SHIM}", _version(standard), "-"]
-    return _run(command, "".join(f"#include <{name}>\n" for name in HEADERS))
+def identity() -> str:
+    """Of all that a compilation depends on besides the shader."""
+    headers = [path.read_text() for path in sorted(SHIM.rglob("*")) if path.is_file()]
+    return digest(_clang_identity(), *HEADERS, *LANGUAGE, *CHECK, *headers)
 
 
 @cache
-def _frontend(standard: str, checked: bool) -> tuple[str, ...]:
-    """The command of clang's compiler proper, without the driver, that compiles with the precompiled shim.
+def _frontends() -> list[list[str]]:
+    """The commands of clang's compiler proper, without the driver: without and with checks.
 
-    The source comes from stdin; "OUTPUT" stands for the object.
+    The source comes from stdin; "HEADER" stands for a precompiled header and "OUTPUT" for the object.
     """
-    shim = _shim(standard)
-    flags = [*LANGUAGE, *(CHECK if checked else ())]
-    key = digest(shim, _clang_identity(), *flags)
-    source = cached(f"shim-{digest(shim)}.clcpp", lambda path: path.write_text(shim) and None)
 
+    def plan(path: Path) -> None:
+        commands = []
+        for checks in ((), CHECK):
+            command = [clang(), *LANGUAGE, *checks, "-c", "-", "-o", "OUTPUT", "-###"]
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.split("\n")
+            words = shlex.split(next(line for line in lines if '"-cc1"' in line))
+            commands.append([*words, "-include-pch", "HEADER", "-fno-validate-pch"])
+        path.write_text(json.dumps(commands))
+
+    return json.loads(cached(f"frontends-{identity()}.json", plan).read_text())
+
+
+@cache
+def _shim(standard: str) -> Path:
     def precompile(path: Path) -> None:
-        _run([clang(), *flags, "-Xclang", "-emit-pch", "-c", str(source), "-o", str(path)], None)
+        includes = "".join(f"#include <{name}>\n" for name in HEADERS)
+        text = _run([clang(), *LANGUAGE, "-E", f"-I{SHIM}", _version(standard), "-"], includes)
+        _run([clang(), *LANGUAGE, "-Xclang", "-emit-pch", "-c", "-", "-o", str(path)], text)
 
-    header = cached(f"shim-{key}.pch", precompile)
-    command = [clang(), *flags, "-include-pch", str(header), "-Xclang", "-fno-validate-pch", "-c", "-"]
-    plan = subprocess.run([*command, "-o", "OUTPUT", "-###"], capture_output=True, text=True, check=True).stderr
-    return tuple(shlex.split(next(line for line in plan.split("\n") if '"-cc1"' in line)))
-
-
-def _compile(text: str, standard: str, checked: bool, output: Path | None) -> None:
-    command = list(_frontend(standard, checked))
-    if output is None:
-        command[command.index("-emit-obj")] = "-fsyntax-only"
-        place = command.index("OUTPUT")
-        del command[place - 1 : place + 1]
-    else:
-        command[command.index("OUTPUT")] = str(output)
-    _run(command, text)
+    return cached(f"shim-{digest(identity(), standard)}.pch", precompile)
 
 
-def check_syntax(text: str, standard: str) -> None:
+def _compile(text: str, header: Path, output: Path, checked: bool = False, action: str = "-emit-obj") -> None:
+    # A header has no code that could be checked or not: one serves both. Names in it are absolute.
+    words = {"-emit-obj": action, "HEADER": str(header), "OUTPUT": str(output)}
+    command = [words.get(word, word) for word in _frontends()[checked]]
+    _run([*command, f"-fdebug-prefix-map={directory()}/="], text)
+
+
+def precompile(text: str, standard: str) -> Path:
+    """The shim, and behind it a program's text, as the header of its kernels. Raises CompileError."""
+    shim = _shim(standard)
+    _frontends()  # which is made before the lock below is taken
+    if not text:
+        return shim
+    # One header names the other by its path.
+    key = digest(text, str(shim))
+    return cached(f"header-{key}.pch", lambda path: _compile(text, shim, path, action="-emit-pch"))
+
+
+def check_syntax(text: str, header: Path) -> None:
     """Raises CompileError where clang complains; generates no code."""
-    key = digest(text, *_frontend(standard, False))  # which is made before the lock below is taken
 
     def check(path: Path) -> None:
-        _compile(text, standard, False, None)
+        _compile(text, header, path, action="-fsyntax-only")
         path.touch()
 
-    cached(f"checked-{key}", check)
+    cached(f"checked-{digest(text, header.name)}", check)
 
 
-def module_key(text: str, standard: str, checked: bool) -> str:
-    return digest(text, *_frontend(standard, checked))
+def module_key(text: str, header: Path, checked: bool) -> str:
+    return digest(text, header.name, str(checked))
 
 
 def module_path(key: str) -> Path:
     return directory() / f"kernel-{key}.so"
 
 
-def compile_module(text: str, standard: str, checked: bool, keys: Sequence[str]) -> None:
+def compile_module(text: str, header: Path, checked: bool, keys: Sequence[str]) -> None:
     """Compiles one shared object and stores it under every key that is still missing."""
 
     def build(path: Path) -> None:
         code = path.with_suffix(".o")
-        _compile(text, standard, checked, code)
+        _compile(text, header, code, checked)
         _run(["ld", "-shared", "-o", str(path), str(code)], None)
 
     path = cached(module_path(keys[0]).name, build)
