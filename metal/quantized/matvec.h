@@ -318,9 +318,9 @@ template <int count>
 METAL_FUNC void share_columns(ushort mask, bool upper, thread float* sums) {
 #pragma unroll
   for (int i = 0; i < count / 2; ++i) {
-    const float kept = upper ? sums[count / 2 + i] : sums[i];
-    const float given = upper ? sums[i] : sums[count / 2 + i];
-    sums[i] = kept + simd_shuffle_xor(given, mask);
+    const float first = sums[i];  // values, not places: those of a choice would put the sums in memory
+    const float second = sums[count / 2 + i];
+    sums[i] = (upper ? second : first) + simd_shuffle_xor(upper ? first : second, mask);
   }
 }
 

@@ -103,7 +103,7 @@ def qmm(
     grid = (ceil(n, COLUMNS), ceil(m, rows) * max(parts, 1), outer * inner)
     op = f"qmm_{'t' if transpose else 'n'}_nax{'_splitk' if parts else ''}"
     report = launch(weights, x.dtype, op, rows, constants, buffers, grid, layout)
-    return y.sum(2), report
+    return y.sum(2).to(x.dtype), report
 
 
 def check_qmm(format: Format, dtype: torch.dtype, m: int, n: int, k: int, transpose: bool, **options):
