@@ -260,12 +260,15 @@ struct Found {
   Target target;  // that the shape is planned for
 };
 
-std::optional<Found> find_shape(const ProductFacts& facts, const Launch& launch, Target target) {
+std::optional<Found> find_shape(
+    const ProductFacts& facts,
+    const Launch& launch,
+    const Candidates& sizes,
+    Target target) {
   const KernelInstance& kernel = launch.kernel;
   const bool shifts_x = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_X);
   const bool shifts_w = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_WEIGHTS);
   const bool sorted = std::string_view(kernel.name_pattern).find("gather_qmm_rhs") == 0;
-  const Candidates sizes = candidates(facts, launch);
   // As for a GPU of one core: it is busy with few large tiles.
   for (const int cores : {target.gpu.cores, 1}) {
     target.gpu.cores = cores;
@@ -286,6 +289,33 @@ std::optional<Found> find_shape(const ProductFacts& facts, const Launch& launch,
     }
   }
   return std::nullopt;
+}
+
+// None where no size leads to the kernel.
+std::vector<Found> find_shapes(const ProductFacts& facts, const Launch& launch, const Target& target) {
+  Candidates sizes = candidates(facts, launch);
+  std::vector<Found> result;
+  const auto add = [&](const Candidates& wanted) {
+    if (auto found = find_shape(facts, launch, wanted, target)) {
+      result.push_back(*std::move(found));
+    }
+  };
+  add(sizes);
+  if (result.empty() || launch.family != Family::tile) {
+    return result;
+  }
+  // Beside a tile that is not full, the smallest one that is; beside an odd N, an even one: a tile writes pairs.
+  const Shape first = result.front().shape;
+  if (first.M < 16) {
+    Candidates whole = sizes;
+    whole.M = {16};
+    add(whole);
+  }
+  if (first.N % 2 != 0) {
+    sizes.N.erase(std::remove_if(sizes.N.begin(), sizes.N.end(), [](int64_t N) { return N % 2 != 0; }), sizes.N.end());
+    add(sizes);
+  }
+  return result;
 }
 
 // --- Judgement ------------------------------------------------------------------------------------------------------
@@ -339,20 +369,28 @@ Operands operands_of(const Example& example, const Tensor& y) {
 
 const at::Device mps(at::kMPS, 0);
 
-// What is wrong with a kernel of a product, or nothing.
-Reason failure(const ProductFacts& facts, const Launch& launch, const Target& target) {
-  const auto found = find_shape(facts, launch, target);
-  if (!found.has_value()) {
-    TORCH_WARN("[quantization_mlx] Kernel ", launch.kernel.name(), " has no self-check and is used without one.");
-    return std::nullopt;
-  }
-  const Example host = product_example(facts, found->sorted, found->shape, at::Device(at::kCPU));
-  const Example device = product_example(facts, found->sorted, found->shape, mps);
+Reason failure(const ProductFacts& facts, const Found& found) {
+  const Example host = product_example(facts, found.sorted, found.shape, at::Device(at::kCPU));
+  const Example device = product_example(facts, found.sorted, found.shape, mps);
   const bool gathered = host.rhs_indices.has_value();
   const Tensor expected = gathered ? host.gathered(ops::gather_qmm) : host.product(ops::quantized_matmul);
   const Tensor y = at::empty(expected.sizes(), device.x.options());
-  run(gpu::plan(facts_of(device).front(), "self-check", found->target), operands_of(device, y));
+  run(gpu::plan(facts_of(device).front(), "self-check", found.target), operands_of(device, y));
   return judged(y, expected, facts.scalar_type());
+}
+
+// What is wrong with a kernel of a product, or nothing.
+Reason failure(const ProductFacts& facts, const Launch& launch, const Target& target) {
+  const std::vector<Found> shapes = find_shapes(facts, launch, target);
+  if (shapes.empty()) {
+    TORCH_WARN("[quantization_mlx] Kernel ", launch.kernel.name(), " has no self-check and is used without one.");
+  }
+  for (const Found& found : shapes) {
+    if (Reason reason = failure(facts, found)) {
+      return reason;
+    }
+  }
+  return std::nullopt;
 }
 
 // Whole groups along both sizes.
