@@ -43,7 +43,8 @@ import torch
 from torch import Tensor
 
 from ._ops import ops
-from .formats import MODES
+from .formats import FLOATS, MODES
+from .messages import short_name
 
 __all__ = [
     "affine_gather_qmm_rhs_nax",
@@ -54,6 +55,7 @@ __all__ = [
     "affine_qmv",
     "dequantize",
     "gather_qmm",
+    "gather_qqmm",
     "mxfp4_qmm_n",
     "mxfp4_qmm_t",
     "mxfp4_qmv",
@@ -63,6 +65,7 @@ __all__ = [
     "nvfp4_qmm_n",
     "nvfp4_qmm_t",
     "nvfp4_qmv",
+    "qqmm",
     "quantize",
     "quantized_matmul",
 ]
@@ -73,7 +76,6 @@ def quantize(
     group_size: int | None = None,
     bits: int | None = None,
     mode: str = "affine",
-    *,
     global_scale: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Quantize the rows of ``w``, bit for bit as ``mlx.core.quantize`` does on CPU; in the marlin modes, its columns.
@@ -161,7 +163,6 @@ def gather_qmm(
     bits: int | None = None,
     mode: str = "affine",
     global_scale: Tensor | None = None,
-    *,
     sorted_indices: bool = False,
 ) -> Tensor:
     """``quantized_matmul`` of chosen matrices: result ``i`` is ``x[lhs_indices[i]]`` times ``w[rhs_indices[i]]``.
@@ -196,6 +197,180 @@ def gather_qmm(
     )
 
 
+# --- Products of two quantized operands -------------------------------------------------------------------------------
+# Functions of the ops above, so that each device has them. The values of a quantized operand are few bits wide, and
+# bfloat16 holds them exactly: x is quantized, expanded again, and multiplied like any other activations.
+
+_QQ_MODES = tuple(mode.name for mode in MODES.values() if mode.packing == "rows" and mode.offset == "none")
+# The largest scale times the largest element, E4M3's 448 and E2M1's 6, to which a global scale is relative.
+_GLOBAL_SCALE_UNIT = 448 * 6
+
+
+def qqmm(
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor | None = None,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "nvfp4",
+    global_scale_x: Tensor | None = None,
+    global_scale_w: Tensor | None = None,
+) -> Tensor:
+    """``x @ w.T`` with both operands quantized: ``dequantize(quantize(x)) @ dequantize(w).T``, in one format.
+
+    Args:
+        x: ``[..., K]``, float32, float16 or bfloat16; it is quantized as :func:`quantize` does, K by K.
+        w, scales: packed ``[N, K * bits / 32]`` with uint8 ``[N, K / group_size]``; or ``[N, K]`` of float32, float16
+            or bfloat16 without scales, which is quantized first.
+        group_size, bits, mode: the format, mode "nvfp4", "mxfp8" or "mxfp4"; see the module's table.
+        global_scale_x, global_scale_w: both or neither, nvfp4 only: float32 tensors with one element, meant to be
+            ``x.abs().max()`` and the one that ``w`` was, or is to be, quantized with.
+
+    Returns:
+        ``[..., N]`` of the dtype of ``x``, or of autocast's, which does not concern how ``x`` is quantized. There are
+        no gradients, as MLX has none with packed ``w``: an argument that requires one raises ValueError.
+    """
+    format = _check_qq("qqmm", x, w, scales, (group_size, bits, mode), global_scale_x, global_scale_w)
+    if w.dim() != 2:
+        raise ValueError(
+            f"[qqmm] w of shape {list(w.shape)} must have two dimensions; gather_qqmm takes more matrices."
+        )
+    rows = x if x.dim() > 1 else x.unsqueeze(0)
+    x_values, w_q, scales, scale = _qq_operands(rows, w, scales, format, global_scale_x, global_scale_w)
+    y = ops.quantized_matmul(x_values, w_q, scales, None, True, *format, global_scale=scale, op="qqmm")
+    return _rounded(y if x.dim() > 1 else y.squeeze(0), x)
+
+
+def gather_qqmm(
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor | None = None,
+    lhs_indices: Tensor | None = None,
+    rhs_indices: Tensor | None = None,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "nvfp4",
+    global_scale_x: Tensor | None = None,
+    global_scale_w: Tensor | None = None,
+    sorted_indices: bool = False,
+) -> Tensor:
+    """:func:`qqmm` of chosen matrices: result ``i`` is that of ``x[lhs_indices[i]]`` and ``w[rhs_indices[i]]``.
+
+    Args:
+        x: ``[..., M, K]``; w, scales: as in :func:`qqmm` with leading sizes, usually ``[E, N, ...]``.
+        lhs_indices, rhs_indices, sorted_indices: as in :func:`gather_qmm`.
+        group_size, bits, mode, global_scale_x, global_scale_w: as in :func:`qqmm`; a global scale is that of all
+            matrices of an operand. (MLX passes over one that is given without the other.)
+
+    Returns:
+        ``[*indices, M, N]``; dtype, gradients and indices out of range are as in :func:`qqmm` and :func:`gather_qmm`.
+    """
+    format = _check_qq("gather_qqmm", x, w, scales, (group_size, bits, mode), global_scale_x, global_scale_w)
+    if x.dim() < 2:
+        raise ValueError(f"[gather_qqmm] x of shape {list(x.shape)} must have two or more dimensions.")
+    x_values, w_q, scales, scale = _qq_operands(x, w, scales, format, global_scale_x, global_scale_w)
+    indices = (lhs_indices, rhs_indices)
+    options = {"sorted_indices": sorted_indices, "op": "gather_qqmm"}
+    return _rounded(ops.gather_qmm(x_values, w_q, scales, None, *indices, True, *format, scale, **options), x)
+
+
+# What the ops do not check themselves, or would under another name. ValueError for shapes, devices, options and
+# gradients that do not fit, TypeError for dtypes.
+
+
+def _check_qq(
+    op: str,
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor | None,
+    format: tuple[int | None, int | None, str],
+    global_scale_x: Tensor | None,
+    global_scale_w: Tensor | None,
+) -> tuple[int, int, str]:
+    """Returns the format without Nones."""
+    for name, tensor in (("x", x), ("w", w)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"[{op}] {name} is {tensor!r}; it must be a tensor.")
+    known = _check_qq_format(op, *format)
+    _check_quantizable(op, "x", x, 1, known[0])
+    if scales is None and not w.is_floating_point():
+        raise ValueError(f"[{op}] w has dtype {short_name(w.dtype)} and scales are missing; packed w needs them.")
+    if scales is None:
+        _check_quantizable(op, "w", w, 2, known[0])
+    _check_global_scales(op, known[2], x, {"global_scale_x": global_scale_x, "global_scale_w": global_scale_w})
+    return known
+
+
+def _check_qq_format(op: str, group_size: int | None, bits: int | None, mode: str) -> tuple[int, int, str]:
+    if mode not in _QQ_MODES:
+        raise ValueError(f"[{op}] mode is {mode!r}; supported are {', '.join(map(repr, _QQ_MODES))}.")
+    (known_size,), (known_bits,) = MODES[mode].group_sizes, MODES[mode].bits  # each of these modes has one format
+    if group_size not in (None, known_size) or bits not in (None, known_bits):
+        raise ValueError(
+            f"[{op}] mode {mode!r} with bits {bits} and group_size {group_size} is not supported; {mode} takes bits "
+            f"{known_bits} and group_size {known_size}."
+        )
+    return known_size, known_bits, mode
+
+
+def _check_quantizable(op: str, name: str, tensor: Tensor, dimensions: int, group_size: int) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"[{op}] {name} has dtype {short_name(tensor.dtype)}; supported are float32, float16 and bfloat16."
+        )
+    if tensor.dim() < dimensions or tensor.shape[-1] % group_size:
+        raise ValueError(
+            f"[{op}] {name} of shape {list(tensor.shape)} must have {dimensions} or more dimensions, the last of a "
+            f"size divisible by group_size {group_size}."
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"[{op}] {name} requires a gradient, which quantizing does not have: call this under torch.no_grad() or "
+            f"pass {name}.detach()."
+        )
+
+
+def _check_global_scales(op: str, mode: str, x: Tensor, global_scales: dict[str, Tensor | None]) -> None:
+    given = {name: tensor for name, tensor in global_scales.items() if tensor is not None}
+    if given and mode != "nvfp4":
+        raise ValueError(f"[{op}] {' and '.join(given)} given with mode {mode!r}; only mode 'nvfp4' has global scales.")
+    if len(given) == 1:
+        raise ValueError(f"[{op}] {', '.join(given)} given alone; give both {' and '.join(global_scales)}, or neither.")
+    for name, tensor in given.items():
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"[{op}] {name} has dtype {short_name(tensor.dtype)}; it must be float32.")
+        if tensor.numel() != 1:
+            raise ValueError(f"[{op}] {name} has shape {list(tensor.shape)}; it must have one element.")
+        if tensor.device != x.device:
+            raise ValueError(f"[{op}] {name} is on device {tensor.device}; it must be on that of x, {x.device}.")
+
+
+def _qq_operands(
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor | None,
+    format: tuple[int, int, str],
+    global_scale_x: Tensor | None,
+    global_scale_w: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The values of quantized x, but for its global scale; w packed; its scales; the product of the global scales."""
+    x_q, x_scales, _ = ops.quantize(x, *format, global_scale=global_scale_x)
+    # In the mx modes the largest float16 numbers are rounded to 65536, for which float16 has no room.
+    is_wide = x.dtype == torch.float16 and format[2] != "nvfp4"
+    x_values = ops.dequantize(x_q, x_scales, None, *format, None, torch.float32 if is_wide else x.dtype)
+    if scales is None:
+        w, scales, _ = ops.quantize(w, *format, global_scale=global_scale_w)
+    # Applied to w, in float32 and to the unrounded sum, the global scale of x costs nothing and is not rounded away.
+    scale = None if global_scale_x is None else global_scale_x.reshape(()) / _GLOBAL_SCALE_UNIT * global_scale_w
+    return x_values, w, scales, scale
+
+
+def _rounded(y: Tensor, x: Tensor) -> Tensor:
+    """y of x's dtype where it is of a wider one."""
+    return y.to(x.dtype) if x.dtype == torch.float16 and y.dtype == torch.float32 else y
+
+
+# --- Explicit ops -----------------------------------------------------------------------------------------------------
 # The explicit ops of the published Hub kernel, under its names and argument orders, and the siblings it lacks. `qmv`
 # and `qmm_t` take w [N, K * bits / 32]; `qmm_n` takes w [K, N * bits / 32], grouped along N. Leading sizes of x are
 # rows.
