@@ -16,6 +16,7 @@ from .hf.save import save_checkpoint
 from .nn.embedding import QuantizedEmbedding
 from .nn.linear import QuantizedLinear
 from .nn.switch import QuantizedSwitchLinear
+from .nn.warm_up import warm_up
 from .ops import (
     affine_gather_qmm_rhs_nax,
     affine_qmm_n,
@@ -87,4 +88,5 @@ __all__ = [
     "set_cpu_activations",
     "unpatch_peft",
     "unpatch_transformers",
+    "warm_up",
 ]

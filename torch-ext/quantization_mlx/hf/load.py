@@ -6,6 +6,7 @@ import torch
 
 from ..checkpoint.read import Checkpoint, reading_once
 from ..checkpoint.record import other_method
+from ..nn.warm_up import warm_up
 from ..optional import PreTrainedModel
 from . import compat
 from .patch import mark_as_mlx, patched_transformers
@@ -52,4 +53,7 @@ def load_checkpoint(
             dtype = next(dtypes, None)
         options = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
-    return model if device is None else model.to(device)
+    if device is not None:
+        model.to(device)
+        warm_up(model)
+    return model

@@ -18,6 +18,7 @@ from ..formats import MODES, Format
 from ..messages import listed
 from ..nn.conv1d import as_linear, finish_conv1d, place_linear
 from ..nn.module import PackedModule, QuantizedModule
+from ..nn.warm_up import warm_up
 from ..optional import PreTrainedModel
 from ..quantization.model import KINDS, dequantize_model, quantize_model
 from ..quantization.replacement import Refusal, class_refusal, replace_layers
@@ -103,6 +104,7 @@ def quantizer_classes() -> tuple[type, type]:
             finish_conv1d(model)
             if not any(isinstance(module, QuantizedModule) for module in model.modules()):
                 self.remove_quantization_config(model)
+            warm_up(model)
 
     for each in (MLXConfig, MLXQuantizer):
         each.__qualname__ = each.__name__

@@ -32,11 +32,12 @@ def warm_up(model: nn.Module, rows: Sequence[int] = (1, 512)) -> int:
         The number of calls that were made: 0 where no layer is on "mps".
     """
     calls: dict[Any, Callable[[], Tensor]] = {}
-    for layer in model.modules():
-        if isinstance(layer, PackedModule) and layer.packed().words.device.type == "mps":
-            for count in rows:
-                for kernel, call in _calls(layer, count):
-                    calls.setdefault(kernel, call)
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedModule)]
+    layers = [layer for layer in layers if layer.packed().words.device.type == "mps"]
+    for layer in sorted(layers, key=lambda layer: layer.packed().words.numel()):  # of one kernel, the smallest
+        for count in rows:
+            for kernel, call in _calls(layer, count):
+                calls.setdefault(kernel, call)
     if not calls:
         return 0
     distinct = list({id(call): call for call in calls.values()}.values())
