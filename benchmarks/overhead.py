@@ -101,13 +101,14 @@ def host_contenders() -> dict[str, Callable[[], object]]:
     two = torch.randn(2, 1, 4096).half().to("mps")
     result: dict[str, Callable[[], object]] = {
         "no-op, overload": lambda: nothing(x[1], *packed, True, 64, 4, "affine"),
+        "no-op, 100 rows": lambda: nothing(x[100], *packed, True, 64, 4, "affine"),
         "quantized_matmul, 1 row": lambda: overload(x[1], *packed, True, 64, 4, "affine"),
         "quantized_matmul, 40 rows, split": lambda: overload(x[40], *packed, True, 64, 4, "affine"),
         "quantized_matmul, 100 rows": lambda: overload(x[100], *packed, True, 64, 4, "affine"),
         "gather_qmm, 2 pairs": lambda: gather(two, *experts, indices, indices, True, 64, 4, "affine"),
     }
     if nothing is None:
-        del result["no-op, overload"]
+        del result["no-op, overload"], result["no-op, 100 rows"]
     return result
 
 
