@@ -87,7 +87,7 @@ clean: ## removes .venv and what was built
 
 $(VENV)/.base: .ci/debian-packages.txt
 	.ci/system-packages
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	@test -x $(bin)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or later is needed, and $(PYTHON) is older: make PYTHON=python3.12 ..." >&2; exit 1; }
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	$(pip) install $(TORCH)

@@ -1,7 +1,8 @@
 """Shared fixtures: the devices under test, the hypothesis profile, and the count of values compared with mlx.
 
 On a Mac, "mps" is its GPU. Elsewhere it is the software Metal device, once as a GPU without tensor operations and once
-as one with them; what that finds wrong, be it an access to memory or a kernel that no plan names, fails the test.
+as one with them; what that finds wrong, be it an access to memory or a kernel that no plan names, fails the test. The
+environment variable TEST_DEVICES leaves some out (support/devices.py).
 There every pair of values of a test's parameters, the GPU being one of them, is tested, and with --exhaustive every
 combination; the CPU always has all of them.
 """
@@ -70,9 +71,13 @@ def no_error_of_the_software_device(request: pytest.FixtureRequest) -> Iterator[
     assert not errors, "\n".join(errors)
 
 
-def software_gpu_of(item: pytest.Item) -> str | None:
+def device_of(item: pytest.Item) -> str | None:
     callspec = getattr(item, "callspec", None)
-    return SOFTWARE_GPUS.get(callspec.params.get("device")) if callspec is not None else None
+    return callspec.params.get("device") if callspec is not None else None
+
+
+def software_gpu_of(item: pytest.Item) -> str | None:
+    return SOFTWARE_GPUS.get(device_of(item))
 
 
 _tally = pytest.StashKey[Tally]()
@@ -80,6 +85,7 @@ _tally = pytest.StashKey[Tally]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="also run what repeats others: tests marked exhaustive")
+    parser.addoption("--covering", action="store_true", help="on a Mac's GPU, too, only every pair of parameters")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -100,7 +106,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # The build of a variant, which runs kernels_ci alone, has no compiler for the software Metal device.
     if config.option.markexpr == "kernels_ci":
         items[:] = [item for item in items if software_gpu_of(item) is None]
-    for item in repetitions(items):
+    for item in repetitions(items, with_macs=config.option.covering):
         item.add_marker(pytest.mark.exhaustive)
     if not config.option.exhaustive and "exhaustive" not in config.option.markexpr:
         repeated = {item for item in items if item.get_closest_marker("exhaustive")}
@@ -109,11 +115,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: not item.get_closest_marker("first"))
 
 
-def repetitions(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Those on the software device whose parameters have no pair of values that no other has."""
+def repetitions(items: list[pytest.Item], with_macs: bool) -> list[pytest.Item]:
+    """Those on a software device whose parameters have no pair of values that no other has.
+
+    with_macs: and those on a Mac's GPU.
+    """
     families: dict[tuple[pytest.Collector | None, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if software_gpu_of(item) is not None:
+        if software_gpu_of(item) is not None or (with_macs and device_of(item) == "mps"):
             families[item.parent, item.originalname].append(item)
     repeated = []
     for family in families.values():
