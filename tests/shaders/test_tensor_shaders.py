@@ -19,6 +19,7 @@ from launching import (
     ALIGNED_OUTPUTS,
     ALIGNED_WEIGHTS,
     ALIGNED_X,
+    BARRIER,
     FOUR_BIT,
     HAS_GLOBAL_SCALE,
     NVFP4,
@@ -36,7 +37,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 STANDARD = "metal4.0"
 PRODUCT_PARAMS, GATHER_PARAMS = "<14q6i", "<14q8i"
 SHADER = ROOT / "metal/quantized/matmul_tensor.metal"
-BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 COLUMNS = DEPTH = 64
 GATHER_ROWS = 32
 # One format for each width and each kind of scale.
