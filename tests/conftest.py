@@ -15,12 +15,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 # Before torch loads OpenMP: threads that spin while they wait make thousands of small calls crawl on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before Transformers reads it: what a test needs is here.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Where tests find what they share.
 sys.path.extend(str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir())
@@ -28,6 +31,9 @@ sys.path.extend(str(folder) for folder in Path(__file__).parent.iterdir() if fol
 import covering
 from devices import DEVICES, SOFTWARE_GPUS
 from tally import Tally
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # The software device, the cross build and GCC's sanitizers are for machines that are no Macs.
 if sys.platform == "darwin":
@@ -54,6 +60,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
             stack.enter_context(mps.gpu(SOFTWARE_GPUS[request.param]))
         yield "mps"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    import tiny
+
+    return tiny.word_tokenizer()
 
 
 @pytest.fixture(autouse=True)

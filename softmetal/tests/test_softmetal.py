@@ -821,6 +821,8 @@ template [[host_name("named")]] [[kernel]] decltype(size<TYPE>) size<TYPE>;
         assert not library.launch("named", [sizes[i:]], (1,), (1,)).errors
     assert sizes.tolist() == [2, 16, 8, 1]
     assert len(rewritten) == 2
+    errors = library.launch("named", [np.zeros(1, np.uint8)], (1,), (1,)).errors
+    assert any(": <source>:5: " in error for error in errors), errors
     with pytest.raises(softmetal.CompileError, match=r"<source>:7: error: 'named' instantiates 'n::other<int>'"):
         softmetal.compile(template.replace("size<TYPE>", "other<int>"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -16,11 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+from foreign import AWQ, GPTQ, foreign_checkpoint
 from quantization_mlx import quantize_model, save_checkpoint, unpatch_peft, unpatch_transformers
 from repository import ROOT
-from test_foreign import AWQ, GPTQ, foreign_checkpoint
 
 PAGES = ("load", "quantize", "convert", "moe", "train", "troubleshoot", "command-line", "generate", "marlin", "migrate")
 # The server's example is a file; the kernels' pages show what needs certain machines.

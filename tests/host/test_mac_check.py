@@ -12,7 +12,8 @@ import type_encodings
 from covering import mostly_exhaustive
 from mac_check import CheckFailed
 
-pytestmark = pytest.mark.xdist_group("mac_check")  # one process: the steps share build folders
+# One process: the steps share build folders.
+pytestmark = [pytest.mark.xdist_group("mac_check"), pytest.mark.first]
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -26,16 +22,15 @@ from oracle import Format, name_of
 from quantization_mlx import (
     QuantizedSwitchLinear,
     load_checkpoint,
-    patch_transformers,
     quantize_model,
     save_checkpoint,
-    unpatch_transformers,
 )
 from quantization_mlx.hf.experts import IMPLEMENTATION, experts_forward, register_experts, split_experts
+from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.nn.switch import SwitchLinear
+from tiny import SMALL, TOKENS, assert_close, causal_lm, logits, mlx_logits_of_tokens, only_experts
 
-VOCABULARY, HIDDEN, EXPERT = 96, 64, 128
-TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
+HIDDEN, EXPERT = SMALL["hidden_size"], SMALL["intermediate_size"]
 FORMATS = (Format("affine", 64, 4), Format("mxfp4", 32, 4))
 DEEPSEEK = {
     "num_key_value_heads": 4,
@@ -91,24 +86,10 @@ FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    torch.manual_seed(0)
     prefix, options = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(
-        **{
-            "hidden_size": HIDDEN,
-            "intermediate_size": EXPERT,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": VOCABULARY,
-            "initializer_range": 0.1,
-            "tie_word_embeddings": False,
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-            **options,
-        }
-    )
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).to(dtype).eval()
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    common = {**SMALL, "tie_word_embeddings": False, "max_position_embeddings": 2048, "rope_parameters": rope}
+    model = causal_lm(prefix, **{**common, **options}).to(dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("bias"):  # zeros would hide a mix-up
             nn.init.uniform_(tensor, -0.5, 0.5)
@@ -117,10 +98,6 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 
 def experts_of(model: nn.Module) -> nn.Module:
     return model.model.layers[1].mlp.experts
-
-
-def only_experts(path: str, layer: nn.Module) -> bool:
-    return ".experts." in path
 
 
 def dequantized(layer: SwitchLinear | QuantizedSwitchLinear) -> Tensor:
@@ -145,15 +122,6 @@ def eager_reference(dense: nn.Module, quantized: nn.Module) -> nn.Module:
         if hasattr(module, "is_transposed"):
             module.config._experts_implementation = "eager"
     return reference
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(TOKENS).logits.float()
-
-
-def assert_close(ours: Tensor, reference: Tensor, relative: float = 1e-5) -> None:
-    oracle.assert_within(ours, reference.double(), relative * reference.abs().max())
 
 
 def routing(experts: nn.Module, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +149,7 @@ def test_logits_are_those_of_the_dequantized_experts(family: str, format: Format
     assert model.config._experts_implementation == IMPLEMENTATION
     reference = logits(eager_reference(dense, model))
     assert not torch.allclose(reference, logits(dense), rtol=1e-2)
-    assert_close(logits(model), reference)
+    assert_close(logits(model), reference, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
@@ -234,7 +202,7 @@ def test_experts_that_are_not_quantized_run_as_before() -> None:
     dense = tiny_model("mixtral")
     model = quantize_model(copy.deepcopy(dense), predicate=lambda path, _: "layers.0.mlp.experts" in path)
     assert isinstance(experts_of(model).gate_up_proj, nn.Parameter)
-    assert_close(logits(model), logits(eager_reference(dense, model)))
+    assert_close(logits(model), logits(eager_reference(dense, model)), 1e-5)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -248,7 +216,7 @@ def test_some_projections_may_stay_in_floating_point(family: str) -> None:
     layers = experts_of(model)
     assert (layers.gate_proj.bits, layers.up_proj.bits, type(layers.down_proj)) == (8, 4, SwitchLinear)
     assert layers.down_proj.weight.is_contiguous()
-    assert_close(logits(model), logits(eager_reference(dense, model)))
+    assert_close(logits(model), logits(eager_reference(dense, model)), 1e-5)
 
 
 @FAMILY
@@ -283,7 +251,7 @@ def test_gradients_reach_hidden_states_and_router_weights() -> None:
         experts_of(each)(x, indices, weights).square().sum().backward()
         gradients.append((x.grad, weights.grad))
     for ours, reference in zip(*gradients, strict=True):
-        assert_close(ours, reference)
+        assert_close(ours, reference, 1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -294,7 +262,7 @@ def test_full_graph(family: str) -> None:
     with torch.no_grad():
         for tokens in (5, 9):
             arguments = routing(experts, tokens, torch.float32)
-            assert_close(compiled(*arguments), experts(*arguments))
+            assert_close(compiled(*arguments), experts(*arguments), 1e-5)
 
 
 def test_experts_elsewhere_count_for_nothing() -> None:
@@ -323,7 +291,7 @@ def test_devices(device: str, tokens: int) -> None:
     with torch.no_grad():
         expected = eager_reference(dense, experts)(x, indices, weights)
         ours = experts.to(device)(x.to(device), indices.to(device), weights.to(device))
-    assert_close(ours, expected)
+    assert_close(ours, expected, 1e-5)
 
 
 def test_registration_may_be_repeated() -> None:
@@ -351,7 +319,7 @@ def test_switch_linear(format: Format) -> None:
     for layer in (dense, packed):
         matrices = dequantized(layer).double()
         expected = torch.einsum("tk,tpok->tpo", x[:, 0].double(), matrices[indices]) + bias.double()[indices]
-        assert_close(layer(x, indices), expected)
+        assert_close(layer(x, indices), expected, 1e-5)
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
@@ -371,21 +339,6 @@ def test_rows_of_experts_divide_into_groups() -> None:
 # --- MLX checkpoints --------------------------------------------------------------------------------------------------
 
 
-def mlx_model(directory: Path) -> Any:
-    from mlx_lm.utils import load_model
-
-    oracle.mlx()
-    model, _ = load_model(directory)
-    return model
-
-
-def mlx_logits(directory: Path) -> Tensor:
-    mx = oracle.mlx()
-    model = mlx_model(directory)
-    model.set_dtype(mx.float32)
-    return oracle.from_mlx(model(oracle.to_mlx(TOKENS)).astype(mx.float32))
-
-
 def mlx_convert(source: Path, target: Path, **options: Any) -> None:
     """What mlx_lm's conversion does with a model that is already here, without a tokenizer."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
@@ -403,7 +356,7 @@ def test_mlx_lm_computes_the_same_from_our_checkpoint(family: str, tmp_path: Pat
     # mlx_lm quantizes other matrices that it makes of kv_b_proj.
     model = quantize_model(tiny_model(family), predicate=lambda path, _: "kv_b_proj" not in path)
     save_checkpoint(model, tmp_path)
-    assert_close(logits(model), mlx_logits(tmp_path), 1e-4)
+    assert_close(logits(model), mlx_logits_of_tokens(tmp_path), 1e-4)
     assert torch.equal(logits(load_checkpoint(tmp_path)), logits(model))
 
 
@@ -413,14 +366,11 @@ def test_conversions_of_mlx_lm_compute_the_same(family: str, mode: str, tmp_path
     save_checkpoint(tiny_model(family), tmp_path / "dense")
     group_size, bits = {"affine": (64, 4), "mxfp4": (32, 4)}[mode]
     mlx_convert(tmp_path / "dense", tmp_path / "mlx", group_size=group_size, bits=bits, mode=mode)
-    patch_transformers()
-    try:
+    with patched_transformers():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "mlx", dtype=torch.float32)
-    finally:
-        unpatch_transformers()
     assert experts_of(model).down_proj.mode == mode
     assert model.config._experts_implementation == IMPLEMENTATION
-    assert_close(logits(model), mlx_logits(tmp_path / "mlx"), 1e-4)
+    assert_close(logits(model), mlx_logits_of_tokens(tmp_path / "mlx"), 1e-4)
     save_checkpoint(model, tmp_path / "again")
     assert torch.equal(logits(load_checkpoint(tmp_path / "again")), logits(model))
 
@@ -429,7 +379,7 @@ def test_conversions_of_mlx_lm_compute_the_same(family: str, mode: str, tmp_path
 def test_checkpoints_in_floating_point(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     save_checkpoint(model, tmp_path)
-    assert_close(logits(model), mlx_logits(tmp_path), 1e-4)
+    assert_close(logits(model), mlx_logits_of_tokens(tmp_path), 1e-4)
     loaded = load_checkpoint(tmp_path)
     assert isinstance(experts_of(loaded).down_proj, nn.Parameter)
     # Torch's dense kernels round in another way where the tensors of a mapped file are aligned in another way.
@@ -448,7 +398,7 @@ def test_formats_may_differ_between_projections(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path)
     assert (experts_of(loaded).gate_proj.bits, experts_of(loaded).up_proj.bits) == (4, 8)
     assert torch.equal(logits(loaded), logits(model))
-    assert_close(logits(loaded), mlx_logits(tmp_path), 1e-4)
+    assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path), 1e-4)
 
 
 def openai_checkpoint(model: PreTrainedModel, directory: Path) -> None:
@@ -470,11 +420,8 @@ def openai_checkpoint(model: PreTrainedModel, directory: Path) -> None:
 def test_blocks_of_gpt_oss_are_viewed(tmp_path: Path) -> None:
     dense = tiny_model("gpt_oss")
     openai_checkpoint(dense, tmp_path / "openai")
-    patch_transformers()
-    try:
+    with patched_transformers():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "openai", dtype=torch.float32)
-    finally:
-        unpatch_transformers()
     layer = experts_of(model).gate_up_proj
     assert (layer.mode, layer.weight_packed.shape) == ("mxfp4", (4, 2 * EXPERT, HIDDEN // 8))
     reference = copy.deepcopy(dense)
@@ -484,10 +431,10 @@ def test_blocks_of_gpt_oss_are_viewed(tmp_path: Path) -> None:
                 weight = dequantized(model.get_submodule(f"{path}.{name}")).float()
                 getattr(experts, name).data = weight.mT
     reference.set_experts_implementation("eager")
-    assert_close(logits(model), logits(reference))
+    assert_close(logits(model), logits(reference), 1e-5)
     save_checkpoint(model, tmp_path / "mlx")
-    assert_close(logits(model), mlx_logits(tmp_path / "mlx"), 1e-4)
-    assert_close(logits(load_checkpoint(tmp_path / "mlx")), logits(model))
+    assert_close(logits(model), mlx_logits_of_tokens(tmp_path / "mlx"), 1e-4)
+    assert_close(logits(load_checkpoint(tmp_path / "mlx")), logits(model), 1e-5)
 
 
 @FAMILY

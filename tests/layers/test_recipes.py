@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
@@ -24,12 +20,11 @@ from oracle import name_of
 from quantization_mlx import QuantizedEmbedding, QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.quantization.recipes import RECIPES, mixed_recipe
 from quantization_mlx.quantization.report import QuantizationReport
+from tiny import TOKENS, VOCABULARY
 
 # Recipes look at paths and at how many layers there are; sizes do not matter. The demo's model has 30 layers.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-VOCABULARY = 64
 ROUNDING = 2 * torch.finfo(torch.float32).eps
-TOKENS = torch.tensor([[5, 17, 3, 50, 44, 8, 8, 61, 2, 60]])
 
 
 def llama(layers: int, tied: bool = False) -> LlamaForCausalLM:
@@ -44,15 +39,6 @@ def gemma(dtype: torch.dtype = torch.float32) -> Gemma3ForCausalLM:
     sizes = {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4}
     config = Gemma3TextConfig(**sizes, num_hidden_layers=6, layer_types=2 * kinds, vocab_size=VOCABULARY)
     return Gemma3ForCausalLM(config).to(dtype).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", unk_token="w0")
 
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,13 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, weight_norm
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -34,38 +30,22 @@ from quantization_mlx import (
     load_checkpoint,
     marlin,
     patch_peft,
-    patch_transformers,
     prepare_for_generation,
     quantize_model,
     save_checkpoint,
     unpatch_peft,
-    unpatch_transformers,
 )
 from quantization_mlx.checkpoint.read import Checkpoint
 from quantization_mlx.families.llama4 import Llama4Experts
 from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
+from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.hf.quantizer import MLXConfig, columns_of_layers
 from quantization_mlx.marlin.experts import ColumnPackedSwitchLinear
 from quantization_mlx.marlin.layers import MarlinLinear, MetalQuantizedLinear
 from quantization_mlx.marlin.saved import load_quantized, save_quantized
 from quantization_mlx.nn.switch import SwitchLinear
 from quantization_mlx.quantization.report import QuantizationReport
-
-TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(TOKENS).logits.float()
-
-
-def assert_close(ours: Tensor, expected: Tensor) -> None:
-    oracle.assert_within(ours, expected.double(), 1e-4 * expected.abs().max())
-
-
-def relative_error(ours: Tensor, expected: Tensor) -> float:
-    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
-
+from tiny import SMALL, TOKENS, assert_close, causal_lm, logits, mlx_logits_of_tokens, only_experts, relative_error
 
 # --- Layers that are left alone ---------------------------------------------------------------------------------------
 
@@ -84,10 +64,14 @@ def linear() -> nn.Linear:
     return nn.Linear(128, 64)
 
 
-def edited(edit: Callable[[nn.Module], Any], make: Callable[[], nn.Module] = linear) -> nn.Module:
-    layer = make()
+def edited(edit: Callable[[nn.Linear], Any]) -> nn.Linear:
+    layer = linear()
     edit(layer)
     return layer
+
+
+def nothing(*arguments: Any) -> None:
+    """A hook."""
 
 
 def set_forward(layer: nn.Module) -> None:
@@ -96,7 +80,7 @@ def set_forward(layer: nn.Module) -> None:
 
 
 def set_weight(layer: nn.Module, weight: Tensor) -> None:
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
 
 
 def tagged(layer: nn.Module) -> None:
@@ -105,69 +89,46 @@ def tagged(layer: nn.Module) -> None:
     layer._parameters["weight"] = parameter
 
 
-def compiled_by_itself(layer: nn.Module) -> None:
-    layer.compile(backend="eager")
+def parametrized(name: str) -> Callable[[nn.Linear], Any]:
+    return lambda layer: nn.utils.parametrize.register_parametrization(layer, name, Doubling())
 
 
-LEFT_LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "parametrization": (
-        lambda: edited(lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubling())),
-        "has parametrizations of weight",
-    ),
-    "weight_norm": (lambda: parametrizations.weight_norm(linear()), "has parametrizations of weight"),
-    "spectral_norm": (lambda: parametrizations.spectral_norm(linear()), "has parametrizations of weight"),
-    "bias-parametrization": (
-        lambda: edited(lambda layer: nn.utils.parametrize.register_parametrization(layer, "bias", Doubling())),
-        "has parametrizations of bias",
-    ),
-    "old-weight_norm": (lambda: weight_norm(linear()), "has no parameter as its weight"),
-    "old-spectral_norm": (lambda: nn.utils.spectral_norm(linear()), "has no parameter as its weight"),
-    "pruned": (lambda: prune.l1_unstructured(linear(), "weight", 0.5), "has no parameter as its weight"),
-    "pruned-bias": (lambda: prune.l1_unstructured(linear(), "bias", 0.5), "has no parameter as its bias"),
-    "own-forward": (lambda: edited(set_forward), "has a forward of its own"),
-    "compiled": (lambda: edited(compiled_by_itself), "is compiled by its method"),
-    "float8": (
-        lambda: edited(lambda layer: set_weight(layer, layer.weight.detach().to(torch.float8_e4m3fn))),
-        "its weight is float8_e4m3fn",
-    ),
-    "float64": (
-        lambda: edited(lambda layer: set_weight(layer, layer.weight.detach().double())),
-        "its weight is float64",
-    ),
-    "sparse": (
-        lambda: edited(lambda layer: set_weight(layer, layer.weight.detach().to_sparse())),
-        "its weight is sparse_coo",
-    ),
-    "tensor-subclass": (lambda: edited(tagged), "its weight is of type Tagged"),
+# What is done to a linear layer, and why it stays.
+EDITS: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
+    "parametrization": (parametrized("weight"), "has parametrizations of weight"),
+    "weight_norm": (parametrizations.weight_norm, "has parametrizations of weight"),
+    "spectral_norm": (parametrizations.spectral_norm, "has parametrizations of weight"),
+    "bias-parametrization": (parametrized("bias"), "has parametrizations of bias"),
+    "old-weight_norm": (weight_norm, "has no parameter as its weight"),
+    "old-spectral_norm": (nn.utils.spectral_norm, "has no parameter as its weight"),
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "has no parameter as its weight"),
+    "pruned-bias": (lambda layer: prune.l1_unstructured(layer, "bias", 0.5), "has no parameter as its bias"),
+    "own-forward": (set_forward, "has a forward of its own"),
+    "compiled": (lambda layer: layer.compile(backend="eager"), "is compiled by its method"),
+    "float8": (lambda layer: set_weight(layer, layer.weight.to(torch.float8_e4m3fn)), "its weight is float8_e4m3fn"),
+    "float64": (lambda layer: set_weight(layer, layer.weight.double()), "its weight is float64"),
+    "sparse": (lambda layer: set_weight(layer, layer.weight.to_sparse()), "its weight is sparse_coo"),
+    "tensor-subclass": (tagged, "its weight is of type Tagged"),
     "further-parameter": (
-        lambda: edited(lambda layer: layer.register_parameter("gain", nn.Parameter(torch.ones(64)))),
+        lambda layer: layer.register_parameter("gain", nn.Parameter(torch.ones(64))),
         "has further state: gain",
     ),
-    "further-buffer": (
-        lambda: edited(lambda layer: layer.register_buffer("mask", torch.ones(64))),
-        "further state: mask",
-    ),
-    "child": (lambda: edited(lambda layer: layer.add_module("adapter", nn.Linear(128, 64))), "further state: adapter"),
-    "state_dict-hook": (
-        lambda: edited(lambda layer: layer.register_state_dict_post_hook(lambda *args: None)),
-        "has a state_dict hook",
-    ),
-    "state_dict-pre-hook": (
-        lambda: edited(lambda layer: layer.register_state_dict_pre_hook(lambda *args: None)),
-        "has a state_dict pre-hook",
-    ),
+    "further-buffer": (lambda layer: layer.register_buffer("mask", torch.ones(64)), "further state: mask"),
+    "child": (lambda layer: layer.add_module("adapter", nn.Linear(128, 64)), "further state: adapter"),
+    "state_dict-hook": (lambda layer: layer.register_state_dict_post_hook(nothing), "has a state_dict hook"),
+    "state_dict-pre-hook": (lambda layer: layer.register_state_dict_pre_hook(nothing), "has a state_dict pre-hook"),
     "load-pre-hook": (
-        lambda: edited(lambda layer: layer.register_load_state_dict_pre_hook(lambda *args: None)),
+        lambda layer: layer.register_load_state_dict_pre_hook(nothing),
         "has a load_state_dict pre-hook",
     ),
     "load-post-hook": (
-        lambda: edited(lambda layer: layer.register_load_state_dict_post_hook(lambda *args: None)),
+        lambda layer: layer.register_load_state_dict_post_hook(nothing),
         "has a load_state_dict post-hook",
     ),
-    "old-backward-hook": (
-        lambda: edited(lambda layer: layer.register_backward_hook(lambda *args: None)),
-        "register_backward_hook",
-    ),
+    "old-backward-hook": (lambda layer: layer.register_backward_hook(nothing), "register_backward_hook"),
+}
+LEFT_LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    kind: (functools.partial(edited, edit), reason) for kind, (edit, reason) in EDITS.items()
 }
 LEFT_EMBEDDING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "max_norm": (lambda: nn.Embedding(32, 64, max_norm=1.0), "has max_norm=1.0"),
@@ -387,15 +348,13 @@ def test_hooks_of_llama4_experts_run_and_their_handles_remove_them() -> None:
 
 
 def test_hooks_go_to_metal_layers_and_back() -> None:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**DECODER)
-    model = quantize_model(transformers.LlamaForCausalLM(config).eval(), predicate=lambda path, _: "proj" in path)
+    model = quantize_model(causal_lm("Llama", **DECODER), predicate=lambda path, _: "proj" in path)
     layer = model.model.layers[0].mlp.down_proj
     handle = layer.register_forward_hook(lambda module, arguments, output: 2 * output)
     expected = logits(model)
     metal_to_mlx(mlx_to_metal(model))
     assert model.model.layers[0].mlp.down_proj is not layer
-    oracle.assert_within(logits(model), expected.double(), 1e-5 * expected.abs().max())
+    assert_close(logits(model), expected, 1e-5)
     handle.remove()
     assert relative_error(logits(model), expected) > 1e-3
 
@@ -403,9 +362,7 @@ def test_hooks_go_to_metal_layers_and_back() -> None:
 def test_hooks_stay_when_an_adapter_is_merged() -> None:
     import peft
 
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).eval()
-    quantize_model(model, predicate=lambda path, _: "proj" in path)
+    model = quantize_model(causal_lm("Llama", **DECODER), predicate=lambda path, _: "proj" in path)
     calls = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, *_: calls.append(type(module)))
     patch_peft()
@@ -425,8 +382,7 @@ LARGER_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # as the fu
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_prepared_decoders_call_projections_with_hooks(quantized: bool) -> None:
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**DECODER, **LARGER_HEADS})).eval()
+    model = causal_lm("Llama", **{**DECODER, **LARGER_HEADS})
     if quantized:
         quantize_model(model)
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
@@ -436,7 +392,7 @@ def test_prepared_decoders_call_projections_with_hooks(quantized: bool) -> None:
     mlp.down_proj.forward = lambda x: original(x) + 1
     expected = logits(model)
     ours = logits(prepare_for_generation(model))
-    oracle.assert_within(ours, expected.double(), 1e-4 * expected.abs().max())
+    assert_close(ours, expected)
 
 
 # --- Conv1D -----------------------------------------------------------------------------------------------------------
@@ -490,28 +446,17 @@ def test_gpt2_is_quantized_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
-def mlx_logits(directory: Path) -> Tensor:
-    from mlx_lm.utils import load_model
-
-    mx = oracle.mlx()
-    theirs, _ = load_model(directory)
-    return oracle.from_mlx(theirs(oracle.to_mlx(TOKENS)).astype(mx.float32))
-
-
 @pytest.mark.parametrize("left", ["", "c_"], ids=["quantized", "dense"])
 def test_mlx_lm_computes_the_same_from_gpt2(left: str, tmp_path: Path) -> None:
     """Also from layers in floating point, of which the square one would not show by its shape how it lies."""
     model = quantize_model(gpt2(), predicate=lambda path, _: not left or left not in path)
     save_checkpoint(model, tmp_path)
-    assert_close(mlx_logits(tmp_path), logits(model))
+    assert_close(mlx_logits_of_tokens(tmp_path), logits(model))
     loaded = load_checkpoint(tmp_path)
     assert [type(layer) for layer in loaded.modules()] == [type(layer) for layer in model.modules()]
     assert_close(logits(loaded), logits(model))
-    patch_transformers()
-    try:
+    with patched_transformers():
         bare = transformers.GPT2Model.from_pretrained(tmp_path)
-    finally:
-        unpatch_transformers()
     with torch.no_grad():
         assert_close(bare(TOKENS).last_hidden_state, model.transformer(TOKENS).last_hidden_state)
 
@@ -530,7 +475,7 @@ def test_gpt2_that_mlx_lm_has_quantized_is_read(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "theirs")
     assert type(loaded.transformer.h[0].attn.c_proj) is QuantizedLinear
     assert type(loaded.transformer.h[1].attn.c_proj) is Conv1D
-    assert_close(logits(loaded), mlx_logits(tmp_path / "theirs"))
+    assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path / "theirs"))
 
 
 def test_gpt2_with_the_names_of_transformers_has_its_layout(tmp_path: Path) -> None:
@@ -597,55 +542,39 @@ def test_conv1d_and_linear_of_one_weight_stay_as_they_are() -> None:
 
 # --- Experts ----------------------------------------------------------------------------------------------------------
 
-DECODER = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-}
-
-
-LLAMA4 = {
-    **DECODER,
-    "intermediate_size_mlp": 128,
-    "head_dim": 16,
-    "num_local_experts": 4,
-    "interleave_moe_layer_step": 1,
-    "attn_temperature_tuning": False,
-    "attention_chunk_size": 64,
+DECODER = {**SMALL, "tie_word_embeddings": False, "pad_token_id": 0}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "GptOss": {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "Llama4": {
+        **DECODER,
+        "intermediate_size_mlp": 128,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 1,
+        "attn_temperature_tuning": False,
+        "attention_chunk_size": 64,
+    },
+    "Glm4MoeLite": {
+        **DECODER,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
 }
 
 
 def mixture(family: str, **options: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    if family == "Llama4":
-        config = transformers.Llama4TextConfig(**{**LLAMA4, **options})
-    elif family == "Glm4MoeLite":
-        config = transformers.Glm4MoeLiteConfig(
-            **{**DECODER, "num_key_value_heads": 4},
-            moe_intermediate_size=128,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-            q_lora_rank=64,
-            kv_lora_rank=64,
-            qk_rope_head_dim=16,
-            qk_nope_head_dim=16,
-            v_head_dim=32,
-            mlp_layer_types=["dense", "sparse"],
-        )
-    else:
-        options = {"head_dim": 16} if family == "GptOss" else {}
-        config = getattr(transformers, f"{family}Config")(
-            **DECODER, num_local_experts=4, num_experts_per_tok=2, **options
-        )
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = causal_lm(family, **{**MIXTURES[family], **options})
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:
             nn.init.normal_(parameter, std=0.1)
@@ -691,10 +620,6 @@ def with_experts_of(dense: PreTrainedModel, model: PreTrainedModel) -> PreTraine
     return reference
 
 
-def only_experts(path: str, layer: nn.Module) -> bool:
-    return ".experts." in path
-
-
 def test_llama4_experts_compute_with_the_values_that_they_hold() -> None:
     dense = mixture("Llama4")
     model = quantize_model(copy.deepcopy(dense), predicate=only_experts)
@@ -703,7 +628,7 @@ def test_llama4_experts_compute_with_the_values_that_they_hold() -> None:
     assert [type(layer) for layer in experts.children() if hasattr(layer, "bits")] == [QuantizedSwitchLinear] * 3
     expected = logits(with_experts_of(dense, model))
     assert relative_error(logits(dense), expected) > 0.01
-    oracle.assert_within(logits(model), expected.double(), 1e-5 * expected.abs().max())
+    assert_close(logits(model), expected, 1e-5)
 
 
 def test_llama4_at_8_bits_gives_the_logits_of_the_dense_model(tmp_path: Path) -> None:
@@ -773,13 +698,11 @@ def test_llama4_of_mlx_lm_loads(tmp_path: Path) -> None:
         ).float()
     save_file({f"language_model.{name}": each for name, each in stored.items()}, tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path)
-    oracle.assert_within(logits(loaded), logits(model).double(), 1e-5 * logits(model).abs().max())
+    assert_close(logits(loaded), logits(model), 1e-5)
 
 
 def test_mlx_lm_computes_the_same_from_llama4(tmp_path: Path) -> None:
     """Of what mlx_lm reads, a model with images around this one, whose config is written here."""
-    from mlx_lm.utils import load_model
-
     model = quantize_model(mixture("Llama4", num_hidden_layers=4), bits=8)
     save_checkpoint(model, tmp_path)
     stored = {f"language_model.{name}": each for name, each in load_file(tmp_path / "model.safetensors").items()}
@@ -789,10 +712,7 @@ def test_mlx_lm_computes_the_same_from_llama4(tmp_path: Path) -> None:
     quantization = config.pop("quantization")
     whole = {"model_type": "llama4", "text_config": config, "quantization": quantization}
     (tmp_path / "config.json").write_text(json.dumps(whole))
-    theirs, _ = load_model(tmp_path)
-    mx = oracle.mlx()
-    expected = oracle.from_mlx(theirs(oracle.to_mlx(TOKENS)).astype(mx.float32))
-    oracle.assert_within(logits(model), expected.double(), 1e-4 * expected.abs().max())
+    assert_close(logits(model), mlx_logits_of_tokens(tmp_path))
 
 
 def as_plain_linear(router: nn.Linear) -> nn.Linear:
@@ -826,7 +746,7 @@ def test_marlin_s_experts_compute_with_the_values_that_they_hold(family: str, wa
     expected = logits(with_experts_of(dense, model))
     assert any(isinstance(layer, ColumnPackedSwitchLinear) for layer in model.modules())
     assert relative_error(logits(dense), expected) > 1e-3
-    oracle.assert_within(logits(model), expected.double(), 1e-4 * expected.abs().max())
+    assert_close(logits(model), expected)
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Glm4MoeLite", "Llama4"])
@@ -907,7 +827,7 @@ def test_experts_and_hooks_come_back_to_floating_point(family: str, way: str) ->
     expected = logits(model)
     dequantize_model(model)
     assert {path: type(module) for path, module in model.named_modules()} == classes
-    oracle.assert_within(logits(model), expected.double(), 1e-4 * expected.abs().max())
+    assert_close(logits(model), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*floating point")
@@ -1016,24 +936,26 @@ def test_convert_prints_what_stays(tmp_path: Path, capsys: pytest.CaptureFixture
 # --- On the way through Transformers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*floating point")
-def test_quantizing_while_loading_leaves_the_same_layers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = gpt2()
-    model.save_pretrained(tmp_path)
-    original = transformers.models.gpt2.modeling_gpt2.GPT2Model.__init__
+def limit_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, GPT-2 limits the rows of its embedding."""
+    original = transformers.GPT2Model.__init__
 
     def limited(self: Any, config: Any) -> None:
         original(self, config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, max_norm=1.0)
 
-    monkeypatch.setattr(transformers.models.gpt2.modeling_gpt2.GPT2Model, "__init__", limited)
-    patch_transformers()
-    try:
+    monkeypatch.setattr(transformers.GPT2Model, "__init__", limited)
+
+
+@pytest.mark.filterwarnings("ignore:.*floating point")
+def test_quantizing_while_loading_leaves_the_same_layers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gpt2()
+    model.save_pretrained(tmp_path)
+    limit_embeddings(monkeypatch)
+    with patched_transformers():
         loaded = transformers.GPT2LMHeadModel.from_pretrained(
             tmp_path, quantization_config=MLXConfig(bits=8, group_size=64)
         )
-    finally:
-        unpatch_transformers()
     assert type(loaded.transformer.wte) is nn.Embedding and loaded.transformer.wte.max_norm == 1.0
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert type(loaded.transformer.h[0].mlp.c_fc) is QuantizedLinear
@@ -1043,12 +965,6 @@ def test_a_checkpoint_that_has_such_a_layer_quantized_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(quantize_model(gpt2()), tmp_path)
-    original = transformers.models.gpt2.modeling_gpt2.GPT2Model.__init__
-
-    def limited(self: Any, config: Any) -> None:
-        original(self, config)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd, max_norm=1.0)
-
-    monkeypatch.setattr(transformers.models.gpt2.modeling_gpt2.GPT2Model, "__init__", limited)
+    limit_embeddings(monkeypatch)
     with pytest.raises(ValueError, match=r"layers quantized that cannot be: transformer\.wte: has max_norm=1\.0"):
         load_checkpoint(tmp_path)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ import oracle
 import quantization_mlx as qm
 from cases import DTYPES
 from oracle import name_of
+from packed_columns import BITS, DIVISORS, Packed, element_values, exact, group_sizes_of, random_packed, reference
 from quantization_mlx import marlin
 from quantization_mlx.marlin import (
     MetalKernelLibrary,
@@ -36,11 +37,7 @@ from quantization_mlx.marlin import (
     pack_int4_weights,
 )
 from quantization_mlx.marlin.arrays import is_mlx_array, to_mlx, to_torch
-from test_marlin_ops import reference_quantize
 
-# The bits of an element, and what the largest magnitude of a group is divided by for the scale.
-BITS = {"fp4": 4, "fp8": 8, "int2": 2, "int4": 4, "int4_sym": 4}
-DIVISORS = {"fp4": 6, "fp8": 448, "int2": 1.5, "int4_sym": 7}
 KIND = pytest.mark.parametrize("kind", BITS)
 GROUP_SIZE = pytest.mark.parametrize("group_size", [32, 64, 128])
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -50,57 +47,6 @@ SHAPES = {
     "cpu": ((1, 256), (2, 256), (5, 256), (33, 256), (256,), (2, 3, 256), (0, 256)),
     "mps": ((256,), (2, 3, 256), (17, 256)),
 }
-
-
-def group_sizes_of(device: str, kind: str, dtype: torch.dtype) -> tuple[int, ...]:
-    """All on the CPU; on "mps", which is slow in software, another one for each dtype of a format."""
-    sizes = (32, 64, 128)
-    chosen = sizes[(list(BITS).index(kind) + DTYPES.index(dtype)) % 3]
-    return sizes if device == "cpu" else (chosen,)
-
-
-# --- The formats ------------------------------------------------------------------------------------------------------
-
-
-class Packed(NamedTuple):
-    words: Tensor
-    scales: Tensor
-    zeros: Tensor | None = None
-
-    def to(self, device: str) -> Packed:
-        return Packed(*(None if tensor is None else tensor.to(device) for tensor in self))
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in self if tensor is not None)
-
-
-def element_values(kind: str, codes: np.ndarray) -> np.ndarray:
-    """float64, what codes stand for before the scale (and the zero point of int4)."""
-    if kind == "fp4":
-        return oracle.E2M1[codes]
-    if kind == "fp8":
-        return oracle.E4M3[codes]
-    return codes - {"int2": 1.5, "int4": 0.0, "int4_sym": 8.0}[kind]
-
-
-def format_of(kind: str, group_size: int) -> oracle.Format:
-    return oracle.Format(f"marlin_{kind}", group_size, BITS[kind])
-
-
-def exact(kind: str, packed: Packed, group_size: int) -> Tensor:
-    """float64 [K, N]."""
-    return oracle.dequantize(*packed, format_of(kind, group_size))
-
-
-def reference(kind: str, weights: Tensor, group_size: int) -> Packed:
-    return Packed(*reference_quantize(weights.detach().cpu(), format_of(kind, group_size)))
-
-
-def random_packed(kind: str, K: int, N: int, group_size: int) -> Packed:
-    """Random codes, scales and zero points, drawn without any quantizer."""
-    made = oracle.random_quantized(format_of(kind, group_size), K, N)
-    return Packed(made.w, made.scales, made.biases)
 
 
 def packer(kind: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -159,7 +105,7 @@ def test_packers_follow_the_formulas(kind: str, dtype: torch.dtype, device: str)
     """Words, scales and zeros bit for bit; each kind of weights in columns of its own."""
     limit, N = torch.finfo(dtype).max, 7
     weights = torch.cat([make(256, N) for make in WEIGHTS.values()], 1).clamp(-limit, limit).to(dtype)
-    for group_size in group_sizes_of(device, kind, dtype):
+    for group_size in group_sizes_of(device, f"marlin_{kind}", dtype):
         packed = packer(kind)(weights.to(device), group_size=group_size)
         assert isinstance(packed, tuple)
         for ours, theirs in zip(packed, reference(kind, weights, group_size).tensors, strict=True):
@@ -313,7 +259,7 @@ def test_error_of_normal_weights_is_that_of_the_format(kind: str, group_size: in
 @KIND
 @DTYPE
 def test_dequantize_gives_the_exact_values_rounded_once(kind: str, dtype: torch.dtype, device: str) -> None:
-    for group_size in group_sizes_of(device, kind, dtype):
+    for group_size in group_sizes_of(device, f"marlin_{kind}", dtype):
         packed = random_packed(kind, 256, 21, group_size)
         values = exact(kind, packed, group_size)
         options = {"group_size": group_size, "bits": BITS[kind], "mode": f"marlin_{kind}"}
@@ -325,7 +271,7 @@ def test_dequantize_gives_the_exact_values_rounded_once(kind: str, dtype: torch.
 
 def test_dispatch_dequant_fp4(device: str) -> None:
     lib = get_default_library()
-    for group_size in group_sizes_of(device, "fp4", torch.float16):
+    for group_size in group_sizes_of(device, "marlin_fp4", torch.float16):
         packed = random_packed("fp4", 256, 21, group_size)
         words, scales, _ = packed.to(device)
         ours = dispatch_dequant_fp4(lib, words, scales, 256, 21, group_size)
@@ -351,7 +297,7 @@ def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
 @KIND
 @DTYPE
 def test_products(kind: str, dtype: torch.dtype, device: str) -> None:
-    for group_size in group_sizes_of(device, kind, dtype):
+    for group_size in group_sizes_of(device, f"marlin_{kind}", dtype):
         for N in COLUMNS[device]:
             packed = random_packed(kind, 256, N, group_size)
             matrix = exact(kind, packed, group_size)

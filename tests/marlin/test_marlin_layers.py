@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oracle
 from cases import DTYPES
 from oracle import name_of
+from packed_columns import DIVISORS, Packed, element_values, exact, reference
 from quantization_mlx.marlin import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
-from test_marlin_functions import DIVISORS, Packed, element_values, exact, reference
 
 IN, OUT = 256, 100
 

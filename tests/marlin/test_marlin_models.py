@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shutil
 import sys
@@ -15,33 +14,27 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import transformers
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
     GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
 
 import oracle
 from disk import fill_disk
+from marlin_models import MODELS, QUANTIZED, layers_of, quantized, tiny_model
 from quantization_mlx import load_checkpoint, patch_transformers, save_checkpoint, unpatch_transformers
 from quantization_mlx import quantize_model as quantize_to_mlx
+from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.marlin import (
     ColumnPackedLinear,
     MarlinLinear,
@@ -54,67 +47,7 @@ from quantization_mlx.marlin import (
     save_quantized,
 )
 from repository import ROOT
-from test_checkpoint import wrapper
-
-VOCABULARY = 96
-TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
-SIZES = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
-DECODER = {
-    **SIZES,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-def tiny_model(family: str = "llama", **options: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    options = {"tie_word_embeddings": False, **options}
-    if family == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=128, n_layer=1, n_head=4, n_positions=32, **options))
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**{**DECODER, **options}))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**{**DECODER, **options}))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # ones and zeros would hide a mix-up
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return model.eval()
-
-
-# Each way to quantize, as a call.
-QUANTIZED: dict[str, Callable[..., Any]] = {
-    **{
-        f"bits-{bits}": lambda model, bits=bits, **options: replace_linear_layers(model, bits, **options)
-        for bits in (2, 4, 8)
-    },
-    **{
-        kind: lambda model, kind=kind, **options: quantize_model(model, kind, **{"skip_layers": (), **options})
-        for kind in ("fp4", "int4", "int4_sym")
-    },
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama-tied": {"tie_word_embeddings": True},
-    "qwen2": {"family": "qwen2"},
-    "qwen2-tied": {"family": "qwen2", "tie_word_embeddings": True},
-    "gpt2-untied": {"family": "gpt2"},  # whose layers are Conv1D, but for the head
-}
-
-
-def quantized(model: str = "llama", way: str = "bits-4", **options: Any) -> PreTrainedModel:
-    made = tiny_model(**MODELS[model])
-    with warnings.catch_warnings():  # that a tied head is left alone
-        warnings.simplefilter("ignore")
-        QUANTIZED[way](made, **options)
-    return made
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(TOKENS).logits.float()
+from tiny import TOKENS, VOCABULARY, contents, edit_config, edit_tensors, logits, wrapper
 
 
 def decoded(layer: ColumnPackedLinear) -> Tensor:
@@ -132,15 +65,6 @@ def dequantized(model: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedMod
             assert twin.weight.shape == weight.shape
             twin.weight = nn.Parameter(weight.to(twin.weight.dtype))
     return dense
-
-
-def layers_of(model: nn.Module, kind: type = ColumnPackedLinear) -> set[str]:
-    kinds = (MarlinLinear, MetalQuantizedLinear) if kind is ColumnPackedLinear else (kind,)
-    return {path for path, module in model.named_modules(remove_duplicate=False) if type(module) in kinds}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 def assert_same_state(ours: nn.Module, expected: nn.Module) -> None:
@@ -587,18 +511,6 @@ def test_mlx_checkpoints_have_no_layers_of_marlin(tmp_path: Path) -> None:
 LAYER = "model.layers.1.self_attn.q_proj"
 
 
-def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(directory / "model.safetensors").items()}
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_record(directory: Path, edit: Callable[[dict[str, Any]], Any], name: str = "quantization_config.json") -> None:
-    record = json.loads((directory / name).read_text())
-    edit(record)
-    (directory / name).write_text(json.dumps(record))
-
-
 @pytest.mark.parametrize(
     "edit, message",
     [
@@ -625,7 +537,7 @@ def edit_record(directory: Path, edit: Callable[[dict[str, Any]], Any], name: st
     ],
 )
 def test_faulty_tensors_are_named(edit: Callable[[dict[str, Tensor]], Any], message: str, saved: Path) -> None:
-    edit_tensors(saved, edit)
+    edit_tensors(saved, edit, "pt")
     with pytest.raises(ValueError, match=rf"\[load_quantized\] .*{message}"):
         load_quantized(saved, "cpu")
 
@@ -652,7 +564,7 @@ def test_faulty_tensors_are_named(edit: Callable[[dict[str, Tensor]], Any], mess
     ],
 )
 def test_faulty_records_are_named(edit: Callable[[dict[str, Any]], Any], message: str, saved: Path) -> None:
-    edit_record(saved, edit)
+    edit_config(saved, edit, "quantization_config.json")
     with pytest.raises(ValueError, match=rf"\[load_quantized\] .*{message}"):
         load_quantized(saved, "cpu")
 
@@ -691,7 +603,7 @@ def test_other_kinds_of_directories_are_refused_with_the_loader_that_takes_them(
     tiny_model().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match=r"has no quantization_config\.json and is not quantized; load_and_quantize"):
         load_quantized(tmp_path / "dense", "cpu")
-    edit_record(tmp_path / "dense", lambda c: c.update(quantization_config={"quant_method": "awq"}), "config.json")
+    edit_config(tmp_path / "dense", lambda c: c.update(quantization_config={"quant_method": "awq"}))
     with pytest.raises(ValueError, match="is quantized by 'awq'; Transformers' from_pretrained"):
         load_quantized(tmp_path / "dense", "cpu")
     for model in (quantize_to_mlx(tiny_model()), tiny_model()):
@@ -756,7 +668,7 @@ def test_transformers_by_itself_refuses_a_saved_directory(saved: Path) -> None:
 def test_after_the_patch_a_saved_directory_loads(older: bool, saved: Path, tmp_path: Path) -> None:
     if older:
         method = {"quant_method": "quantization_mlx_marlin"}
-        edit_record(saved, lambda c: c.update(quantization_config=method), "config.json")
+        edit_config(saved, lambda c: c.update(quantization_config=method))
     expected = load_quantized(saved, "cpu")
     for each in (AutoModelForCausalLM, Qwen2ForCausalLM):
         loaded = each.from_pretrained(saved)
@@ -808,12 +720,8 @@ def test_what_transformers_saves_by_itself_is_refused(part: Callable[[Any], nn.M
             AutoModel.from_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=r"has no quantization_config\.json"):
             load_quantized(tmp_path / name, "cpu")
-    patch_transformers()
-    try:
-        with pytest.raises(ValueError, match=r"has no quantization_config\.json"):
-            AutoModel.from_pretrained(tmp_path / "made")
-    finally:
-        unpatch_transformers()
+    with patched_transformers(), pytest.raises(ValueError, match=r"has no quantization_config\.json"):
+        AutoModel.from_pretrained(tmp_path / "made")
 
 
 def test_the_class_of_a_part_never_makes_random_layers(tmp_path: Path) -> None:
@@ -822,12 +730,8 @@ def test_the_class_of_a_part_never_makes_random_layers(tmp_path: Path) -> None:
     save_quantized(model, tmp_path)
     with pytest.raises(ValueError, match=NO_METHOD):
         text.from_pretrained(tmp_path)
-    patch_transformers()
-    try:
-        with pytest.raises(ValueError, match="has layers that the model has not"):
-            text.from_pretrained(tmp_path)
-    finally:
-        unpatch_transformers()
+    with patched_transformers(), pytest.raises(ValueError, match="has layers that the model has not"):
+        text.from_pretrained(tmp_path)
     loaded = load_quantized(tmp_path, "cpu")
     assert type(loaded) is type(model)
     assert torch.equal(logits(loaded), logits(model))
@@ -899,7 +803,7 @@ def test_a_module_that_is_not_the_saved_one_is_refused_and_left_as_it_was(tmp_pa
             load_quantized(tmp_path, "cpu", model=other)
         assert not layers_of(other)
         assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
-    edit_tensors(tmp_path, lambda tensors: tensors["head.scales"].fill_(torch.inf))
+    edit_tensors(tmp_path, lambda tensors: tensors["head.scales"].fill_(torch.inf), "pt")
     with pytest.raises(ValueError, match=r"head\.scales has values that are not finite"):
         load_quantized(tmp_path, "cpu", model=plain())
 
@@ -975,7 +879,7 @@ def test_models_with_their_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tiny_model().save_pretrained(dense)
     (dense / "own.py").write_text(OWN_CODE)
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    edit_record(dense, lambda c: c.update(model_type="own", architectures=["Own"], auto_map=names), "config.json")
+    edit_config(dense, lambda c: c.update(model_type="own", architectures=["Own"], auto_map=names))
 
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_and_quantize(dense, device="cpu")

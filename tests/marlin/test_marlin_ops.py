@@ -13,11 +13,11 @@ import oracle
 import quantization_mlx as qm
 from cases import DTYPES, MARLIN_BITS
 from oracle import Format, Quantized, name_of
+from packed_columns import group_sizes_of, reference_quantize
 
 pytestmark = pytest.mark.kernels_ci
 
 ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 17, 33, 64, 70)
-GROUP_SIZES = (32, 64, 128)
 # Which rows of x meet which w [K, N]. On "mps", where a software device checks every access, every kernel meets ragged
 # shapes and whole ones.
 PRODUCTS = {
@@ -33,12 +33,6 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def format_of(mode: str, group_size: int | None = None) -> Format:
     """With the group size that float16 meets on "mps", unless one is given."""
     return Format(mode, group_size or group_sizes_of("mps", mode, torch.float16)[0], MARLIN_BITS[mode])
-
-
-def group_sizes_of(device: str, mode: str, dtype: torch.dtype) -> tuple[int, ...]:
-    """All on the CPU; on "mps" one of them, such that a mode meets each in one dtype and a dtype each in some mode."""
-    chosen = (list(MARLIN_BITS).index(mode) + DTYPES.index(dtype)) % len(GROUP_SIZES)
-    return GROUP_SIZES if device == "cpu" else GROUP_SIZES[chosen : chosen + 1]
 
 
 def multiply(x: Tensor, weights: Quantized, device: str) -> Tensor:
@@ -246,58 +240,6 @@ def test_dequantize_parts_of_a_tensor(device: str, mode: str) -> None:
 
 
 # --- Quantize ---------------------------------------------------------------------------------------------------------
-
-# What the largest magnitude of a group stands for.
-LARGEST = {"marlin_fp4": 6.0, "marlin_fp8": 448.0, "marlin_int2": 1.5, "marlin_int4_sym": 7.0}
-FLOAT_ELEMENTS = {"marlin_fp4": oracle.E2M1[:8], "marlin_fp8": oracle.E4M3[:127]}
-
-
-def reference_scale(mode: str, groups: np.ndarray) -> np.ndarray:
-    """float16 [G, N] of float32 groups [G, group_size, N]."""
-    low, high, largest = groups.min(1), groups.max(1), np.abs(groups).max(1)
-    if mode == "marlin_int4":
-        scale = np.maximum((high - low) / np.float32(15), largest / np.float32(2047))
-    else:
-        scale = largest / np.float32(LARGEST[mode])
-    stored = np.minimum(np.maximum(scale, np.float32(1e-7)), np.float32(65504)).astype(np.float16)
-    if mode == "marlin_int4":  # with a zero of 2048 at most, if the scale has to be one float16 larger
-        is_too_small = (np.float32(2048) * stored.astype(np.float32) < largest) & (stored < 65504)
-        stored = np.where(is_too_small, np.nextafter(stored, np.float16(65504)), stored)
-    return stored
-
-
-def reference_codes(mode: str, groups: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
-    scaled = groups / scale.astype(np.float32)[:, None]
-    if mode == "marlin_int4":
-        return np.clip(np.rint(scaled + zero.astype(np.float32)[:, None]), 0, 15).astype(np.int64)
-    if mode == "marlin_int4_sym":
-        return np.clip(np.rint(scaled), -8, 7).astype(np.int64) + 8
-    if mode == "marlin_int2":
-        return np.clip(np.rint(scaled + np.float32(1.5)), 0, 3).astype(np.int64)
-    # The nearest element: a tie goes to the lower code in E2M1, to the even one in E4M3.
-    values = FLOAT_ELEMENTS[mode]
-    size = np.abs(scaled.astype(np.float64))
-    above = np.searchsorted(values, size).clip(1, len(values) - 1)
-    lower, upper = size - values[above - 1], values[above] - size
-    goes_up = (upper < lower) | ((upper == lower) & (mode == "marlin_fp8") & (above % 2 == 0))
-    code = np.where(goes_up, above, above - 1)
-    if mode == "marlin_fp4":  # zero has no sign
-        return np.where((scaled < 0) & (code > 0), code | 8, code)
-    return np.where(np.signbit(scaled), code | 128, code)
-
-
-def reference_quantize(w: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Words, scales and zeros of w [K, N], by the rules of the formats, in float32."""
-    K, N = w.shape
-    groups = w.float().numpy().reshape(K // format.group_size, format.group_size, N)
-    scale = reference_scale(format.mode, groups)
-    zero = np.zeros_like(scale)
-    if format.has_zeros:
-        exact = np.rint(-groups.min(1) / scale.astype(np.float32)) + np.float32(0)
-        zero = np.clip(exact, -2048, 2048).astype(np.float16)
-    codes = reference_codes(format.mode, groups, scale, zero).reshape(K, N)
-    words = oracle.pack(codes.T, format.bits).mT.contiguous()
-    return words, torch.from_numpy(scale), torch.from_numpy(zero) if format.has_zeros else None
 
 
 def hard_values(K: int, dtype: torch.dtype) -> Tensor:

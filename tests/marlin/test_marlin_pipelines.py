@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import threading
 import warnings
@@ -13,13 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from marlin_models import (
+    MESSAGES,
+    NEW_TOKENS,
+    PROMPT,
+    PROMPTS,
+    chat_tokenizer,
+    greedy,
+    layers_of,
+    quantized,
+    tiny_model,
+)
 from quantization_mlx import quantize_model as quantize_to_mlx
 from quantization_mlx import save_checkpoint
 from quantization_mlx.marlin import (
@@ -32,28 +39,14 @@ from quantization_mlx.marlin import (
     replace_linear_layers,
     save_quantized,
 )
-from test_marlin_models import VOCABULARY, layers_of, quantized, tiny_model
+from tiny import VOCABULARY
 
-PROMPT = "w5 w17 w3 w90"
-PROMPTS = [PROMPT, "w44", "w8 w8 w71 w2 w60 w33 w7"]
-MESSAGES = [
-    {"role": "user", "content": "w9 w12"},
-    {"role": "assistant", "content": "w4"},
-    {"role": "user", "content": "w6"},
-]
-TEMPLATE = "{% for m in messages %}w2 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
-NEW_TOKENS = 12
 UNKNOWN = 0  # the only special token
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word "w0", "w1", ...; nothing to fill rows up with, and none that ends a text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", chat_template=TEMPLATE)
+    return chat_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +84,6 @@ def likeliest(model: nn.Module, words: str, count: int = NEW_TOKENS) -> str:
     for _ in range(count):
         tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
     return " ".join(f"w{token}" for token in tokens[0, begin:].tolist() if token != UNKNOWN)
-
-
-def greedy(pipeline: TransformersMarlinPipeline, prompt: Any, **options: Any) -> Any:
-    return pipeline(prompt, max_tokens=NEW_TOKENS, temperature=0, **options)
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------

@@ -15,20 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import safetensors
+import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -41,9 +36,22 @@ from quantization_mlx import QuantizedEmbedding, QuantizedLinear, cli, load_chec
 from quantization_mlx.checkpoint.record import format_of_tensors
 from quantization_mlx.checkpoint.staging import staged
 from quantization_mlx.hf.patch import patched_transformers
+from tiny import (
+    PER_LAYER,
+    TEXT,
+    TOKENS,
+    TWO_KINDS,
+    VOCABULARY,
+    assert_close,
+    contents,
+    edit_config,
+    edit_tensors,
+    logits,
+    mlx_logits,
+    mlx_logits_of_tokens,
+    tiny_model,
+)
 
-VOCABULARY = 96
-TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 50_000.0,
@@ -68,169 +76,11 @@ def from_pretrained(directory: Path) -> PreTrainedModel:
         return transformers.AutoModelForCausalLM.from_pretrained(directory)
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, **options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **{
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": VOCABULARY,
-            "initializer_range": 0.1,
-            "tie_word_embeddings": False,
-            **options,
-        }
-    )
-    model = LlamaForCausalLM(config).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # ones and zeros would hide a mix-up
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return model
-
-
-TEXT = {
-    "hidden_size": 64,  # whose square root has few bits: mlx-lm rounds the scale of Gemma's embeddings to bfloat16
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": VOCABULARY,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-}
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION |= {"image_size": 28, "patch_size": 14}
-TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
-QWEN_VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
-LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2}
-LINEAR |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
-PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32}
-GEMMA4_VISION = {**VISION, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
-LLAMA4_VISION = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
-# Models that see images: the class, the options of its config, and the class that is its text alone.
-WRAPPERS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gemma3": (
-        "Gemma3ForConditionalGeneration",
-        {"text_config": {**TEXT, **TWO_KINDS, "sliding_window_pattern": 2}, "vision_config": VISION},
-        "Gemma3ForCausalLM",
-    ),
-    "gemma4": (
-        "Gemma4ForConditionalGeneration",
-        {"text_config": {**TEXT, **TWO_KINDS, **PER_LAYER}, "vision_config": GEMMA4_VISION},
-        "Gemma4ForCausalLM",
-    ),
-    "llama4": (
-        "Llama4ForConditionalGeneration",
-        {
-            "text_config": {**TEXT, "num_local_experts": 2, "intermediate_size_mlp": 128},
-            "vision_config": {**VISION, **LLAMA4_VISION, "intermediate_size": 128},
-        },
-        "Llama4ForCausalLM",
-    ),
-    "mistral3": (
-        "Mistral3ForConditionalGeneration",
-        {
-            "text_config": {**TEXT, "model_type": "mistral", "tie_word_embeddings": True},
-            "vision_config": {**VISION, "model_type": "pixtral"},
-            "tie_word_embeddings": True,
-        },
-        "MistralForCausalLM",
-    ),
-    "qwen3_5": (
-        "Qwen3_5ForConditionalGeneration",
-        {"text_config": {**TEXT, **LINEAR}, "vision_config": QWEN_VISION},
-        "Qwen3_5ForCausalLM",
-    ),
-    "qwen3_vl": (
-        "Qwen3VLForConditionalGeneration",
-        {"text_config": TEXT, "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]}},
-        "Qwen3VLTextModel",
-    ),
-}
-
-
-def wrapper(name: str) -> tuple[PreTrainedModel, type[PreTrainedModel]]:
-    """A random model that sees images, and the class of its text."""
-    class_name, options, text_name = WRAPPERS[name]
-    whole, text = (getattr(transformers, each) for each in (class_name, text_name))
-    torch.manual_seed(0)
-    model = whole(whole.config_class(**copy.deepcopy(options))).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return model, text
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word "w0", "w1", ..."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", unk_token="w0")
-
-
 @pytest.fixture
 def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A checkpoint of a tied model, quantized to the defaults."""
     save_checkpoint(quantize_model(tiny_model(tie_word_embeddings=True)), tmp_path / "saved", tokenizer)
     return tmp_path / "saved"
-
-
-@torch.no_grad()
-def logits(model: LlamaForCausalLM) -> Tensor:
-    return model(TOKENS).logits.float()
-
-
-def mlx_logits(directory: Path, dtype: torch.dtype | None = None) -> Tensor:
-    """What mlx-lm computes from a checkpoint, in float32 or as the checkpoint is stored."""
-    from mlx_lm import load
-
-    mx = oracle.mlx()
-    model, _ = load(str(directory))
-    tokens, rows = oracle.to_mlx(TOKENS), None
-    if dtype is not None:
-        model.set_dtype(getattr(mx, name_of(dtype)))
-        # The rows of floating-point formats come out as bfloat16, which holds them exactly, and would set the dtype.
-        rows = model.model.embed_tokens(tokens).astype(getattr(mx, name_of(dtype)))
-    return oracle.from_mlx(model(tokens, input_embeddings=rows).astype(mx.float32))
-
-
-def mlx_logits_of_tokens(directory: Path) -> Tensor:
-    """As `mlx_logits` in float32, of models whose mlx-lm class takes tokens alone."""
-    from mlx_lm import load
-
-    mx = oracle.mlx()
-    model, _ = load(str(directory))
-    model.set_dtype(mx.float32)
-    return oracle.from_mlx(model(oracle.to_mlx(TOKENS)).astype(mx.float32))
-
-
-def assert_close(ours: Tensor, reference: Tensor, relative: float = 1e-4) -> None:
-    """Differences are measured against the largest logit, which is what rounding inside the model scales with."""
-    oracle.assert_within(ours, reference.double(), relative * reference.abs().max())
-
-
-def edit_config(directory: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    file = directory / "config.json"
-    config = json.loads(file.read_text())
-    edit(config)
-    file.write_text(json.dumps(config))
-
-
-def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "mlx"})
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 # --- mlx-lm reads what we write ---------------------------------------------------------------------------------------

@@ -16,9 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -32,11 +29,12 @@ from transformers import (
 )
 
 import oracle
+from command import run
 from quantization_mlx import load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.cli import COMMANDS, main
 from repository import ROOT
+from tiny import SIZES, VOCABULARY, causal_lm
 
-VOCABULARY = 96
 ADAPTER = "adapter_model.safetensors"
 TEXT = " ".join(f"w{i * i % VOCABULARY}" for i in range(100))
 TEMPLATE = (
@@ -61,11 +59,8 @@ def write_tokenizer(directory: Path, eos_token: str | None = "w1") -> PreTrained
 
 def llama(heads: int = 4, **options: object) -> LlamaForCausalLM:
     """With random weights; with 8 heads, which are small, it runs as Transformers' own code runs it."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": VOCABULARY}
-    counts = {"num_attention_heads": heads, "num_key_value_heads": 2, "initializer_range": 0.1}
-    config = LlamaConfig(**sizes, **counts, **{"eos_token_id": 1, "tie_word_embeddings": False, **options})
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    options = {"num_attention_heads": heads, "eos_token_id": 1, "tie_word_embeddings": False, **options}
+    return causal_lm("Llama", **{**SIZES, "num_hidden_layers": 3, **options}).to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +86,6 @@ def converted(dense: Path) -> Path:
     target = dense.parent / "converted"
     assert main(["convert", "--hf-path", str(dense), "--mlx-path", str(target), "-q"]) == 0
     return target
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -> tuple[str, str]:
-    """What the command prints, after checking its exit code."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in argv]) == code
-    captured = capsys.readouterr()
-    return captured.out, captured.err
 
 
 # --- Convert ----------------------------------------------------------------------------------------------------------

@@ -1,14 +1,12 @@
 """AWQ, GPTQ and compressed-tensors layers and checkpoints in MLX's format.
 
-The packers below are written from the formats' descriptions, one value at a time; converted values must equal
-(code - zero) * scale exactly. Whole checkpoints are compared with float models of those values and with mlx-lm, which
-reads AWQ by itself.
+Converted values must equal (code - zero) * scale exactly. Whole checkpoints are compared with float models of those
+values and with mlx-lm, which reads AWQ by itself.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,21 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 import oracle
 from disk import fill_disk
+from foreign import AWQ, COMPRESSED, GPTQ, Codes, foreign_checkpoint
 from quantization_mlx import (
     QuantizedSwitchLinear,
     convert_awq,
@@ -42,90 +34,7 @@ from quantization_mlx import (
     quantized_matmul,
 )
 from quantization_mlx.convert.layer import ConvertedLinear
-from test_checkpoint import assert_close, contents, logits, mlx_logits, tiny_model, tokenizer
-
-__all__ = ["tokenizer"]  # a fixture
-
-AWQ_FIELDS = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-# --- Packers of the formats -------------------------------------------------------------------------------------------
-
-
-class Codes:
-    """A layer [rows, columns] as integers: codes, the zero and the scale of each group, and the group of each input."""
-
-    def __init__(
-        self,
-        rows: int = 64,
-        columns: int = 256,
-        group_size: int = 128,
-        bits: int = 4,
-        symmetric: bool = False,
-        act_order: bool = False,
-        dtype: torch.dtype = torch.float16,
-        seed: int = 0,
-    ) -> None:
-        random = np.random.default_rng(seed)
-        self.bits = bits
-        group_size = columns if group_size == -1 else group_size
-        self.groups = np.arange(columns) // group_size
-        if act_order:
-            self.groups = random.permutation(self.groups)
-        count = self.groups.max() + 1
-        self.codes = random.integers(0, 1 << bits, (rows, columns))
-        # From 1 on: the older form of GPTQ stores them minus one.
-        self.zeros = (
-            np.full((rows, count), 1 << (bits - 1)) if symmetric else random.integers(1, 1 << bits, (rows, count))
-        )
-        self.scales = torch.from_numpy(random.uniform(0.01, 0.1, (rows, count)) / (1 << bits)).to(dtype)
-
-    @property
-    def values(self) -> Tensor:
-        """float64 [rows, columns]"""
-        scales = self.scales.double().numpy()
-        return torch.from_numpy((self.codes - self.zeros[:, self.groups]) * scales[:, self.groups])
-
-    def awq(self) -> dict[str, Tensor]:
-        return {
-            "qweight": packed_in_fields(self.codes.T, AWQ_FIELDS),
-            "qzeros": packed_in_fields(self.zeros.T, AWQ_FIELDS),
-            "scales": self.scales.T.contiguous(),
-        }
-
-    def gptq(self, stored_minus: int = 1) -> dict[str, Tensor]:
-        return {
-            "qweight": packed_in_stream(self.codes, self.bits).T.contiguous(),
-            "qzeros": packed_in_stream(self.zeros.T - stored_minus, self.bits),
-            "scales": self.scales.T.contiguous(),
-            "g_idx": torch.from_numpy(self.groups).to(torch.int32),
-        }
-
-    def compressed_tensors(self) -> dict[str, Tensor]:
-        return {
-            "weight_packed": packed_in_stream(self.codes, self.bits),
-            "weight_scale": self.scales,
-            "weight_zero_point": packed_in_stream(self.zeros.T, self.bits).T.contiguous(),
-            "weight_shape": torch.tensor(self.codes.shape),
-            "weight_g_idx": torch.from_numpy(self.groups).to(torch.int32),
-        }
-
-
-def packed_in_fields(codes: np.ndarray, fields: tuple[int, ...]) -> Tensor:
-    """int32 [rows, columns / 8]: the 4-bit field i of a word holds the column fields[i] of its eight."""
-    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
-    for position, column in enumerate(fields):
-        words |= codes[:, column::8].astype(np.uint32) << np.uint32(4 * position)
-    return torch.from_numpy(words.view(np.int32))
-
-
-def packed_in_stream(codes: np.ndarray, bits: int) -> Tensor:
-    """int32 [rows, columns * bits / 32]: the code i is bits [i * bits, (i + 1) * bits) of its row."""
-    words = []
-    for row in codes:
-        stream = sum(int(code) << (bits * i) for i, code in enumerate(row))
-        words.append([stream >> (32 * i) & 0xFFFFFFFF for i in range(len(row) * bits // 32)])
-    return torch.from_numpy(np.array(words, np.uint32).view(np.int32))
+from tiny import SIZES, assert_close, causal_lm, contents, edit_config, edit_tensors, logits, mlx_logits
 
 
 def dequantized(layer: ConvertedLinear) -> Tensor:
@@ -280,92 +189,14 @@ def test_groups_of_16_cannot_be_expressed() -> None:
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def foreign_checkpoint(
-    directory: Path,
-    method: str,
-    record: dict[str, Any],
-    files: int = 1,
-    model: PreTrainedModel | None = None,
-    **options: Any,
-) -> PreTrainedModel:
-    """Writes a tiny model whose linear layers are random codes; returns the float32 model of their values."""
-    model = tiny_model(torch.float16, attention_bias=True) if model is None else model
-    tensors = {}
-    for number, (path, module) in enumerate(model.named_modules()):
-        if isinstance(module, nn.Linear) and path != "lm_head":
-            codes = Codes(*module.weight.shape, seed=number, **{"group_size": 64, **options})
-            tensors.update({f"{path}.{name}": tensor for name, tensor in getattr(codes, method)().items()})
-            if module.bias is not None:
-                tensors[f"{path}.bias"] = module.bias.detach()
-            module.float().weight.data = codes.values.float()
-    fused = put_experts(model, lambda *sizes, seed: Codes(*sizes, seed=seed, **{"group_size": 64, **options}))
-    for path, codes in fused.items():
-        tensors.update({f"{path}.{name}": tensor for name, tensor in getattr(codes, method)().items()})
-    others = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name.rpartition(".")[0] + ".scales" not in tensors
-    }
-    if model.config.model_type == "mixtral":  # whose checkpoints have kept other names
-        others = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in others.items()}
-    tensors = {**{name: tensor for name, tensor in others.items() if tensor.dtype == torch.float16}, **tensors}
-    directory.mkdir(parents=True, exist_ok=True)
-    names = sorted(tensors)
-    for i in range(files):  # the tensors of one layer are in different files
-        name = "model.safetensors" if files == 1 else f"model-{i + 1:05d}-of-{files:05d}.safetensors"
-        save_file({name: tensors[name].contiguous() for name in names[i::files]}, directory / name)
-    config = model.config.to_diff_dict()
-    config.update(architectures=[type(model).__name__], torch_dtype="float16", quantization_config=record)
-    config["rope_theta"] = 10_000.0
-    (directory / "config.json").write_text(json.dumps(config))
-    return model.float()
-
-
-def put_experts(model: nn.Module, codes: Callable[..., Codes]) -> dict[str, Codes]:
-    """Gives the fused experts of `model` the values of codes; returns these by the paths of the experts' layers."""
-    made: dict[str, Codes] = {}
-    for path, module in list(model.named_modules()):
-        if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
-            continue
-        block, names = path.removesuffix(".experts"), ("gate_proj", "up_proj", "down_proj")
-        if model.config.model_type == "mixtral":
-            block, names = block.replace(".mlp", ".block_sparse_moe"), ("w1", "w3", "w2")
-        experts, hidden, inner = module.num_experts, model.config.hidden_size, module.down_proj.shape[-1]
-        values: dict[str, list[Tensor]] = {}
-        for name, sizes in zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
-            for expert in range(experts):
-                layer = made[f"{block}.experts.{expert}.{name}"] = codes(*sizes, seed=1000 + len(made))
-                values.setdefault(name, []).append(layer.values.float())
-        gate, up, down = (torch.stack(values[name]) for name in names)
-        module.gate_up_proj, module.down_proj = nn.Parameter(torch.cat((gate, up), 1)), nn.Parameter(down)
-    return made
-
-
-MOE = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "initializer_range": 0.1,
-    "tie_word_embeddings": False,
-}
-
-
 def tiny_moe(family: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    if family == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(**MOE, num_local_experts=4))
-    else:
-        options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE, **options, norm_topk_prob=True))
-    return model.to(torch.float16).eval()
-
-
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False}
-COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+    families = {
+        "mixtral": ("Mixtral", {"num_local_experts": 4}),
+        "qwen3_moe": ("Qwen3Moe", {**options, "norm_topk_prob": True}),
+    }
+    name, more = families[family]
+    return causal_lm(name, **SIZES, tie_word_embeddings=False, **more).to(torch.float16)
 
 
 @pytest.mark.parametrize("files", [1, 3])
@@ -493,12 +324,6 @@ def test_old_records_beside_config_json(tmp_path: Path) -> None:
 EXPERTS = "model.layers.1.mlp.experts"
 
 
-def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
 def test_experts_in_floating_point_are_stacked_too(tmp_path: Path) -> None:
     """As of a method that was told to leave layers alone."""
     model = foreign_checkpoint(tmp_path / "awq", "awq", AWQ, model=tiny_moe("qwen3_moe"), group_size=32)
@@ -511,7 +336,7 @@ def test_experts_in_floating_point_are_stacked_too(tmp_path: Path) -> None:
                 del tensors[f"{EXPERTS}.{expert}.down_proj.{name}"]
             tensors[f"{EXPERTS}.{expert}.down_proj.weight"] = matrix.clone()
 
-    edit_tensors(tmp_path / "awq", edit)
+    edit_tensors(tmp_path / "awq", edit, "pt")
     report = convert_foreign_checkpoint(tmp_path / "awq", tmp_path / "mlx")
     assert {path for path in report.formats if "layers.1.mlp" in path} == {
         "model.layers.1.mlp.switch_mlp.gate_proj",
@@ -555,19 +380,13 @@ def rename_projections(tensors: dict[str, Tensor]) -> None:
 )
 def test_what_would_not_load_is_refused(edit: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path) -> None:
     foreign_checkpoint(tmp_path / "awq", "awq", AWQ, model=tiny_moe("qwen3_moe"), group_size=32)
-    edit_tensors(tmp_path / "awq", edit)
+    edit_tensors(tmp_path / "awq", edit, "pt")
     with pytest.raises(ValueError, match=rf"^\[convert_foreign_checkpoint\] .*{message}"):
         convert_foreign_checkpoint(tmp_path / "awq", tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 
 
 # --- Errors of checkpoints --------------------------------------------------------------------------------------------
-
-
-def edit_config(directory: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    edit(config)
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 LAYER = "model.layers.0.mlp.up_proj"

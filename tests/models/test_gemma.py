@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import re
 import types
 from collections.abc import Iterator
@@ -17,15 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from transformers import AutoTokenizer, PreTrainedModel
 
 import oracle
+from command import run
 from quantization_mlx import QuantizedEmbedding, cli, load_checkpoint, quantize_model
 from repository import ROOT
-from test_cli import run
 
 # One process converts for all of them.
 pytestmark = [pytest.mark.xdist_group("gemma"), pytest.mark.exhaustive]

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -31,6 +27,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import oracle
+import tiny
 from cases import DTYPES
 from oracle import name_of
 from quantization_mlx import dequantize_model, load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
@@ -38,22 +35,12 @@ from quantization_mlx._ops import ops
 from quantization_mlx.hf import decoder
 from quantization_mlx.hf.compat import cache_name
 from repository import ROOT
+from tiny import VOCABULARY
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 DEMO = ROOT / "examples" / "demo.py"
-VOCABULARY = 96
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "initializer_range": 0.1,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+SIZES = {**tiny.SIZES, "num_hidden_layers": 3, **IDS}
 FAMILIES = {
     "llama": LlamaConfig(**SIZES),
     "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),

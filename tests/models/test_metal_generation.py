@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from devices import DEVICES
+from marlin_models import MESSAGES, PROMPTS, chat_tokenizer, greedy, quantized, tiny_model
 from quantization_mlx import quantize_model, save_checkpoint
 from quantization_mlx.cli import main
 from quantization_mlx.marlin import MarlinPipeline, TransformersMarlinPipeline
-from test_marlin_models import TOKENS, quantized, tiny_model
-from test_marlin_pipelines import MESSAGES, PROMPTS, greedy, tokenizer  # noqa: F401  (a fixture)
+from tiny import TOKENS
 
 NEW_TOKENS = 12
 MPS = pytest.mark.parametrize("device", [device for device in DEVICES if device != "cpu"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return chat_tokenizer()
 
 
 def endless(model: PreTrainedModel) -> PreTrainedModel:
@@ -52,7 +53,7 @@ def test_pipelines_run_on_their_default_device(
     device: str,
     way: str,
     pipeline_class: type[TransformersMarlinPipeline],
-    tokenizer: PreTrainedTokenizerFast,  # noqa: F811
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     model = endless(quantized(way=way))
     on_cpu = TransformersMarlinPipeline(copy.deepcopy(model), tokenizer, "cpu")
@@ -71,7 +72,7 @@ def test_command(
     device: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    tokenizer: PreTrainedTokenizerFast,  # noqa: F811
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     model = endless(quantize_model(tiny_model(), bits=4, group_size=32))
     save_checkpoint(model, tmp_path, tokenizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 import oracle
@@ -34,9 +30,7 @@ from quantization_mlx import (
     unpatch_peft,
 )
 from repository import ROOT
-from test_checkpoint import TOKENS, assert_close, logits, mlx_logits, tiny_model, tokenizer
-
-__all__ = ["tokenizer"]  # a fixture
+from tiny import TOKENS, assert_close, logits, mlx_logits, tiny_model
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

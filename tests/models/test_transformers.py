@@ -42,7 +42,7 @@ from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
 from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.hf.quantizer import MLXConfig
 from repository import ROOT
-from test_checkpoint import (
+from tiny import (
     TOKENS,
     VOCABULARY,
     WRAPPERS,
@@ -54,11 +54,9 @@ from test_checkpoint import (
     mlx_logits,
     mlx_logits_of_tokens,
     tiny_model,
-    tokenizer,
     wrapper,
 )
 
-__all__ = ["tokenizer"]  # a fixture
 LAYER = "model.layers.1.self_attn.q_proj"
 
 

@@ -20,6 +20,7 @@ import quantization_mlx as qm
 from cases import DTYPES, FLOAT_FORMATS, SOME_FORMATS
 from devices import NATIVE_DEVICES
 from oracle import Format, Quantized, name_of
+from packed_columns import BITS, random_packed
 from quantization_mlx._ops import ops
 from quantization_mlx.marlin import (
     MetalKernelLibrary,
@@ -28,7 +29,6 @@ from quantization_mlx.marlin import (
     library,
     marlin_gemm_int4,
 )
-from test_marlin_functions import BITS, random_packed
 
 TRANSPOSE = pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "no-transpose"])
 AFFINE = Format("affine", 64, 4)

@@ -28,7 +28,8 @@ EXPLICIT_OPS += [f"{mode}_{op}" for mode in ("mxfp4", "mxfp8", "nvfp4") for op i
 # libstdc++'s headers use this symbol where <sys/single_threaded.h> exists: since glibc 2.32, so not in the glibc 2.28
 # against which kernel-builder compiles.
 FROM_NEWER_GLIBC_HEADERS = {("__libc_single_threaded", "GLIBC", "2.32")}
-pytestmark = pytest.mark.xdist_group("packaging")  # one process builds the variant for all of them
+# One process builds the variant for all of them.
+pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.first]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the local build stands for kernel-builder's Linux build")
 
 

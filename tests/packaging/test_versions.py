@@ -16,9 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, modeling_utils
 from transformers.quantizers import HfQuantizer
 

@@ -12,6 +12,7 @@ from oracle import Format, Quantized
 ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)  # csrc/gpu/launch.h
 FOUR_BIT = Format("affine", 64, 4)
 NVFP4 = Format("nvfp4", 16, 4)
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
 def kernel_name(format: Format, op: str, dtype: torch.dtype, rows: int = 1) -> str:

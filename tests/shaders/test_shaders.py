@@ -21,18 +21,30 @@ import covering
 import oracle
 import softmetal
 from cases import DTYPES, FORMATS, SOME_FORMATS
+from launching import (
+    ALIGNED_K,
+    ALIGNED_OUTPUTS,
+    ALIGNED_WEIGHTS,
+    ALIGNED_X,
+    BARRIER,
+    FOUR_BIT,
+    HAS_GLOBAL_SCALE,
+    NVFP4,
+    ceil,
+    columns_of,
+    expanded,
+    kernel_name,
+    memory,
+    unwritten,
+)
 from oracle import Format, Quantized
 from repository import ROOT
 
 METAL = ROOT / "metal/quantized"
 ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
-# csrc/gpu/launch.h
-ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)
 PRODUCT_PARAMS, GATHER_TAIL, SUM_PARTS_PARAMS = "<14q6i", "<2i", "<2i"
 QUANTIZE_PARAMS, QUANTIZE_COLUMNS_PARAMS = "<q", "<qi4x"
 
-FOUR_BIT = Format("affine", 64, 4)
-NVFP4 = Format("nvfp4", 16, 4)
 EVERY_WIDTH = (*(Format("affine", 32, bits) for bits in (2, 3, 5, 6, 8)), FOUR_BIT, *cases.FLOAT_FORMATS)
 
 # Row counts that the kernels have instances for, in the order in which a plan would try them.
@@ -69,19 +81,6 @@ def library(stem: str) -> softmetal.Library:
     return softmetal.compile(METAL / f"{stem}.metal", defines=ALL_KERNELS)
 
 
-def kernel_name(format: Format, op: str, dtype: torch.dtype, rows: int = 1) -> str:
-    suffix = f"_rows_{rows}" if rows > 1 else ""
-    return f"{format.mode}_{op}_{oracle.name_of(dtype)}_gs_{format.group_size}_b_{format.bits}{suffix}"
-
-
-def memory(tensor: Tensor | None) -> np.ndarray | None:
-    """The whole storage under a tensor, as the device sees it; bfloat16 as uint16."""
-    if tensor is None:
-        return None
-    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return flat.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else flat.numpy()
-
-
 def launch(stem, name, constants, buffers, threadgroups, threads):
     """Launch one kernel; the tensors among `buffers` are written in place."""
     arrays = [memory(buffer) if isinstance(buffer, Tensor) else buffer for buffer in buffers]
@@ -89,14 +88,6 @@ def launch(stem, name, constants, buffers, threadgroups, threads):
     report = library(stem).launch(name, arrays, threadgroups, (threads, 1, 1), seed=1, function_constants=values)
     assert not report.errors, "\n".join(report.errors)
     return report
-
-
-def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.full(shape, 77, dtype=dtype)
-
-
-def ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def simdgroups_along(steps: int) -> int:
@@ -172,12 +163,6 @@ class Kernel:
         return {constant for constant, holds in aligned.items() if holds}
 
 
-def columns_of(weights: Quantized, transpose: bool) -> int:
-    if weights.format.is_column_packed:
-        return weights.w.shape[-1]
-    return weights.w.shape[-2] if transpose else weights.w.shape[-1] * 32 // weights.format.bits
-
-
 def product(kernel: Kernel, x: Tensor, weights: Quantized, parts: int = 1, aligned: bool = True):
     """y [B0, B1, M, N] of x [B0, B1, M, K] and matrices with the same batch dimensions, any strides; and the report.
 
@@ -230,13 +215,6 @@ def gather(kernel: Kernel, x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tens
     threadgroups = kernel.threadgroups(counted, n, kernel.columns(k, dtype, weights.format), 1, batch)
     launch(kernel.stem, kernel.name(weights.format, dtype), constants, buffers, threadgroups, kernel.threads)
     return y
-
-
-def expanded(weights: Quantized, outer: int = 1, inner: int = 1) -> Quantized:
-    """The matrices [N, K] or [inner, N, K], broadcast to two batch dimensions."""
-    shape = (outer, inner, -1, -1)
-    w, scales, biases = (None if tensor is None else tensor.expand(shape) for tensor in weights.tensors)
-    return Quantized(weights.format, w, scales, biases, weights.global_scale)
 
 
 def assert_gathered(
@@ -528,7 +506,6 @@ def test_rows_are_independent(op):
 
 # --- Barriers --------------------------------------------------------------------------------------------------------
 
-BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 # By header: a file that includes it, a format, and ops and rows that reach every barrier.
 BARRIER_USERS = {
     "matmul": ("matmul", FOUR_BIT, ("qmm_t", "gather_qmm_rhs_n"), (20,)),

@@ -19,6 +19,7 @@ from launching import (
     ALIGNED_OUTPUTS,
     ALIGNED_WEIGHTS,
     ALIGNED_X,
+    BARRIER,
     FOUR_BIT,
     HAS_GLOBAL_SCALE,
     NVFP4,
@@ -37,7 +38,6 @@ STANDARD = "metal4.0"
 ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
 PRODUCT_PARAMS, GATHER_PARAMS = "<14q6i", "<14q8i"
 SHADER = ROOT / "metal/quantized/matmul_tensor.metal"
-BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 COLUMNS = DEPTH = 64
 GATHER_ROWS = 32
 # One format for each width and each kind of scale.

@@ -105,8 +105,8 @@ def preprocess(text: str, standard: str, include_dirs: Sequence[Path], defines: 
 @cache
 def identity() -> str:
     """Of all that a compilation depends on besides the shader."""
-    headers = [path.read_text() for path in sorted(SHIM.rglob("*")) if path.is_file()]
-    return digest(_clang_identity(), *HEADERS, *LANGUAGE, *CHECK, *headers)
+    sources = [Path(__file__), *(path for path in sorted(SHIM.rglob("*")) if path.is_file())]
+    return digest(_clang_identity(), *(path.read_text() for path in sources))
 
 
 @cache
@@ -130,17 +130,20 @@ def _frontends() -> list[list[str]]:
 
 @cache
 def _shim(standard: str) -> Path:
-    def precompile(path: Path) -> None:
+    key = digest(identity(), standard)
+
+    def preprocess(path: Path) -> None:
         includes = "".join(f"#include <{name}>\n" for name in HEADERS)
-        text = _run([clang(), *LANGUAGE, "-E", f"-I{SHIM}", _version(standard), "-"], includes)
-        _run([clang(), *LANGUAGE, "-Xclang", "-emit-pch", "-c", "-", "-o", str(path)], text)
+        path.write_text(_run([clang(), *LANGUAGE, "-E", f"-I{SHIM}", _version(standard), "-"], includes))
 
-    return cached(f"shim-{digest(identity(), standard)}.pch", precompile)
+    source = cached(f"shim-{key}.clcpp", preprocess)
+    command = [clang(), *LANGUAGE, "-Xclang", "-emit-pch", "-c", str(source), "-o"]
+    return cached(f"shim-{key}.pch", lambda path: _run([*command, str(path)], None))
 
 
-def _compile(text: str, header: Path, output: Path, checked: bool = False, action: str = "-emit-obj") -> None:
+def _compile(text: str, header: Path, output: Path, checked: bool = False, **words: str) -> None:
     # A header has no code that could be checked or not: one serves both. Names in it are absolute.
-    words = {"-emit-obj": action, "HEADER": str(header), "OUTPUT": str(output)}
+    words = {"HEADER": str(header), "OUTPUT": str(output), **words}
     command = [words.get(word, word) for word in _frontends()[checked]]
     _run([*command, f"-fdebug-prefix-map={directory()}/="], text)
 
@@ -151,16 +154,21 @@ def precompile(text: str, standard: str) -> Path:
     _frontends()  # which is made before the lock below is taken
     if not text:
         return shim
-    # One header names the other by its path.
+    # One header names the other by its path, and counts the lines of a file, which therefore stays.
     key = digest(text, str(shim))
-    return cached(f"header-{key}.pch", lambda path: _compile(text, shim, path, action="-emit-pch"))
+    source = cached(f"header-{key}.clcpp", lambda path: path.write_text(text))
+
+    def build(path: Path) -> None:
+        _compile("", shim, path, **{"-emit-obj": "-emit-pch", "-": str(source)})
+
+    return cached(f"header-{key}.pch", build)
 
 
 def check_syntax(text: str, header: Path) -> None:
     """Raises CompileError where clang complains; generates no code."""
 
     def check(path: Path) -> None:
-        _compile(text, header, path, action="-fsyntax-only")
+        _compile(text, header, path, **{"-emit-obj": "-fsyntax-only"})
         path.touch()
 
     cached(f"checked-{digest(text, header.name)}", check)
