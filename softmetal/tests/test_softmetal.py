@@ -558,7 +558,7 @@ constant float scale = rows_per_group > 0 ? 2.0 : 1.0;
 kernel void kernel_rms_norm(
     constant Arguments& args,
     device const char* src,
-    device const char* residual,
+    device const char* residual [[buffer(2), function_constant(has_residual)]],
     device char* dst,
     threadgroup float* shmem [[threadgroup(0)]],
     uint3 tgpig [[threadgroup_position_in_grid]],
