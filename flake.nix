@@ -2,8 +2,8 @@
   description = "MLX-format quantized matrix products for PyTorch";
 
   inputs = {
-    # Later builders read edition 6 of build.toml only.
-    kernel-builder.url = "github:huggingface/kernels/v0.17.2";
+    # A revision that reads edition 6 of build.toml, and no other; v0.17.2 reads edition 5.
+    kernel-builder.url = "github:huggingface/kernels/c212e38db005a95ef905858bdeca7a3c15b607a4";
   };
 
   outputs =

@@ -35,6 +35,7 @@ ON_THE_OLDEST = {
     ),
     "test_transformers": "idempotent or there_and_back or without_head or metal_config_runs or repository_of_the_hub",
     "test_experts": "mlx_lm_computes_the_same or run_as_before",
+    "test_hub_kernel": "metal_linear_asks",
     "test_cli": "bounded or adapters_add",
     "test_training": "merging_rounds or save_and_load or two_adapters or needs_the_float_weight",
 }

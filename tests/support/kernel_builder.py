@@ -49,10 +49,27 @@ def configuration(root: Path = ROOT) -> dict:
     return tomllib.loads((root / "build.toml").read_text())
 
 
+def backend_of(kernel: dict) -> str:
+    """Edition 6 names language and backend in one: "cpp-metal"."""
+    return kernel["language"].rpartition("-")[2]
+
+
+def write_as_edition_5(folder: Path, root: Path = ROOT) -> None:
+    """Write build.toml to `folder` as edition 5, which differs in how a kernel names its backend and in nothing else.
+
+    The parser in `kernels` up to 0.17 reads that one.
+    """
+    text = (root / "build.toml").read_text()
+    text, editions = re.subn(r"^edition = 6$", "edition = 5", text, flags=re.MULTILINE)
+    text, kernels = re.subn(r'^language = "cpp-(\w+)"$', r'backend = "\1"', text, flags=re.MULTILINE)
+    assert editions == 1 and kernels == len(configuration(root)["kernel"])
+    (folder / "build.toml").write_text(text)
+
+
 def sources(root: Path = ROOT, backend: str | None = None) -> list[str]:
     """The paths that build.toml lists for a backend, or for all of them; relative to root, in order, each once."""
     build = configuration(root)
-    kernels = [kernel for kernel in build["kernel"].values() if backend in (None, kernel["backend"])]
+    kernels = [kernel for kernel in build["kernel"].values() if backend in (None, backend_of(kernel))]
     listed = build["torch"]["src"] + [path for kernel in kernels for path in kernel["src"]]
     return list(dict.fromkeys(listed))
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "device.h"
@@ -456,10 +457,13 @@ void run(EncoderState& state, MTLSize threads, MTLSize threads_per_threadgroup) 
   const std::unique_ptr<SoftmetalReport, decltype(&softmetal_free_report)> report(
       runtime().launch(&launch), runtime().free_report);
   record.counters = report->counters;
+  // Of arguments that share memory, the first has its bytes.
+  std::set<int32_t> counted;
   for (size_t index = 0; index < allocations.bindings.size(); ++index) {
     const int32_t number = allocations.bindings[index].allocation;
     if (number >= 0 && allocations.buffers[number] != nil) {
-      record.bytes_read[static_cast<int>(index)] = allocations.list[number].bytes_read;
+      const bool is_first = counted.insert(number).second;
+      record.bytes_read[static_cast<int>(index)] = is_first ? allocations.list[number].bytes_read : 0;
     }
   }
   add(std::move(record));
