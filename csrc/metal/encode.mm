@@ -18,11 +18,13 @@ void set_argument(
     const Operands& operands,
     const Argument& argument,
     NSUInteger index) {
-  // Metal's validation wants every argument bound: what a kernel does not use is something that it only reads.
-  const at::Tensor* x = operands[static_cast<size_t>(Role::x)];
-  const Role read = x != nullptr && x->defined() ? Role::x : Role::w;
-  const Role role = argument.role == Role::none ? read : argument.role;
-  const at::Tensor& tensor = *operands[static_cast<size_t>(role)];
+  if (argument.role == Role::none) {
+    // Every op of torch uses this encoder, and what the last one bound here is still bound. No kernel that runs has
+    // this argument: its mode or a function constant leaves it out.
+    [encoder setBuffer:nil offset:0 atIndex:index];
+    return;
+  }
+  const at::Tensor& tensor = *operands[static_cast<size_t>(argument.role)];
   const int64_t elements = tensor.storage_offset() + argument.offset;
   [encoder setBuffer:buffer_of(tensor) offset:static_cast<NSUInteger>(elements) * tensor.element_size() atIndex:index];
 }
