@@ -53,7 +53,7 @@ id<MTLLibrary> compiled_library() {
   const std::string bytes{std::istreambuf_iterator<char>(file), {}};
   dispatch_data_t data = dispatch_data_create(bytes.data(), bytes.size(), nil, DISPATCH_DATA_DESTRUCTOR_DEFAULT);
   id<MTLLibrary> library = [device() newLibraryWithData:data error:&error];
-  dispatch_release(data);
+  [data release];
   return library;
 #endif
 }
