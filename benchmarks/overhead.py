@@ -90,26 +90,24 @@ def contenders() -> dict[str, Callable[[], object]]:
 
 
 def host_contenders() -> dict[str, Callable[[], object]]:
-    """On "mps": of one row, of a prompt, of a product whose parts are summed, and of gathered rows."""
+    """On "mps": of one row, of a prompt, of one whose parts along K are summed, and of gathered rows."""
     nothing, overload, gather = no_op(), ops.quantized_matmul.default, ops.gather_qmm.default
-    x = {rows: torch.randn(rows, 4096).half().to("mps") for rows in (1, 40, 100)}
-    packed, experts = (
-        tuple(tensor.to("mps") for tensor in quantization_mlx.quantize(torch.randn(*sizes).half(), 64, 4))
-        for sizes in ((64, 4096), (2, 64, 4096))
-    )
-    indices = torch.tensor([1, 0]).to("mps")
-    two = torch.randn(2, 1, 4096).half().to("mps")
+
+    def packed(*sizes: int) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.to("mps") for tensor in quantization_mlx.quantize(torch.randn(*sizes).half(), 64, 4))
+
+    one, prompt, tall = (torch.randn(rows, k).half().to("mps") for rows, k in ((1, 512), (40, 512), (40, 4096)))
+    wide, narrow, experts = packed(5120, 512), packed(64, 4096), packed(2, 64, 512)
+    indices, two = torch.tensor([1, 0]).to("mps"), torch.randn(2, 1, 512).half().to("mps")
     result: dict[str, Callable[[], object]] = {
-        "no-op, overload": lambda: nothing(x[1], *packed, True, 64, 4, "affine"),
-        "no-op, 100 rows": lambda: nothing(x[100], *packed, True, 64, 4, "affine"),
-        "quantized_matmul, 1 row": lambda: overload(x[1], *packed, True, 64, 4, "affine"),
-        "quantized_matmul, 40 rows, split": lambda: overload(x[40], *packed, True, 64, 4, "affine"),
-        "quantized_matmul, 100 rows": lambda: overload(x[100], *packed, True, 64, 4, "affine"),
-        "gather_qmm, 2 pairs": lambda: gather(two, *experts, indices, indices, True, 64, 4, "affine"),
+        "no-op, overload": lambda: nothing(one, *wide, True, 64, 4, "affine"),
+        "no-op, 40 rows": lambda: nothing(prompt, *wide, True, 64, 4, "affine"),
+        "quantized_matmul, 1 row": lambda: overload(one, *wide, True, 64, 4, "affine"),
+        "quantized_matmul, 40 rows": lambda: overload(prompt, *wide, True, 64, 4, "affine"),
+        "quantized_matmul, 40 rows, split": lambda: overload(tall, *narrow, True, 64, 4, "affine"),
+        "gather_qmm, 2 pairs": lambda: gather(two, *experts, None, indices, True, 64, 4, "affine"),
     }
-    if nothing is None:
-        del result["no-op, overload"], result["no-op, 100 rows"]
-    return result
+    return result if nothing is not None else {name: call for name, call in result.items() if "no-op" not in name}
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -144,6 +142,7 @@ def main() -> None:
         from softmetal import mps
 
         software_gpu.install(check_plans=False)
+        mps.set_gpu("applegpu_g14s")
         idle = mps.idle
     made = host_contenders() if host else contenders()
     for call in made.values():  # compiles and checks kernels
