@@ -3,6 +3,7 @@
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "weights.h"
 
@@ -93,16 +94,40 @@ Matrices activation_matrices(const Tensor& x, ScalarType dtype, const MatmulShap
   return {tensor, count, tensor.stride(0), tensor.stride(1)};
 }
 
+// A count through an operand's own batch, for every position of batch. Layers of experts ask for the same ones on every
+// call, and making them takes several kernels on a GPU.
+Tensor counting_indices(c10::IntArrayRef own, c10::IntArrayRef batch, at::Device device) {
+  struct Known {
+    Sizes<int64_t> own;
+    Sizes<int64_t> batch;
+    Tensor indices;
+  };
+  constexpr size_t most = 16;
+  constexpr int64_t most_elements = 1 << 16;
+  thread_local std::vector<Known> known;  // the newest last
+  for (const Known& each : known) {
+    if (each.indices.device() == device && own == each.own && batch == each.batch) {
+      return each.indices;
+    }
+  }
+  const auto options = at::TensorOptions().dtype(at::kLong).device(device);
+  const Tensor indices = at::arange(product<int64_t>(own), options).reshape(own).expand(batch).contiguous();
+  if (indices.numel() <= most_elements) {
+    if (known.size() == most) {
+      known.erase(known.begin());
+    }
+    known.push_back({{own.begin(), own.end()}, {batch.begin(), batch.end()}, indices});
+  }
+  return indices;
+}
+
 // The indices given, or a count through the operand's own batch, for every position of batch.
 Tensor broadcast_indices(
     const std::optional<Tensor>& indices,
     c10::IntArrayRef own,
     c10::IntArrayRef batch,
     at::Device device) {
-  const Tensor given = indices.has_value()
-      ? indices->to(at::kLong)
-      : at::arange(product<int64_t>(own), at::TensorOptions().dtype(at::kLong).device(device)).reshape(own);
-  return given.expand(batch).contiguous();
+  return indices.has_value() ? indices->to(at::kLong).expand(batch).contiguous() : counting_indices(own, batch, device);
 }
 
 void check_indices(std::string_view op, const char* name, const std::optional<Tensor>& indices, const Tensor& x) {
