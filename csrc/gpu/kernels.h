@@ -32,7 +32,6 @@
 #define MATVEC_KERNELS_training(KERNEL, before, after, T, ...)                     \
   QVM_KERNELS(KERNEL, before, after, qvm, gather_qvm, 1, T, __VA_ARGS__)           \
   PLAIN_QVM_KERNELS(KERNEL, before, after "_rows_2", qvm, 2, T, __VA_ARGS__)       \
-  PLAIN_QVM_KERNELS(KERNEL, before, after "_rows_3", qvm, 3, T, __VA_ARGS__)       \
   QVM_KERNELS(KERNEL, before, after "_rows_4", qvm, gather_qvm, 4, T, __VA_ARGS__) \
   QVM_KERNELS(KERNEL, before, after "_rows_8", qvm, gather_qvm, 8, T, __VA_ARGS__)
 

@@ -25,9 +25,9 @@
 //               run of 32    0  1  2 ... 7 | 0  1 ...  7 |  0 ...  7 |  0 ...  7   along N: 256 columns
 //               row of w           k       |    k + 1    |   k + 2   |   k + 3     then on by 4 * simdgroups, along K
 //
-// A lane keeps its 32 columns to the end: shuffles then add up the four rows, and threadgroup memory the simdgroups. Of
-// three rows, a lane has 16 columns, and the simdgroup two rows of w. The sum of codes times x is scaled, which costs
-// one multiplication for each group and row of x, and the unpacked weights no further operation.
+// A lane keeps its 32 columns to the end: shuffles then add up the four rows, and threadgroup memory the simdgroups.
+// The sum of codes times x is scaled, which costs one multiplication for each group and row of x, and the unpacked
+// weights no further operation. Three rows need more registers than that is worth: the form below serves them as fast.
 //
 // qvm of up to eight rows: the 256 columns are one row of w in one simdgroup, eight columns to a lane.
 //
@@ -255,12 +255,9 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
 
 static constant constexpr const int qvm_threads = 32 * qvm_simdgroups();
 
-// Columns of y that a lane sums up for few rows of x: a run, or for three rows, for the sake of registers, half of one.
-inline constexpr int qvm_run(int rows) { return rows <= 2 ? run_elements : half_run_elements; }
-
-// Adds the products of row k of w, a run of its columns, with `rows` rows of x to sums[m * run + i]; the biases count
-// for all columns of a group alike, and are summed on their own.
-template <Mode mode, int group_size, int bits, int rows, int run, typename T, typename Scale>
+// Adds the products of row k of w, a run of its columns, with `rows` rows of x to sums[m * run_elements + i]; the
+// biases count for all columns of a group alike, and are summed on their own.
+template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
 METAL_FUNC void accumulate_run_of_columns(
     Operands<T, Scale> operands,
     constant ProductParams& params,
@@ -268,21 +265,18 @@ METAL_FUNC void accumulate_run_of_columns(
     int column,
     thread float* sums,
     thread float* bias_sums) {
-  constexpr int words = words_of(run, bits);
-  constexpr int span = group_size < run ? group_size / chunk_elements : run / chunk_elements;  // chunks with one scale
-  const int columns = params.n - column;  // as many as the run has or more, or in nvfp4 16
-  const long row_halves = static_cast<long>(params.n / 16) * bits;
+  constexpr int span = group_size < run_elements ? group_size / chunk_elements : 4;  // chunks with one scale
+  const int columns = params.n - column;  // 32 or more, or in nvfp4 16
+  const long row_words = static_cast<long>(params.n / 16) * bits / 2;
   const long first_group = k * static_cast<long>(params.n / group_size) + column / group_size;
-  const device ushort* source = (const device ushort*)operands.w + k * row_halves + column / 16 * bits;
-  uint packed[words];
-  if (run == half_run_elements) {
-    load_half_run<bits>(source, aligned_weights, packed);
-  } else if (group_size >= run_elements || columns >= run_elements) {
-    load_words<bits>((const device uint*)source, aligned_weights, packed);
+  const device uint* source = operands.w + k * row_words + column / run_elements * bits;
+  uint packed[bits];
+  if (group_size >= run_elements || columns >= run_elements) {
+    load_words<bits>(source, aligned_weights, packed);
   } else {
 #pragma unroll
-    for (int i = 0; i < words; ++i) {
-      packed[i] = i < words / 2 ? ((const device uint*)source)[i] : 0u;
+    for (int i = 0; i < bits; ++i) {
+      packed[i] = i < bits / 2 ? source[i] : 0u;
     }
   }
   const float bias = decode_bias<mode>(operands.biases, first_group);
@@ -294,15 +288,15 @@ METAL_FUNC void accumulate_run_of_columns(
     bias_sums[m] = fma(bias, activations[m], bias_sums[m]);
   }
 #pragma unroll
-  for (int chunk = 0; chunk < run / chunk_elements; ++chunk) {
-    if (group_size >= run || chunk * chunk_elements < columns) {
+  for (int chunk = 0; chunk < run_elements / chunk_elements; ++chunk) {
+    if (group_size >= run_elements || chunk * chunk_elements < columns) {
       const float scale = decode_scale<mode>(operands.scales[first_group + chunk / span]);
       float weights[chunk_elements];
       decode_chunk<mode, bits>(packed, chunk, weights);
 #pragma unroll
       for (int m = 0; m < rows; ++m) {
         const float scaled = scale * activations[m];
-        thread float* target = sums + m * run + chunk * chunk_elements;
+        thread float* target = sums + m * run_elements + chunk * chunk_elements;
 #pragma unroll
         for (int i = 0; i < chunk_elements; ++i) {
           target[i] = fma(weights[i], scaled, target[i]);
@@ -324,7 +318,7 @@ METAL_FUNC void share_columns(ushort mask, bool upper, thread float* sums) {
   }
 }
 
-// The sums of eight columns from `lane_column` on of the 256 of this block, for up to three rows: sums[8 * m + i].
+// The sums of eight columns from `lane_column` on of the 256 of this block, for one or two rows: sums[8 * m + i].
 // Lanes that have the same run read different rows of w, and in the end have a part of its columns each.
 template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
 METAL_FUNC void sum_few_rows(
@@ -337,15 +331,14 @@ METAL_FUNC void sum_few_rows(
     uint lane,
     thread float* sums,
     thread int& lane_column) {
-  constexpr int run = qvm_run(rows);
-  constexpr int lanes_along = qvm_columns() / run;  // of one row of w
+  constexpr int lanes_along = qvm_columns() / run_elements;  // of one row of w
   constexpr int lanes_across = 32 / lanes_along;
-  lane_column = lane % lanes_along * run;
+  lane_column = lane % lanes_along * run_elements;
   const int column = first_column + lane_column;
-  float run_sums[rows * run];
+  float run_sums[rows * run_elements];
   float bias_sums[rows];
 #pragma unroll
-  for (int i = 0; i < rows * run; ++i) {
+  for (int i = 0; i < rows * run_elements; ++i) {
     run_sums[i] = 0.0f;
   }
 #pragma unroll
@@ -355,27 +348,23 @@ METAL_FUNC void sum_few_rows(
   if (aligned_outputs || column < params.n) {
     const int first = begin + static_cast<int>(simdgroup * lanes_across + lane / lanes_along);
     for (int k = first; k < end; k += lanes_across * qvm_simdgroups()) {
-      accumulate_run_of_columns<mode, group_size, bits, rows, run>(operands, params, k, column, run_sums, bias_sums);
+      accumulate_run_of_columns<mode, group_size, bits, rows>(operands, params, k, column, run_sums, bias_sums);
     }
   }
 #pragma unroll
   for (int m = 0; m < rows; ++m) {
-    thread float* own = run_sums + m * run;
+    thread float* own = run_sums + m * run_elements;
+    share_columns<run_elements>(16, (lane & 16) != 0, own);
+    share_columns<half_run_elements>(8, (lane & 8) != 0, own);
     float bias_sum = bias_sums[m];
-    if (run == run_elements) {
-      share_columns<run_elements>(16, (lane & 16) != 0, own);
-      share_columns<half_run_elements>(8, (lane & 8) != 0, own);
-      bias_sum += simd_shuffle_xor(bias_sum, 8);
-    } else {
-      share_columns<half_run_elements>(16, (lane & 16) != 0, own);
-    }
     bias_sum += simd_shuffle_xor(bias_sum, 16);
+    bias_sum += simd_shuffle_xor(bias_sum, 8);
 #pragma unroll
     for (int i = 0; i < chunk_elements; ++i) {
       sums[m * chunk_elements + i] = own[i] + bias_sum;
     }
   }
-  lane_column += (run == run_elements ? lane / 16 * 2 + lane / 8 % 2 : lane / 16) * chunk_elements;
+  lane_column += (lane / 16 * 2 + lane / 8 % 2) * chunk_elements;
 }
 
 // More rows: adds the products of rows k to k + count - 1 of w, all of one chunk of columns, to sums[8 * m + i].
@@ -452,7 +441,7 @@ METAL_FUNC void sum_many_rows(
 }
 
 // Rows of y that the simdgroups add up in threadgroup memory at a time.
-inline constexpr int rows_at_once(int rows) { return rows % 2 == 1 ? 1 : 2; }
+inline constexpr int rows_at_once(int rows) { return rows == 1 ? 1 : 2; }
 inline constexpr int qvm_memory(int rows) { return rows_at_once(rows) * qvm_simdgroups() * qvm_columns(); }
 
 // shared: qvm_memory(rows) floats.
@@ -471,7 +460,7 @@ METAL_FUNC void matvec_plain(
   const int end = min(params.k, begin + params.part_k);
   float sums[rows * chunk_elements];
   int lane_column;
-  if (rows <= 3) {
+  if (rows <= 2) {
     sum_few_rows<mode, group_size, bits, rows>(
         operands, params, first_column, begin, end, simdgroup, lane, sums, lane_column);
   } else {

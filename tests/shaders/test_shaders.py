@@ -51,7 +51,7 @@ EVERY_WIDTH = (*(Format("affine", 32, bits) for bits in (2, 3, 5, 6, 8)), FOUR_B
 INSTANCES = {
     "qmv": (1, 2, 3, 4, 6, 8, 12),
     "gather_qmv": (1, 4, 8, 12),
-    **dict.fromkeys(("qvm", "qvm_splitk"), (1, 2, 3, 4, 8)),
+    **dict.fromkeys(("qvm", "qvm_splitk"), (1, 2, 4, 8)),
     "gather_qvm": (1, 4, 8),
     **dict.fromkeys(("qmm_t", "qmm_n", "qmm_t_splitk", "qmm_n_splitk"), (16, 32, 64)),
     **dict.fromkeys(("gather_qmm_t", "gather_qmm_n", "gather_qmm_rhs_t", "gather_qmm_rhs_n"), (32,)),

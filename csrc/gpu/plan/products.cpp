@@ -16,7 +16,7 @@ namespace {
 // hold too many accumulators for the registers of a lane.
 constexpr int qmv_rows[] = {1, 2, 3, 4, 6, 8, 12};
 constexpr int gather_qmv_rows[] = {1, 4, 8, 12};
-constexpr int qvm_rows[] = {1, 2, 3, 4, 8};
+constexpr int qvm_rows[] = {1, 2, 4, 8};
 constexpr int gather_qvm_rows[] = {1, 4, 8};  // also where columns are packed
 // Rows of a tile. 16 for what is just too much for a matvec: a tile's time is that of all its rows, used or not.
 constexpr int tile_rows[] = {16, 32, 64};
