@@ -129,8 +129,8 @@ Format check_weights(const WeightArguments& arguments) {
       scales.sym_sizes(), " must have at least two dimensions.");
   check_device(op, "scales", scales, "w", w);
   const ModeTraits traits = traits_of(format.mode);
-  check_scale_dtype(arguments, traits.scale, "scales", scales);
   check_offsets(arguments, traits);
+  check_scale_dtype(arguments, traits.scale, "scales", scales);
   return format;
 }
 

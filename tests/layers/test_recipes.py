@@ -206,7 +206,7 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0] for row in cells] == [layer.path for layer in report.layers]
     head = next(row for row in cells if row[0] == "lm_head")
-    assert head[1:3] == ["64 x 64", "affine, 6 bits, group_size 64"] and float(head[4].rstrip("%")) < 3
+    assert head[1:3] == ["96 x 64", "affine, 6 bits, group_size 64"] and float(head[4].rstrip("%")) < 3
     assert f"{report.relative_error:.2%}" in total
 
     report.plot(tmp_path / "errors.png")
