@@ -255,42 +255,54 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
 
 static constant constexpr const int qvm_threads = 32 * qvm_simdgroups();
 
-// Adds the products of row k of w, a run of its columns, with `rows` rows of x to sums[m * run_elements + i]; the
-// biases count for all columns of a group alike, and are summed on their own.
+// Moves operands on by `rows` rows of w and `columns` of its columns, a multiple of a run; x by as many of its columns as
+// rows of w. A loop that does so takes fewer registers than one that computes addresses from k.
+template <Mode mode, int group_size, int bits, typename T, typename Scale>
+METAL_FUNC void advance(
+    thread Operands<T, Scale>& operands,
+    constant ProductParams& params,
+    int rows,
+    int columns) {
+  const long row_words = static_cast<long>(params.n / 16) * bits / 2;
+  const long groups = rows * static_cast<long>(params.n / group_size) + columns / group_size;
+  operands.x += rows;
+  operands.w += rows * row_words + columns / run_elements * bits;
+  operands.scales += groups;
+  operands.biases += reads_biases(mode) ? groups : 0;
+}
+
+// Adds the products of the run that w begins with and the first columns of `rows` rows of x to
+// sums[m * run_elements + i]; the biases count for all columns of a group alike, and are summed on their own.
+// columns: left of this row of w, 32 or more, or in nvfp4 16.
 template <Mode mode, int group_size, int bits, int rows, typename T, typename Scale>
 METAL_FUNC void accumulate_run_of_columns(
     Operands<T, Scale> operands,
     constant ProductParams& params,
-    int k,
-    int column,
+    int columns,
     thread float* sums,
     thread float* bias_sums) {
   constexpr int span = group_size < run_elements ? group_size / chunk_elements : 4;  // chunks with one scale
-  const int columns = params.n - column;  // 32 or more, or in nvfp4 16
-  const long row_words = static_cast<long>(params.n / 16) * bits / 2;
-  const long first_group = k * static_cast<long>(params.n / group_size) + column / group_size;
-  const device uint* source = operands.w + k * row_words + column / run_elements * bits;
   uint packed[bits];
   if (group_size >= run_elements || columns >= run_elements) {
-    load_words<bits>(source, aligned_weights, packed);
+    load_words<bits>(operands.w, aligned_weights, packed);
   } else {
 #pragma unroll
     for (int i = 0; i < bits; ++i) {
-      packed[i] = i < bits / 2 ? source[i] : 0u;
+      packed[i] = i < bits / 2 ? operands.w[i] : 0u;
     }
   }
-  const float bias = decode_bias<mode>(operands.biases, first_group);
+  const float bias = decode_bias<mode>(operands.biases, 0);
   float activations[rows];
 #pragma unroll
   for (int m = 0; m < rows; ++m) {
     // An instance for more rows than there are repeats the last one, and does not write it.
-    activations[m] = static_cast<float>(operands.x[(m == 0 ? 0 : min(m, params.rows - 1) * params.x_row_stride) + k]);
+    activations[m] = static_cast<float>(operands.x[m == 0 ? 0 : min(m, params.rows - 1) * params.x_row_stride]);
     bias_sums[m] = fma(bias, activations[m], bias_sums[m]);
   }
 #pragma unroll
   for (int chunk = 0; chunk < run_elements / chunk_elements; ++chunk) {
     if (group_size >= run_elements || chunk * chunk_elements < columns) {
-      const float scale = decode_scale<mode>(operands.scales[first_group + chunk / span]);
+      const float scale = decode_scale<mode>(operands.scales[chunk / span]);
       float weights[chunk_elements];
       decode_chunk<mode, bits>(packed, chunk, weights);
 #pragma unroll
@@ -346,9 +358,13 @@ METAL_FUNC void sum_few_rows(
     bias_sums[m] = 0.0f;
   }
   if (aligned_outputs || column < params.n) {
+    constexpr int step = lanes_across * qvm_simdgroups();
     const int first = begin + static_cast<int>(simdgroup * lanes_across + lane / lanes_along);
-    for (int k = first; k < end; k += lanes_across * qvm_simdgroups()) {
-      accumulate_run_of_columns<mode, group_size, bits, rows>(operands, params, k, column, run_sums, bias_sums);
+    advance<mode, group_size, bits>(operands, params, first, column);
+    for (int k = first; k < end; k += step) {
+      accumulate_run_of_columns<mode, group_size, bits, rows>(
+          operands, params, params.n - column, run_sums, bias_sums);
+      advance<mode, group_size, bits>(operands, params, step, 0);
     }
   }
 #pragma unroll
