@@ -255,14 +255,10 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
 
 static constant constexpr const int qvm_threads = 32 * qvm_simdgroups();
 
-// Moves operands on by `rows` rows of w and `columns` of its columns, a multiple of a run; x by as many of its columns as
-// rows of w. A loop that does so takes fewer registers than one that computes addresses from k.
+// Moves operands on by `rows` rows of w and `columns` of its columns, a multiple of a run; x by as many of its columns
+// as rows of w. A loop that does so takes fewer registers than one that computes addresses from k.
 template <Mode mode, int group_size, int bits, typename T, typename Scale>
-METAL_FUNC void advance(
-    thread Operands<T, Scale>& operands,
-    constant ProductParams& params,
-    int rows,
-    int columns) {
+METAL_FUNC void advance(thread Operands<T, Scale>& operands, constant ProductParams& params, int rows, int columns) {
   const long row_words = static_cast<long>(params.n / 16) * bits / 2;
   const long groups = rows * static_cast<long>(params.n / group_size) + columns / group_size;
   operands.x += rows;
@@ -362,8 +358,7 @@ METAL_FUNC void sum_few_rows(
     const int first = begin + static_cast<int>(simdgroup * lanes_across + lane / lanes_along);
     advance<mode, group_size, bits>(operands, params, first, column);
     for (int k = first; k < end; k += step) {
-      accumulate_run_of_columns<mode, group_size, bits, rows>(
-          operands, params, params.n - column, run_sums, bias_sums);
+      accumulate_run_of_columns<mode, group_size, bits, rows>(operands, params, params.n - column, run_sums, bias_sums);
       advance<mode, group_size, bits>(operands, params, step, 0);
     }
   }
@@ -523,27 +518,6 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
         out, params.product, 0, params.product.rows, threadgroup_index.x * qvm_columns(), qvm_columns(),
         simdgroup * 32 + lane, qvm_threads);
   }
-}
-
-// --- Split-K ------------------------------------------------------------------------------------------------------
-
-// One thread per element of y, x dimension: size, y dimension: batch. The order of the additions is fixed.
-template <typename T>
-[[kernel, max_total_threads_per_threadgroup(elementwise_threads)]] void sum_parts(
-    const device float* partial_sums [[buffer(0)]],
-    device T* y [[buffer(1)]],
-    constant SumPartsParams& params [[buffer(2)]],
-    uint3 position [[thread_position_in_grid]]) {
-  const int element = position.x;
-  if (element >= params.size) {
-    return;
-  }
-  const long batch = position.y;
-  float sum = 0.0f;
-  for (int part = 0; part < params.parts; ++part) {
-    sum += partial_sums[(batch * params.parts + part) * params.size + element];
-  }
-  y[batch * params.size + element] = static_cast<T>(sum);
 }
 
 }  // namespace quantization_mlx

@@ -1,5 +1,5 @@
-// The kernels of matvec.h: qmv and qvm, their split-K and gathered forms, and sum_parts; and those of matvec_columns.h,
-// which are the qvm of packed columns.
+// The kernels of matvec.h: qmv and qvm, their split-K and gathered forms; and those of matvec_columns.h, which are the
+// qvm of packed columns.
 
 // Before any include: see metal.h.
 #if __METAL_VERSION__ >= 320
@@ -17,9 +17,5 @@ namespace quantization_mlx {
 
 FOR_EACH_HALF_TYPE(KERNELS_OF_HALF, MATVEC)
 FOR_FLOAT(KERNELS_OF_FLOAT, MATVEC)
-
-#define SUM_KERNELS_OF(KERNEL, type_name, T) SUM_KERNELS(KERNEL, "_" #type_name, T)
-FOR_EACH_HALF_TYPE(SUM_KERNELS_OF, INSTANTIATE)
-FOR_FLOAT(SUM_KERNELS_OF, INSTANTIATE)
 
 }  // namespace quantization_mlx

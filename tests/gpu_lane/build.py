@@ -38,7 +38,7 @@ from suites import Item
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpu_lane" / "cache"
-FILES = ("matvec", "matmul", "quantize")  # of metal/, without tensor operations
+FILES = ("matvec", "matmul", "quantize", "sum_parts")  # of metal/, without tensor operations
 CONSTANTS = {"aligned_outputs": 0, "aligned_weights": 1, "aligned_x": 2, "aligned_k": 3, "has_global_scale": 4}
 ENTRIES = {True: 8, False: 24}  # of one cubin, by Source.optimised
 

@@ -219,12 +219,15 @@ def test_few_rows_of_untransposed_weights():
 # --- The library that is compiled beforehand -------------------------------------------------------------------------
 
 
+STEMS = ("matvec", "matmul", "matmul_tensor", "quantize", "sum_parts")
+
+
 def is_in_library(plan) -> bool:
     return all(launch.kernel in kernels_in(launch.file) for launch in plan.launches)
 
 
 def test_library_has_kernels_of_no_other_kind():
-    for stem in ("matvec", "matmul", "matmul_tensor", "quantize"):
+    for stem in STEMS:
         everything = kernels_in(stem, all_kernels=True)
         assert kernels_in(stem).items() <= everything.items()
         for kernel in kernels_in(stem):
@@ -233,10 +236,7 @@ def test_library_has_kernels_of_no_other_kind():
 
 def test_library_is_small():
     """It is embedded as a C array: thousands of kernels take minutes to compile and many megabytes."""
-    count, everything = (
-        sum(len(kernels_in(stem, full)) for stem in ("matvec", "matmul", "matmul_tensor", "quantize"))
-        for full in (False, True)
-    )
+    count, everything = (sum(len(kernels_in(stem, full)) for stem in STEMS) for full in (False, True))
     assert count <= everything / 5
 
 

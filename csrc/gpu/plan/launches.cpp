@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "../kernels.h"
@@ -20,7 +21,7 @@ struct KernelRow {
 
 struct KernelTable {
   const char* file;
-  bool column_packed;
+  std::optional<bool> column_packed;  // none: of every format
   std::vector<KernelRow> kernels;
 };
 
@@ -29,14 +30,15 @@ struct KernelTable {
 
 const std::vector<KernelTable>& kernel_tables() {
   static const std::vector<KernelTable> all{
-      {"matvec", false, {ROWS(MATVEC_KERNELS_rows) SUM_KERNELS(ROW, "%", TYPE)}},
-      {"matvec", true, {ROWS(MATVEC_KERNELS_columns) SUM_KERNELS(ROW, "%", TYPE)}},
+      {"matvec", false, {ROWS(MATVEC_KERNELS_rows)}},
+      {"matvec", true, {ROWS(MATVEC_KERNELS_columns)}},
       {"matmul", false, {ROWS(MATMUL_KERNELS_rows)}},
       {"matmul", true, {ROWS(MATMUL_KERNELS_columns)}},
       {"matmul_tensor", false, {ROWS(TENSOR_KERNELS_rows)}},
       {"matmul_tensor", true, {ROWS(TENSOR_KERNELS_columns)}},
       {"quantize", false, {ROWS(QUANTIZE_KERNELS_rows)}},
-      {"quantize", true, {ROWS(QUANTIZE_KERNELS_columns)}}};
+      {"quantize", true, {ROWS(QUANTIZE_KERNELS_columns)}},
+      {"sum_parts", std::nullopt, {SUM_KERNELS(ROW, "%", TYPE)}}};
   return all;
 }
 
@@ -82,10 +84,11 @@ std::string KernelInstance::instance() const {
 }
 
 Launch launch_of(Family family, const std::string& op, int rows, Format format, int32_t dtype) {
+  const bool columns = is_column_packed(format.mode);
   const std::string name = op + "%" + (rows > 1 ? "_rows_" + std::to_string(rows) : "");
   for (const KernelTable& table : kernel_tables()) {
     for (const KernelRow& row : table.kernels) {
-      if (table.column_packed == is_column_packed(format.mode) && row.name == name) {
+      if (table.column_packed.value_or(columns) == columns && row.name == name) {
         Launch launch;
         launch.kernel = {table.file, row.name, row.instance, format, dtype, 0, 0};
         launch.family = family;
