@@ -30,10 +30,7 @@ from .cache import cached, digest, directory, locked
 from .msl.toolchain import clang
 
 HOST = Path(__file__).resolve().parent / "host"
-IMITATED = (
-    *("foundation.mm", "device.cpp", "metal.mm", "stream.mm", "backend.cpp", "module.cpp"),
-    "misuse.mm",
-)
+IMITATED = (*("foundation.mm", "device.cpp", "metal.mm", "stream.mm", "backend.cpp", "module.cpp"), "misuse.mm")
 STANDARDS = {310: "metal3.1", 320: "metal3.2", 400: "metal4.0"}
 
 

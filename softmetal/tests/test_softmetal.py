@@ -115,11 +115,7 @@ SEEDED = {
         "threadgroup float s[64]; s[tid] += x[gid]; y[gid] = s[tid];",
         "threadgroup float s[64]; s[tid] = 0; s[tid] += x[gid]; y[gid] = s[tid];",
     ),
-    "uninitialized_device_read": (
-        "device-uninitialized",
-        "y[gid] += x[gid];",
-        "y[gid] = x[gid]; y[gid] += 1;",
-    ),
+    "uninitialized_device_read": ("device-uninitialized", "y[gid] += x[gid];", "y[gid] = x[gid]; y[gid] += 1;"),
     "threadgroup_overrun": (
         "threadgroup-out-of-bounds",
         f"threadgroup float s[64]; s[tid + 1] = x[gid]; {BARRIER} y[gid] = x[gid];",

@@ -264,10 +264,7 @@ def test_bad_index_gives_nan(index):
 
 @pytest.mark.parametrize("index", [-1, 3])
 def test_bad_index_raises_while_debugging(index):
-    done = in_new_process(
-        f"assert not gathered(1).isnan().any()\ngathered({index})",
-        QUANTIZATION_MLX_DEBUG="1",
-    )
+    done = in_new_process(f"assert not gathered(1).isnan().any()\ngathered({index})", QUANTIZATION_MLX_DEBUG="1")
     message = rf"IndexError: \[gather_qmm\] rhs_indices holds {index} at position 1; .* below 3"
     assert re.match(message, done.stderr.splitlines()[-1])
 

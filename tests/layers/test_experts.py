@@ -19,12 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import oracle
 from oracle import Format, name_of
-from quantization_mlx import (
-    QuantizedSwitchLinear,
-    load_checkpoint,
-    quantize_model,
-    save_checkpoint,
-)
+from quantization_mlx import QuantizedSwitchLinear, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.hf.experts import IMPLEMENTATION, experts_forward, register_experts, split_experts
 from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.nn.switch import SwitchLinear
@@ -44,12 +39,7 @@ DEEPSEEK = {
     "qk_nope_head_dim": 64,
     "v_head_dim": 32,
 }
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10_000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 512,
-}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 512}
 # The class of the model, and what its config has besides the common.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),

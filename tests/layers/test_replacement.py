@@ -117,10 +117,7 @@ EDITS: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
     "child": (lambda layer: layer.add_module("adapter", nn.Linear(128, 64)), "further state: adapter"),
     "state_dict-hook": (lambda layer: layer.register_state_dict_post_hook(nothing), "has a state_dict hook"),
     "state_dict-pre-hook": (lambda layer: layer.register_state_dict_pre_hook(nothing), "has a state_dict pre-hook"),
-    "load-pre-hook": (
-        lambda layer: layer.register_load_state_dict_pre_hook(nothing),
-        "has a load_state_dict pre-hook",
-    ),
+    "load-pre-hook": (lambda layer: layer.register_load_state_dict_pre_hook(nothing), "has a load_state_dict pre-hook"),
     "load-post-hook": (
         lambda layer: layer.register_load_state_dict_post_hook(nothing),
         "has a load_state_dict post-hook",

@@ -416,11 +416,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "[pack_fp4_weights] group_size is '64'; supported are 128, 64, 32",
     ),
-    "text as K": (
-        lambda: _dispatch(K="256"),
-        TypeError,
-        "[dispatch_gemm_fp4] K is '256'; it must be a whole number",
-    ),
+    "text as K": (lambda: _dispatch(K="256"), TypeError, "[dispatch_gemm_fp4] K is '256'; it must be a whole number"),
     "text as M": (lambda: _dispatch(M="3"), TypeError, "[dispatch_gemm_fp4] M is '3'; it must be a whole number"),
     "text as N of dequant": (lambda: _dequant(N="8"), TypeError, "[dispatch_dequant_fp4] N is '8'; it must be a whole"),
     "text as num_packed": (lambda: _benchmark(num_packed="64"), TypeError, "num_packed is '64'; it must be a whole"),

@@ -579,10 +579,7 @@ def test_faulty_files_are_named(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(error, match=rf"\[load_quantized\] .*{message}"):
             load_quantized(tmp_path / "copy", "cpu")
 
-    for name, message in (
-        ("config.json", "has no config.json"),
-        ("model.safetensors", r"has no model\*\.safetensors"),
-    ):
+    for name, message in (("config.json", "has no config.json"), ("model.safetensors", r"has no model\*\.safetensors")):
         copied(name).unlink()
         assert_refused(FileNotFoundError, message)
     for name in ("config.json", "quantization_config.json"):

@@ -556,11 +556,7 @@ ERRORS = [
     ("generate --model MLX --device cuda", 2, "invalid choice: 'cuda'"),
     ("generate --model VIT", 1, r"is a model of type 'vit' \(ViTForImageClassification\), which is no causal language"),
     ("perplexity --model MLX --data-path TMP/none.txt", 1, r"No such file.*none\.txt"),
-    (
-        "perplexity --model MLX --data-path MLX/model.safetensors",
-        1,
-        r"--data-path \S+model.safetensors is not text",
-    ),
+    ("perplexity --model MLX --data-path MLX/model.safetensors", 1, r"--data-path \S+model.safetensors is not text"),
     (
         "perplexity --model MLX --data-path DENSE/config.json --num-samples 0",
         2,
@@ -574,11 +570,7 @@ ERRORS = [
     ("info --model DENSE --gpu applegpu_g17s", 2, "--gpu plans products with quantized weights, of which"),
     ("convert --hf-path BARE -q --mlx-path TMP/out", 1, r"\S+BARE has no tokenizer; save one there"),
     ("convert --hf-path TMP/none -q", 1, "there is no directory"),
-    (
-        "convert --hf-path none -q",
-        1,
-        "there is no directory none, and no model of that name that can be reached",
-    ),
+    ("convert --hf-path none -q", 1, "there is no directory none, and no model of that name that can be reached"),
     (
         "convert --hf-path some/none -q",
         1,
@@ -600,11 +592,7 @@ ERRORS = [
     ("convert --hf-path DENSE --mlx-path TMP/out -d", 1, "is not quantized, so there is nothing that -d could do"),
     ("convert --hf-path MLX --mlx-path TMP/out -d -q", 2, "-q with -d, which dequantizes"),
     ("convert --hf-path MLX --mlx-path TMP/out -d --q-bits 4", 2, "--q-bits with -d, which dequantizes"),
-    (
-        "convert --hf-path TMP --gguf-file a --mlx-path TMP/out -d",
-        2,
-        "--gguf-file with -d, which reads MLX",
-    ),
+    ("convert --hf-path TMP --gguf-file a --mlx-path TMP/out -d", 2, "--gguf-file with -d, which reads MLX"),
     ("convert --hf-path DENSE --mlx-path TMP/out --quant-predicate mixed_5_6 -q", 2, "invalid choice: 'mixed_5_6'"),
     ("convert --hf-path DENSE --mlx-path TMP/out --q-bits 4", 2, "--q-bits without -q"),
     ("convert --hf-path DENSE --mlx-path TMP/out --q-mode mxfp4", 2, "--q-mode without -q, which quantizes"),

@@ -50,10 +50,7 @@ def test_generate(device: str, attention: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("pipeline_class", [TransformersMarlinPipeline, MarlinPipeline], ids=lambda each: each.__name__)
 @pytest.mark.parametrize("way", ["bits-8", "int4"])
 def test_pipelines_run_on_their_default_device(
-    device: str,
-    way: str,
-    pipeline_class: type[TransformersMarlinPipeline],
-    tokenizer: PreTrainedTokenizerFast,
+    device: str, way: str, pipeline_class: type[TransformersMarlinPipeline], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = endless(quantized(way=way))
     on_cpu = TransformersMarlinPipeline(copy.deepcopy(model), tokenizer, "cpu")
@@ -69,10 +66,7 @@ def test_pipelines_run_on_their_default_device(
 
 @MPS
 def test_command(
-    device: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    tokenizer: PreTrainedTokenizerFast,
+    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = endless(quantize_model(tiny_model(), bits=4, group_size=32))
     save_checkpoint(model, tmp_path, tokenizer)

@@ -16,14 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MetalConfig,
-    modeling_utils,
-)
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MetalConfig, modeling_utils
 
 import oracle
 from cases import SOME_FORMATS

@@ -319,9 +319,7 @@ CASES: dict[str, Case] = {
     "rhs_nax index too large": Case("affine_gather_qmm_rhs_nax", {"indices": torch.tensor([0, E])}, (rf"\b{E}\b",)),
     "rhs_nax index negative": Case("affine_gather_qmm_rhs_nax", {"indices": torch.tensor([0, -5])}, ("-5",)),
     "rhs_nax w 2-D": Case(
-        "affine_gather_qmm_rhs_nax",
-        {name: lambda t: t[0] for name in ("w", "scales", "biases")},
-        (rf"\[{N}, 16\]",),
+        "affine_gather_qmm_rhs_nax", {name: lambda t: t[0] for name in ("w", "scales", "biases")}, (rf"\[{N}, 16\]",)
     ),
     "rhs_nax output_features": Case("affine_gather_qmm_rhs_nax", {"output_features": 7}, (r"\b7\b",)),
     "rhs_nax orientation": Case(
