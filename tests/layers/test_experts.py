@@ -133,9 +133,7 @@ def test_logits_are_those_of_the_dequantized_experts(family: str, format: Format
     model = quantize_model(copy.deepcopy(dense), **format.options, predicate=only_experts)
     layers = [experts_of(model).get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
     assert [type(layer) for layer in layers] == [QuantizedSwitchLinear] * 3
-    assert {(layer.mode, layer.group_size, layer.bits) for layer in layers} == {
-        (format.mode, format.group_size, format.bits)
-    }
+    assert {Format(layer.mode, layer.group_size, layer.bits) for layer in layers} == {format}
     assert model.config._experts_implementation == IMPLEMENTATION
     reference = logits(eager_reference(dense, model))
     assert not torch.allclose(reference, logits(dense), rtol=1e-2)
@@ -439,10 +437,7 @@ def test_splitting_copies_nothing(family: str) -> None:
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (
-            lambda tensors: tensors.pop("model.layers.1.mlp.switch_mlp.up_proj.biases"),
-            "missing tensors: .*up_proj.biases",
-        ),
+        (lambda t: t.pop("model.layers.1.mlp.switch_mlp.up_proj.biases"), "missing tensors: .*up_proj.biases"),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.switch_mlp.down_proj.scales": torch.zeros(8, 64, 7)}),
             r"down_proj\.scales is float32 \[8, 64, 7\] and should be",

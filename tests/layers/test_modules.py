@@ -208,10 +208,9 @@ def test_meta_device_knows_shapes(format: Format) -> None:
 )
 def test_mode_decides_what_is_not_given(mode: str, expected: tuple[int, int]) -> None:
     module = QuantizedLinear(IN, OUT, mode=mode)
+    group_size, bits = expected
     assert (module.group_size, module.bits) == expected
-    assert f"in_features={IN}, out_features={OUT}, bias=True, group_size={expected[0]}, bits={expected[1]}" in repr(
-        module
-    )
+    assert f"in_features={IN}, out_features={OUT}, bias=True, group_size={group_size}, bits={bits}" in repr(module)
 
 
 @pytest.mark.parametrize(

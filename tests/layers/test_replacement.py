@@ -118,10 +118,7 @@ EDITS: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
     "state_dict-hook": (lambda layer: layer.register_state_dict_post_hook(nothing), "has a state_dict hook"),
     "state_dict-pre-hook": (lambda layer: layer.register_state_dict_pre_hook(nothing), "has a state_dict pre-hook"),
     "load-pre-hook": (lambda layer: layer.register_load_state_dict_pre_hook(nothing), "has a load_state_dict pre-hook"),
-    "load-post-hook": (
-        lambda layer: layer.register_load_state_dict_post_hook(nothing),
-        "has a load_state_dict post-hook",
-    ),
+    "load-post-hook": (lambda x: x.register_load_state_dict_post_hook(nothing), "has a load_state_dict post-hook"),
     "old-backward-hook": (lambda layer: layer.register_backward_hook(nothing), "register_backward_hook"),
 }
 LEFT_LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -798,13 +795,10 @@ def test_packed_experts_multiply_rows_by_their_matrices(mode: str) -> None:
     torch.manual_seed(1)
     switch = SwitchLinear(torch.randn(5, 48, 64), torch.randn(5, 48))
     layer = ColumnPackedSwitchLinear.from_switch_linear(switch, mode, 32)
-    exact = torch.stack(
-        [oracle.dequantize(*matrix, oracle.Format(mode, 32, layer.bits)) for matrix in matrices_of(layer)]
-    )
+    exact = torch.stack([oracle.dequantize(*each, oracle.Format(mode, 32, layer.bits)) for each in matrices_of(layer)])
     x, indices = torch.randn(7, 1, 64), torch.tensor([[0, 4], [2, 2], [1, 0], [3, 4], [0, 0], [4, 1], [2, 3]])
-    expected = (
-        torch.einsum("tik,tikn->tin", x.double().expand(7, 2, 64), exact[indices]) + switch.bias[indices].double()
-    )
+    products = torch.einsum("tik,tikn->tin", x.double().expand(7, 2, 64), exact[indices])
+    expected = products + switch.bias[indices].double()
     oracle.assert_within(layer(x, indices), expected, 1e-4)
     assert layer.to(torch.bfloat16).scales.dtype == torch.float16
     assert layer(x.to(torch.bfloat16), indices).dtype == torch.bfloat16

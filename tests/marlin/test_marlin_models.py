@@ -181,9 +181,7 @@ REASONS = {
 
 def test_every_layer_that_is_left_alone_has_its_reason() -> None:
     zoo = Zoo()
-    stats = replace_linear_layers(
-        zoo, skip_layers={"skipped", "other"}, layer_filter=lambda path, layer: path != "refused"
-    )
+    stats = replace_linear_layers(zoo, skip_layers={"skipped", "other"}, layer_filter=lambda path, _: path != "refused")
     assert stats.replaced == ["fits"]
     assert stats.skipped == REASONS
     assert stats == {"replaced_count": 1, "skipped_count": len(REASONS)}

@@ -335,12 +335,8 @@ def _ours(weights: Quantized, device: str, dtype: torch.dtype | None = None) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_dequantize(device: str, format: Format, dtype: torch.dtype) -> None:
-    for shape in (
-        (1, format.group_size),
-        (5, 3 * format.group_size),
-        (2, 3, 4 * format.group_size),
-        (2, 1, 2, 2 * 128),
-    ):
+    size = format.group_size
+    for shape in ((1, size), (5, 3 * size), (2, 3, 4 * size), (2, 1, 2, 2 * 128)):
         weights = oracle.random_quantized(format, *shape, dtype=dtype)
         ours = _ours(weights, device)
         expected_dtype = dtype if format.is_affine else torch.bfloat16

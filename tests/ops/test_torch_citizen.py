@@ -405,9 +405,7 @@ def _masked_calls(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         "dispatch_gemm_fp4": lambda x, m: dispatch_gemm_fp4(library, x[m][:, :64], *fp4, x[m].shape[0], 24, 64, 32),
         "gather": lambda x, m: qm.gather_qmm(x[m][:, None], *experts.tensors, rhs_indices=cycle(x[m])),
         "gather pairs": lambda x, m: qm.gather_qmm(x[m][:, None, None], *experts.tensors, rhs_indices=pair),
-        "gather lhs": lambda x, m: qm.gather_qmm(
-            x[:, None], *experts.tensors, lhs_indices=m.nonzero(), rhs_indices=pair
-        ),
+        "gather lhs": lambda x, m: qm.gather_qmm(x[:, None], *experts.tensors, m.nonzero(), rhs_indices=pair),
         "gather global scales": lambda x, m: qm.gather_qmm(
             x[m][:, None], *nvfp4.tensors, rhs_indices=cycle(x[m]), mode="nvfp4", global_scale=global_scales
         ),

@@ -42,10 +42,7 @@ COLUMNS = DEPTH = 64
 GATHER_ROWS = 32
 # One format for each width and each kind of scale.
 EACH_WIDTH = (
-    *(
-        Format("affine", group_size, bits)
-        for bits, group_size in ((2, 64), (3, 32), (4, 64), (5, 128), (6, 32), (8, 64))
-    ),
+    *(Format("affine", size, bits) for bits, size in ((2, 64), (3, 32), (4, 64), (5, 128), (6, 32), (8, 64))),
     *(Format("mxfp4", 32, 4), Format("mxfp8", 32, 8), NVFP4),
 )
 
