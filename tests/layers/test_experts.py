@@ -93,8 +93,7 @@ def experts_of(model: nn.Module) -> nn.Module:
 def dequantized(layer: SwitchLinear | QuantizedSwitchLinear) -> Tensor:
     if isinstance(layer, SwitchLinear):
         return layer.weight.detach()
-    format = Format(layer.mode, layer.group_size, layer.bits)
-    return oracle.dequantize(layer.weight_packed, layer.scales, layer.biases, format)
+    return oracle.values_of(layer)
 
 
 def eager_reference(dense: nn.Module, quantized: nn.Module) -> nn.Module:
@@ -133,7 +132,7 @@ def test_logits_are_those_of_the_dequantized_experts(family: str, format: Format
     model = quantize_model(copy.deepcopy(dense), **format.options, predicate=only_experts)
     layers = [experts_of(model).get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
     assert [type(layer) for layer in layers] == [QuantizedSwitchLinear] * 3
-    assert {Format(layer.mode, layer.group_size, layer.bits) for layer in layers} == {format}
+    assert {oracle.format_of(layer) for layer in layers} == {format}
     assert model.config._experts_implementation == IMPLEMENTATION
     reference = logits(eager_reference(dense, model))
     assert not torch.allclose(reference, logits(dense), rtol=1e-2)

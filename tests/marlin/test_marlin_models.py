@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 import oracle
 from disk import fill_disk
 from marlin_models import MODELS, QUANTIZED, layers_of, quantized, tiny_model
+from oracle import values_of
 from quantization_mlx import load_checkpoint, patch_transformers, save_checkpoint, unpatch_transformers
 from quantization_mlx import quantize_model as quantize_to_mlx
 from quantization_mlx.hf.patch import patched_transformers
@@ -50,18 +51,12 @@ from repository import ROOT
 from tiny import TOKENS, VOCABULARY, contents, edit_config, edit_tensors, logits, wrapper
 
 
-def decoded(layer: ColumnPackedLinear) -> Tensor:
-    """The matrix [in_features, out_features] of a layer, in float64."""
-    format = oracle.Format(layer.mode, layer.group_size, layer.bits)
-    return oracle.dequantize(layer.weight_packed, layer.scales, layer.zeros, format)
-
-
 def dequantized(model: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedModel:
     """`dense` with the weights that the layers of `model` hold."""
     for path, layer in model.named_modules():
         if isinstance(layer, ColumnPackedLinear):
             twin = dense.get_submodule(path)
-            weight = decoded(layer) if isinstance(twin, Conv1D) else decoded(layer).T
+            weight = values_of(layer) if isinstance(twin, Conv1D) else values_of(layer).T
             assert twin.weight.shape == weight.shape
             twin.weight = nn.Parameter(weight.to(twin.weight.dtype))
     return dense
@@ -91,7 +86,7 @@ def test_values_are_those_of_the_model_up_to_quantization(way: str, error: float
     made, dense = quantized(way=way, group_size=32), tiny_model()
     for path in layers_of(made):
         weight = dense.get_submodule(path).weight.double().T
-        assert (decoded(made.get_submodule(path)) - weight).norm() < error * weight.norm(), path
+        assert (values_of(made.get_submodule(path)) - weight).norm() < error * weight.norm(), path
 
 
 # --- What is replaced -------------------------------------------------------------------------------------------------
@@ -221,7 +216,7 @@ def test_linear_layers_of_one_weight_go_on_sharing_it(way: str) -> None:
     assert [layer.training for layer in model.values()] == [True, True, False, False]
     x = torch.randn(3, 128)
     for layer in model.values():
-        oracle.assert_within(layer(x), x.double() @ decoded(layer) + layer.bias.double(), 1e-5)
+        oracle.assert_within(layer(x), x.double() @ values_of(layer) + layer.bias.double(), 1e-5)
 
 
 def test_a_layer_by_itself() -> None:

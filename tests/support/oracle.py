@@ -117,6 +117,18 @@ def dequantize(
     return result
 
 
+def format_of(layer: Any) -> Format:
+    """Of a packed layer."""
+    return Format(layer.mode, layer.group_size, layer.bits)
+
+
+def values_of(layer: Any) -> Tensor:
+    """The exact values of a packed layer's weight, as `dequantize` gives them."""
+    format = format_of(layer)
+    offsets = layer.zeros if format.is_column_packed else layer.biases
+    return dequantize(layer.weight_packed, layer.scales, offsets, format)
+
+
 def dequantize_columns(w: Tensor, scales: Tensor, zeros: Tensor | None, format: Format) -> Tensor:
     """The exact values of a matrix of packed columns, float64 [..., K, N]."""
     values = np.swapaxes(decode_elements(unpack(w.mT, format.bits), format.mode), -2, -1)
