@@ -15,23 +15,13 @@ from transformers import Gemma3ForCausalLM, LlamaForCausalLM, PreTrainedTokenize
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import oracle
+import tiny
 from cases import FORMATS
 from oracle import name_of
 from quantization_mlx import QuantizedEmbedding, QuantizedLinear, quantize_model, save_checkpoint
 from quantization_mlx.quantization.recipes import RECIPES, mixed_recipe
 from quantization_mlx.quantization.report import QuantizationReport
-from tiny import (
-    TOKENS,
-    VOCABULARY,
-    assert_close,
-    assert_same_tensors,
-    causal_lm,
-    converted_by_mlx,
-    logits,
-    mlx_logits,
-    relative_error,
-    reloaded,
-)
+from tiny import TOKENS, VOCABULARY, causal_lm, converted_by_mlx, logits, mlx_logits, relative_error, reloaded
 
 # Recipes look at paths and at how many layers there are; sizes do not matter. The demo's model has 30 layers.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -83,7 +73,7 @@ def test_a_mixed_checkpoint_is_mlx_lms(tied: bool, tmp_path: Path, tokenizer: Pr
     model = llama(9, tied).to(torch.bfloat16)
     theirs = converted_by_mlx(model, tokenizer, tmp_path, quant_predicate="mixed_3_6")
     save_checkpoint(quantize_model(model, predicate="mixed_3_6"), tmp_path / "ours", tokenizer)
-    assert_same_tensors(tmp_path / "ours", theirs)
+    tiny.assert_same_tensors(tmp_path / "ours", theirs)
     assert formats(tmp_path / "ours") == formats(theirs)
 
 
@@ -249,4 +239,4 @@ def test_gemma_goes_through_a_checkpoint_into_mlx_lm(
     model = gemma() if bits is None else quantize_model(gemma(), bits=bits)
     assert (type(model.model.embed_tokens) is QuantizedEmbedding) == (bits is not None)
     loaded = reloaded(model, tmp_path, tokenizer)
-    assert_close(logits(loaded), mlx_logits(tmp_path))
+    tiny.assert_close(logits(loaded), mlx_logits(tmp_path))

@@ -21,20 +21,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import oracle
-from quantization_mlx import (
-    QuantizedEmbedding,
-    QuantizedLinear,
-    QuantizedSwitchLinear,
-    cli,
-    dequantize_model,
-    load_checkpoint,
-    marlin,
-    patch_peft,
-    prepare_for_generation,
-    quantize_model,
-    save_checkpoint,
-    unpatch_peft,
-)
+import quantization_mlx as qm
+from quantization_mlx import QuantizedLinear, dequantize_model, load_checkpoint, marlin, quantize_model, save_checkpoint
 from quantization_mlx.checkpoint.read import Checkpoint
 from quantization_mlx.families.llama4 import Llama4Experts
 from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
@@ -169,7 +157,7 @@ def test_converting_such_a_layer_by_itself_is_refused(kind: str) -> None:
     make, reason = {**LEFT_LINEAR, **LEFT_EMBEDDING}[kind]
     ways = (QuantizedLinear.from_linear, MarlinLinear.from_linear, MetalQuantizedLinear.from_float)
     ways = ways[:1] if kind not in NOT_MARLINS else ways
-    for way in (QuantizedEmbedding.from_embedding,) if kind in LEFT_EMBEDDING else ways:
+    for way in (qm.QuantizedEmbedding.from_embedding,) if kind in LEFT_EMBEDDING else ways:
         with pytest.raises(ValueError, match=rf"\[\w+\.from_\w+\] this \w+ cannot be quantized: .*{reason}"):
             way(make())
 
@@ -213,7 +201,7 @@ def test_options_of_gradients_do_not_matter() -> None:
     """padding_idx and sparse concern the gradient of a weight that has none any more; the row of zeros stays one."""
     table = nn.Embedding(32, 64, padding_idx=3, sparse=True)
     quantized = quantize_model(copy.deepcopy(table), bits=8)
-    assert type(quantized) is QuantizedEmbedding
+    assert type(quantized) is qm.QuantizedEmbedding
     assert not quantized(torch.tensor([3])).any()
     oracle.assert_within(quantized(torch.arange(32)), table.weight.double(), 0.02)
 
@@ -301,7 +289,7 @@ def test_hooks_of_embeddings_and_conv1d_move() -> None:
     for layer in model.values():
         layer.register_forward_hook(lambda module, arguments, output: torch.zeros_like(output))
     quantize_model(model)
-    assert [type(layer) for layer in model.values()] == [QuantizedEmbedding, QuantizedLinear]
+    assert [type(layer) for layer in model.values()] == [qm.QuantizedEmbedding, QuantizedLinear]
     assert not model["table"](torch.arange(3)).any() and not model["conv"](torch.randn(2, 128)).any()
 
 
@@ -359,11 +347,11 @@ def test_hooks_stay_when_an_adapter_is_merged() -> None:
     model = quantize_model(causal_lm("Llama", **DECODER), predicate=lambda path, _: "proj" in path)
     calls = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, *_: calls.append(type(module)))
-    patch_peft()
+    qm.patch_peft()
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
     finally:
-        unpatch_peft()
+        qm.unpatch_peft()
     adapted.merge_adapter()
     logits(adapted)
     adapted.unmerge_adapter()
@@ -385,7 +373,7 @@ def test_prepared_decoders_call_projections_with_hooks(quantized: bool) -> None:
     original = mlp.down_proj.forward
     mlp.down_proj.forward = lambda x: original(x) + 1
     expected = logits(model)
-    ours = logits(prepare_for_generation(model))
+    ours = logits(qm.prepare_for_generation(model))
     assert_close(ours, expected)
 
 
@@ -619,7 +607,7 @@ def test_llama4_experts_compute_with_the_values_that_they_hold() -> None:
     model = quantize_model(copy.deepcopy(dense), predicate=only_experts)
     experts = model.model.layers[0].feed_forward.experts
     assert type(experts) is Llama4Experts
-    assert [type(layer) for layer in experts.children() if hasattr(layer, "bits")] == [QuantizedSwitchLinear] * 3
+    assert [type(layer) for layer in experts.children() if hasattr(layer, "bits")] == [qm.QuantizedSwitchLinear] * 3
     expected = logits(with_experts_of(dense, model))
     assert relative_error(logits(dense), expected) > 0.01
     assert_close(logits(model), expected, 1e-5)
@@ -642,13 +630,13 @@ def test_llama4_at_8_bits_gives_the_logits_of_the_dense_model(tmp_path: Path) ->
 def test_llama4_runs_the_experts_that_the_router_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantize_model(mixture("Llama4"), bits=8)
     rows = []
-    forward = QuantizedSwitchLinear.forward
+    forward = qm.QuantizedSwitchLinear.forward
 
     def counted(self: Any, x: Tensor, indices: Tensor, sorted_indices: bool = False) -> Tensor:
         rows.append(len(indices))
         return forward(self, x, indices, sorted_indices)
 
-    monkeypatch.setattr(QuantizedSwitchLinear, "forward", counted)
+    monkeypatch.setattr(qm.QuantizedSwitchLinear, "forward", counted)
     logits(model)
     assert rows == [TOKENS.numel()] * 6  # one expert for each token, in three projections of two layers
 
@@ -913,12 +901,12 @@ def test_convert_prints_what_stays(tmp_path: Path, capsys: pytest.CaptureFixture
     command = ["convert", "--hf-path", str(tmp_path / "source"), "-q", "--mlx-path"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert cli.main([*command, str(tmp_path / "a")]) == 0
+        assert qm.cli.main([*command, str(tmp_path / "a")]) == 0
     assert re.search(
         r"left in floating point: 2 matrices, [0-9.]+% of the parameters; --report", capsys.readouterr().out
     )
     report = tmp_path / "report.md"
-    assert cli.main([*command, str(tmp_path / "b"), "--report", str(report)]) == 0
+    assert qm.cli.main([*command, str(tmp_path / "b"), "--report", str(report)]) == 0
     assert "left in floating point: 2 matrices, " in capsys.readouterr().out
     assert "model.layers.1.mlp.down_proj" in report.read_text()
     assert "a row of 160 values does not divide into groups of 64" in report.read_text()

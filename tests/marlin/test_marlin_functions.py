@@ -22,20 +22,7 @@ from cases import DTYPES
 from oracle import name_of
 from packed_columns import BITS, DIVISORS, Packed, element_values, exact, group_sizes_of, random_packed, reference
 from quantization_mlx import marlin
-from quantization_mlx.marlin import (
-    MetalKernelLibrary,
-    benchmark_dequant_fp4,
-    dispatch_dequant_fp4,
-    dispatch_gemm_fp4,
-    dispatch_gemm_fp8,
-    dispatch_gemm_int2,
-    get_default_library,
-    library,
-    marlin_gemm_fp4,
-    marlin_gemm_int4,
-    pack_fp4_weights,
-    pack_int4_weights,
-)
+from quantization_mlx.marlin import MetalKernelLibrary, get_default_library, marlin_gemm_fp4, marlin_gemm_int4
 from quantization_mlx.marlin.arrays import is_mlx_array, to_mlx, to_torch
 
 KIND = pytest.mark.parametrize("kind", BITS)
@@ -116,7 +103,7 @@ def test_packers_follow_the_formulas(kind: str, dtype: torch.dtype, device: str)
 def test_int4_keeps_values_far_from_zero(device: str) -> None:
     """Each column is one value, of either sign: the error is half a step of 1 / 2047 of it, or of the least scale."""
     values = torch.logspace(-8, 7, 301).repeat_interleave(2) * torch.tensor([1, -1]).repeat(301)
-    packed = pack_int4_weights(values.expand(128, -1).to(device))
+    packed = marlin.pack_int4_weights(values.expand(128, -1).to(device))
     decoded = exact("int4", Packed(*packed), 128)
     step = (values.abs() / 2047).clamp_min(1e-7).double()
     # A float16 is off by half a unit of its last place, or of the subnormal ones.
@@ -274,9 +261,11 @@ def test_dispatch_dequant_fp4(device: str) -> None:
     for group_size in group_sizes_of(device, "marlin_fp4", torch.float16):
         packed = random_packed("fp4", 256, 21, group_size)
         words, scales, _ = packed.to(device)
-        ours = dispatch_dequant_fp4(lib, words, scales, 256, 21, group_size)
+        ours = marlin.dispatch_dequant_fp4(lib, words, scales, 256, 21, group_size)
         oracle.assert_identical(ours, exact("fp4", packed, group_size).half())
-        oracle.assert_identical(dispatch_dequant_fp4(lib, words.view(torch.int32), scales, 256, 21, group_size), ours)
+        oracle.assert_identical(
+            marlin.dispatch_dequant_fp4(lib, words.view(torch.int32), scales, 256, 21, group_size), ours
+        )
 
 
 def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
@@ -289,7 +278,9 @@ def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
         return marlin_gemm_fp4(x, *packed.tensors, group_size=group_size)
     if kind == "int4_sym":
         return qm.quantized_matmul(x, *packed, False, group_size, 4, "marlin_int4_sym")
-    function = {"fp4": dispatch_gemm_fp4, "fp8": dispatch_gemm_fp8, "int2": dispatch_gemm_int2}[kind]
+    function = {"fp4": marlin.dispatch_gemm_fp4, "fp8": marlin.dispatch_gemm_fp8, "int2": marlin.dispatch_gemm_int2}[
+        kind
+    ]
     rows = x.reshape(-1, K)
     return function(get_default_library(), rows, *packed.tensors, len(rows), N, K, group_size).view(*leading, N)
 
@@ -311,13 +302,14 @@ def test_products_with_what_was_packed(device: str) -> None:
     """Defaults meet: pack_fp4_weights and marlin_gemm_fp4 take groups of 128, the dispatch functions their own."""
     weights, x = oracle.random_x(256, 40, seed=3), oracle.random_x(5, 256, dtype=torch.float16)
     matrix = exact("fp4", reference("fp4", weights, 128), 128)
-    packed = pack_fp4_weights(weights.to(device))
+    packed = marlin.pack_fp4_weights(weights.to(device))
     oracle.assert_product(marlin_gemm_fp4(x.to(device), *packed), x, matrix, torch.float16)
-    fine = pack_fp4_weights(weights.to(device), 32)
-    y = dispatch_gemm_fp4(get_default_library(), x.to(device), *fine, 5, 40, 256)
+    fine = marlin.pack_fp4_weights(weights.to(device), 32)
+    y = marlin.dispatch_gemm_fp4(get_default_library(), x.to(device), *fine, 5, 40, 256)
     oracle.assert_product(y, x, exact("fp4", reference("fp4", weights, 32), 32), torch.float16)
     assert torch.equal(
-        dispatch_dequant_fp4(get_default_library(), *fine, 256, 40), qm.dequantize(*fine, None, 32, 4, "marlin_fp4")
+        marlin.dispatch_dequant_fp4(get_default_library(), *fine, 256, 40),
+        qm.dequantize(*fine, None, 32, 4, "marlin_fp4"),
     )
 
 
@@ -368,11 +360,11 @@ def _dispatch(name: str = "fp4", lib: Any = None, A: Any = None, M: int = 3, N: 
 def _dequant(packed: Any = None, scales: Any = None, K: int = 256, N: int = 8, group_size: int = 32) -> Tensor:
     packed = _words(32, 8) if packed is None else packed
     scales = _half(8, 8) if scales is None else scales
-    return dispatch_dequant_fp4(get_default_library(), packed, scales, K, N, group_size)
+    return marlin.dispatch_dequant_fp4(get_default_library(), packed, scales, K, N, group_size)
 
 
 def _benchmark(**options: int) -> dict[str, float]:
-    return benchmark_dequant_fp4(get_default_library(), **{"num_packed": 64, "benchmark_iters": 1} | options)
+    return marlin.benchmark_dequant_fp4(get_default_library(), **{"num_packed": 64, "benchmark_iters": 1} | options)
 
 
 VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -404,7 +396,7 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         "[marlin_gemm_fp4] group_size is 128.0; supported are 128, 64, 32",
     ),
     "text as group_size of a packer": (
-        lambda: pack_fp4_weights(_half(128, 8), "64"),
+        lambda: marlin.pack_fp4_weights(_half(128, 8), "64"),
         "[pack_fp4_weights] group_size is '64'; supported are 128, 64, 32",
     ),
     "devices": (
@@ -468,10 +460,10 @@ TYPE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "lib": (lambda: _dispatch(lib="mps"), "[dispatch_gemm_fp4] lib is of type str; it must be a Metal"),
     "lib of dequant": (
-        lambda: dispatch_dequant_fp4(None, _words(32, 8), _half(8, 8), 256, 8),
+        lambda: marlin.dispatch_dequant_fp4(None, _words(32, 8), _half(8, 8), 256, 8),
         "[dispatch_dequant_fp4] lib is of type NoneType",
     ),
-    "lib of benchmark": (lambda: benchmark_dequant_fp4(4096), "[benchmark_dequant_fp4] lib is of type int"),
+    "lib of benchmark": (lambda: marlin.benchmark_dequant_fp4(4096), "[benchmark_dequant_fp4] lib is of type int"),
 }
 
 
@@ -486,7 +478,7 @@ def test_wrong_arguments_are_named(name: str) -> None:
 
 
 def test_default_library_is_one_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_default", {})
+    monkeypatch.setattr(marlin.library, "_default", {})
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: get_default_library(), range(64)))
     assert all(lib is made[0] for lib in made)
@@ -518,7 +510,7 @@ class Dequantized(TorchDispatchMode):
 @pytest.mark.parametrize("num_packed, shape", [(1, (32, 1)), (1024, (32, 256)), (20000, (64, 4096))], ids=str)
 def test_benchmark_counts_what_it_says(num_packed: int, shape: tuple[int, int], device: str) -> None:
     with Dequantized() as recorded:
-        result = benchmark_dequant_fp4(MetalKernelLibrary(device), num_packed, warmup_iters=2, benchmark_iters=3)
+        result = marlin.benchmark_dequant_fp4(MetalKernelLibrary(device), num_packed, warmup_iters=2, benchmark_iters=3)
     assert recorded.shapes == 5 * [shape]
     assert result.keys() == {"time_ms", "bandwidth_gb_s", "throughput_gop_s"}
     K, N = shape
@@ -606,9 +598,9 @@ def test_tensors_and_arrays_do_not_mix() -> None:
     with pytest.raises(TypeError, match=r"\[marlin_gemm_fp4\] got torch tensors and mlx arrays"):
         marlin_gemm_fp4(x, B_packed=words, scales=oracle.to_mlx(scales))
     with pytest.raises(TypeError, match=r"mlx array of dtype mlx.core.complex64 is not supported"):
-        pack_fp4_weights(oracle.to_mlx(x).astype(oracle.mlx().complex64))
+        marlin.pack_fp4_weights(oracle.to_mlx(x).astype(oracle.mlx().complex64))
     with pytest.raises(TypeError, match=r"\[pack_int4_weights\] weights has dtype torch.int32"):
-        pack_int4_weights(oracle.mlx().zeros((128, 2), dtype=oracle.mlx().int32))
+        marlin.pack_int4_weights(oracle.mlx().zeros((128, 2), dtype=oracle.mlx().int32))
 
 
 def test_torch_alone_needs_no_mlx() -> None:
@@ -642,7 +634,7 @@ def test_documented_example_of_marlin_gemm_fp4() -> None:
 
     M, N, K = 32, 4096, 4096
     A = mx.random.normal((M, K), dtype=mx.float16)
-    B_packed, scales = pack_fp4_weights(random_weights(K, N), group_size=128)
+    B_packed, scales = marlin.pack_fp4_weights(random_weights(K, N), group_size=128)
     C = marlin_gemm_fp4(A, B_packed, scales)
 
     assert (C.shape, C.dtype) == ((M, N), mx.float16)
@@ -659,7 +651,7 @@ def test_documented_example_of_dispatch_gemm_fp4(device: str) -> None:
     B_packed = torch.randint(0, 2**32, (K // 8, N), dtype=torch.uint32).to(device)
     scales = torch.randn(K // 32, N, dtype=torch.float16, device=device) * 0.1
 
-    C = dispatch_gemm_fp4(lib, A, B_packed, scales, M, N, K, group_size=32)
+    C = marlin.dispatch_gemm_fp4(lib, A, B_packed, scales, M, N, K, group_size=32)
 
     assert C.shape == (M, N) and C.device == A.device
     columns = Packed(B_packed.cpu()[:, :40], scales.cpu()[:, :40])

@@ -18,35 +18,17 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
-    GenerationConfig,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModel, AutoModelForCausalLM, BertModel, GenerationConfig, PreTrainedModel, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import oracle
 from disk import fill_disk
 from marlin_models import MODELS, QUANTIZED, layers_of, quantized, tiny_model
 from oracle import values_of
-from quantization_mlx import load_checkpoint, patch_transformers, save_checkpoint, unpatch_transformers
+from quantization_mlx import load_checkpoint, marlin, patch_transformers, save_checkpoint, unpatch_transformers
 from quantization_mlx import quantize_model as quantize_to_mlx
 from quantization_mlx.hf.patch import patched_transformers
-from quantization_mlx.marlin import (
-    ColumnPackedLinear,
-    MarlinLinear,
-    MetalQuantizedLinear,
-    TransformersMarlinPipeline,
-    load_and_quantize,
-    load_quantized,
-    quantize_model,
-    replace_linear_layers,
-    save_quantized,
-)
+from quantization_mlx.marlin import load_quantized, quantize_model, replace_linear_layers, save_quantized
 from repository import ROOT
 from tiny import TOKENS, VOCABULARY, contents, edit_config, edit_tensors, logits, wrapper
 
@@ -54,7 +36,7 @@ from tiny import TOKENS, VOCABULARY, contents, edit_config, edit_tensors, logits
 def dequantized(model: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedModel:
     """`dense` with the weights that the layers of `model` hold."""
     for path, layer in model.named_modules():
-        if isinstance(layer, ColumnPackedLinear):
+        if isinstance(layer, marlin.ColumnPackedLinear):
             twin = dense.get_submodule(path)
             weight = values_of(layer) if isinstance(twin, Conv1D) else values_of(layer).T
             assert twin.weight.shape == weight.shape
@@ -111,12 +93,12 @@ def test_skip_layers_are_whole_components_of_paths(skip_layers: Any, left: set[s
     everything = layers_of(model, nn.Linear)
     stats = replace_linear_layers(model, skip_layers=skip_layers)
     assert layers_of(model, nn.Linear) == left
-    assert layers_of(model, MetalQuantizedLinear) == everything - left == set(stats.replaced)
+    assert layers_of(model, marlin.MetalQuantizedLinear) == everything - left == set(stats.replaced)
     table = stats.skipped.pop("model.embed_tokens")
     assert table == "in skip_layers" if "embed_tokens" in (skip_layers or ()) else table.startswith("an embedding")
     assert stats.skipped == dict.fromkeys(left, "in skip_layers")
     assert stats == {"replaced_count": len(everything) - len(left), "skipped_count": len(left) + 1}
-    assert layers_of(quantize_model(tiny_model(), skip_layers=skip_layers), MarlinLinear) == everything - left
+    assert layers_of(quantize_model(tiny_model(), skip_layers=skip_layers), marlin.MarlinLinear) == everything - left
 
 
 def test_quantize_model_leaves_the_head_alone_unless_told() -> None:
@@ -221,7 +203,7 @@ def test_linear_layers_of_one_weight_go_on_sharing_it(way: str) -> None:
 
 def test_a_layer_by_itself() -> None:
     linear = nn.Linear(128, 8)
-    assert isinstance(quantize_model(linear), MarlinLinear)
+    assert isinstance(quantize_model(linear), marlin.MarlinLinear)
     with pytest.raises(TypeError, match=r"\[replace_linear_layers\] .*MetalQuantizedLinear\.from_float"):
         replace_linear_layers(linear)
 
@@ -339,7 +321,7 @@ def test_what_a_directory_holds(saved: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_tensor_keeps_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     tiny_model("qwen2").to(dtype).save_pretrained(tmp_path / "dense")
-    model, _ = load_and_quantize(tmp_path / "dense", bits=8, device="cpu")
+    model, _ = marlin.load_and_quantize(tmp_path / "dense", bits=8, device="cpu")
     model.model.norm.float()
     save_quantized(model, tmp_path / "quantized")
     loaded = load_quantized(tmp_path / "quantized", "cpu")
@@ -398,7 +380,7 @@ def test_a_loaded_model_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
 def test_models_without_a_head(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = BertModel(BertConfig(**sizes, vocab_size=VOCABULARY)).eval()
+    model = BertModel(transformers.BertConfig(**sizes, vocab_size=VOCABULARY)).eval()
     replace_linear_layers(model)
     save_quantized(model, tmp_path)
     loaded = load_quantized(tmp_path, "cpu")
@@ -479,7 +461,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"save_checkpoint writes: model\.layers\.0\.self_attn\.q_proj"):
         save_quantized(mixed, tmp_path)
 
-    class Own(MarlinLinear):
+    class Own(marlin.MarlinLinear):
         pass
 
     model = quantized()
@@ -598,7 +580,7 @@ def test_other_kinds_of_directories_are_refused_with_the_loader_that_takes_them(
         load_quantized(tmp_path / "dense", "cpu")
     for model in (quantize_to_mlx(tiny_model()), tiny_model()):
         save_checkpoint(model, saved)  # over the other kind, whose quantization_config.json it leaves there
-        for load in (load_quantized, lambda path, device: load_and_quantize(path, device=device)):
+        for load in (load_quantized, lambda path, device: marlin.load_and_quantize(path, device=device)):
             with pytest.raises(ValueError, match="is an MLX checkpoint; load_checkpoint loads it"):
                 load(saved, "cpu")
         assert torch.equal(logits(load_checkpoint(saved)), logits(model))
@@ -608,12 +590,12 @@ def test_other_loaders_refuse_a_saved_directory(saved: Path) -> None:
     with pytest.raises(ValueError, match="quantization_mlx_marlin"):
         load_checkpoint(saved)
     with pytest.raises(ValueError, match=r"\[load_and_quantize\] .* is quantized already; load_quantized loads it"):
-        load_and_quantize(saved, device="cpu")
+        marlin.load_and_quantize(saved, device="cpu")
 
 
 def test_a_device_that_is_not_here_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for call in (load_and_quantize, load_quantized):
+    for call in (marlin.load_and_quantize, load_quantized):
         for options, device in (({}, "mps"), ({"device": "cuda"}, "cuda")):
             with pytest.raises(ValueError, match=rf"\[{call.__name__}\] device is '{device}'; usable here: 'cpu'"):
                 call("nowhere", **options)
@@ -625,7 +607,7 @@ def test_missing_package_names_the_extra(package: str, saved: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, package, None)
     for call in (
         lambda: load_quantized(saved, "cpu"),
-        lambda: load_and_quantize("nowhere", device="cpu"),
+        lambda: marlin.load_and_quantize("nowhere", device="cpu"),
         lambda: save_quantized(model, saved),
     ):
         with pytest.raises(ImportError, match=re.escape(f'{package}: pip install "quantization-mlx[transformers]"')):
@@ -815,14 +797,14 @@ def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_load_and_quantize_is_loading_and_quantizing(bits: int, tmp_path: Path) -> None:
     tiny_model(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path)
-    model, stats = load_and_quantize(str(tmp_path), bits, 64, "cpu")
+    model, stats = marlin.load_and_quantize(str(tmp_path), bits, 64, "cpu")
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert stats == replace_linear_layers(expected, bits, 64) == {"replaced_count": 14, "skipped_count": 2}
     assert_same_state(model, expected)
     assert not model.training
     assert model.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"\[load_and_quantize\] bits is 5"):
-        load_and_quantize("nowhere", 5)
+        marlin.load_and_quantize("nowhere", 5)
 
 
 def test_remote_code_is_never_implied(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -840,7 +822,7 @@ def test_remote_code_is_never_implied(saved: Path, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(each, "from_pretrained", recording(each.from_pretrained))
     for options, expected in (({}, False), ({"trust_remote_code": True}, True)):
         trusted.clear()
-        load_and_quantize(tmp_path / "dense", device="cpu", **options)
+        marlin.load_and_quantize(tmp_path / "dense", device="cpu", **options)
         load_quantized(saved, "cpu", **options)
         assert len(trusted) >= 3
         assert set(trusted) == {expected}
@@ -872,8 +854,8 @@ def test_models_with_their_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     edit_config(dense, lambda c: c.update(model_type="own", architectures=["Own"], auto_map=names))
 
     with pytest.raises(ValueError, match="trust_remote_code"):
-        load_and_quantize(dense, device="cpu")
-    model, _ = load_and_quantize(dense, device="cpu", trust_remote_code=True)
+        marlin.load_and_quantize(dense, device="cpu")
+    model, _ = marlin.load_and_quantize(dense, device="cpu", trust_remote_code=True)
     assert torch.equal(logits(model), -logits(quantized()))
     save_quantized(model, made)
     shutil.rmtree(dense)
@@ -887,7 +869,7 @@ def test_models_that_others_quantized_are_refused(tmp_path: Path, monkeypatch: p
     model.is_quantized, model.quantization_method = True, "awq"
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: model)
     with pytest.raises(ValueError, match="some/model is quantized already, by 'awq'"):
-        load_and_quantize("some/model", device="cpu")
+        marlin.load_and_quantize("some/model", device="cpu")
 
 
 # --- A real model -----------------------------------------------------------------------------------------------------
@@ -919,7 +901,7 @@ def test_real_model_with_layers_of_every_format(tmp_path: Path, monkeypatch: pyt
     replace_linear_layers(model, 2, 64, layer_filter=lambda path, _: path == TWO_BITS)
     for number, layer in enumerate(model.model.layers):
         QUANTIZED[REAL_WAYS[number % len(REAL_WAYS)]](layer, group_size=64)
-    modes = {layer.mode for layer in model.modules() if isinstance(layer, ColumnPackedLinear)}
+    modes = {layer.mode for layer in model.modules() if isinstance(layer, marlin.ColumnPackedLinear)}
     assert modes == {"marlin_fp4", "marlin_fp8", "marlin_int2", "marlin_int4", "marlin_int4_sym"}
     assert len(layers_of(model)) == 210
 
@@ -934,7 +916,7 @@ def test_real_model_with_layers_of_every_format(tmp_path: Path, monkeypatch: pyt
     assert torch.equal(scores(loaded), computed)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
-    pipeline = TransformersMarlinPipeline(loaded, tokenizer, "cpu")
+    pipeline = marlin.TransformersMarlinPipeline(loaded, tokenizer, "cpu")
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = pipeline.chat(question, 24, temperature=0)
     assert "Paris" in answer

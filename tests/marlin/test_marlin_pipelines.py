@@ -16,29 +16,11 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from marlin_models import (
-    MESSAGES,
-    NEW_TOKENS,
-    PROMPT,
-    PROMPTS,
-    chat_tokenizer,
-    greedy,
-    layers_of,
-    quantized,
-    tiny_model,
-)
+import marlin_models
+from marlin_models import MESSAGES, NEW_TOKENS, PROMPT, PROMPTS, greedy, layers_of, quantized, tiny_model
+from quantization_mlx import marlin, save_checkpoint
 from quantization_mlx import quantize_model as quantize_to_mlx
-from quantization_mlx import save_checkpoint
-from quantization_mlx.marlin import (
-    MarlinLinear,
-    MarlinPipeline,
-    MetalQuantizedLinear,
-    TransformersMarlinPipeline,
-    load_quantized,
-    quantize_model,
-    replace_linear_layers,
-    save_quantized,
-)
+from quantization_mlx.marlin import MarlinPipeline, TransformersMarlinPipeline, replace_linear_layers, save_quantized
 from tiny import VOCABULARY
 
 UNKNOWN = 0  # the only special token
@@ -46,7 +28,7 @@ UNKNOWN = 0  # the only special token
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return chat_tokenizer()
+    return marlin_models.chat_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +320,7 @@ def test_saved_models_are_loaded_as_they_are(
         load(tmp_path, device="cpu")
     tokenizer.save_pretrained(tmp_path)
     loaded = load(tmp_path, device="cpu")
-    assert layers_of(loaded.model, MarlinLinear) == layers_of(model)
+    assert layers_of(loaded.model, marlin.MarlinLinear) == layers_of(model)
     assert greedy(loaded, PROMPT, eos_token_id=None) == f"{PROMPT} {likeliest(model, PROMPT)}"
     with pytest.raises(TypeError, match="loaded as it was saved, without the options dtype"):
         load(tmp_path, device="cpu", dtype=torch.float32)
@@ -399,9 +381,11 @@ def test_the_former_name_warns_and_works(saved: Path) -> None:
     with pytest.warns(DeprecationWarning, match="use TransformersMarlinPipeline") as caught:
         old = MarlinPipeline.from_pretrained(saved, "int4_sym", "cpu", group_size=64)
     assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
-    expected = quantize_model(AutoModelForCausalLM.from_pretrained(saved), "int4_sym", 64)
-    assert layers_of(old.model, MarlinLinear) == layers_of(expected)
-    assert {module.quant_type for module in old.model.modules() if isinstance(module, MarlinLinear)} == {"int4_sym"}
+    expected = marlin.quantize_model(AutoModelForCausalLM.from_pretrained(saved), "int4_sym", 64)
+    assert layers_of(old.model, marlin.MarlinLinear) == layers_of(expected)
+    assert {module.quant_type for module in old.model.modules() if isinstance(module, marlin.MarlinLinear)} == {
+        "int4_sym"
+    }
     assert isinstance(old, TransformersMarlinPipeline)
     assert greedy(old, PROMPT) == greedy(TransformersMarlinPipeline(expected, old.tokenizer, "cpu"), PROMPT)
     everything = MarlinPipeline.from_pretrained(saved, device="cpu", skip_layers=set())
@@ -431,11 +415,11 @@ def test_documented_examples(saved: Path, tmp_path: Path, capsys: pytest.Capture
     model = AutoModelForCausalLM.from_pretrained(model_id)
     tokenizer = AutoTokenizer.from_pretrained(model_id)
     replace_linear_layers(model, bits=4, group_size=128)
-    assert len(layers_of(model, MetalQuantizedLinear)) == 15
+    assert len(layers_of(model, marlin.MetalQuantizedLinear)) == 15
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text = TransformersMarlinPipeline(model, tokenizer, device="cpu")("w1 w2", max_tokens=5)
     assert text.startswith("w1 w2 ")
 
     save_quantized(model, tmp_path / "out")
-    assert layers_of(load_quantized(tmp_path / "out", device="cpu")) == layers_of(model)
+    assert layers_of(marlin.load_quantized(tmp_path / "out", device="cpu")) == layers_of(model)

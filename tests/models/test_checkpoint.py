@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import oracle
+import tiny
 from cases import FLOAT_FORMATS, SOME_FORMATS
 from disk import fill_disk
 from oracle import name_of
@@ -30,21 +31,7 @@ from quantization_mlx import QuantizedEmbedding, QuantizedLinear, cli, load_chec
 from quantization_mlx.checkpoint.record import format_of_tensors
 from quantization_mlx.checkpoint.staging import staged
 from quantization_mlx.hf.patch import patched_transformers
-from tiny import (
-    PER_LAYER,
-    TEXT,
-    TOKENS,
-    TWO_KINDS,
-    VOCABULARY,
-    assert_close,
-    contents,
-    edit_config,
-    edit_tensors,
-    logits,
-    mlx_logits,
-    mlx_logits_of_tokens,
-    tiny_model,
-)
+from tiny import TEXT, TWO_KINDS, assert_close, contents, edit_config, edit_tensors, logits, mlx_logits, tiny_model
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -176,14 +163,18 @@ def test_unquantized_conversions_load_too(tmp_path: Path, tokenizer: PreTrainedT
 
 # --- Other families ---------------------------------------------------------------------------------------------------
 
-SMALL = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
+SMALL = {"vocab_size": tiny.VOCABULARY, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
 GPT2 = {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}
 # Each has something that stood in the way of reading back what was written.
 FAMILIES: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": GPT2,  # ignores stored tensors by a pattern that c_attn.bias matches
     "GPTJForCausalLM": {**GPT2, "rotary_dim": 16},  # the same, of which mlx-lm knows the family
     "Llama4ForCausalLM": {**TEXT, "intermediate_size_mlp": 128, "num_local_experts": 2},  # is its own base model
-    "Gemma4ForCausalLM": {**TEXT, **TWO_KINDS, **PER_LAYER},  # a scaling of rotary embeddings for one kind of layers
+    "Gemma4ForCausalLM": {
+        **TEXT,
+        **TWO_KINDS,
+        **tiny.PER_LAYER,
+    },  # a scaling of rotary embeddings for one kind of layers
     "XLMRobertaForCausalLM": {**{**TEXT, **SMALL}, "is_decoder": True, "max_position_embeddings": 32},  # a tied bias
     "InklingForCausalLM": {
         **TEXT,
@@ -216,7 +207,7 @@ def test_families_there_and_back(
     else:  # Transformers computes experts in another order where their weights lie otherwise
         assert_close(logits(loaded), logits(model), 1e-5)
     if family in ("GPTJForCausalLM", "Gemma4ForCausalLM"):
-        assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path))
+        assert_close(logits(loaded), tiny.mlx_logits_of_tokens(tmp_path))
 
 
 @pytest.mark.parametrize("command", ["generate", "perplexity", "benchmark"])
@@ -471,7 +462,10 @@ def test_generation_config_is_kept(tmp_path: Path) -> None:
     model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=[1, 9])
     save_checkpoint(model, tmp_path)
     assert load_checkpoint(tmp_path).generation_config.eos_token_id == [1, 9]
-    assert load_checkpoint(tmp_path).generate(TOKENS, eos_token_id=None, pad_token_id=0).shape[1] == TOKENS.shape[1] + 7
+    assert (
+        load_checkpoint(tmp_path).generate(tiny.TOKENS, eos_token_id=None, pad_token_id=0).shape[1]
+        == tiny.TOKENS.shape[1] + 7
+    )
 
 
 def test_stale_index_is_ignored(saved: Path) -> None:

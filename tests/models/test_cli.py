@@ -17,17 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    ViTConfig,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, ViTConfig
 
 import oracle
 from quantization_mlx import load_checkpoint, quantize_model, save_checkpoint
@@ -328,11 +320,11 @@ def test_bounded_caches_are_mlx_lms(prompt: int, small_heads: Path, tmp_path: Pa
 
 
 def test_caches_of_sliding_windows_are_not_bounded(tmp_path: Path, run: Run) -> None:
-    config = MistralConfig(
+    config = transformers.MistralConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=VOCABULARY, num_attention_heads=2,
         num_key_value_heads=1, sliding_window=8,
     )  # fmt: skip
-    save_checkpoint(MistralForCausalLM(config), tmp_path)
+    save_checkpoint(transformers.MistralForCausalLM(config), tmp_path)
     write_tokenizer(tmp_path)
     _, err = run("generate", "--model", tmp_path, "--max-kv-size", 16, code=1)
     assert re.search(r"MistralForCausalLM has layers that do not attend to all positions.*DynamicSlidingWindow", err)
@@ -620,7 +612,7 @@ def places(dense: Path, converted: Path) -> dict[str, str]:
     for name, content in {"EMPTY": b"", "TEXT": b"text", "CUT": b"GGUF\x03\0\0\0"}.items():
         (root / f"{name}.gguf").write_bytes(content)
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "vocab_size": VOCABULARY}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(root / "WIDE")
+    LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(root / "WIDE")
     write_tokenizer(root / "WIDE")
     (root / "BARE").mkdir()
     for name in ("config.json", "model.safetensors"):

@@ -20,17 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import oracle
+import quantization_mlx as qm
 from disk import fill_disk
 from foreign import AWQ, COMPRESSED, GPTQ, Codes, foreign_checkpoint
-from quantization_mlx import (
-    QuantizedSwitchLinear,
-    convert_awq,
-    convert_compressed_tensors,
-    convert_foreign_checkpoint,
-    convert_gptq,
-    load_checkpoint,
-    quantized_matmul,
-)
+from quantization_mlx import convert_awq, convert_foreign_checkpoint, convert_gptq, load_checkpoint, quantized_matmul
 from quantization_mlx.convert.layer import ConvertedLinear
 from tiny import SIZES, assert_close, causal_lm, contents, edit_config, edit_tensors, logits, mlx_logits
 
@@ -77,7 +70,7 @@ def test_compressed_tensors_keep_every_value(act_order: bool, symmetric: bool, b
     del stored["weight_shape"]
     if symmetric:
         del stored["weight_zero_point"]
-    layer = convert_compressed_tensors(**stored, bits=bits)
+    layer = qm.convert_compressed_tensors(**stored, bits=bits)
     assert torch.equal(dequantized(layer), codes.values)
     assert layer.scales.dtype == (torch.bfloat16 if symmetric else torch.float32)
 
@@ -234,7 +227,7 @@ def test_experts_are_stacked(
     assert f"model.layers.1.{block}.switch_mlp.down_proj" in report.formats
     assert not [path for path in report.formats if ".experts." in path]
     loaded = load_checkpoint(tmp_path / "mlx", dtype=torch.float32)
-    assert type(loaded.model.layers[0].mlp.experts.down_proj) is QuantizedSwitchLinear
+    assert type(loaded.model.layers[0].mlp.experts.down_proj) is qm.QuantizedSwitchLinear
     assert_close(logits(loaded), expected, 1e-4)
     assert_close(mlx_logits(tmp_path / "mlx", torch.float32), expected, 1e-4)
 

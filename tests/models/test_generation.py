@@ -10,20 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import oracle
@@ -47,7 +38,7 @@ FAMILIES = {
     "llama-many-heads": LlamaConfig(**{**SIZES, "num_attention_heads": 8, "num_key_value_heads": 1}, head_dim=32),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "mistral-sliding": MistralConfig(**SIZES, sliding_window=8),
-    "qwen2": Qwen2Config(**SIZES),
+    "qwen2": transformers.Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=64),
 }
 FAMILY = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
@@ -438,7 +429,7 @@ def test_second_call_changes_nothing() -> None:
 
 
 def test_refuses_unknown_models() -> None:
-    config = GPT2Config(n_layer=1, n_head=2, n_embd=64, vocab_size=VOCABULARY)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=64, vocab_size=VOCABULARY)
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no decoder layer of a known kind; known are .*Llama"):
         prepare_for_generation(AutoModelForCausalLM.from_config(config))
 
@@ -481,7 +472,7 @@ def test_the_cache_by_either_name() -> None:
 def test_continuous_batching() -> None:
     model, prepared = pair(FAMILIES["llama"])
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 5)]
-    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
     texts = []
     for each in (model, prepared):
         results = each.generate_batch(inputs=prompts, generation_config=config).values()

@@ -17,18 +17,10 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 import oracle
+import quantization_mlx as qm
 from cases import SOME_FORMATS
 from oracle import name_of
-from quantization_mlx import (
-    QuantizedLinear,
-    dequantize,
-    load_checkpoint,
-    patch_peft,
-    prepare_for_ddp,
-    quantize_model,
-    save_checkpoint,
-    unpatch_peft,
-)
+from quantization_mlx import QuantizedLinear, load_checkpoint, patch_peft, quantize_model, save_checkpoint, unpatch_peft
 from repository import ROOT
 from tiny import TOKENS, assert_close, logits, mlx_logits, tiny_model
 
@@ -68,7 +60,7 @@ def dense_twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def values_of(layer: QuantizedLinear) -> Tensor:
     packed = (layer.weight_packed, layer.scales, layer.biases)
-    return dequantize(*packed, layer.group_size, layer.bits, layer.mode, dtype=torch.float32)
+    return qm.dequantize(*packed, layer.group_size, layer.bits, layer.mode, dtype=torch.float32)
 
 
 def loss_of(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
@@ -273,7 +265,7 @@ def test_embeddings_take_adapters() -> None:
 
 def train_in_a_process(rank: int, directory: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
-    model = prepare_for_ddp(with_adapter(quantized_tiny()))
+    model = qm.prepare_for_ddp(with_adapter(quantized_tiny()))
     randomise_adapter(model)
     parallel = nn.parallel.DistributedDataParallel(model)
     loss_of(parallel, TOKENS.chunk(2, 1)[rank]).backward()

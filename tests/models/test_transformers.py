@@ -19,36 +19,17 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MetalConfig, modeling_utils
 
 import oracle
+import quantization_mlx as qm
+import tiny
 from cases import SOME_FORMATS
 from covering import mostly_exhaustive
 from oracle import name_of
-from quantization_mlx import (
-    QuantizedEmbedding,
-    QuantizedLinear,
-    load_checkpoint,
-    patch_transformers,
-    quantize_model,
-    save_checkpoint,
-    unpatch_transformers,
-)
+from quantization_mlx import QuantizedLinear, patch_transformers, quantize_model, save_checkpoint, unpatch_transformers
 from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
 from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.hf.quantizer import MLXConfig
 from repository import ROOT
-from tiny import (
-    TOKENS,
-    VOCABULARY,
-    WRAPPERS,
-    assert_close,
-    contents,
-    edit_config,
-    edit_tensors,
-    logits,
-    mlx_logits,
-    mlx_logits_of_tokens,
-    tiny_model,
-    wrapper,
-)
+from tiny import TOKENS, assert_close, contents, edit_config, edit_tensors, logits, mlx_logits, tiny_model, wrapper
 
 LAYER = "model.layers.1.self_attn.q_proj"
 
@@ -112,7 +93,7 @@ def test_patching_is_idempotent_and_reversible(saved: Path) -> None:
 def test_load_checkpoint_patches_for_itself_alone(saved: Path) -> None:
     unpatch_transformers()
     original = patched_attributes()
-    model = load_checkpoint(saved)
+    model = qm.load_checkpoint(saved)
     assert patched_attributes() == original
     with pytest.raises(ValueError, match="mlx and is not serializable"):
         model.save_pretrained(saved)
@@ -132,7 +113,7 @@ def test_there_and_back(tied: bool, format: oracle.Format, tmp_path: Path, reque
     head, table = loaded.lm_head, loaded.model.embed_tokens
     for name in ("weight", "scales", "biases"):
         assert tied == (getattr(head, name) is getattr(table, name)) or format.mode != "affine"
-    frozen = [module for module in loaded.modules() if isinstance(module, (QuantizedLinear, QuantizedEmbedding))]
+    frozen = [module for module in loaded.modules() if isinstance(module, (QuantizedLinear, qm.QuantizedEmbedding))]
     assert len(frozen) == 2 * 7 + 2
     assert not any(parameter.requires_grad for module in frozen for parameter in module.parameters())
     loaded.save_pretrained(tmp_path / "second", max_shard_size="40KB")
@@ -228,7 +209,7 @@ def test_repository_of_the_hub_in_the_cache(
 # --- One part of a model ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", tiny.WRAPPERS)
 def test_the_class_of_a_part_loads_rightly_or_raises(name: str, tmp_path: Path) -> None:
     """The record of formats is the whole model's, and config.json has it beside the part that the class reads."""
     model, text = wrapper(name)
@@ -248,12 +229,12 @@ def test_the_text_that_mlx_lm_keeps_of_a_model(name: str, tmp_path: Path, reques
 
     model, text = wrapper(name)
     model.save_pretrained(tmp_path / "dense")
-    edit_config(tmp_path / "dense", lambda config: config.update(vocab_size=VOCABULARY))
+    edit_config(tmp_path / "dense", lambda config: config.update(vocab_size=tiny.VOCABULARY))
     request.getfixturevalue("tokenizer").save_pretrained(tmp_path / "dense")
     convert(str(tmp_path / "dense"), str(tmp_path / "mlx"), quantize=True)
     loaded = text.from_pretrained(tmp_path / "mlx")
     assert type(loaded.model.layers[0].mlp.up_proj) is QuantizedLinear
-    assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path / "mlx"))
+    assert_close(logits(loaded), tiny.mlx_logits_of_tokens(tmp_path / "mlx"))
 
 
 def test_a_config_without_the_record_is_refused(saved: Path) -> None:

@@ -11,14 +11,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import tiny
-from quantization_mlx.marlin import (
-    ColumnPackedLinear,
-    MarlinLinear,
-    MetalQuantizedLinear,
-    TransformersMarlinPipeline,
-    quantize_model,
-    replace_linear_layers,
-)
+from quantization_mlx import marlin
+from quantization_mlx.marlin import ColumnPackedLinear, quantize_model, replace_linear_layers
 from tiny import VOCABULARY
 
 IDS = {"bos_token_id": 0, "eos_token_id": 1}
@@ -69,11 +63,11 @@ def quantized(model: str = "llama", way: str = "bits-4", **options: Any) -> PreT
 
 
 def layers_of(model: nn.Module, kind: type = ColumnPackedLinear) -> set[str]:
-    kinds = (MarlinLinear, MetalQuantizedLinear) if kind is ColumnPackedLinear else (kind,)
+    kinds = (marlin.MarlinLinear, marlin.MetalQuantizedLinear) if kind is ColumnPackedLinear else (kind,)
     return {path for path, module in model.named_modules(remove_duplicate=False) if type(module) in kinds}
 
 
-def greedy(pipeline: TransformersMarlinPipeline, prompt: Any, **options: Any) -> Any:
+def greedy(pipeline: marlin.TransformersMarlinPipeline, prompt: Any, **options: Any) -> Any:
     return pipeline(prompt, max_tokens=NEW_TOKENS, temperature=0, **options)
 
 
