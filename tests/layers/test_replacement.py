@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 import oracle
 import quantization_mlx as qm
+import tiny
+from command import Run
 from quantization_mlx import QuantizedLinear, dequantize_model, load_checkpoint, marlin, quantize_model, save_checkpoint
 from quantization_mlx.checkpoint.read import Checkpoint
 from quantization_mlx.families.llama4 import Llama4Experts
@@ -33,7 +35,7 @@ from quantization_mlx.marlin.layers import MarlinLinear, MetalQuantizedLinear
 from quantization_mlx.marlin.saved import load_quantized, save_quantized
 from quantization_mlx.nn.switch import SwitchLinear
 from quantization_mlx.quantization.report import QuantizationReport
-from tiny import SMALL, TOKENS, assert_close, causal_lm, logits, mlx_logits_of_tokens, only_experts, relative_error
+from tiny import GPT2, SMALL, TOKENS, assert_close, causal_lm, logits, only_experts, relative_error
 
 # --- Layers that are left alone ---------------------------------------------------------------------------------------
 
@@ -379,20 +381,9 @@ def test_prepared_decoders_call_projections_with_hooks(quantized: bool) -> None:
 
 # --- Conv1D -----------------------------------------------------------------------------------------------------------
 
-GPT2 = {
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 32,
-    "vocab_size": 96,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
 
 def gpt2() -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, initializer_range=0.1)).eval()
+    model = tiny.random_model("GPT2LMHeadModel", **{**GPT2, "n_head": 4})
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.uniform_(parameter, -0.5, 0.5)
@@ -403,15 +394,16 @@ def test_conv1d_becomes_a_linear_layer_of_the_transposed_weight() -> None:
     layer = Conv1D(48, 64)
     nn.init.normal_(layer.bias)
     x = torch.randn(5, 64)
-    for mode, format in (("affine", oracle.Format("affine", 64, 8)), ("mxfp4", oracle.Format("mxfp4", 32, 4))):
-        made = quantize_model(copy.deepcopy(layer), bits=format.bits, mode=mode)
+    for mode, bits in (("affine", 8), ("mxfp4", 4)):
+        made = quantize_model(copy.deepcopy(layer), bits=bits, mode=mode)
         assert (type(made), made.in_features, made.out_features) == (QuantizedLinear, 64, 48)
-        exact = oracle.dequantize(made.weight_packed, made.scales, made.biases, format)
+        assert (made.mode, made.bits) == (mode, bits)
+        exact = oracle.values_of(made)
         assert (exact.T - layer.weight.double()).norm() < 0.2 * layer.weight.norm()
         oracle.assert_within(made(x), x.double() @ exact.T + layer.bias.double(), 1e-5)
     made = marlin.quantize_model(copy.deepcopy(layer), "int4", 32)
-    exact = oracle.dequantize(made.weight_packed, made.scales, made.zeros, oracle.Format("marlin_int4", 32, 4))
-    oracle.assert_within(made(x), x.double() @ exact + layer.bias.double(), 1e-5)
+    assert oracle.format_of(made) == oracle.Format("marlin_int4", 32, 4)
+    oracle.assert_within(made(x), x.double() @ oracle.values_of(made) + layer.bias.double(), 1e-5)
 
 
 def test_gpt2_is_quantized_saved_and_loaded(tmp_path: Path) -> None:
@@ -420,12 +412,10 @@ def test_gpt2_is_quantized_saved_and_loaded(tmp_path: Path) -> None:
     model = quantize_model(copy.deepcopy(dense), bits=8, report=report)
     assert not report.skipped and report.weights == sum(p.numel() for p in dense.parameters() if p.ndim == 2)
     assert relative_error(logits(model), logits(dense)) < 0.05
-    save_checkpoint(model, tmp_path)
+    loaded = tiny.reloaded(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["model.h.0.mlp.c_fc.weight"].shape == (256, 64 * 8 // 32)  # rows are outputs
-    loaded = load_checkpoint(tmp_path)
     assert type(loaded.transformer.h[0].mlp.c_fc) is QuantizedLinear
-    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("left", ["", "c_"], ids=["quantized", "dense"])
@@ -433,7 +423,7 @@ def test_mlx_lm_computes_the_same_from_gpt2(left: str, tmp_path: Path) -> None:
     """Also from layers in floating point, of which the square one would not show by its shape how it lies."""
     model = quantize_model(gpt2(), predicate=lambda path, _: not left or left not in path)
     save_checkpoint(model, tmp_path)
-    assert_close(mlx_logits_of_tokens(tmp_path), logits(model))
+    assert_close(tiny.mlx_logits_of_tokens(tmp_path), logits(model))
     loaded = load_checkpoint(tmp_path)
     assert [type(layer) for layer in loaded.modules()] == [type(layer) for layer in model.modules()]
     assert_close(logits(loaded), logits(model))
@@ -457,7 +447,7 @@ def test_gpt2_that_mlx_lm_has_quantized_is_read(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "theirs")
     assert type(loaded.transformer.h[0].attn.c_proj) is QuantizedLinear
     assert type(loaded.transformer.h[1].attn.c_proj) is Conv1D
-    assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path / "theirs"))
+    assert_close(logits(loaded), tiny.mlx_logits_of_tokens(tmp_path / "theirs"))
 
 
 def test_gpt2_with_the_names_of_transformers_has_its_layout(tmp_path: Path) -> None:
@@ -525,33 +515,16 @@ def test_conv1d_and_linear_of_one_weight_stay_as_they_are() -> None:
 # --- Experts ----------------------------------------------------------------------------------------------------------
 
 DECODER = {**SMALL, "tie_word_embeddings": False, "pad_token_id": 0}
+MIXTRAL = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}
+LLAMA4 = {**DECODER, "num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 128, "attention_chunk_size": 64}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 128}
+LATENT = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+GLM4 = {**DECODER, **ROUTED, **LATENT, "num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"]}
 MIXTURES: dict[str, dict[str, Any]] = {
-    "Mixtral": {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "GptOss": {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
-    "Llama4": {
-        **DECODER,
-        "intermediate_size_mlp": 128,
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "interleave_moe_layer_step": 1,
-        "attn_temperature_tuning": False,
-        "attention_chunk_size": 64,
-    },
-    "Glm4MoeLite": {
-        **DECODER,
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 128,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 64,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 32,
-        "mlp_layer_types": ["dense", "sparse"],
-    },
+    "Mixtral": MIXTRAL,
+    "GptOss": {**MIXTRAL, "head_dim": 16},
+    "Llama4": {**LLAMA4, "interleave_moe_layer_step": 1, "attn_temperature_tuning": False},
+    "Glm4MoeLite": GLM4,
 }
 
 
@@ -565,22 +538,13 @@ def mixture(family: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def matrices_of(layer: ColumnPackedSwitchLinear) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
-    zeros = [None] * layer.num_experts if layer.zeros is None else layer.zeros
-    return zip(layer.weight_packed, layer.scales, zeros, strict=True)
-
-
 def weights_of(experts: nn.Module) -> list[Tensor]:
     """What the projections of experts stand for, [num_experts, in_features, out_features] in float64."""
     weights = []
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = getattr(experts, name)
-        format = oracle.Format(layer.mode, layer.group_size, layer.bits)
-        if isinstance(layer, ColumnPackedSwitchLinear):
-            parts = matrices_of(layer)
-            weights.append(torch.stack([oracle.dequantize(*matrix, format) for matrix in parts]))
-        else:
-            weights.append(oracle.dequantize(layer.weight_packed, layer.scales, layer.biases, format).mT)
+        values = oracle.values_of(layer)
+        weights.append(values if isinstance(layer, ColumnPackedSwitchLinear) else values.mT)
     return weights
 
 
@@ -619,11 +583,9 @@ def test_llama4_at_8_bits_gives_the_logits_of_the_dense_model(tmp_path: Path) ->
     model = quantize_model(copy.deepcopy(dense), bits=8, report=report)
     assert relative_error(logits(model), logits(dense)) < 0.1
     assert {each.path.rpartition(".")[2] for each in report.skipped} == {"router"}
-    save_checkpoint(model, tmp_path)
+    loaded = tiny.reloaded(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["model.layers.0.feed_forward.experts.gate_proj.weight"].shape == (4, 128, 64 * 8 // 32)
-    loaded = load_checkpoint(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
     assert torch.equal(logits(copy.deepcopy(loaded)), logits(model))
 
 
@@ -661,8 +623,7 @@ def test_refused_llama4_experts_are_the_ones_that_they_were(tmp_path: Path) -> N
     assert after.keys() == parameters.keys() and all(after[name] is each for name, each in parameters.items())
     assert torch.equal(logits(model), expected)
     quantize_model(model, predicate=lambda path, layer: "experts" not in path)
-    save_checkpoint(model, tmp_path)  # with experts in their fused form
-    assert torch.equal(logits(load_checkpoint(tmp_path)), logits(model))
+    tiny.reloaded(model, tmp_path)  # with experts in their fused form
 
 
 def test_llama4_of_mlx_lm_loads(tmp_path: Path) -> None:
@@ -675,9 +636,7 @@ def test_llama4_of_mlx_lm_loads(tmp_path: Path) -> None:
         path = f"model.layers.{index}.feed_forward.router"
         router = QuantizedLinear.from_linear(as_plain_linear(dense.get_submodule(path)), bits=8)
         stored.update({f"{path}.{name}": tensor for name, tensor in router.state_dict().items()})
-        model.get_submodule(path).weight.data = oracle.dequantize(
-            router.weight_packed, router.scales, router.biases, oracle.Format("affine", 64, 8)
-        ).float()
+        model.get_submodule(path).weight.data = oracle.values_of(router).float()
     save_file({f"language_model.{name}": each for name, each in stored.items()}, tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path)
     assert_close(logits(loaded), logits(model), 1e-5)
@@ -694,7 +653,7 @@ def test_mlx_lm_computes_the_same_from_llama4(tmp_path: Path) -> None:
     quantization = config.pop("quantization")
     whole = {"model_type": "llama4", "text_config": config, "quantization": quantization}
     (tmp_path / "config.json").write_text(json.dumps(whole))
-    assert_close(logits(model), mlx_logits_of_tokens(tmp_path))
+    assert_close(logits(model), tiny.mlx_logits_of_tokens(tmp_path))
 
 
 def as_plain_linear(router: nn.Linear) -> nn.Linear:
@@ -703,13 +662,8 @@ def as_plain_linear(router: nn.Linear) -> nn.Linear:
     return layer
 
 
-NOT_EXPERTS = {
-    "self_attn",
-    "lm_head",
-    "shared_expert",
-    "shared_experts",
-    *(f"0.mlp.{name}_proj" for name in ("gate", "up", "down")),
-}
+NOT_EXPERTS = {"self_attn", "lm_head", "shared_expert", "shared_experts"}
+NOT_EXPERTS |= {f"0.mlp.{name}_proj" for name in ("gate", "up", "down")}
 MARLIN_WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "bits-2": lambda model: marlin.replace_linear_layers(model, 2, 32, layer_filter=only_experts),
     "bits-8": lambda model: marlin.replace_linear_layers(model, 8, 64, layer_filter=only_experts),
@@ -783,7 +737,8 @@ def test_packed_experts_multiply_rows_by_their_matrices(mode: str) -> None:
     torch.manual_seed(1)
     switch = SwitchLinear(torch.randn(5, 48, 64), torch.randn(5, 48))
     layer = ColumnPackedSwitchLinear.from_switch_linear(switch, mode, 32)
-    exact = torch.stack([oracle.dequantize(*each, oracle.Format(mode, 32, layer.bits)) for each in matrices_of(layer)])
+    assert oracle.format_of(layer) == oracle.Format(mode, 32, layer.bits)
+    exact = oracle.values_of(layer)
     x, indices = torch.randn(7, 1, 64), torch.tensor([[0, 4], [2, 2], [1, 0], [3, 4], [0, 0], [4, 1], [2, 3]])
     products = torch.einsum("tik,tikn->tin", x.double().expand(7, 2, 64), exact[indices])
     expected = products + switch.bias[indices].double()
@@ -891,23 +846,17 @@ def test_a_report_may_do_without_errors() -> None:
     assert [each.path for each in report.skipped] == ["1"]
 
 
-def test_convert_prints_what_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tokenizers import Tokenizer, models
-
-    config = transformers.LlamaConfig(**{**DECODER, "intermediate_size": 160})
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
-    tokenizer = Tokenizer(models.WordLevel({"w": 0}, unk_token="w"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "source")
-    command = ["convert", "--hf-path", str(tmp_path / "source"), "-q", "--mlx-path"]
+def test_convert_prints_what_stays(tmp_path: Path, run: Run, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    causal_lm("Llama", **{**DECODER, "intermediate_size": 160}).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    command = ["convert", "--hf-path", tmp_path / "source", "-q", "--mlx-path"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert qm.cli.main([*command, str(tmp_path / "a")]) == 0
-    assert re.search(
-        r"left in floating point: 2 matrices, [0-9.]+% of the parameters; --report", capsys.readouterr().out
-    )
+        out, _ = run(*command, tmp_path / "a")
+    assert re.search(r"left in floating point: 2 matrices, [0-9.]+% of the parameters; --report", out)
     report = tmp_path / "report.md"
-    assert qm.cli.main([*command, str(tmp_path / "b"), "--report", str(report)]) == 0
-    assert "left in floating point: 2 matrices, " in capsys.readouterr().out
+    out, _ = run(*command, tmp_path / "b", "--report", report)
+    assert "left in floating point: 2 matrices, " in out
     assert "model.layers.1.mlp.down_proj" in report.read_text()
     assert "a row of 160 values does not divide into groups of 64" in report.read_text()
 

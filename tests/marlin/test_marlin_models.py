@@ -29,7 +29,7 @@ from quantization_mlx import load_checkpoint, marlin, patch_transformers, save_c
 from quantization_mlx import quantize_model as quantize_to_mlx
 from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.marlin import load_quantized, quantize_model, replace_linear_layers, save_quantized
-from repository import ROOT
+from repository import ROOT, load_demo
 from tiny import TOKENS, VOCABULARY, contents, edit_config, edit_tensors, logits, wrapper
 
 
@@ -881,11 +881,8 @@ TWO_BITS = "model.layers.20.mlp.up_proj"
 
 @pytest.mark.exhaustive
 @pytest.mark.xdist_group("real model")
-def test_real_model_with_layers_of_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from demo import load_gguf
-
-    tokenizer, dense = load_gguf()
+def test_real_model_with_layers_of_every_format(tmp_path: Path) -> None:
+    tokenizer, dense = load_demo().load_gguf()
     text = (ROOT / "examples" / "harbour.txt").read_text(encoding="utf-8")
     tokens = tokenizer(text, return_tensors="pt").input_ids[:, :96]
 

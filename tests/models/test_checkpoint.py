@@ -20,27 +20,22 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import oracle
 import tiny
 from cases import FLOAT_FORMATS, SOME_FORMATS
+from command import Run
 from disk import fill_disk
 from oracle import name_of
-from quantization_mlx import QuantizedEmbedding, QuantizedLinear, cli, load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx import QuantizedEmbedding, QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.checkpoint.record import format_of_tensors
 from quantization_mlx.checkpoint.staging import staged
 from quantization_mlx.hf.patch import patched_transformers
 from tiny import TEXT, TWO_KINDS, assert_close, contents, edit_config, edit_tensors, logits, mlx_logits, tiny_model
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 50_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 # What differs between the models of the Llama family, one at a time.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -73,9 +68,7 @@ def test_mlx_lm_computes_the_same_from_our_checkpoint(
     variant: str, format: oracle.Format, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = quantize_model(tiny_model(**VARIANTS[variant]), **format.options)
-    save_checkpoint(model, tmp_path, tokenizer)
-    loaded = load_checkpoint(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
+    loaded = tiny.reloaded(model, tmp_path, tokenizer)
     assert_close(logits(loaded), mlx_logits(tmp_path, torch.float32))
 
 
@@ -91,21 +84,14 @@ def test_bfloat16_is_as_close_as_mlx_lm_in_bfloat16(tmp_path: Path, tokenizer: P
 
 def test_checkpoint_is_laid_out_as_mlx_lm_does(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """The same tensors, bit for bit, and the same records as mlx-lm's own conversion."""
-    from mlx_lm.convert import convert
-
     model = tiny_model(torch.bfloat16, tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    convert(str(tmp_path / "dense"), str(tmp_path / "theirs"), quantize=True)
+    directories = tmp_path / "ours", tiny.converted_by_mlx(model, tokenizer, tmp_path)
     save_checkpoint(quantize_model(model), tmp_path / "ours", tokenizer)
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        oracle.assert_identical(ours[name], tensor, name)
-    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
+    tiny.assert_same_tensors(*directories)
+    ours, theirs = (json.loads((directory / "config.json").read_text()) for directory in directories)
     for name in ("quantization", "quantization_config"):
         assert ours[name] == theirs[name] == {"group_size": 64, "bits": 4, "mode": "affine"}
-    ours, theirs = (json.loads((tmp_path / n / "model.safetensors.index.json").read_text()) for n in ("ours", "theirs"))
+    ours, theirs = (json.loads((each / "model.safetensors.index.json").read_text()) for each in directories)
     assert ours["weight_map"] == theirs["weight_map"]
     assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
 
@@ -139,49 +125,37 @@ def test_shards(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 def test_conversions_of_mlx_lm_compute_the_same(
     tied: bool, options: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    from mlx_lm.convert import convert
-
-    tiny_model(torch.bfloat16, num_hidden_layers=8, tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    convert(str(tmp_path / "dense"), str(tmp_path / "mlx"), quantize=True, **options)
-    model = load_checkpoint(tmp_path / "mlx", dtype=torch.float32)
+    dense = tiny_model(torch.bfloat16, num_hidden_layers=8, tie_word_embeddings=tied)
+    theirs = tiny.converted_by_mlx(dense, tokenizer, tmp_path, **options)
+    model = load_checkpoint(theirs, dtype=torch.float32)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert_close(logits(model), mlx_logits(tmp_path / "mlx", torch.float32))
+    assert_close(logits(model), mlx_logits(theirs, torch.float32))
     if "quant_predicate" in options:
         assert {module.bits for module in model.modules() if isinstance(module, QuantizedLinear)} == {4, 6}
 
 
 def test_unquantized_conversions_load_too(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    from mlx_lm.convert import convert
-
     model = tiny_model(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    convert(str(tmp_path / "dense"), str(tmp_path / "mlx"))
-    assert torch.equal(logits(load_checkpoint(tmp_path / "mlx")), logits(model))
+    theirs = tiny.converted_by_mlx(model, tokenizer, tmp_path, quantize=False)
+    assert torch.equal(logits(load_checkpoint(theirs)), logits(model))
 
 
 # --- Other families ---------------------------------------------------------------------------------------------------
 
-SMALL = {"vocab_size": tiny.VOCABULARY, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
-GPT2 = {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}
+DECODER = {"is_decoder": True, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # Each has something that stood in the way of reading back what was written.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "GPT2LMHeadModel": GPT2,  # ignores stored tensors by a pattern that c_attn.bias matches
-    "GPTJForCausalLM": {**GPT2, "rotary_dim": 16},  # the same, of which mlx-lm knows the family
-    "Llama4ForCausalLM": {**TEXT, "intermediate_size_mlp": 128, "num_local_experts": 2},  # is its own base model
+    "GPT2LMHeadModel": tiny.GPT2,  # ignores stored tensors by a pattern that c_attn.bias matches
+    "GPTJForCausalLM": {**tiny.GPT2, "rotary_dim": 16},  # the same, of which mlx-lm knows the family
+    "Llama4ForCausalLM": {**tiny.LLAMA4, "num_local_experts": 2},  # is its own base model
     "Gemma4ForCausalLM": {
         **TEXT,
         **TWO_KINDS,
         **tiny.PER_LAYER,
     },  # a scaling of rotary embeddings for one kind of layers
-    "XLMRobertaForCausalLM": {**{**TEXT, **SMALL}, "is_decoder": True, "max_position_embeddings": 32},  # a tied bias
-    "InklingForCausalLM": {
-        **TEXT,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-    },  # a config silent about tying
+    "XLMRobertaForCausalLM": {**TEXT, **DECODER},  # a tied bias
+    "InklingForCausalLM": {**TEXT, **ROUTED},  # a config silent about tying
 }
 
 
@@ -190,17 +164,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_families_there_and_back(
     family: str, quantized: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    model_class = getattr(transformers, family)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**copy.deepcopy(FAMILIES[family]))).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            nn.init.uniform_(parameter, 0.5, 1.5)
+    model = tiny.with_random_vectors(tiny.random_model(family, **copy.deepcopy(FAMILIES[family])))
     if quantized:
         quantize_model(model, group_size=32)
     save_checkpoint(model, tmp_path, tokenizer)
     loaded = load_checkpoint(tmp_path)
-    assert type(loaded) is model_class
+    assert type(loaded) is type(model)
     assert loaded.config.to_dict().get("rope_parameters") == model.config.to_dict().get("rope_parameters")
     if quantized:
         assert torch.equal(logits(loaded), logits(model))
@@ -212,25 +181,22 @@ def test_families_there_and_back(
 
 @pytest.mark.parametrize("command", ["generate", "perplexity", "benchmark"])
 def test_activations_beyond_float16_are_an_error_of_the_command(
-    command: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, run: Run
 ) -> None:
     """As those of Gemma 3, whose weights after the normalisation of each block are as large as here."""
-    model_class = transformers.Gemma3ForCausalLM
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**TEXT, **TWO_KINDS)).eval()
+    model = tiny.causal_lm("Gemma3", **TEXT, **TWO_KINDS)
     for layer in model.model.layers:
         nn.init.constant_(layer.post_feedforward_layernorm.weight, 60_000.0)
     save_checkpoint(quantize_model(model), tmp_path, tokenizer)
     (tmp_path / "text").write_text("w3 w4 w5 w6 w7 w8 w9")
     flags = {
         "generate": ["-p", "w3 w4", "-m", "2"],
-        "perplexity": ["--data-path", str(tmp_path / "text"), "--sequence-length", "6"],
+        "perplexity": ["--data-path", tmp_path / "text", "--sequence-length", "6"],
         "benchmark": ["-p", "4", "-g", "2", "-n", "1"],
     }[command]
-    assert cli.main([command, "--model", str(tmp_path), "--dtype", "float16", *flags]) == 1
-    assert "computes NaN or infinity in float16; its activations are too large for it" in capsys.readouterr().err
-    assert cli.main([command, "--model", str(tmp_path), "--dtype", "bfloat16", *flags]) == 0
-    out = capsys.readouterr().out
+    _, err = run(command, "--model", tmp_path, "--dtype", "float16", *flags, code=1)
+    assert "computes NaN or infinity in float16; its activations are too large for it" in err
+    out, _ = run(command, "--model", tmp_path, "--dtype", "bfloat16", *flags)
     assert out.strip() and "nan" not in out
 
 
@@ -248,12 +214,10 @@ def test_layers_may_differ(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
     assert type(attention.o_proj) is nn.Linear
     assert (attention.v_proj.mode, mlp.down_proj.bits, mlp.down_proj.group_size) == ("mxfp4", 8, 32)
     assert (mlp.up_proj.mode, mlp.up_proj.bits, mlp.up_proj.group_size) == ("affine", 4, 64)
-    save_checkpoint(model, tmp_path, tokenizer)
+    loaded = tiny.reloaded(model, tmp_path, tokenizer)
     record = json.loads((tmp_path / "config.json").read_text())["quantization"]
     assert record.pop("model.layers.1.mlp.down_proj") == {"group_size": 32, "bits": 8, "mode": "affine"}
     assert len(record) == 3 + 3  # the default and the other exceptions
-    loaded = load_checkpoint(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
     assert_close(logits(loaded), mlx_logits(tmp_path, torch.float32))
 
 
@@ -277,9 +241,9 @@ def test_mode_and_exceptions_may_be_absent(saved: Path) -> None:
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_formats_without_an_entry_are_found_by_loading_and_by_info_alike(
-    family: str, default: dict[str, Any], other: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, default: dict[str, Any], other: dict[str, Any], tmp_path: Path, run: Run
 ) -> None:
-    model = tiny_model() if family == "llama" else GPT2LMHeadModel(GPT2Config(**{**GPT2, "n_embd": 128})).eval()
+    model = tiny_model() if family == "llama" else tiny.random_model("GPT2LMHeadModel", **{**tiny.GPT2, "n_embd": 128})
     exceptional = re.compile("embed_tokens|c_attn")  # the latter's weight is stored transposed where it is dense
     quantize_model(model, **default, predicate=lambda path, _: other if exceptional.search(path) else True)
     save_checkpoint(model, tmp_path)
@@ -289,12 +253,11 @@ def test_formats_without_an_entry_are_found_by_loading_and_by_info_alike(
             assert [record.pop(path) for path in list(record) if exceptional.search(path)]
 
     edit_config(tmp_path, drop)
-    loaded = load_checkpoint(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-    assert cli.main(["info", "--model", str(tmp_path), "--json"]) == 0
+    assert torch.equal(logits(load_checkpoint(tmp_path)), logits(model))
+    out, _ = run("info", "--model", tmp_path, "--json")
     formats = {
         (part["mode"], part["bits"], part["group_size"]): part["tensors"]
-        for part in json.loads(capsys.readouterr().out)["parts"]
+        for part in json.loads(out)["parts"]
         if "mode" in part
     }
     stored = {id(module.scales): module for module in model.modules() if hasattr(module, "scales")}  # tied ones once
@@ -600,7 +563,7 @@ def save_and_be_told_to_end(model: nn.Module, directory: Path, number: signal.Si
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
 @pytest.mark.parametrize("old", [True, False], ids=["over an older one", "new"])
 def test_a_signal_leaves_the_old_checkpoint_and_nothing_in_the_way(
-    old: bool, name: str, saved: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    old: bool, name: str, saved: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, run: Run
 ) -> None:
     """SIGKILL leaves no chance to clean up: what it leaves is no obstacle, and goes with the next save."""
     target = saved if old else tmp_path / "new"
@@ -615,7 +578,7 @@ def test_a_signal_leaves_the_old_checkpoint_and_nothing_in_the_way(
     else:
         save_checkpoint(tiny_model(), tmp_path / "dense")
         tokenizer.save_pretrained(tmp_path / "dense")
-        assert cli.main(["convert", "--hf-path", str(tmp_path / "dense"), "--mlx-path", str(target), "-q"]) == 0
+        run("convert", "--hf-path", tmp_path / "dense", "--mlx-path", target, "-q")
     assert not list(target.glob(".save-*"))
     assert load_checkpoint(target).lm_head.bits == (8 if old else 4)
 

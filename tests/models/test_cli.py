@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, ViTConfig
 
 import oracle
+from command import Run
 from quantization_mlx import load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.cli import COMMANDS, main
 from repository import ROOT
-from tiny import SIZES, VOCABULARY, causal_lm
+from tiny import SIZES, VOCABULARY, assert_same_tensors, causal_lm, edit_config
 
-Run = Callable[..., tuple[str, str]]  # the command line, called in this process
 ADAPTER = "adapter_model.safetensors"
 TEXT = " ".join(f"w{i * i % VOCABULARY}" for i in range(100))
 TEMPLATE = (
@@ -91,10 +90,8 @@ def test_convert_writes_what_mlx_lm_writes(flags: list[str], dense: Path, tmp_pa
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     convert(**vars(configure_parser().parse_args(["--hf-path", str(dense), "--mlx-path", str(theirs), *flags])))
     out, err = run("convert", "--model", dense, "--mlx-path", ours, *flags)
-    expected, found = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        oracle.assert_identical(found[name], tensor, name)
+    assert_same_tensors(ours, theirs)
+    expected = load_file(theirs / "model.safetensors")
     configs = [json.loads((directory / "config.json").read_text()) for directory in (ours, theirs)]
     assert configs[0].get("quantization") == configs[1].get("quantization")
     weights = sum(parameter.numel() for parameter in LlamaForCausalLM.from_pretrained(dense).parameters())
@@ -140,10 +137,9 @@ def test_code_that_comes_with_a_model(tmp_path: Path, run: Run) -> None:
         "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    config = json.loads((source / "config.json").read_text())
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    config.update(model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=code)
-    (source / "config.json").write_text(json.dumps(config))
+    names = {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": code}
+    edit_config(source, lambda config: config.update(names))
     flags = ["convert", "--hf-path", source, "--mlx-path", target, "-q"]
     _, err = run(*flags, code=1)
     assert "comes with Python code of its own, which --trust-remote-code lets run" in err and len(err.splitlines()) == 1
@@ -263,8 +259,7 @@ def test_generation_ends_at_every_token_that_ends_a_text(small_heads: Path, tmp_
     assert f"Generation: {first[early] + 1} tokens" in err
     _, err = run(*flags, "--extra-eos-token", early[1:])  # by its number
     assert f"Generation: {first[early] + 1} tokens" in err
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "eos_token_id": [int(early[1:]), 0]}))
+    edit_config(directory, lambda config: config.update(eos_token_id=[int(early[1:]), 0]))
     (directory / "generation_config.json").unlink()
     _, err = run(*flags)
     assert f"Generation: {first[early] + 1} tokens" in err
@@ -320,11 +315,7 @@ def test_bounded_caches_are_mlx_lms(prompt: int, small_heads: Path, tmp_path: Pa
 
 
 def test_caches_of_sliding_windows_are_not_bounded(tmp_path: Path, run: Run) -> None:
-    config = transformers.MistralConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=VOCABULARY, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=8,
-    )  # fmt: skip
-    save_checkpoint(transformers.MistralForCausalLM(config), tmp_path)
+    save_checkpoint(causal_lm("Mistral", **SIZES, sliding_window=8), tmp_path)
     write_tokenizer(tmp_path)
     _, err = run("generate", "--model", tmp_path, "--max-kv-size", 16, code=1)
     assert re.search(r"MistralForCausalLM has layers that do not attend to all positions.*DynamicSlidingWindow", err)

@@ -10,7 +10,7 @@ import copy
 import functools
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import oracle
+from command import Run
 from quantization_mlx import QuantizedEmbedding, cli, load_checkpoint, quantize_model
 from repository import ROOT
 
 # One process converts for all of them.
 pytestmark = [pytest.mark.xdist_group("gemma"), pytest.mark.exhaustive]
 
-Run = Callable[..., tuple[str, str]]  # the command line, called in this process
 HARBOUR = ROOT / "examples" / "harbour.txt"
 PROMPT = "The capital of France is"
 FLAGS = ["--dtype", "float32"]

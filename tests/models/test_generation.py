@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,10 @@ from quantization_mlx import dequantize_model, load_checkpoint, prepare_for_gene
 from quantization_mlx._ops import ops
 from quantization_mlx.hf import decoder
 from quantization_mlx.hf.compat import cache_name
-from repository import ROOT
+from repository import load_demo
 from tiny import VOCABULARY
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-DEMO = ROOT / "examples" / "demo.py"
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 SIZES = {**tiny.SIZES, "num_hidden_layers": 3, **IDS}
 FAMILIES = {
@@ -548,9 +546,7 @@ def test_further_submodules_are_refused(part: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_same_greedy_text_on_a_real_model(dtype: torch.dtype) -> None:
     """Up to ties: where the two first differ, the unprepared model takes both tokens for about equally likely."""
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    demo = load_demo()
     tokenizer, model = demo.load_gguf()
     quantize_model(model.to(dtype), group_size=demo.GROUP_SIZE)
     prompt = demo.chat(tokenizer, "What is the capital of France?")

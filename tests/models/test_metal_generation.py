@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from command import Run
 from devices import DEVICES
 from marlin_models import MESSAGES, PROMPTS, chat_tokenizer, greedy, quantized, tiny_model
 from quantization_mlx import quantize_model, save_checkpoint
-from quantization_mlx.cli import main
 from quantization_mlx.marlin import MarlinPipeline, TransformersMarlinPipeline
 from tiny import TOKENS
 
@@ -65,15 +65,12 @@ def test_pipelines_run_on_their_default_device(
 
 
 @MPS
-def test_command(
-    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_command(device: str, tmp_path: Path, run: Run, tokenizer: PreTrainedTokenizerFast) -> None:
     model = endless(quantize_model(tiny_model(), bits=4, group_size=32))
     save_checkpoint(model, tmp_path, tokenizer)
     tokens = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True)
     prompt = torch.tensor([tokens["input_ids"]])
     expected = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0, prompt.shape[1] :]
-    arguments = ["generate", "--model", str(tmp_path), "--prompt", PROMPTS[0], "--max-tokens", str(NEW_TOKENS)]
-    assert main([*arguments, "--temp", "0", "--device", device, "--dtype", "float32"]) == 0
-    text = capsys.readouterr().out.splitlines()[0]
-    assert text == tokenizer.decode(expected, skip_special_tokens=True) != ""
+    flags = ["--prompt", PROMPTS[0], "--max-tokens", NEW_TOKENS, "--temp", 0, "--device", device, "--dtype", "float32"]
+    out, _ = run("generate", "--model", tmp_path, *flags)
+    assert out.splitlines()[0] == tokenizer.decode(expected, skip_special_tokens=True) != ""

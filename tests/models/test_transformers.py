@@ -28,7 +28,7 @@ from quantization_mlx import QuantizedLinear, patch_transformers, quantize_model
 from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
 from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.hf.quantizer import MLXConfig
-from repository import ROOT
+from repository import load_demo
 from tiny import TOKENS, assert_close, contents, edit_config, edit_tensors, logits, mlx_logits, tiny_model, wrapper
 
 LAYER = "model.layers.1.self_attn.q_proj"
@@ -421,8 +421,7 @@ def test_words_at_odd_addresses(tmp_path: Path) -> None:
     model = quantize_model(tiny_model(vocab_size=95, hidden_size=96), mode="mxfp4")
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    file.write_bytes(misaligned(tensors))
+    file.write_bytes(misaligned({name: tensor.clone() for name, tensor in load_file(file).items()}))
     loaded = load(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert all(parameter.data_ptr() % parameter.element_size() == 0 for parameter in loaded.parameters())
@@ -570,11 +569,8 @@ NEW_TOKENS = 64
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A checkpoint in bfloat16 of the model that the demo takes, and its tokenizer."""
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     directory = tmp_path_factory.mktemp("smollm")
-    tokenizer, model = demo.load_gguf()
+    tokenizer, model = load_demo().load_gguf()
     # Not Transformers' save_pretrained: mlx-lm does not know its way to write the base of the rotary frequencies.
     save_checkpoint(model.to(torch.bfloat16), directory, tokenizer)
     return directory, tokenizer
