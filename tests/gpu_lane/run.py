@@ -65,12 +65,8 @@ class Run:
 
     def _check(self, item: Item) -> dict[str, Any]:
         operands = random_operands(item.call)
-        result = {
-            "build": item.build,
-            "kernels": [launch["kernel"] for launch in item.launches],
-            "share": 0.0,
-            "wrong": "",
-        }
+        kernels = [launch["kernel"] for launch in item.launches]
+        result = {"build": item.build, "kernels": kernels, "share": 0.0, "wrong": ""}
         try:
             buffers = Buffers(item, operands, GUARD)
             item.bind(buffers)()
@@ -113,9 +109,8 @@ class Run:
         report = sanitizer.run(tool, self.bundle, suite, which)
         with (self.output / f"{suite}-{tool}.txt").open("a" if which else "w") as file:
             file.write(report.text)
-        print(
-            f"{suite} {tool} {which}: {report.launches} launches, {report.errors} errors {report.failure}", flush=True
-        )
+        found = f"{report.launches} launches, {report.errors} errors {report.failure}"
+        print(f"{suite} {tool} {which}: {found}", flush=True)
         return report
 
     def time(self) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Gemma3ForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import oracle
@@ -68,7 +69,7 @@ def test_recipes_choose_what_mlx_lm_chooses(name: str, layers: int) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_mixed_checkpoint_is_mlx_lms(tied: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_mixed_checkpoint_is_mlx_lms(tied: bool, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The same tensors, bit for bit, and the same formats as `mlx_lm.convert --quant-predicate mixed_3_6`."""
     model = llama(9, tied).to(torch.bfloat16)
     theirs = converted_by_mlx(model, tokenizer, tmp_path, quant_predicate="mixed_3_6")
@@ -232,9 +233,7 @@ def test_other_subclasses_are_refused() -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_gemma_goes_through_a_checkpoint_into_mlx_lm(
-    bits: int | None, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_gemma_goes_through_a_checkpoint_into_mlx_lm(bits: int | None, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Sliding windows, two rotary bases and a tied head, quantized or not."""
     model = gemma() if bits is None else quantize_model(gemma(), bits=bits)
     assert (type(model.model.embed_tokens) is QuantizedEmbedding) == (bits is not None)

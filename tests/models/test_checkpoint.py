@@ -20,7 +20,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 import oracle
 import tiny
@@ -53,7 +54,7 @@ def from_pretrained(directory: Path) -> PreTrainedModel:
 
 
 @pytest.fixture
-def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+def saved(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     """A checkpoint of a tied model, quantized to the defaults."""
     save_checkpoint(quantize_model(tiny_model(tie_word_embeddings=True)), tmp_path / "saved", tokenizer)
     return tmp_path / "saved"
@@ -65,14 +66,14 @@ def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 @pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mlx_lm_computes_the_same_from_our_checkpoint(
-    variant: str, format: oracle.Format, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    variant: str, format: oracle.Format, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     model = quantize_model(tiny_model(**VARIANTS[variant]), **format.options)
     loaded = tiny.reloaded(model, tmp_path, tokenizer)
     assert_close(logits(loaded), mlx_logits(tmp_path, torch.float32))
 
 
-def test_bfloat16_is_as_close_as_mlx_lm_in_bfloat16(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bfloat16_is_as_close_as_mlx_lm_in_bfloat16(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_checkpoint(quantize_model(tiny_model(torch.bfloat16)), tmp_path, tokenizer)
     exact = mlx_logits(tmp_path, torch.float32).double()
     assert_close(logits(load_checkpoint(tmp_path, dtype=torch.float32)), exact)
@@ -82,7 +83,7 @@ def test_bfloat16_is_as_close_as_mlx_lm_in_bfloat16(tmp_path: Path, tokenizer: P
     oracle.assert_within(logits(loaded), exact, 2 * mlx_error)
 
 
-def test_checkpoint_is_laid_out_as_mlx_lm_does(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_checkpoint_is_laid_out_as_mlx_lm_does(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The same tensors, bit for bit, and the same records as mlx-lm's own conversion."""
     model = tiny_model(torch.bfloat16, tie_word_embeddings=True)
     directories = tmp_path / "ours", tiny.converted_by_mlx(model, tokenizer, tmp_path)
@@ -96,7 +97,7 @@ def test_checkpoint_is_laid_out_as_mlx_lm_does(tmp_path: Path, tokenizer: PreTra
     assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
 
 
-def test_shards(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = quantize_model(tiny_model())
     save_checkpoint(model, tmp_path, tokenizer, max_shard_bytes=40_000)
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
@@ -123,7 +124,7 @@ def test_shards(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_conversions_of_mlx_lm_compute_the_same(
-    tied: bool, options: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    tied: bool, options: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     dense = tiny_model(torch.bfloat16, num_hidden_layers=8, tie_word_embeddings=tied)
     theirs = tiny.converted_by_mlx(dense, tokenizer, tmp_path, **options)
@@ -134,7 +135,7 @@ def test_conversions_of_mlx_lm_compute_the_same(
         assert {module.bits for module in model.modules() if isinstance(module, QuantizedLinear)} == {4, 6}
 
 
-def test_unquantized_conversions_load_too(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_unquantized_conversions_load_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = tiny_model(tie_word_embeddings=True)
     theirs = tiny.converted_by_mlx(model, tokenizer, tmp_path, quantize=False)
     assert torch.equal(logits(load_checkpoint(theirs)), logits(model))
@@ -161,9 +162,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_there_and_back(
-    family: str, quantized: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_families_there_and_back(family: str, quantized: bool, tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = tiny.with_random_vectors(tiny.random_model(family, **copy.deepcopy(FAMILIES[family])))
     if quantized:
         quantize_model(model, group_size=32)
@@ -181,7 +180,7 @@ def test_families_there_and_back(
 
 @pytest.mark.parametrize("command", ["generate", "perplexity", "benchmark"])
 def test_activations_beyond_float16_are_an_error_of_the_command(
-    command: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, run: Run
+    command: str, tmp_path: Path, tokenizer: Tokenizer, run: Run
 ) -> None:
     """As those of Gemma 3, whose weights after the normalisation of each block are as large as here."""
     model = tiny.causal_lm("Gemma3", **TEXT, **TWO_KINDS)
@@ -203,7 +202,7 @@ def test_activations_beyond_float16_are_an_error_of_the_command(
 # --- The rule of which layers are quantized ---------------------------------------------------------------------------
 
 
-def test_layers_may_differ(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_layers_may_differ(tmp_path: Path, tokenizer: Tokenizer) -> None:
     def predicate(path: str, layer: nn.Module) -> bool | dict[str, Any]:
         if "o_proj" in path:
             return False
@@ -280,7 +279,7 @@ def test_formats_of_a_model_that_transformers_does_not_know(default: dict[str, A
             format_of_tensors("head", None, default, stored)
 
 
-def test_false_leaves_a_layer_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_false_leaves_a_layer_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = "model.layers.0.mlp.up_proj"
     model = quantize_model(tiny_model(), predicate=lambda name, _: name != path)
     save_checkpoint(model, tmp_path, tokenizer)
@@ -563,7 +562,7 @@ def save_and_be_told_to_end(model: nn.Module, directory: Path, number: signal.Si
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
 @pytest.mark.parametrize("old", [True, False], ids=["over an older one", "new"])
 def test_a_signal_leaves_the_old_checkpoint_and_nothing_in_the_way(
-    old: bool, name: str, saved: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, run: Run
+    old: bool, name: str, saved: Path, tmp_path: Path, tokenizer: Tokenizer, run: Run
 ) -> None:
     """SIGKILL leaves no chance to clean up: what it leaves is no obstacle, and goes with the next save."""
     target = saved if old else tmp_path / "new"
@@ -585,7 +584,7 @@ def test_a_signal_leaves_the_old_checkpoint_and_nothing_in_the_way(
 
 @pytest.mark.parametrize("load", [load_checkpoint, from_pretrained], ids=["load_checkpoint", "from_pretrained"])
 def test_each_file_is_read_once(
-    load: Callable[[Path], Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    load: Callable[[Path], Any], tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By this package: Transformers reads config.json for itself, and the tensors."""
     save_checkpoint(quantize_model(tiny_model()), tmp_path, tokenizer, max_shard_bytes=40_000)

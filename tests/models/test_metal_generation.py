@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from command import Run
 from devices import DEVICES
@@ -22,7 +23,7 @@ MPS = pytest.mark.parametrize("device", [device for device in DEVICES if device 
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Tokenizer:
     return chat_tokenizer()
 
 
@@ -50,7 +51,7 @@ def test_generate(device: str, attention: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("pipeline_class", [TransformersMarlinPipeline, MarlinPipeline], ids=lambda each: each.__name__)
 @pytest.mark.parametrize("way", ["bits-8", "int4"])
 def test_pipelines_run_on_their_default_device(
-    device: str, way: str, pipeline_class: type[TransformersMarlinPipeline], tokenizer: PreTrainedTokenizerFast
+    device: str, way: str, pipeline_class: type[TransformersMarlinPipeline], tokenizer: Tokenizer
 ) -> None:
     model = endless(quantized(way=way))
     on_cpu = TransformersMarlinPipeline(copy.deepcopy(model), tokenizer, "cpu")
@@ -65,7 +66,7 @@ def test_pipelines_run_on_their_default_device(
 
 
 @MPS
-def test_command(device: str, tmp_path: Path, run: Run, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_command(device: str, tmp_path: Path, run: Run, tokenizer: Tokenizer) -> None:
     model = endless(quantize_model(tiny_model(), bits=4, group_size=32))
     save_checkpoint(model, tmp_path, tokenizer)
     tokens = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,11 +167,13 @@ class Quantized:
         return self.dense.mT if transpose else self.dense
 
     def to(self, device: str) -> Quantized:
-        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in self._fields().items()}
-        return replace(self, **moved)
+        scale = None if self.global_scale is None else self.global_scale.to(device)
+        return replace(self.map(lambda tensor: tensor.to(device)), global_scale=scale)
 
-    def _fields(self) -> dict[str, Tensor | None]:
-        return {"w": self.w, "scales": self.scales, "biases": self.biases, "global_scale": self.global_scale}
+    def map(self, change: Callable[[Tensor], Tensor]) -> Quantized:
+        """With what `change` makes of w, of scales and of biases."""
+        changed = (None if tensor is None else change(tensor) for tensor in self.tensors)
+        return Quantized(self.format, *changed, self.global_scale)
 
 
 def generator(seed: int) -> torch.Generator:
