@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+import marlin_models
 import oracle
 import quantization_mlx as qm
 import tiny
@@ -498,8 +499,7 @@ def test_gpt2_in_marlin_s_formats_is_saved_and_loaded(tmp_path: Path) -> None:
     stats = marlin.replace_linear_layers(model, 8, 64)
     assert stats["replaced_count"] == 8
     assert relative_error(logits(model), logits(dense)) < 0.1
-    save_quantized(model, tmp_path)
-    assert torch.equal(logits(load_quantized(tmp_path, "cpu")), logits(model))
+    marlin_models.reloaded(model, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*floating point")
@@ -695,11 +695,9 @@ def test_marlin_leaves_routers_and_embeddings_alone_and_says_so(family: str, tmp
     assert stats["skipped_count"] == 1 + len(routers)
     left = sum(model.get_submodule(path).weight.numel() for path in stats.skipped)
     assert stats.skipped_share == left / parameters < 0.05
-    save_quantized(model, tmp_path)
+    loaded = marlin_models.reloaded(model, tmp_path)
     record = json.loads((tmp_path / "quantization_config.json").read_text())["layers"]
     assert "ColumnPackedSwitchLinear" in {entry["class"] for entry in record.values()}
-    loaded = load_quantized(tmp_path, "cpu")
-    assert torch.equal(logits(loaded), logits(model))
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
@@ -710,8 +708,7 @@ def test_marlin_s_experts_may_be_mixed_with_others(tmp_path: Path) -> None:
     experts = model.model.layers[1].mlp.experts
     kinds = [type(experts.get_submodule(name)) for name in ("gate_proj", "up_proj", "down_proj")]
     assert kinds == [SwitchLinear, ColumnPackedSwitchLinear, SwitchLinear]
-    save_quantized(model, tmp_path)
-    assert torch.equal(logits(load_quantized(tmp_path, "cpu")), logits(model))
+    marlin_models.reloaded(model, tmp_path)
     filled = load_quantized(tmp_path, "cpu", model=mixture("Mixtral"))
     assert torch.equal(logits(filled), logits(model))
 

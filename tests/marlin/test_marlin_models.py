@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import oracle
 from disk import fill_disk
-from marlin_models import MODELS, QUANTIZED, layers_of, quantized, tiny_model
+from marlin_models import MODELS, QUANTIZED, layers_of, quantized, reloaded, tiny_model
 from oracle import values_of
 from quantization_mlx import load_checkpoint, marlin, patch_transformers, save_checkpoint, unpatch_transformers
 from quantization_mlx import quantize_model as quantize_to_mlx
@@ -215,27 +215,18 @@ def test_models_on_the_meta_device_stay_there() -> None:
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
+QUANTIZE, REPLACE = r"\[quantize_model\] ", r"\[replace_linear_layers\] "
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (
-            lambda m: quantize_model(m, "fp8"),
-            ValueError,
-            r"\[quantize_model\] quant_type is 'fp8'; supported are fp4, int4",
-        ),
-        (
-            lambda m: quantize_model(m, group_size=48),
-            ValueError,
-            r"\[quantize_model\] group_size is 48; supported are 128",
-        ),
+        (lambda m: quantize_model(m, "fp8"), ValueError, QUANTIZE + "quant_type is 'fp8'; supported are fp4, int4"),
+        (lambda m: quantize_model(m, group_size=48), ValueError, QUANTIZE + "group_size is 48; supported are 128"),
         (lambda m: quantize_model(m, skip_layers="lm_head"), TypeError, "skip_layers is the string 'lm_head'"),
-        (lambda m: quantize_model(m.state_dict()), TypeError, r"\[quantize_model\] model is of type OrderedDict"),
-        (
-            lambda m: replace_linear_layers(m, 3),
-            ValueError,
-            r"\[replace_linear_layers\] bits is 3; supported are \[2, 4, 8",
-        ),
-        (lambda m: replace_linear_layers(m, group_size=0), ValueError, r"\[replace_linear_layers\] group_size is 0"),
+        (lambda m: quantize_model(m.state_dict()), TypeError, QUANTIZE + "model is of type OrderedDict"),
+        (lambda m: replace_linear_layers(m, 3), ValueError, REPLACE + r"bits is 3; supported are \[2, 4, 8"),
+        (lambda m: replace_linear_layers(m, group_size=0), ValueError, REPLACE + "group_size is 0"),
         (lambda m: replace_linear_layers(m, skip_layers="lm_head"), TypeError, "skip_layers is the string 'lm_head'"),
         (
             lambda m: replace_linear_layers(m, layer_filter=lambda path, _: 1 // (path != "lm_head")),
@@ -274,11 +265,9 @@ def saved(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_loaded_model_is_the_saved_one(model: str, way: str, tmp_path: Path) -> None:
     made = quantized(model, way)
-    save_quantized(made, tmp_path)
-    loaded = load_quantized(tmp_path, "cpu")
+    loaded = reloaded(made, tmp_path)
     assert type(loaded) is type(made)
     assert_same_state(loaded, made)
-    assert torch.equal(logits(loaded), logits(made))
     assert layers_of(loaded) == layers_of(made)
     for path in layers_of(made):
         ours, expected = loaded.get_submodule(path), made.get_submodule(path)
@@ -349,24 +338,19 @@ def test_layers_of_one_weight_are_stored_once_and_loaded_as_one(tmp_path: Path) 
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
     second.self_attn.q_proj = first.self_attn.q_proj
     replace_linear_layers(model)
-    save_quantized(model, tmp_path)
+    loaded = reloaded(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert not [name for name in stored if "layers.1.mlp.up_proj" in name or "layers.1.self_attn.q_proj" in name]
-    loaded = load_quantized(tmp_path, "cpu")
     first, second = loaded.model.layers
     for name in ("weight_packed", "scales"):
         assert getattr(first.mlp.up_proj, name) is getattr(second.mlp.up_proj, name)
         assert getattr(first.self_attn.q_proj, name) is getattr(second.self_attn.q_proj, name)
-    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_both_kinds_of_layers_in_one_model(tmp_path: Path) -> None:
     model = quantize_model(tiny_model(), "int4_sym", 32, {"mlp", "lm_head"})
     replace_linear_layers(model, 8, 64, {"layers.1"})
-    save_quantized(model, tmp_path)
-    loaded = load_quantized(tmp_path, "cpu")
-    assert repr(loaded) == repr(model)
-    assert torch.equal(logits(loaded), logits(model))
+    assert repr(reloaded(model, tmp_path)) == repr(model)
 
 
 def test_a_loaded_model_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
@@ -425,10 +409,8 @@ def test_loading_makes_no_floating_point_weights(tmp_path: Path, monkeypatch: py
 
 
 def test_shards(tmp_path: Path) -> None:
-    model = quantized()
-    save_quantized(model, tmp_path, max_shard_bytes=40_000)
+    reloaded(quantized(), tmp_path, max_shard_bytes=40_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert torch.equal(logits(load_quantized(tmp_path, "cpu")), logits(model))
 
 
 def test_failed_save_leaves_the_old_directory(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,16 +425,14 @@ def test_failed_save_leaves_the_old_directory(saved: Path, monkeypatch: pytest.M
 def test_new_model_replaces_the_weights_and_nothing_else(tmp_path: Path) -> None:
     save_quantized(quantized(), tmp_path, max_shard_bytes=40_000)
     (tmp_path / "notes.txt").write_text("mine")
-    save_quantized(quantized(way="bits-8"), tmp_path)
+    reloaded(quantized(way="bits-8"), tmp_path)
     assert [file.name for file in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert torch.equal(logits(load_quantized(tmp_path, "cpu")), logits(quantized(way="bits-8")))
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(
-        TypeError, match=r"\[save_quantized\] model is of type OrderedDict; it must be a torch\.nn\.Module"
-    ):
+    message = r"\[save_quantized\] model is of type OrderedDict; it must be a torch\.nn\.Module"
+    with pytest.raises(TypeError, match=message):
         save_quantized(tiny_model().state_dict(), tmp_path)
     with pytest.raises(ValueError, match="no layers of Marlin"):
         save_quantized(tiny_model(), tmp_path)
@@ -699,14 +679,12 @@ def test_what_transformers_saves_by_itself_is_refused(part: Callable[[Any], nn.M
 def test_the_class_of_a_part_never_makes_random_layers(tmp_path: Path) -> None:
     model, text = wrapper("gemma3")
     replace_linear_layers(model, group_size=32)
-    save_quantized(model, tmp_path)
+    loaded = reloaded(model, tmp_path)
     with pytest.raises(ValueError, match=NO_METHOD):
         text.from_pretrained(tmp_path)
     with patched_transformers(), pytest.raises(ValueError, match="has layers that the model has not"):
         text.from_pretrained(tmp_path)
-    loaded = load_quantized(tmp_path, "cpu")
     assert type(loaded) is type(model)
-    assert torch.equal(logits(loaded), logits(model))
 
 
 # --- Models that are none of Transformers -----------------------------------------------------------------------------

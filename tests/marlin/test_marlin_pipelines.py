@@ -43,7 +43,7 @@ def shared_pipeline(tokenizer: Tokenizer) -> Pipeline:
 
 
 @pytest.fixture
-def pipeline(shared_pipeline: Pipeline) -> Iterator[TransformersMarlinPipeline]:
+def pipeline(shared_pipeline: Pipeline) -> Iterator[Pipeline]:
     """It and its tokenizer are found as they were."""
     names = ("padding_side", "pad_token", "eos_token", "truncation_side", "chat_template")
     before = {name: getattr(shared_pipeline.tokenizer, name) for name in names}
@@ -289,14 +289,8 @@ def test_chat_returns_the_reply_alone(pipeline: Pipeline, monkeypatch: pytest.Mo
 def test_a_pipeline_quantizes_what_it_loads(saved: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(saved)
     replace_linear_layers(expected, 8, 64, {"lm_head"}, lambda path, _: "q_proj" not in path)
-    loaded = Pipeline.from_pretrained(
-        str(saved),
-        bits=8,
-        group_size=64,
-        device="cpu",
-        skip_layers={"lm_head"},
-        layer_filter=lambda path, _: "q_proj" not in path,
-    )
+    layers = {"skip_layers": {"lm_head"}, "layer_filter": lambda path, _: "q_proj" not in path}
+    loaded = Pipeline.from_pretrained(str(saved), bits=8, group_size=64, device="cpu", **layers)
     assert layers_of(loaded.model) == layers_of(expected)
     assert not loaded.model.training
     assert loaded.model.dtype == torch.bfloat16
@@ -308,9 +302,9 @@ def test_a_pipeline_quantizes_what_it_loads(saved: Path) -> None:
     assert greedy(dense, PROMPT) == f"{PROMPT} {likeliest(dense.model, PROMPT)}"
 
 
-@pytest.mark.parametrize("load", [TransformersMarlinPipeline.from_pretrained, MarlinPipeline.from_pretrained])
+@pytest.mark.parametrize("load", [Pipeline.from_pretrained, MarlinPipeline.from_pretrained])
 def test_saved_models_are_loaded_as_they_are(
-    load: Callable[..., TransformersMarlinPipeline], tmp_path: Path, tokenizer: Tokenizer
+    load: Callable[..., Pipeline], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     model = quantized("llama-tied", "int4")
     save_quantized(model, tmp_path)
@@ -334,10 +328,8 @@ def test_what_is_refused_before_loading(saved: Path, monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(ValueError, match=message):
             load("nowhere", **options)
-    with (
-        pytest.warns(DeprecationWarning),
-        pytest.raises(ValueError, match=r"quant_type is 'fp8'; supported are fp4, int4"),
-    ):
+    message = r"quant_type is 'fp8'; supported are fp4, int4"
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match=message):
         MarlinPipeline.from_pretrained("nowhere", "fp8")
     with pytest.raises(ValueError, match=r"\[TransformersMarlinPipeline\] device is 'mps'"):
         Pipeline(tiny_model(), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,14 @@ def quantized(model: str = "llama", way: str = "bits-4", **options: Any) -> PreT
         warnings.simplefilter("ignore")
         QUANTIZED[way](made, **options)
     return made
+
+
+def reloaded(model: PreTrainedModel, directory: Path, **options: Any) -> PreTrainedModel:
+    """The model that was saved and loaded; it computes the same, bit for bit."""
+    marlin.save_quantized(model, directory, **options)
+    loaded = marlin.load_quantized(directory, "cpu")
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    return loaded
 
 
 def layers_of(model: nn.Module, kind: type = ColumnPackedLinear) -> set[str]:
