@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from quantization_mlx.hf.quantizer import MLXConfig
 from repository import load_demo
 from tiny import TOKENS, assert_close, contents, edit_config, edit_tensors, logits, mlx_logits, tiny_model, wrapper
 
-LAYER = "model.layers.1.self_attn.q_proj"
+LAYER, PROJECTION = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(autouse=True)
@@ -325,19 +326,20 @@ def truncate(directory: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-def spoil(name: str, value: float) -> Callable[[Path], None]:
-    def edit(tensors: dict[str, Tensor]) -> None:
-        tensors[name][1, 0] = value
-
+def tensors(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     return lambda directory: edit_tensors(directory, edit)
 
 
-def drop(name: str) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: tensors.pop(name))
+def config(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda directory: edit_config(directory, edit)
+
+
+def spoil(name: str, value: float) -> Callable[[Path], None]:
+    return tensors(lambda t: t[name][1, 0].fill_(value))
 
 
 def reshape(name: str) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda t: t.update({name: t[name][:, :-1].clone()}))
+    return tensors(lambda t: t.update({name: t[name][:, :-1].clone()}))
 
 
 def point_outside(directory: Path) -> None:
@@ -347,48 +349,38 @@ def point_outside(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+NAMED = {LAYER: {"bits": 4, "group_size": 64}}
+NO_SCALES = tensors(lambda t: t.pop(f"{LAYER}.scales"))
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, r"model\.safetensors is damaged"),
-    "missing scales": (drop(f"{LAYER}.scales"), rf"unexpected tensors: {LAYER}\.biases"),
+    "missing scales": (NO_SCALES, rf"unexpected tensors: {LAYER}\.biases"),
     "missing scales of a named layer": (
-        lambda directory: [
-            edit_config(directory, lambda c: c["quantization"].update({LAYER: {"bits": 4, "group_size": 64}})),
-            drop(f"{LAYER}.scales")(directory),
-        ],
+        lambda directory: [config(lambda c: c["quantization"].update(NAMED))(directory), NO_SCALES(directory)],
         rf"missing tensors: {LAYER}\.scales$",
     ),
-    "missing layer": (drop("model.layers.0.mlp.up_proj.weight"), r"missing tensors: model\.layers\.0\.mlp\.up_proj"),
+    "missing layer": (tensors(lambda t: t.pop(f"{PROJECTION}.weight")), rf"missing tensors: {re.escape(PROJECTION)}"),
     "wrong shape": (reshape(f"{LAYER}.weight"), rf"wrong tensors: {LAYER}\.weight is uint32 \[128, 15\]"),
     "wrong shape of scales": (
         reshape(f"{LAYER}.scales"),  # they tell of groups of 128, of which the biases know nothing
         rf"wrong tensors: {LAYER}\.biases is float32 \[128, 2\] and should be float32 \[128, 1\]",
     ),
     "wrong shape of the norm": (
-        lambda directory: edit_tensors(directory, lambda t: t.update({"model.norm.weight": torch.ones(5)})),
+        tensors(lambda t: t.update({"model.norm.weight": torch.ones(5)})),
         r"model\.norm\.weight is float32 \[5\] and should be float32 \[128\]",
     ),
-    "unknown tensor": (
-        lambda directory: edit_tensors(directory, lambda t: t.update(extra=torch.ones(1))),
-        "unexpected tensors: extra",
-    ),
+    "unknown tensor": (tensors(lambda t: t.update(extra=torch.ones(1))), "unexpected tensors: extra"),
     "a tensor under two names": (
-        lambda directory: edit_tensors(directory, lambda t: t.update({"norm.weight": torch.ones(128)})),
+        tensors(lambda t: t.update({"norm.weight": torch.ones(128)})),
         r"under several names: model\.norm\.weight",
     ),
-    "unknown mode": (
-        lambda directory: edit_config(directory, lambda c: c["quantization"].update(mode="int4")),
-        "mode 'int4' is not supported",
-    ),
+    "unknown mode": (config(lambda c: c["quantization"].update(mode="int4")), "mode 'int4' is not supported"),
     "unknown bits of a layer": (
-        lambda directory: edit_config(directory, lambda c: c["quantization"].update({LAYER: {"bits": 7}})),
+        config(lambda c: c["quantization"].update({LAYER: {"bits": 7}})),
         "bits 7 is not supported",
     ),
     "NaN scales": (spoil(f"{LAYER}.scales", torch.nan), rf"{LAYER}\.scales has values that are not finite"),
     "infinite biases": (spoil(f"{LAYER}.biases", torch.inf), rf"{LAYER}\.biases has values that are not finite"),
-    "quantized activations": (
-        lambda directory: edit_config(directory, lambda c: c.update(quantize_activations=True)),
-        "quantized activations",
-    ),
+    "quantized activations": (config(lambda c: c.update(quantize_activations=True)), "quantized activations"),
     "no JSON": (lambda directory: (directory / "config.json").write_text("{"), "not JSON|not a valid JSON"),
 }
 

@@ -48,16 +48,9 @@ pairs, layouts = broadcast_pairs(), st.sampled_from(["contiguous", "transposed",
 @given(formats, dtypes, st.tuples(st.integers(1, 70), st.integers(1, 5), rows), st.booleans(), pairs, layouts, seeds)
 @settings(max_examples=300)
 def test_quantized_matmul(
-    device: str,
-    format: Format,
-    dtype: torch.dtype,
-    sizes: Sizes,
-    transpose: bool,
-    leading: Pair,
-    layout: str,
-    seed: int,
+    device: str, format: Format, dtype: torch.dtype, sizes: Sizes, transpose: bool, batch: Pair, layout: str, seed: int
 ) -> None:
-    (rows_of_w, groups, M), (x_leading, w_leading) = sizes, leading
+    (rows_of_w, groups, M), (x_leading, w_leading) = sizes, batch
     weights = oracle.random_quantized(format, *w_leading, rows_of_w, groups * format.group_size, dtype=dtype, seed=seed)
     matrix = weights.matrix(transpose)
     x = oracle.random_x(*x_leading, M, matrix.shape[-2], dtype=dtype, seed=seed)

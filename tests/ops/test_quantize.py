@@ -149,11 +149,9 @@ def test_quantize_takes_any_strides(device: str, format: Format) -> None:
         "expanded": base.T[:1, :columns].expand(rows, columns),
     }
     for name, view in views.items():
-        for ours, expected in zip(
-            qm.quantize(view, **format.options),
-            qm.quantize(view.clone(memory_format=torch.contiguous_format), **format.options),
-            strict=True,
-        ):
+        contiguous = view.clone(memory_format=torch.contiguous_format)
+        both = (qm.quantize(each, **format.options) for each in (view, contiguous))
+        for ours, expected in zip(*both, strict=True):
             oracle.assert_identical(ours, expected, f"{format} {name}")
 
 
