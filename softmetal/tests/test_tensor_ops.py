@@ -78,7 +78,7 @@ SEEDED = {
         "tile_not_filled": (
             "for (uint i = tid; i < 32 * @31@32@; i += 128) s[i] = x[i];"
             f" {BARRIER} multiply.run(tile, tile, c); {STORE}"
-        ),
+        )
     },
     "tensor-uninitialized": {
         "accumulate_into_nothing": f"@@{CLEAR}@ accumulate.run(a, b, c); {STORE}",
@@ -92,7 +92,7 @@ SEEDED = {
         "extents_larger_than_the_memory": (
             "Matrix all(x, dextents<int, 2>(64, @65@64@)); auto last = all.slice(0, 40);"
             f" multiply.run(last, b, c); {STORE}"
-        ),
+        )
     },
     "tensor-out-of-extents": {
         "static_slice_over_the_edge": f"auto last = wide.slice<32, 32>(0, @33@32@); multiply.run(last, b, c); {STORE}",
@@ -104,18 +104,18 @@ SEEDED = {
         "different_k": (
             "matmul2d<matmul2d_descriptor(32, 32), execution_simdgroups<4>> op; auto l = wide.slice(@8@16@, 0);"
             f" auto r = wide.slice(0, 16); op.run(l, r, c); {STORE}"
-        ),
+        )
     },
     "tensor-stride": {
         "inner_stride": (
             f"Matrix other(x, dextents<int, 2>(32, 32), array<int, 2>{{@2@1@, 64}}); multiply.run(other, b, c); {STORE}"
-        ),
+        )
     },
     "tensor-slice": {
         "slice_far_away": (
             "Matrix far(x, dextents<int, 2>(64, 64), array<int, 2>{1, 1 << 28}); auto last = far.slice(0, @4@3@);"
             f" if (last.get_extent(0) > 64) multiply.run(last, b, c); {CLEAR} {STORE}"
-        ),
+        )
     },
     "divergent-barrier": {
         "run_of_some_threads": f"{CLEAR} if (simd < @2@9@) multiply.run(a, b, c); {STORE}",
@@ -125,7 +125,7 @@ SEEDED = {
         "run_of_some_lanes": (
             "auto d = alone.get_destination_cooperative_tensor<decltype(a), decltype(b), float>();"
             f" if (@lane < 8@simd == 2@) alone.run(a, b, d); {CLEAR} {STORE}"
-        ),
+        )
     },
     "nonuniform-operand": {
         "tensors_differ_between_threads": f"auto own = wide.slice(0, simd@@ / 9@); multiply.run(own, b, c); {STORE}"
@@ -135,12 +135,12 @@ SEEDED = {
             "matmul2d<product, execution_simdgroups<@2@4@>> op;"
             " @auto d = op.get_destination_cooperative_tensor<decltype(a), decltype(b), float>();@@"
             f" op.run(a, b, @d@c@); @{CLEAR}@@ {STORE}"
-        ),
+        )
     },
     "device-race": {
         "two_simdgroups_write_one_destination": (
             f"{OUT}(y@@ + simd * 1024@, dextents<int, 2>(32, 32)); alone.run(a, b, out);"
-        ),
+        )
     },
 }
 KINDS = {name: kind for kind, bodies in SEEDED.items() for name in bodies}

@@ -878,9 +878,8 @@ def test_quantizing_while_loading_leaves_the_same_layers_alone(tmp_path: Path, m
     model.save_pretrained(tmp_path)
     limit_embeddings(monkeypatch)
     with patched_transformers():
-        loaded = transformers.GPT2LMHeadModel.from_pretrained(
-            tmp_path, quantization_config=MLXConfig(bits=8, group_size=64)
-        )
+        config = MLXConfig(bits=8, group_size=64)
+        loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=config)
     assert type(loaded.transformer.wte) is nn.Embedding and loaded.transformer.wte.max_norm == 1.0
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert type(loaded.transformer.h[0].mlp.c_fc) is QuantizedLinear

@@ -263,9 +263,8 @@ def test_dispatch_dequant_fp4(device: str) -> None:
         words, scales, _ = packed.to(device)
         ours = marlin.dispatch_dequant_fp4(lib, words, scales, 256, 21, group_size)
         oracle.assert_identical(ours, exact("fp4", packed, group_size).half())
-        oracle.assert_identical(
-            marlin.dispatch_dequant_fp4(lib, words.view(torch.int32), scales, 256, 21, group_size), ours
-        )
+        signed = marlin.dispatch_dequant_fp4(lib, words.view(torch.int32), scales, 256, 21, group_size)
+        oracle.assert_identical(signed, ours)
 
 
 def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
@@ -278,9 +277,7 @@ def product(kind: str, x: Tensor, packed: Packed, group_size: int) -> Tensor:
         return marlin_gemm_fp4(x, *packed.tensors, group_size=group_size)
     if kind == "int4_sym":
         return qm.quantized_matmul(x, *packed, False, group_size, 4, "marlin_int4_sym")
-    function = {"fp4": marlin.dispatch_gemm_fp4, "fp8": marlin.dispatch_gemm_fp8, "int2": marlin.dispatch_gemm_int2}[
-        kind
-    ]
+    function = getattr(marlin, f"dispatch_gemm_{kind}")
     rows = x.reshape(-1, K)
     return function(get_default_library(), rows, *packed.tensors, len(rows), N, K, group_size).view(*leading, N)
 

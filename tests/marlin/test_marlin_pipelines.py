@@ -373,9 +373,7 @@ def test_the_former_name_warns_and_works(saved: Path) -> None:
     assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
     expected = marlin.quantize_model(AutoModelForCausalLM.from_pretrained(saved), "int4_sym", 64)
     assert layers_of(old.model, marlin.MarlinLinear) == layers_of(expected)
-    assert {module.quant_type for module in old.model.modules() if isinstance(module, marlin.MarlinLinear)} == {
-        "int4_sym"
-    }
+    assert {each.quant_type for each in old.model.modules() if isinstance(each, marlin.MarlinLinear)} == {"int4_sym"}
     assert isinstance(old, Pipeline)
     assert greedy(old, PROMPT) == greedy(Pipeline(expected, old.tokenizer, "cpu"), PROMPT)
     everything = MarlinPipeline.from_pretrained(saved, device="cpu", skip_layers=set())

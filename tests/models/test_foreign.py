@@ -274,12 +274,8 @@ def test_act_order_of_some_layers_leaves_the_others_as_they_are(tmp_path: Path) 
     assert list(report.requantized) == [name]
     assert report.rounding == 0
     record = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
-    assert record == {
-        "group_size": 64,
-        "bits": 4,
-        "mode": "affine",
-        name: {"group_size": 64, "bits": 6, "mode": "affine"},
-    }
+    affine = {"group_size": 64, "mode": "affine"}
+    assert record == {**affine, "bits": 4, name: {**affine, "bits": 6}}
     assert load_checkpoint(tmp_path / "mlx").get_submodule(name).bits == 6
 
 
@@ -352,9 +348,7 @@ def rename_projections(tensors: dict[str, Tensor]) -> None:
             rf"switch_mlp\.up_proj: experts that are not quantized are among others.*: {EXPERTS}\.2\.up_proj",
         ),
         (
-            lambda t: t.update(
-                {f"{EXPERTS}.2.up_proj.{n}": v for n, v in Codes(64, 128, group_size=64, seed=9).awq().items()}
-            ),
+            lambda t: t.update({f"{EXPERTS}.2.up_proj.{n}": v for n, v in Codes(64, 128, 64, seed=9).awq().items()}),
             r"switch_mlp\.up_proj: the experts have different formats or shapes, .*'group_size': 32.*'group_size': 64",
         ),
         (

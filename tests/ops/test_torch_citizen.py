@@ -658,9 +658,7 @@ def test_gradient_with_global_scale(device: str, transpose: bool) -> None:
     weights = Quantized(NVFP4, base.w, base.scales, None, torch.tensor(700.0)).to(device)
     matrix = weights.matrix(transpose)
     x = oracle.random_x(5, matrix.shape[0]).to(device).requires_grad_()
-    y = qm.quantized_matmul(
-        x, weights.w, weights.scales, None, transpose, mode="nvfp4", global_scale=weights.global_scale
-    )
+    y = qm.quantized_matmul(x, *weights.tensors, transpose, mode="nvfp4", global_scale=weights.global_scale)
     upstream = oracle.random_x(*y.shape, seed=4)
     (grad,) = torch.autograd.grad(y, x, upstream.to(device))
     oracle.assert_product(grad, upstream, matrix.mT, torch.float32)

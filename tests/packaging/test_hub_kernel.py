@@ -329,13 +329,12 @@ def test_kernels_benchmark(with_benchmark: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(benchmark, "discover_benchmark_classes", small_ones)
     output = tmp_path / "results.json"
     benchmark.run_benchmark(str(with_benchmark), None, None, iterations=2, warmup=1, output=str(output))
-    expected = {f"{size}_{kind}" for size in ("small", "medium", "large") for kind in ("row", "prompt")}
+    kinds = ("row", "prompt")
+    expected = {f"{size}_{kind}" for size in ("small", "medium", "large") for kind in kinds}
     classes = ("Affine4Bit", "Affine8Bit", "Experts4Bit", "Mxfp4", "Nvfp4Activations")
     assert workloads == dict.fromkeys(classes, expected)
     results = json.loads(output.read_text())["results"]
-    assert {each["workload"] for each in results} == {
-        f"{cls}.small_{kind}" for cls in classes for kind in ("row", "prompt")
-    }
+    assert {each["workload"] for each in results} == {f"{cls}.small_{kind}" for cls in classes for kind in kinds}
     assert all(each["verified"] and each["timingResults"]["iterations"] == 2 for each in results)
 
 

@@ -252,9 +252,8 @@ def test_weight_files_are_found_however_the_resolver_is_called(tmp_path: Path) -
     save_checkpoint(quantize_model(tiny_model()), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-other.safetensors")
     with patched_transformers():
-        files, _ = modeling_utils._get_resolved_checkpoint_files(
-            str(tmp_path), None, None, None, {"quant": "mlx"}, False
-        )
+        resolve = modeling_utils._get_resolved_checkpoint_files
+        files, _ = resolve(str(tmp_path), None, None, None, {"quant": "mlx"}, False)
     assert files == [str(tmp_path / "model-other.safetensors")]
 
 

@@ -206,9 +206,8 @@ def gather(x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tensor, transpose: b
     constants = constants_for(weights, n, k, aligned_x, True)
     buffers = [x, *weights.tensors, weights.global_scale, y, params, lhs, rhs]
     op = "gather_qmm_rhs_t_nax" if transpose else "gather_qmm_rhs_n_nax"
-    launch(
-        weights, x.dtype, op, GATHER_ROWS, constants, buffers, (ceil(n, COLUMNS), ceil(pairs, GATHER_ROWS), 1), layout
-    )
+    grid = (ceil(n, COLUMNS), ceil(pairs, GATHER_ROWS), 1)
+    launch(weights, x.dtype, op, GATHER_ROWS, constants, buffers, grid, layout)
     return y
 
 

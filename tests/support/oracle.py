@@ -136,9 +136,8 @@ def dequantize_columns(w: Tensor, scales: Tensor, zeros: Tensor | None, format: 
     offset = MARLIN_OFFSETS.get(format.mode, 0.0)
     if zeros is not None:
         offset = np.repeat(zeros.detach().cpu().double().numpy(), format.group_size, -2)
-    return torch.from_numpy(
-        (values - offset) * np.repeat(scales.detach().cpu().double().numpy(), format.group_size, -2)
-    )
+    factors = np.repeat(scales.detach().cpu().double().numpy(), format.group_size, -2)
+    return torch.from_numpy((values - offset) * factors)
 
 
 # --- Quantized test matrices ------------------------------------------------------------------------------------------
