@@ -392,12 +392,8 @@ def test_example_of_the_readme(capsys):
 SOFTMAX = """
 template <typename T, typename AccT = T, int N_READS = 4>
 [[kernel]] void softmax(
-    const device T* in,
-    device T* out,
-    constant int& axis_size,
-    uint gid [[threadgroup_position_in_grid]],
-    uint lid [[thread_position_in_threadgroup]],
-    uint simd_lane_id [[thread_index_in_simdgroup]],
+    const device T* in, device T* out, constant int& axis_size, uint gid [[threadgroup_position_in_grid]],
+    uint lid [[thread_position_in_threadgroup]], uint simd_lane_id [[thread_index_in_simdgroup]],
     uint simd_group_id [[simdgroup_index_in_threadgroup]]) {
   constexpr int SIMD_SIZE = 32;
   threadgroup AccT local_max[SIMD_SIZE];
@@ -413,13 +409,9 @@ template <typename T, typename AccT = T, int N_READS = 4>
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   AccT maxval = numeric_limits<AccT>::lowest();
-  for (int i = 0; i < N_READS; i++) {
-    maxval = (maxval < ld[i]) ? ld[i] : maxval;
-  }
+  for (int i = 0; i < N_READS; i++) { maxval = (maxval < ld[i]) ? ld[i] : maxval; }
   maxval = simd_max(maxval);
-  if (simd_lane_id == 0) {
-    local_max[simd_group_id] = maxval;
-  }
+  if (simd_lane_id == 0) { local_max[simd_group_id] = maxval; }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   maxval = simd_max(local_max[simd_lane_id]);
   AccT normalizer = 0;
@@ -428,16 +420,12 @@ template <typename T, typename AccT = T, int N_READS = 4>
     normalizer += ld[i];
   }
   normalizer = simd_sum(normalizer);
-  if (simd_lane_id == 0) {
-    local_normalizer[simd_group_id] = normalizer;
-  }
+  if (simd_lane_id == 0) { local_normalizer[simd_group_id] = normalizer; }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   normalizer = 1 / simd_sum(local_normalizer[simd_lane_id]);
   out += gid * size_t(axis_size) + lid * N_READS;
   for (int i = 0; i < N_READS; i++) {
-    if (lid * N_READS + i < uint(axis_size)) {
-      out[i] = T(ld[i] * normalizer);
-    }
+    if (lid * N_READS + i < uint(axis_size)) { out[i] = T(ld[i] * normalizer); }
   }
 }
 #define instantiate_softmax(name, ...) \\
@@ -454,22 +442,15 @@ constant int rows_per_group [[function_constant(8)]];
 constant float scale = rows_per_group > 0 ? 2.0 : 1.0;
 
 kernel void kernel_rms_norm(
-    constant Arguments& args,
-    device const char* src,
-    device const char* residual [[buffer(2), function_constant(has_residual)]],
-    device char* dst,
-    threadgroup float* shmem [[threadgroup(0)]],
-    uint3 tgpig [[threadgroup_position_in_grid]],
-    ushort3 tpitg [[thread_position_in_threadgroup]],
-    ushort sgitg [[simdgroup_index_in_threadgroup]],
-    ushort tiisg [[thread_index_in_simdgroup]],
-    ushort3 ntg [[threads_per_threadgroup]]) {
+    constant Arguments& args, device const char* src,
+    device const char* residual [[buffer(2), function_constant(has_residual)]], device char* dst,
+    threadgroup float* shmem [[threadgroup(0)]], uint3 tgpig [[threadgroup_position_in_grid]],
+    ushort3 tpitg [[thread_position_in_threadgroup]], ushort sgitg [[simdgroup_index_in_threadgroup]],
+    ushort tiisg [[thread_index_in_simdgroup]], ushort3 ntg [[threads_per_threadgroup]]) {
   device const float4* x = (device const float4*)src + tgpig.x * args.width / 4;
   device const float4* r = (device const float4*)residual + tgpig.x * args.width / 4;
   device float4* y = (device float4*)dst + tgpig.x * args.width / 4;
-  if (sgitg == 0) {
-    shmem[tiisg] = 0.0f;
-  }
+  if (sgitg == 0) { shmem[tiisg] = 0.0f; }
   float sum = 0.0f;
   for (int i = tpitg.x; i < args.width / 4; i += ntg.x) {
     const float4 value = has_residual ? x[i] + r[i] : x[i];
@@ -477,15 +458,11 @@ kernel void kernel_rms_norm(
   }
   sum = simd_sum(sum);
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (tiisg == 0) {
-    shmem[sgitg] = sum;
-  }
+  if (tiisg == 0) { shmem[sgitg] = sum; }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   sum = simd_sum(shmem[tiisg]);
   const float factor = scale / sqrt(sum / args.width + args.epsilon);
-  for (int i = tpitg.x; i < args.width / 4; i += ntg.x) {
-    y[i] = (has_residual ? x[i] + r[i] : x[i]) * factor;
-  }
+  for (int i = tpitg.x; i < args.width / 4; i += ntg.x) { y[i] = (has_residual ? x[i] + r[i] : x[i]) * factor; }
 }
 """
 
@@ -516,13 +493,9 @@ struct Tile {
 // y = a b^T: a [M, K], b [N, K]; four simdgroups, each 16 x 16 of a 32 x 32 tile.
 template <typename T, int BM = 32, int BN = 32, int BK = 16>
 [[kernel, max_total_threads_per_threadgroup(128)]] void product(
-    const device T* a [[buffer(0)]],
-    const device T* b [[buffer(1)]],
-    device float* y [[buffer(2)]],
-    constant int3& shape [[buffer(3)]],
-    uint2 group [[threadgroup_position_in_grid]],
-    uint tid [[thread_index_in_threadgroup]],
-    uint simd [[simdgroup_index_in_threadgroup]]) {
+    const device T* a [[buffer(0)]], const device T* b [[buffer(1)]], device float* y [[buffer(2)]],
+    constant int3& shape [[buffer(3)]], uint2 group [[threadgroup_position_in_grid]],
+    uint tid [[thread_index_in_threadgroup]], uint simd [[simdgroup_index_in_threadgroup]]) {
   using tile_t = Tile<T, BM, BN, BK>;
   threadgroup T left[BM * (BK + tile_t::pad)], right[BN * (BK + tile_t::pad)];
   const int M = shape.x, N = shape.y, K = shape.z;
@@ -610,9 +583,7 @@ constant float sign = negate ? -factor : factor;
 kernel void scaled(const device float* x, device float* y,
     device float* extra [[buffer(2), function_constant(settings::negate)]], uint i [[thread_position_in_grid]]) {
   y[i] = settings::sign * x[i] + settings::offset.y;
-  if (settings::negate) {
-    extra[i] = 1;
-  }
+  if (settings::negate) { extra[i] = 1; }
 }
 kernel void plain(device float* y) { y[0] = is_function_constant_defined(settings::offset) ? settings::offset.x : 7; }
 kernel void other(device float* y) { y[0] = 1; }
@@ -745,9 +716,7 @@ typedef struct { half d; uchar qs[16]; } block;
 struct Pair { packed_float3 first; bool flag; };
 template <typename V>
 void unpack(device const block* b, short part, thread V& out) {
-  for (int i = 0; i < 4; i++) {
-    out[i] = b->d * b->qs[part * 4 + i];
-  }
+  for (int i = 0; i < 4; i++) { out[i] = b->d * b->qs[part * 4 + i]; }
 }
 template <short part, typename B, void (*unpacker)(device const B*, short, thread half4&)>
 kernel void unpacked(device const B* b, device half4* y, uint i [[thread_position_in_grid]]) {
@@ -777,9 +746,7 @@ kernel void language(device float* y, device atomic_ulong* largest, uint i [[thr
       fmax(2.5, a).x, float(1.5bf), 3 / 2. + 1e-1, float(extract_bits(0xABCDu, 4, 8)),
       float(insert_bits(0u, 5u, 3, 4)), float(popcount(255u)), float(clz(1u)), float(as_type<uint>(1.0f) >> 23),
       precise::exp(0.0f), fast::rsqrt(4.0f), float(half(65504.0h)), float(MAXHALF), float(reverse_bits(1u) >> 31)};
-  for (int k = 0; k < 26; k++) {
-    y[k] = results[k];
-  }
+  for (int k = 0; k < 26; k++) { y[k] = results[k]; }
   atomic_max_explicit(largest, ulong(1) << 40, memory_order_relaxed);
   atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst, thread_scope_device);
 }
@@ -844,9 +811,7 @@ kernel void operations(const device int* x, device int* y, uint lane [[thread_in
     simd_shuffle_and_fill_up(v, -1, 2), simd_broadcast(v, 7), quad_sum(v), quad_shuffle_xor(v, 1),
     int(simd_any(v == 3)), int(simd_all(v >= 0)), int(ulong(simd_ballot(v % 3 == 0)) & 0xFFFF), int(simd_is_first()),
     int(simd_sum(half(v))), simd_sum(int2(v, 2 * v)).y};
-  for (int i = 0; i < 23; i++) {
-    y[i * 32 + lane] = results[i];
-  }
+  for (int i = 0; i < 23; i++) { y[i * 32 + lane] = results[i]; }
 }
 """
     x = np.random.default_rng(4).integers(0, 8, 32).astype(np.int32)

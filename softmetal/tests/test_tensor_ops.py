@@ -229,11 +229,8 @@ PRODUCT = """
 // y [M, N] = a [M, K] b, and b is [K, N] or, transposed, [N, K]. TM x TN tiles; `simdgroups` of them share one.
 template <typename T, int TM, int TN, bool transpose, int simdgroups>
 [[kernel]] void product(
-    device T* a [[buffer(0)]],
-    device T* b [[buffer(1)]],
-    device float* y [[buffer(2)]],
-    constant int3& shape [[buffer(3)]],
-    uint2 group [[threadgroup_position_in_grid]]) {
+    device T* a [[buffer(0)]], device T* b [[buffer(1)]], device float* y [[buffer(2)]],
+    constant int3& shape [[buffer(3)]], uint2 group [[threadgroup_position_in_grid]]) {
   const int M = shape.x, N = shape.y, K = shape.z;
   auto left = tensor(a, dextents<int, 2>(K, M));
   auto right = tensor(b, transpose ? dextents<int, 2>(K, N) : dextents<int, 2>(N, K));
@@ -257,11 +254,8 @@ template [[host_name("float_nn")]] kernel product_t product<float, 16, 48, false
 
 // K in steps, through threadgroup memory; accumulates into memory.
 kernel void steps(
-    device half* a [[buffer(0)]],
-    device half* b [[buffer(1)]],
-    device float* y [[buffer(2)]],
-    constant int3& shape [[buffer(3)]],
-    uint tid [[thread_index_in_threadgroup]]) {
+    device half* a [[buffer(0)]], device half* b [[buffer(1)]], device float* y [[buffer(2)]],
+    constant int3& shape [[buffer(3)]], uint tid [[thread_index_in_threadgroup]]) {
   const int M = shape.x, N = shape.y, K = shape.z;
   threadgroup half tile_b[32 * 32];
   using Shared = tensor<threadgroup half, extents<int, 32, 32>, tensor_inline>;
@@ -271,9 +265,7 @@ kernel void steps(
   matmul2d<
       matmul2d_descriptor(32, 32, 32, false, false, true, matmul2d_descriptor::mode::multiply_accumulate),
       execution_simdgroups<2>> op;
-  for (int i = tid; i < M * N; i += 64) {
-    y[i] = 0.0f;
-  }
+  for (int i = tid; i < M * N; i += 64) { y[i] = 0.0f; }
   for (int k = 0; k < K; k += 32) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = tid; i < 1024; i += 64) {
@@ -302,9 +294,7 @@ kernel void registers(
     auto place = right.get_multidimensional_index(i);
     right[i] = b[place[1] * 16 + place[0]];
   }
-  for (ushort i = 0; i < sums.get_capacity(); ++i) {
-    sums[i] = 1.0f;
-  }
+  for (ushort i = 0; i < sums.get_capacity(); ++i) { sums[i] = 1.0f; }
   op.run(left, right, sums);
   for (ushort i = 0; i < sums.get_capacity(); ++i) {
     auto place = sums.get_multidimensional_index(i);

@@ -21,6 +21,7 @@ from torch import Tensor
 import oracle
 import quantization_mlx as q
 import software_gpu
+from process import python
 from repository import ROOT
 from softmetal import mps
 
@@ -63,7 +64,7 @@ def in_new_process(code: str, metallib: bool = False, **environment: str) -> sub
     """Runs code after install(), with `q`, `mps` and this file's helpers."""
     program = f"from test_metal_host import *\nsoftware_gpu.install({metallib})\n" + textwrap.dedent(code)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CI": "", **environment}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    return python("-c", program, env=environment, timeout=300)
 
 
 def printed(code: str, metallib: bool = False, **environment: str) -> Any:

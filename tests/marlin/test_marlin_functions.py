@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +19,7 @@ import quantization_mlx as qm
 from cases import DTYPES
 from oracle import name_of
 from packed_columns import BITS, DIVISORS, Packed, element_values, exact, group_sizes_of, random_packed, reference
+from process import printed
 from quantization_mlx import marlin
 from quantization_mlx.marlin import MetalKernelLibrary, get_default_library, marlin_gemm_fp4, marlin_gemm_int4
 from quantization_mlx.marlin.arrays import is_mlx_array, to_mlx, to_torch
@@ -612,7 +611,7 @@ sys.modules["mlx"] = sys.modules["numpy"] = None
 marlin_gemm_fp4(torch.ones(2, 128), *pack_fp4_weights(torch.ones(128, 4)))
 assert "mlx.core" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    printed("-c", code)
 
 
 # --- The documented examples ------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 import oracle
 from command import Run
+from process import python
 from quantization_mlx import load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.cli import COMMANDS, main
 from repository import ROOT
@@ -722,7 +722,7 @@ def test_module_runs_as_a_command(converted: Path, tmp_path: Path) -> None:
     """A process of its own, in which importing Transformers fails: `info` needs safetensors alone."""
     (tmp_path / "transformers.py").write_text("raise ImportError('blocked')")
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "quantization_mlx", "info", "--model", str(converted)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    command = ("-m", "quantization_mlx", "info", "--model", converted)
+    done = python(*command, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{converted}: LlamaForCausalLM, ") and done.stderr == ""

@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ import tiny
 from cases import SOME_FORMATS
 from covering import mostly_exhaustive
 from oracle import name_of
+from process import printed
 from quantization_mlx import QuantizedLinear, patch_transformers, quantize_model, save_checkpoint, unpatch_transformers
 from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
 from quantization_mlx.hf.patch import patched_transformers
@@ -314,8 +314,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_peak_memory_of_loading(dtype: str, large: Path) -> None:
     size = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     assert size >= 500e6
-    output = subprocess.check_output([sys.executable, "-c", MEASURE, str(large), dtype], text=True)
-    assert int(output) <= 1.2 * size
+    assert int(printed("-c", MEASURE, large, dtype)) <= 1.2 * size
 
 
 # --- Damaged checkpoints ----------------------------------------------------------------------------------------------

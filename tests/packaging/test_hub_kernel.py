@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import quantization_mlx as qm
 from cases import DTYPES, FLOAT_FORMATS
 from kernel_builder import ROOT
 from oracle import Format, Quantized, name_of
+from process import printed
 
 PUBLISHED = "kernels-community/mlx-quantization-metal-kernels"
 VERSION_1 = {
@@ -261,9 +261,7 @@ def test_calls_of_a_version(version: int, repository: Path, variant: Path, tmp_p
 def run(code: str, *arguments: str, folder: Path, repository: Path) -> None:
     """In a fresh interpreter, in a folder from which nothing of the tree can be imported."""
     environment = os.environ | {"LOCAL_KERNELS": f"{PUBLISHED}={repository}"}
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed("-c", code, *arguments, cwd=folder, env=environment)
 
 
 # --- Transformers -----------------------------------------------------------------------------------------------------

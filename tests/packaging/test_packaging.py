@@ -18,6 +18,7 @@ import cases
 import kernel_builder
 import oracle
 from kernel_builder import PACKAGE, ROOT
+from process import printed, python
 
 PUBLISHED = "kernels-community/mlx-quantization-metal-kernels"
 CPP = {".cpp", ".h", ".hpp", ".mm", ".metal"}
@@ -44,11 +45,7 @@ def pip():
 
 def run_python(code: str, folder: Path, **environment: str) -> str:
     """Run code in a fresh interpreter, in a folder from which nothing of the tree can be imported; its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=os.environ | environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return printed("-c", code, cwd=folder, env=os.environ | environment)
 
 
 @pytest.fixture(autouse=True)
@@ -164,10 +161,8 @@ def test_tests_of_a_variant_are_found(tmp_path):
     """In what nix copies, and with none of the packages that it does not have."""
     kernel_builder.copy_sources(tmp_path)
     (tmp_path / "peft.py").write_text("raise ImportError")
-    command = [sys.executable, "-m", "pytest", "-m", "kernels_ci", "--collect-only", "-q", "tests"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "ops/test_matmul.py::" in done.stdout
+    options = ("-m", "pytest", "-m", "kernels_ci", "--collect-only", "-q", "tests")
+    assert "ops/test_matmul.py::" in printed(*options, cwd=tmp_path)
 
 
 def test_public_names(pip):
@@ -396,10 +391,7 @@ print(y.tolist(), package.get_cpu_activations(), plan.instruction_set)
 """
     names = ("QUANTIZATION_MLX_CPU", "QUANTIZATION_MLX_CPU_ACTIVATIONS")
     unset = {name: value for name, value in os.environ.items() if name not in names}
-    runs = [
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-        for env in (unset, unset | dict.fromkeys(names, ""))
-    ]
+    runs = [python("-c", code, cwd=tmp_path, env=env) for env in (unset, unset | dict.fromkeys(names, ""))]
     assert runs[1].stdout == runs[0].stdout != "", runs[1].stderr
 
 

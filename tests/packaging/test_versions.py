@@ -7,8 +7,6 @@ import importlib
 import importlib.metadata
 import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from transformers.quantizers import HfQuantizer
 
 import quantization_mlx as qm
 from kernel_builder import ROOT, tomllib
+from process import printed
 from quantization_mlx import load_checkpoint, marlin, quantize_model, save_checkpoint
 from quantization_mlx.hf import compat
 from quantization_mlx.hf.metal_config import metal_to_mlx
@@ -96,14 +95,11 @@ def test_on_the_oldest_versions() -> None:
     chosen = " or ".join(f"({file} and ({tests}))" for file, tests in ON_THE_OLDEST.items())
     files = [str(next((ROOT / "tests").glob(f"*/{file}.py"))) for file in ON_THE_OLDEST]
     options = ["-v", "-x", "-p", "no:cacheprovider", "-k", f"not mps and ({chosen})"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    output = printed("-m", "pytest", *options, *files, cwd=ROOT, env=environment)
     for library in compat.TESTED:
-        assert f"test_the_installed_version_is_the_oldest_or_the_newest[{library}] PASSED" in done.stdout
+        assert f"test_the_installed_version_is_the_oldest_or_the_newest[{library}] PASSED" in output
     for file in ON_THE_OLDEST:
-        assert f"{file}.py::" in done.stdout
+        assert f"{file}.py::" in output
 
 
 # --- What is needed of them -------------------------------------------------------------------------------------------
