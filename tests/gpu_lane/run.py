@@ -82,11 +82,8 @@ class Run:
 
     def sanitize(self) -> None:
         reports = [self._under(tool, "sanitize") for tool in sanitizer.TOOLS]
-        self.wrong += [
-            f"{report.tool}: {report.errors} errors {report.failure} {report.failed[:1]}"
-            for report in reports
-            if not report.is_clean
-        ]
+        dirty = [report for report in reports if not report.is_clean]
+        self.wrong += [f"{each.tool}: {each.errors} errors {each.failure} {each.failed[:1]}" for each in dirty]
         self.results["sanitize"] = [report.as_dict() for report in reports]
         self.show(tables.sanitizers(self.results["sanitize"]))
 
@@ -118,11 +115,8 @@ class Run:
         self.results["copy"] = copy_bandwidth()
         timer = Timer()
         self.results["times"] = [self._time(item, timer) for item in items]
-        products = {
-            item.call: None
-            for item in items
-            if item.build == "known" and item.call.transpose and (item.call.n, item.call.k) in SHAPES
-        }
+        known = (item.call for item in items if item.build == "known" and item.call.transpose)
+        products = dict.fromkeys(call for call in known if (call.n, call.k) in SHAPES)
         self.results["peers"] = [self._peers(call) for call in products]
         # Clocks that were still rising, or a neighbour, would show.
         self.results["copy"] = max(self.results["copy"], copy_bandwidth())

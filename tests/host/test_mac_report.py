@@ -61,11 +61,8 @@ def test_what_follows_a_hang_is_run(tmp_path):
 
 def test_warnings_belong_to_their_items(tmp_path):
     items = guarded(tmp_path, a=PASS, b=WARN, c=PASS)
-    assert {name: item.get("warnings") for name, item in items.items()} == {
-        "a": None,
-        "b": ["[quantization_mlx] family tile (function)"],
-        "c": None,
-    }
+    warnings = {name: item.get("warnings") for name, item in items.items()}
+    assert warnings == {"a": None, "b": ["[quantization_mlx] family tile (function)"], "c": None}
 
 
 def test_too_many_crashes_end_a_step(tmp_path):

@@ -53,11 +53,8 @@ def test_recipes_choose_what_mlx_lm_chooses(name: str, layers: int) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5}
     theirs = Model(ModelArgs("llama", num_hidden_layers=layers, tie_word_embeddings=False, **heads, **sizes))
     their_predicate = mixed_quant_predicate_builder(name, theirs, 32)
-    expected = {
-        path: their_predicate(path, module)
-        for path, module in theirs.named_modules()
-        if hasattr(module, "to_quantized")
-    }
+    packable = {path: module for path, module in theirs.named_modules() if hasattr(module, "to_quantized")}
+    expected = {path: their_predicate(path, module) for path, module in packable.items()}
     model = quantize_model(llama(layers), group_size=32, predicate=name)
     found = {
         path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
@@ -131,11 +128,8 @@ def test_layers_in_several_parts_and_more_dimensions(monkeypatch: pytest.MonkeyP
 
 def test_the_total_is_that_of_all_layers_as_one() -> None:
     model = llama(2)
-    weights = {
-        path: module.weight.detach().double().clone()
-        for path, module in model.named_modules()
-        if path and hasattr(module, "weight")
-    }
+    layers = {path: module for path, module in model.named_modules() if path and hasattr(module, "weight")}
+    weights = {path: layer.weight.detach().double().clone() for path, layer in layers.items()}
     report = QuantizationReport()
     quantize_model(model, predicate="mixed_2_6", on_layer=report.add)
     errors, norms, stored, count = 0.0, 0.0, 0, 0

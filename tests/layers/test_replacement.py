@@ -187,10 +187,8 @@ def test_subclasses_with_a_forward_of_their_own_are_refused() -> None:
     report = QuantizationReport()
     model = nn.ModuleDict({"doubled": Doubled(128, 64), "named": Named(128, 64)})
     quantize_model(model, report=report)
-    assert {each.path: each.reason for each in report.skipped} == {
-        "doubled": "a subclass of Linear: Doubled",
-        "named": "a subclass of Linear: Named",
-    }
+    reasons = {each.path: each.reason for each in report.skipped}
+    assert reasons == {"doubled": "a subclass of Linear: Doubled", "named": "a subclass of Linear: Named"}
 
 
 @pytest.mark.filterwarnings("ignore:.*floating point")
@@ -232,10 +230,8 @@ def test_a_weight_that_a_module_holds_by_another_name_stays_shared() -> None:
         assert model.layer.weight is model.kernel
     report = QuantizationReport()
     quantize_model(Tied(), report=report)
-    assert {each.path: each.reason for each in report.skipped} == {
-        "kernel": "a parameter of Tied",
-        "layer": "shares its weight with kernel",
-    }
+    reasons = {each.path: each.reason for each in report.skipped}
+    assert reasons == {"kernel": "a parameter of Tied", "layer": "shares its weight with kernel"}
     assert report.skipped_share == 128 * 64 / (128 * 64 + 64)
 
 

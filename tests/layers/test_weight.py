@@ -31,10 +31,7 @@ IN, OUT = 256, 48
 replace_groups_of_64 = functools.partial(replace_linear_layers, group_size=64)
 
 LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    **{
-        name_of(format): lambda linear, format=format: QuantizedLinear.from_linear(linear, **format.options)
-        for format in SOME_FORMATS
-    },
+    **{name_of(format): functools.partial(QuantizedLinear.from_linear, **format.options) for format in SOME_FORMATS},
     "marlin-int4": lambda linear: MarlinLinear.from_linear(linear, "int4"),
     "marlin-fp8": lambda linear: MetalQuantizedLinear.from_float(linear, 8),
 }

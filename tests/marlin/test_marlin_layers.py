@@ -377,10 +377,8 @@ def test_compiles_to_one_graph_for_all_batch_sizes(kind: Kind, device: str) -> N
 
 def test_representation_says_what_it_is() -> None:
     marlin, metal = repr(quantized(INT4, group_size=64)), repr(MetalQuantizedLinear(IN, OUT, bits=2))
-    assert (
-        marlin
-        == f"MarlinLinear(in_features={IN}, out_features={OUT}, bias=True, group_size=64, bits=4, mode='marlin_int4')"
-    )
+    sizes = f"in_features={IN}, out_features={OUT}"
+    assert marlin == f"MarlinLinear({sizes}, bias=True, group_size=64, bits=4, mode='marlin_int4')"
     assert metal.startswith("MetalQuantizedLinear(") and "bias=False, group_size=128, bits=2" in metal
 
 

@@ -291,11 +291,8 @@ def test_what_a_directory_holds(saved: Path) -> None:
     record = json.loads((saved / "quantization_config.json").read_text())
     entry = {"class": "MarlinLinear", "mode": "marlin_int4", "group_size": 128, "bits": 4}
     paths = layers_of(quantized("qwen2-tied", "int4"))
-    assert record == {
-        "format": "marlin",
-        "layers": dict.fromkeys(paths, entry),
-        "tied": {"lm_head.weight": "model.embed_tokens.weight"},
-    }
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    assert record == {"format": "marlin", "layers": dict.fromkeys(paths, entry), "tied": tied}
     stored = load_file(saved / "model.safetensors")
     assert "lm_head.weight" not in stored
     path = "model.layers.0.self_attn.q_proj"

@@ -254,11 +254,8 @@ def test_formats_without_an_entry_are_found_by_loading_and_by_info_alike(
     edit_config(tmp_path, drop)
     assert torch.equal(logits(load_checkpoint(tmp_path)), logits(model))
     out, _ = run("info", "--model", tmp_path, "--json")
-    formats = {
-        (part["mode"], part["bits"], part["group_size"]): part["tensors"]
-        for part in json.loads(out)["parts"]
-        if "mode" in part
-    }
+    parts = [part for part in json.loads(out)["parts"] if "mode" in part]
+    formats = {(part["mode"], part["bits"], part["group_size"]): part["tensors"] for part in parts}
     stored = {id(module.scales): module for module in model.modules() if hasattr(module, "scales")}  # tied ones once
     expected = Counter((module.mode, module.bits, module.group_size) for module in stored.values())
     assert formats == expected and len(expected) == 2
@@ -267,10 +264,8 @@ def test_formats_without_an_entry_are_found_by_loading_and_by_info_alike(
 @pytest.mark.parametrize("default, found", [({"bits": 4, "group_size": 64}, 4), ({"bits": 3, "group_size": 32}, None)])
 def test_formats_of_a_model_that_transformers_does_not_know(default: dict[str, Any], found: int | None) -> None:
     """8 bits in groups of 32 have the shapes of 4 bits in groups of 64, which a default of that decides."""
-    stored = {
-        "head.weight": torch.empty(8, 32, dtype=torch.uint32, device="meta"),
-        "head.scales": torch.empty(8, 4, device="meta"),
-    }
+    with torch.device("meta"):
+        stored = {"head.weight": torch.empty(8, 32, dtype=torch.uint32), "head.scales": torch.empty(8, 4)}
     assert format_of_tensors("head", 128, default, stored) == {"group_size": 32, "bits": 8, "mode": "affine"}
     if found is not None:
         assert format_of_tensors("head", None, default, stored) == {"group_size": 64, "bits": 4, "mode": "affine"}
@@ -351,15 +346,15 @@ def test_answers_of_the_predicate() -> None:
         assert type(quantized(no)) is nn.Linear
     assert quantized(re.match("a", "a")).bits == 4
     assert quantized({"bits": 8}).bits == 8
-    where = r"^\[quantize_model\] the predicate's dict for '0': "
-    with pytest.raises(TypeError, match=rf"{where}unknown key 'bit'; supported are 'group_size', 'bits' and 'mode'$"):
-        quantized({"bit": 8})
-    with pytest.raises(ValueError, match=rf"{where}mode 'affine' with group_size 64 and bits '8' is not supported"):
-        quantized({"bits": "8"})
-    with pytest.raises(ValueError, match=rf"{where}mode None is not supported"):
-        quantized({"mode": None})
-    with pytest.raises(TypeError, match=r"^\[quantize_model\] the predicate gives 'mxfp4' for '0'; wanted"):
-        quantized("mxfp4")
+    where = "the predicate's dict for '0': "
+    for wrong, error, message in (
+        ({"bit": 8}, TypeError, where + "unknown key 'bit'; supported are 'group_size', 'bits' and 'mode'$"),
+        ({"bits": "8"}, ValueError, where + "mode 'affine' with group_size 64 and bits '8' is not supported"),
+        ({"mode": None}, ValueError, where + "mode None is not supported"),
+        ("mxfp4", TypeError, "the predicate gives 'mxfp4' for '0'; wanted"),
+    ):
+        with pytest.raises(error, match=rf"^\[quantize_model\] {message}"):
+            quantized(wrong)
     with pytest.raises(TypeError, match=r"^\[quantize_model\] predicate is 5; it must be a function"):
         quantize_model(nn.Linear(64, 8), predicate=5)
     with pytest.raises(ValueError, match=r"^\[quantize_model\] mode 'affine' with group_size '64' and bits 4 is not"):
@@ -424,10 +419,8 @@ def test_generation_config_is_kept(tmp_path: Path) -> None:
     model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=[1, 9])
     save_checkpoint(model, tmp_path)
     assert load_checkpoint(tmp_path).generation_config.eos_token_id == [1, 9]
-    assert (
-        load_checkpoint(tmp_path).generate(tiny.TOKENS, eos_token_id=None, pad_token_id=0).shape[1]
-        == tiny.TOKENS.shape[1] + 7
-    )
+    tokens = load_checkpoint(tmp_path).generate(tiny.TOKENS, eos_token_id=None, pad_token_id=0)
+    assert tokens.shape[1] == tiny.TOKENS.shape[1] + 7
 
 
 def test_stale_index_is_ignored(saved: Path) -> None:
@@ -477,22 +470,21 @@ def test_false_for_a_quantized_layer_is_an_error(saved: Path) -> None:
 
 
 def test_other_kinds_of_checkpoints_are_refused(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no config.json")):
-        load_checkpoint(tmp_path)
+    def refused(error: type[Exception], message: str, directory: Path = saved) -> None:
+        with pytest.raises(error, match=message):
+            load_checkpoint(directory)
+
+    refused(FileNotFoundError, re.escape(f"{tmp_path} has no config.json"), tmp_path)
     shutil.copy(saved / "model.safetensors", saved / "model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match="repeats tensors of another file"):
-        load_checkpoint(saved)
+    refused(ValueError, "repeats tensors of another file")
     edit_config(saved, lambda config: config.update(quantize_activations=True))
-    with pytest.raises(ValueError, match="quantized activations"):
-        load_checkpoint(saved)
+    refused(ValueError, "quantized activations")
     edit_config(saved, lambda config: config["quantization"].update(quant_method="awq"))
-    with pytest.raises(ValueError, match="'awq'"):
-        load_checkpoint(saved)
+    refused(ValueError, "'awq'")
     for file in saved.glob("*.safetensors"):
         file.unlink()
     edit_config(saved, lambda config: [config.pop(name) for name in ("quantization", "quantize_activations")])
-    with pytest.raises(FileNotFoundError, match=r"has no model\*\.safetensors"):
-        load_checkpoint(saved)
+    refused(FileNotFoundError, r"has no model\*\.safetensors")
 
 
 @pytest.mark.parametrize("package", ["transformers", "safetensors"])

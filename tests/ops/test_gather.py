@@ -321,11 +321,8 @@ def test_weights_beyond_float16(device: str, format: Format) -> None:
         matrices = weights.matrix(transpose)
         assert matrices.abs().max() > 70000
         K = matrices.shape[-2]
-        for M, rhs, options in (
-            (2, [2, 0, 1], {}),
-            (16, [2, 1, 0], {}),
-            (1, [0] * 9 + [1] * 7 + [2] * 24, {"sorted_indices": True}),
-        ):
+        runs = [0] * 9 + [1] * 7 + [2] * 24
+        for M, rhs, options in ((2, [2, 0, 1], {}), (16, [2, 1, 0], {}), (1, runs, {"sorted_indices": True})):
             x = oracle.small_x(matrices, len(rhs), M, K)
             y = gather(x, weights, None, rhs, device, transpose, **options)
             for i, expert in enumerate(rhs):

@@ -306,11 +306,8 @@ def test_quantize_survives_nan_and_infinity(device: str) -> None:
         for poison in (float("nan"), float("inf"), float("-inf")):
             w = clean.clone()
             w[0, 1] = poison
-            for ours, expected in zip(
-                qm.quantize(w.to(device), **format.options),
-                qm.quantize(clean.to(device), **format.options),
-                strict=True,
-            ):
+            both = (qm.quantize(each.to(device), **format.options) for each in (w, clean))
+            for ours, expected in zip(*both, strict=True):
                 oracle.assert_identical(ours[1], expected[1], f"{format} {poison}")
 
 

@@ -18,6 +18,7 @@ from oracle import Format, Quantized
 pytestmark = pytest.mark.kernels_ci
 
 ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
+RHS_NAX = "affine_gather_qmm_rhs_nax"
 AFFINE = Format("affine", 64, 4)
 MXFP4, MXFP8, NVFP4 = FLOAT_FORMATS
 N, K, E = 6, 128, 3
@@ -73,7 +74,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "affine_qmm_t_nax": lambda: _explicit(AFFINE, N, K),
     "affine_qmm_n": lambda: _explicit(AFFINE, K, 64, output_features=64),
     "affine_qmm_n_nax": lambda: _explicit(AFFINE, K, 64, output_features=64),
-    "affine_gather_qmm_rhs_nax": lambda: _explicit(AFFINE, E, N, K, output_features=N, indices=torch.tensor([2, 0])),
+    RHS_NAX: lambda: _explicit(AFFINE, E, N, K, output_features=N, indices=torch.tensor([2, 0])),
     **{
         f"{format.mode}_{kind}": lambda format=format, shape=shape, more=more: _explicit(format, *shape, **more)
         for format in FLOAT_FORMATS
@@ -297,24 +298,16 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "qmm_n output_features": ("affine_qmm_n", {"output_features": 128}, ("128", r"\b64\b")),
     "qmm_n x wrong K": ("affine_qmm_n", {"x": _cut(1)}, (str(K - 1),)),
     "qmm_n_nax output_features": ("affine_qmm_n_nax", {"output_features": 0}, (r"\b0\b",)),
-    "rhs_nax x 3-D": ("affine_gather_qmm_rhs_nax", {"x": torch.ones(2, 1, K)}, (rf"\[2, 1, {K}\]",)),
-    "rhs_nax x 1-D": ("affine_gather_qmm_rhs_nax", {"x": torch.ones(K)}, (rf"\[{K}\]",)),
-    "rhs_nax indices 2-D": ("affine_gather_qmm_rhs_nax", {"indices": torch.tensor([[0, 1]])}, (r"\[1, 2\]",)),
-    "rhs_nax indices short": ("affine_gather_qmm_rhs_nax", {"indices": torch.tensor([0])}, (r"\[1\]", rf"\[2, {K}\]")),
-    "rhs_nax indices float": ("affine_gather_qmm_rhs_nax", {"indices": _as(torch.float32)}, ("(?i)float",)),
-    "rhs_nax index too large": ("affine_gather_qmm_rhs_nax", {"indices": torch.tensor([0, E])}, (rf"\b{E}\b",)),
-    "rhs_nax index negative": ("affine_gather_qmm_rhs_nax", {"indices": torch.tensor([0, -5])}, ("-5",)),
-    "rhs_nax w 2-D": (
-        "affine_gather_qmm_rhs_nax",
-        {name: lambda t: t[0] for name in ("w", "scales", "biases")},
-        (rf"\[{N}, 16\]",),
-    ),
-    "rhs_nax output_features": ("affine_gather_qmm_rhs_nax", {"output_features": 7}, (r"\b7\b",)),
-    "rhs_nax orientation": (
-        "affine_gather_qmm_rhs_nax",
-        {"transpose": False, "output_features": K},
-        ("False", rf"\[{E}, {N}, 16\]"),
-    ),
+    "rhs_nax x 3-D": (RHS_NAX, {"x": torch.ones(2, 1, K)}, (rf"\[2, 1, {K}\]",)),
+    "rhs_nax x 1-D": (RHS_NAX, {"x": torch.ones(K)}, (rf"\[{K}\]",)),
+    "rhs_nax indices 2-D": (RHS_NAX, {"indices": torch.tensor([[0, 1]])}, (r"\[1, 2\]",)),
+    "rhs_nax indices short": (RHS_NAX, {"indices": torch.tensor([0])}, (r"\[1\]", rf"\[2, {K}\]")),
+    "rhs_nax indices float": (RHS_NAX, {"indices": _as(torch.float32)}, ("(?i)float",)),
+    "rhs_nax index too large": (RHS_NAX, {"indices": torch.tensor([0, E])}, (rf"\b{E}\b",)),
+    "rhs_nax index negative": (RHS_NAX, {"indices": torch.tensor([0, -5])}, ("-5",)),
+    "rhs_nax w 2-D": (RHS_NAX, {name: lambda t: t[0] for name in ("w", "scales", "biases")}, (rf"\[{N}, 16\]",)),
+    "rhs_nax output_features": (RHS_NAX, {"output_features": 7}, (r"\b7\b",)),
+    "rhs_nax orientation": (RHS_NAX, {"transpose": False, "output_features": K}, ("False", rf"\[{E}, {N}, 16\]")),
     "mxfp4_qmv output_features": ("mxfp4_qmv", {"output_features": N - 1}, (str(N - 1),)),
     "mxfp4_qmv scales float": ("mxfp4_qmv", {"scales": _as(torch.float32)}, ("(?i)float", "uint8")),
     "mxfp4_qmm_t x wrong K": ("mxfp4_qmm_t", {"x": _cut(1)}, (str(K - 1),)),
