@@ -652,12 +652,9 @@ def test_raw_launch_on_a_hosts_memory(check):
     inner[0] = np.arange(32)
     written = np.zeros((2, size), np.uint8)
     written[0, :96] = 1
-    allocations = [
-        softmetal.device._Allocation(
-            data=inner[i].ctypes.data, size=size, writable=1, in_place=1, guard=guard, written=written[i].ctypes.data
-        )
-        for i in range(2)
-    ]
+    kind = {"size": size, "writable": 1, "in_place": 1, "guard": guard}
+    places = zip(inner, written, strict=True)
+    allocations = [device._Allocation(data=a.ctypes.data, written=b.ctypes.data, **kind) for a, b in places]
     pipeline = library.pipeline("add", check=check)
     assert raw_launch(pipeline, allocations, 24) == []
     np.testing.assert_array_equal(inner[1, 1:25], np.arange(1, 25))

@@ -191,11 +191,8 @@ class Times:
         return table("w not transposed, 8192 x 8192, float16, affine, 4 bits, group_size 64", header, rows)
 
     def _packed_columns(self) -> str:
-        rows = [
-            (c.format, c.rows, self._kernel(c), self._micros(c, "generic"), self._of_copy(c, "generic"))
-            for c in self._timed
-            if c.is_column_packed
-        ]
+        calls = [call for call in self._timed if call.is_column_packed]
+        rows = [(c.format, c.rows, self._kernel(c), self._micros(c), self._of_copy(c, "generic")) for c in calls]
         header = ("format", "rows", "kernel", "generic, us", "of copy")
         return table("Packed columns, w 8192 x 8192, float16", header, rows)
 

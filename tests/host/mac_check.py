@@ -223,12 +223,8 @@ def write_precompilation() -> Path:
 def configure(version: str, source: Path, folder: Path, *options: str) -> None:
     """Generates the build of the extension for one release of torch."""
     generate = ["cmake", "-S", source, "-B", folder, "-G", "Ninja", "--toolchain", write_toolchain()]
-    generate += [
-        "-DCMAKE_BUILD_TYPE=Check",
-        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-        f"-DCMAKE_PROJECT_INCLUDE={write_precompilation()}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-    ]
+    generate += ["-DCMAKE_BUILD_TYPE=Check", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    generate += [f"-DCMAKE_PROJECT_INCLUDE={write_precompilation()}", f"-DPython_EXECUTABLE={sys.executable}"]
     run([*generate, *options], PATH=program_path(), PYTHONPATH=str(torch_release(version)))
 
 

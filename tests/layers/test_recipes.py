@@ -56,11 +56,8 @@ def test_recipes_choose_what_mlx_lm_chooses(name: str, layers: int) -> None:
     packable = {path: module for path, module in theirs.named_modules() if hasattr(module, "to_quantized")}
     expected = {path: their_predicate(path, module) for path, module in packable.items()}
     model = quantize_model(llama(layers), group_size=32, predicate=name)
-    found = {
-        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        for path, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
-    }
+    packed = {path: layer for path, layer in model.named_modules() if hasattr(layer, "weight_packed")}
+    found = {path: oracle.format_of(layer).options for path, layer in packed.items()}
     assert found == expected
     assert len({format["bits"] for format in found.values()}) == 2
 

@@ -132,12 +132,9 @@ def test_gather_qqmm(device: str, format: Format, case: str, packed: bool) -> No
     indices = {"lhs_indices": lhs, "rhs_indices": rhs}
     for M in (1, 3):
         x = oracle.random_x(*x_batch, M, K)
-        ours = qm.gather_qqmm(
-            x.to(device),
-            **weight_arguments(w, weights, packed, device),
-            **{name: index if index is None else index.to(device) for name, index in indices.items()},
-            **format.options,
-        )
+        arguments = weight_arguments(w, weights, packed, device)
+        arguments |= {name: index if index is None else index.to(device) for name, index in indices.items()}
+        ours = qm.gather_qqmm(x.to(device), **arguments, **format.options)
         theirs, bound = gathered_by_mlx(x, weights, lhs, rhs)
         assert ours.dtype == x.dtype
         oracle.assert_within(ours, theirs, bound, f"{format} {case} M {M}")

@@ -112,6 +112,10 @@ def _cut(columns: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor[..., :-columns]
 
 
+def _each(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return dict.fromkeys(("w", "scales", "biases"), change)
+
+
 def _scalar(value: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor(value, dtype=dtype)
 
@@ -211,26 +215,16 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "matmul scales float in mxfp4": ("quantized_matmul mxfp4", {"scales": _as(torch.float16)}, ("(?i)half", "uint8")),
     "matmul scales int8 in mxfp4": ("quantized_matmul mxfp4", {"scales": _as(torch.int8)}, ("(?i)char|int8", "uint8")),
     "matmul wrong mode for scales": ("quantized_matmul mxfp4", {"mode": "affine"}, ("affine|bits",)),
-    "matmul K is 0": (
-        "quantized_matmul",
-        {"x": torch.ones(2, 0), "w": lambda w: w[:, :0], "scales": lambda s: s[:, :0], "biases": lambda b: b[:, :0]},
-        (r"\b0\b",),
-    ),
+    "matmul K is 0": ("quantized_matmul", {"x": torch.ones(2, 0), **_each(lambda t: t[:, :0])}, (r"\b0\b",)),
     "matmul K is 0 without transpose": (
         "quantized_matmul",
-        {
-            "x": torch.ones(2, 0),
-            "w": lambda w: w[:0],
-            "scales": lambda s: s[:0],
-            "biases": lambda b: b[:0],
-            "transpose": False,
-        },
+        {"x": torch.ones(2, 0), **_each(lambda t: t[:0]), "transpose": False},
         (r"\b0\b",),
     ),
     "matmul no groups": ("quantized_matmul", {"scales": lambda s: s[:, :0], "biases": lambda b: b[:, :0]}, (r", 0\]",)),
     "matmul batches differ": (
         "quantized_matmul",
-        {"x": torch.ones(4, 2, K), **{name: lambda t: t.expand(3, -1, -1) for name in ("w", "scales", "biases")}},
+        {"x": torch.ones(4, 2, K), **_each(lambda t: t.expand(3, -1, -1))},
         (r"\[4\]", r"\[3\]"),
     ),
     "matmul batch of scales differs": (
@@ -270,16 +264,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"scales": lambda s: s[1:]},
         (rf"\[{E}, {N}, 16\]", rf"\[{E - 1}, {N}, 2\]"),
     ),
-    "gather K is 0": (
-        "gather_qmm",
-        {
-            "x": torch.ones(2, 1, 0),
-            "w": lambda w: w[..., :0],
-            "scales": lambda s: s[..., :0],
-            "biases": lambda b: b[..., :0],
-        },
-        (r"\b0\b",),
-    ),
+    "gather K is 0": ("gather_qmm", {"x": torch.ones(2, 1, 0), **_each(lambda t: t[..., :0])}, (r"\b0\b",)),
     "gather global_scale affine": ("gather_qmm", {"global_scale": _scalar()}, ("affine", "nvfp4")),
     "gather global_scale of two": ("gather_qmm nvfp4", {"global_scale": torch.ones(2)}, (r"\[2\]",)),
     "gather global_scale of too many": ("gather_qmm nvfp4", {"global_scale": torch.ones(E, N)}, (rf"\[{E}, {N}\]",)),

@@ -70,12 +70,8 @@ def test_build_toml_has_the_schema_of_kernel_builder(tmp_path):
 
 
 def test_build_toml_lists_every_source():
-    on_disk = {
-        path.relative_to(ROOT).as_posix()
-        for folder in ("csrc", "metal", "torch-ext")
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in CPP
-    }
+    files = [path for folder in ("csrc", "metal", "torch-ext") for path in (ROOT / folder).rglob("*")]
+    on_disk = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in CPP}
     assert set(kernel_builder.sources()) == on_disk
 
 
