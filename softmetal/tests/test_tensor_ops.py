@@ -348,15 +348,13 @@ def test_foreign_product(name, dtype, tile, simdgroups, shape):
     report = products().launch(name, [a, b, y, size], grid, (32 * simdgroups,), seed=3, uninitialized=[2])
     assert report.errors == []
     np.testing.assert_allclose(y, left @ (right.T if name.endswith("nt") else right), rtol=1e-5, atol=2e-5)
-    whole = m == 64
-    if whole:  # in 8x8 products
+    if m == 64:  # in 8x8 products
         assert report.counters["simdgroup_multiplies"] == m * n * k // 512
 
 
 def test_foreign_product_in_steps():
     a, left = random_values(30, 64, dtype="float16", seed=1)
     b, right = random_values(64, 20, dtype="float16", seed=2)
-    y = np.empty((30, 20), np.float32)
     a = np.concatenate([a, np.zeros((2, 64), np.float16)])  # a static slice reads whole tiles
     size = np.array([32, 20, 64, 0], np.int32).tobytes()
     y = np.empty((32, 20), np.float32)

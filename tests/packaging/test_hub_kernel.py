@@ -25,7 +25,7 @@ import quantization_mlx as qm
 from cases import DTYPES, FLOAT_FORMATS
 from kernel_builder import ROOT
 from oracle import Format, Quantized, name_of
-from process import printed
+from process import NO_NETWORK, printed
 
 PUBLISHED = "kernels-community/mlx-quantization-metal-kernels"
 VERSION_1 = {
@@ -223,15 +223,8 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor], None]:
 
 CALLS = {1: version_1_calls, 2: version_2_calls}
 # Loads a version without a network, and calls it both ways.
-LOAD_AND_CALL = f"""
-import socket, sys
-
-def refuse(*arguments, **options):
-    raise OSError("no network in this test")
-
-socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
-
-import torch
+LOAD_AND_CALL = f"""{NO_NETWORK}
+import sys, torch
 from kernels import get_kernel
 
 kernel = get_kernel({PUBLISHED!r}, version=int(sys.argv[1]))

@@ -18,7 +18,7 @@ import cases
 import kernel_builder
 import oracle
 from kernel_builder import PACKAGE, ROOT
-from process import printed, python
+from process import NO_NETWORK, printed, python
 
 PUBLISHED = "kernels-community/mlx-quantization-metal-kernels"
 CPP = {".cpp", ".h", ".hpp", ".mm", ".metal"}
@@ -278,15 +278,8 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 @LINUX
 def test_local_kernels_replaces_the_published_kernel(repository, variant, tmp_path):
-    code = f"""
-import json, socket
-
-def refuse(*arguments, **options):
-    raise OSError("no network in this test")
-
-socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
-
-import torch
+    code = f"""{NO_NETWORK}
+import json, torch
 from kernels import get_kernel
 
 kernel = get_kernel({PUBLISHED!r}, version=1)
