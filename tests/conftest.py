@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +67,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     import tiny
 
     return tiny.word_tokenizer()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Calls the command line in this process: what it prints, after checking its exit code."""
+    from quantization_mlx.cli import main
+
+    def run(*argv: object, code: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        assert main([str(argument) for argument in argv]) == code
+        return capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

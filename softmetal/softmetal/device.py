@@ -321,11 +321,8 @@ class Library:
         """
         kernel = self._program.kernels[name]
         values = {**self._constants, **(function_constants or {})}
-        packed = {
-            constant.slot: _pack_constant(constant, values[constant.index])
-            for constant in self._program.constants
-            if values.get(constant.index) is not None
-        }
+        given = (constant for constant in self._program.constants if values.get(constant.index) is not None)
+        packed = {constant.slot: _pack_constant(constant, values[constant.index]) for constant in given}
         key = (name, check, tuple(sorted(packed.items())))
         if key not in self._pipelines:
             module = self._load(name, check)

@@ -30,10 +30,7 @@ from .cache import cached, digest, directory, locked
 from .msl.toolchain import clang
 
 HOST = Path(__file__).resolve().parent / "host"
-IMITATED = (
-    *("foundation.mm", "device.cpp", "metal.mm", "stream.mm", "backend.cpp", "module.cpp"),
-    "misuse.mm",
-)
+IMITATED = (*("foundation.mm", "device.cpp", "metal.mm", "stream.mm", "backend.cpp", "module.cpp"), "misuse.mm")
 STANDARDS = {310: "metal3.1", 320: "metal3.2", 400: "metal4.0"}
 
 
@@ -113,11 +110,8 @@ def _link(objects: list[Path], flags: Sequence[str]) -> Path:
 def metallib_flags(shaders: Sequence[Path]) -> list[str]:
     """What kernel-builder defines for a file that loads a library of shaders, which is compiled as language 4.0."""
     files = "".join(f"{path}\\n" for path in shaders)
-    return [
-        f'-DEMBEDDED_METALLIB_HEADER="{HOST / "metallib.h"}"',
-        "-DEMBEDDED_METALLIB_NAMESPACE=softmetal_metallib",
-        f'-DSOFTMETAL_SHADERS="{files}"',
-    ]
+    header = f'-DEMBEDDED_METALLIB_HEADER="{HOST / "metallib.h"}"'
+    return [header, "-DEMBEDDED_METALLIB_NAMESPACE=softmetal_metallib", f'-DSOFTMETAL_SHADERS="{files}"']
 
 
 def build(extension: Extension) -> Path:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from twins import twins
 
 import softmetal
 
@@ -45,6 +46,7 @@ TYPES = """
 """
 CLEAR = "for (ushort i = 0; i < c.get_capacity(); ++i) c[i] = 0.0f;"
 FILL = "for (uint i = tid; i < 32 * 32; i += 128) s[i] = x[i];"
+SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 STORE = """
   for (ushort i = 0; i < c.get_capacity(); ++i) {
@@ -53,145 +55,100 @@ STORE = """
   }
 """
 
-# name: (kind, wrong body, legal twin).
+OUT = "tensor<device float, dextents<int, 2>, tensor_inline> out"
+
+# kind: {name: body}, of which twins.py says what the @ mean.
 SEEDED = {
-    "no_barrier_before_run": (
-        "threadgroup-race",
-        f"{FILL} multiply.run(tile, tile, c); {STORE}",
-        f"{FILL} {BARRIER} multiply.run(tile, tile, c); {STORE}",
-    ),
-    "no_barrier_after_run": (
-        "threadgroup-race",
-        f"{FILL} {BARRIER} multiply.run(tile, tile, c); {FILL} {STORE}",
-        f"{FILL} {BARRIER} multiply.run(tile, tile, c); {BARRIER} {FILL} {STORE}",
-    ),
-    "simdgroup_barrier_before_run_of_several": (
-        "threadgroup-race",
-        f"{FILL} simdgroup_barrier(mem_flags::mem_threadgroup); multiply.run(tile, tile, c); {STORE}",
-        f"{FILL} {BARRIER} multiply.run(tile, tile, c); {STORE}",
-    ),
-    # A simdgroup's own tile needs no more than a simdgroup_barrier.
-    "no_barrier_within_a_simdgroup": (
-        "threadgroup-race",
-        "if (simd == 0) { for (uint i = lane; i < 1024; i += 32) s[i] = x[i];"
-        " auto d = alone.get_destination_cooperative_tensor<Tile, Tile, float>(); alone.run(tile, tile, d); }",
-        "if (simd == 0) { for (uint i = lane; i < 1024; i += 32) s[i] = x[i];"
-        " simdgroup_barrier(mem_flags::mem_threadgroup);"
-        " auto d = alone.get_destination_cooperative_tensor<Tile, Tile, float>(); alone.run(tile, tile, d); }",
-    ),
-    "run_is_no_barrier": (
-        "threadgroup-race",
-        f"s[tid] = x[tid]; multiply.run(a, b, c); {STORE} y[tid] = s[127 - tid];",
-        f"s[tid] = x[tid]; multiply.run(a, b, c); {STORE} y[1024 + tid] = s[tid];",
-    ),
-    "tile_not_filled": (
-        "threadgroup-uninitialized",
-        f"for (uint i = tid; i < 32 * 31; i += 128) s[i] = x[i]; {BARRIER} multiply.run(tile, tile, c); {STORE}",
-        f"{FILL} {BARRIER} multiply.run(tile, tile, c); {STORE}",
-    ),
-    "accumulate_into_nothing": (
-        "tensor-uninitialized",
-        f"accumulate.run(a, b, c); {STORE}",
-        f"{CLEAR} accumulate.run(a, b, c); {STORE}",
-    ),
-    "accumulate_with_one_element_forgotten": (
-        "tensor-uninitialized",
-        f"for (ushort i = 1; i < c.get_capacity(); ++i) c[i] = 0.0f; accumulate.run(a, b, c); {STORE}",
-        f"{CLEAR} accumulate.run(a, b, c); {STORE}",
-    ),
-    "store_of_nothing": (
-        "tensor-uninitialized",
-        "tensor<device float, dextents<int, 2>, tensor_inline> out(y, dextents<int, 2>(32, 32)); c.store(out);",
-        "tensor<device float, dextents<int, 2>, tensor_inline> out(y, dextents<int, 2>(32, 32));"
-        f" {CLEAR} c.store(out);",
-    ),
-    "element_beyond_the_capacity": (
-        "tensor-out-of-bounds",
-        f"{CLEAR} c[c.get_capacity()] = 0.0f; {STORE}",
-        f"{CLEAR} c[c.get_capacity() - 1] = 0.0f; {STORE}",
-    ),
-    "extents_larger_than_the_memory": (
-        "device-out-of-bounds",
-        f"Matrix more(x, dextents<int, 2>(64, 65)); auto last = more.slice(0, 40); multiply.run(last, b, c); {STORE}",
-        f"Matrix all(x, dextents<int, 2>(64, 64)); auto last = all.slice(0, 40); multiply.run(last, b, c); {STORE}",
-    ),
-    "static_slice_over_the_edge": (
-        "tensor-out-of-extents",
-        f"auto last = wide.slice<32, 32>(0, 33); multiply.run(last, b, c); {STORE}",
-        f"auto last = wide.slice<32, 32>(0, 32); multiply.run(last, b, c); {STORE}",
-    ),
-    "static_k_beyond_the_extent": (
-        "tensor-out-of-extents",
-        f"Matrix narrow(x, dextents<int, 2>(24, 32)); multiply.run(narrow, b, c); {STORE}",
-        f"Matrix exact(x, dextents<int, 2>(32, 24)); multiply.run(exact, b, c); {STORE}",
-    ),
-    "different_k": (
-        "tensor-extents",
-        "matmul2d<matmul2d_descriptor(32, 32), execution_simdgroups<4>> op; auto l = wide.slice(8, 0);"
-        f" auto r = wide.slice(0, 16); op.run(l, r, c); {STORE}",
-        "matmul2d<matmul2d_descriptor(32, 32), execution_simdgroups<4>> op; auto l = wide.slice(16, 0);"
-        f" auto r = wide.slice(0, 16); op.run(l, r, c); {STORE}",
-    ),
-    "inner_stride": (
-        "tensor-stride",
-        f"Matrix other(x, dextents<int, 2>(32, 32), array<int, 2>{{2, 64}}); multiply.run(other, b, c); {STORE}",
-        f"Matrix other(x, dextents<int, 2>(32, 32), array<int, 2>{{1, 64}}); multiply.run(other, b, c); {STORE}",
-    ),
-    "slice_far_away": (
-        "tensor-slice",
-        "Matrix far(x, dextents<int, 2>(64, 64), array<int, 2>{1, 1 << 28}); auto last = far.slice(0, 4);"
-        f" if (last.get_extent(0) > 64) multiply.run(last, b, c); {CLEAR} {STORE}",
-        "Matrix far(x, dextents<int, 2>(64, 64), array<int, 2>{1, 1 << 28}); auto last = far.slice(0, 3);"
-        f" if (last.get_extent(0) > 64) multiply.run(last, b, c); {CLEAR} {STORE}",
-    ),
-    "run_of_some_threads": (
-        "divergent-barrier",
-        f"{CLEAR} if (simd < 2) multiply.run(a, b, c); {STORE}",
-        f"{CLEAR} if (simd < 9) multiply.run(a, b, c); {STORE}",
-    ),
-    "two_runs": (
-        "divergent-barrier",
-        f"{CLEAR} if (simd < 2) multiply.run(a, b, c); else multiply.run(b, a, c); {STORE}",
-        f"{CLEAR} if (simd < 9) multiply.run(a, b, c); else multiply.run(b, a, c); {STORE}",
-    ),
-    "run_of_some_lanes": (
-        "divergent-simd",
-        "auto d = alone.get_destination_cooperative_tensor<decltype(a), decltype(b), float>();"
-        f" if (lane < 8) alone.run(a, b, d); {CLEAR} {STORE}",
-        "auto d = alone.get_destination_cooperative_tensor<decltype(a), decltype(b), float>();"
-        f" if (simd == 2) alone.run(a, b, d); {CLEAR} {STORE}",
-    ),
-    "tensors_differ_between_threads": (
-        "nonuniform-operand",
-        f"auto own = wide.slice(0, simd); multiply.run(own, b, c); {STORE}",
-        f"auto own = wide.slice(0, simd / 9); multiply.run(own, b, c); {STORE}",
-    ),
-    "wrong_number_of_simdgroups": (
-        "tensor-scope",
-        f"matmul2d<product, execution_simdgroups<2>> two; auto d = two.get_destination_cooperative_tensor<decltype(a),"
-        f" decltype(b), float>(); two.run(a, b, d); {CLEAR} {STORE}",
-        f"matmul2d<product, execution_simdgroups<4>> four; four.run(a, b, c); {STORE}",
-    ),
-    "two_simdgroups_write_one_destination": (
-        "device-race",
-        "tensor<device float, dextents<int, 2>, tensor_inline> out(y, dextents<int, 2>(32, 32)); alone.run(a, b, out);",
-        "tensor<device float, dextents<int, 2>, tensor_inline> out(y + simd * 1024, dextents<int, 2>(32, 32));"
-        " alone.run(a, b, out);",
-    ),
+    "threadgroup-race": {
+        "no_barrier_before_run": f"{FILL} @@{BARRIER}@ multiply.run(tile, tile, c); {STORE}",
+        "no_barrier_after_run": f"{FILL} {BARRIER} multiply.run(tile, tile, c); @@{BARRIER}@ {FILL} {STORE}",
+        "simdgroup_barrier_before_run_of_several": (
+            f"{FILL} @{SIMD_BARRIER}@{BARRIER}@ multiply.run(tile, tile, c); {STORE}"
+        ),
+        # A simdgroup's own tile needs no more than a simdgroup_barrier.
+        "no_barrier_within_a_simdgroup": (
+            f"if (simd == 0) {{ for (uint i = lane; i < 1024; i += 32) s[i] = x[i]; @@{SIMD_BARRIER}@"
+            " auto d = alone.get_destination_cooperative_tensor<Tile, Tile, float>(); alone.run(tile, tile, d); }"
+        ),
+        "run_is_no_barrier": (
+            f"s[tid] = x[tid]; multiply.run(a, b, c); {STORE} @y[tid] = s[127 - tid];@y[1024 + tid] = s[tid];@"
+        ),
+    },
+    "threadgroup-uninitialized": {
+        "tile_not_filled": (
+            "for (uint i = tid; i < 32 * @31@32@; i += 128) s[i] = x[i];"
+            f" {BARRIER} multiply.run(tile, tile, c); {STORE}"
+        )
+    },
+    "tensor-uninitialized": {
+        "accumulate_into_nothing": f"@@{CLEAR}@ accumulate.run(a, b, c); {STORE}",
+        "accumulate_with_one_element_forgotten": (
+            f"for (ushort i = @1@0@; i < c.get_capacity(); ++i) c[i] = 0.0f; accumulate.run(a, b, c); {STORE}"
+        ),
+        "store_of_nothing": f"{OUT}(y, dextents<int, 2>(32, 32)); @@{CLEAR}@ c.store(out);",
+    },
+    "tensor-out-of-bounds": {"element_beyond_the_capacity": f"{CLEAR} c[c.get_capacity()@@ - 1@] = 0.0f; {STORE}"},
+    "device-out-of-bounds": {
+        "extents_larger_than_the_memory": (
+            "Matrix all(x, dextents<int, 2>(64, @65@64@)); auto last = all.slice(0, 40);"
+            f" multiply.run(last, b, c); {STORE}"
+        )
+    },
+    "tensor-out-of-extents": {
+        "static_slice_over_the_edge": f"auto last = wide.slice<32, 32>(0, @33@32@); multiply.run(last, b, c); {STORE}",
+        "static_k_beyond_the_extent": (
+            f"Matrix narrow(x, dextents<int, 2>(@24, 32@32, 24@)); multiply.run(narrow, b, c); {STORE}"
+        ),
+    },
+    "tensor-extents": {
+        "different_k": (
+            "matmul2d<matmul2d_descriptor(32, 32), execution_simdgroups<4>> op; auto l = wide.slice(@8@16@, 0);"
+            f" auto r = wide.slice(0, 16); op.run(l, r, c); {STORE}"
+        )
+    },
+    "tensor-stride": {
+        "inner_stride": (
+            f"Matrix other(x, dextents<int, 2>(32, 32), array<int, 2>{{@2@1@, 64}}); multiply.run(other, b, c); {STORE}"
+        )
+    },
+    "tensor-slice": {
+        "slice_far_away": (
+            "Matrix far(x, dextents<int, 2>(64, 64), array<int, 2>{1, 1 << 28}); auto last = far.slice(0, @4@3@);"
+            f" if (last.get_extent(0) > 64) multiply.run(last, b, c); {CLEAR} {STORE}"
+        )
+    },
+    "divergent-barrier": {
+        "run_of_some_threads": f"{CLEAR} if (simd < @2@9@) multiply.run(a, b, c); {STORE}",
+        "two_runs": f"{CLEAR} if (simd < @2@9@) multiply.run(a, b, c); else multiply.run(b, a, c); {STORE}",
+    },
+    "divergent-simd": {
+        "run_of_some_lanes": (
+            "auto d = alone.get_destination_cooperative_tensor<decltype(a), decltype(b), float>();"
+            f" if (@lane < 8@simd == 2@) alone.run(a, b, d); {CLEAR} {STORE}"
+        )
+    },
+    "nonuniform-operand": {
+        "tensors_differ_between_threads": f"auto own = wide.slice(0, simd@@ / 9@); multiply.run(own, b, c); {STORE}"
+    },
+    "tensor-scope": {
+        "wrong_number_of_simdgroups": (
+            "matmul2d<product, execution_simdgroups<@2@4@>> op;"
+            " @auto d = op.get_destination_cooperative_tensor<decltype(a), decltype(b), float>();@@"
+            f" op.run(a, b, @d@c@); @{CLEAR}@@ {STORE}"
+        )
+    },
+    "device-race": {
+        "two_simdgroups_write_one_destination": (
+            f"{OUT}(y@@ + simd * 1024@, dextents<int, 2>(32, 32)); alone.run(a, b, out);"
+        )
+    },
 }
-
-
-def seeded_source() -> str:
-    return HEADER + "".join(
-        f"kernel void {name}_{form}({ARGUMENTS}) {{ {TYPES} {body} }}\n"
-        for name, (_, wrong, legal) in SEEDED.items()
-        for form, body in (("wrong", wrong), ("legal", legal))
-    )
+KINDS = {name: kind for kind, bodies in SEEDED.items() for name in bodies}
 
 
 @functools.cache
 def seeded_library():
-    return softmetal.compile(seeded_source(), standard=STANDARD)
+    return softmetal.compile(HEADER + twins(SEEDED, ARGUMENTS, TYPES), standard=STANDARD)
 
 
 def run_seeded(name: str, seed: int):
@@ -200,13 +157,13 @@ def run_seeded(name: str, seed: int):
     return seeded_library().launch(name, [x, y], (1,), (128,), seed=seed, uninitialized=[1])
 
 
-@pytest.mark.parametrize("name", SEEDED)
+@pytest.mark.parametrize("name", KINDS)
 def test_seeded_bug(name):
     report = run_seeded(f"{name}_wrong", seed=1)
-    assert SEEDED[name][0] in report.kinds, report.errors
+    assert KINDS[name] in report.kinds, report.errors
 
 
-@pytest.mark.parametrize("name", SEEDED)
+@pytest.mark.parametrize("name", KINDS)
 def test_legal_twin(name):
     assert run_seeded(f"{name}_legal", seed=2).errors == []
 
@@ -260,9 +217,8 @@ def test_exists_from_language_4_on():
     line = "matmul2d_descriptor f() { return matmul2d_descriptor(32, 32); }"
     softmetal.compile(f"{HEADER}{line}", standard="metal4.0")
     header = HEADER.replace("using namespace mpp::tensor_ops;", "")
-    assert softmetal.compile(header + "kernel void k(device int* p) { p[0] = 1; }", standard="metal3.1").kernels == [
-        "k"
-    ]
+    library = softmetal.compile(header + "kernel void k(device int* p) { p[0] = 1; }", standard="metal3.1")
+    assert library.kernels == ["k"]
     with pytest.raises(softmetal.CompileError, match="mpp"):
         softmetal.compile(HEADER + line, standard="metal3.1")
 
@@ -273,11 +229,8 @@ PRODUCT = """
 // y [M, N] = a [M, K] b, and b is [K, N] or, transposed, [N, K]. TM x TN tiles; `simdgroups` of them share one.
 template <typename T, int TM, int TN, bool transpose, int simdgroups>
 [[kernel]] void product(
-    device T* a [[buffer(0)]],
-    device T* b [[buffer(1)]],
-    device float* y [[buffer(2)]],
-    constant int3& shape [[buffer(3)]],
-    uint2 group [[threadgroup_position_in_grid]]) {
+    device T* a [[buffer(0)]], device T* b [[buffer(1)]], device float* y [[buffer(2)]],
+    constant int3& shape [[buffer(3)]], uint2 group [[threadgroup_position_in_grid]]) {
   const int M = shape.x, N = shape.y, K = shape.z;
   auto left = tensor(a, dextents<int, 2>(K, M));
   auto right = tensor(b, transpose ? dextents<int, 2>(K, N) : dextents<int, 2>(N, K));
@@ -301,11 +254,8 @@ template [[host_name("float_nn")]] kernel product_t product<float, 16, 48, false
 
 // K in steps, through threadgroup memory; accumulates into memory.
 kernel void steps(
-    device half* a [[buffer(0)]],
-    device half* b [[buffer(1)]],
-    device float* y [[buffer(2)]],
-    constant int3& shape [[buffer(3)]],
-    uint tid [[thread_index_in_threadgroup]]) {
+    device half* a [[buffer(0)]], device half* b [[buffer(1)]], device float* y [[buffer(2)]],
+    constant int3& shape [[buffer(3)]], uint tid [[thread_index_in_threadgroup]]) {
   const int M = shape.x, N = shape.y, K = shape.z;
   threadgroup half tile_b[32 * 32];
   using Shared = tensor<threadgroup half, extents<int, 32, 32>, tensor_inline>;
@@ -315,9 +265,7 @@ kernel void steps(
   matmul2d<
       matmul2d_descriptor(32, 32, 32, false, false, true, matmul2d_descriptor::mode::multiply_accumulate),
       execution_simdgroups<2>> op;
-  for (int i = tid; i < M * N; i += 64) {
-    y[i] = 0.0f;
-  }
+  for (int i = tid; i < M * N; i += 64) { y[i] = 0.0f; }
   for (int k = 0; k < K; k += 32) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = tid; i < 1024; i += 64) {
@@ -346,9 +294,7 @@ kernel void registers(
     auto place = right.get_multidimensional_index(i);
     right[i] = b[place[1] * 16 + place[0]];
   }
-  for (ushort i = 0; i < sums.get_capacity(); ++i) {
-    sums[i] = 1.0f;
-  }
+  for (ushort i = 0; i < sums.get_capacity(); ++i) { sums[i] = 1.0f; }
   op.run(left, right, sums);
   for (ushort i = 0; i < sums.get_capacity(); ++i) {
     auto place = sums.get_multidimensional_index(i);
@@ -402,15 +348,13 @@ def test_foreign_product(name, dtype, tile, simdgroups, shape):
     report = products().launch(name, [a, b, y, size], grid, (32 * simdgroups,), seed=3, uninitialized=[2])
     assert report.errors == []
     np.testing.assert_allclose(y, left @ (right.T if name.endswith("nt") else right), rtol=1e-5, atol=2e-5)
-    whole = m == 64
-    if whole:  # in 8x8 products
+    if m == 64:  # in 8x8 products
         assert report.counters["simdgroup_multiplies"] == m * n * k // 512
 
 
 def test_foreign_product_in_steps():
     a, left = random_values(30, 64, dtype="float16", seed=1)
     b, right = random_values(64, 20, dtype="float16", seed=2)
-    y = np.empty((30, 20), np.float32)
     a = np.concatenate([a, np.zeros((2, 64), np.float16)])  # a static slice reads whole tiles
     size = np.array([32, 20, 64, 0], np.int32).tobytes()
     y = np.empty((32, 20), np.float32)

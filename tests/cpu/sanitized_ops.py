@@ -56,11 +56,8 @@ def compile_extension() -> Path:
     def run(*arguments: str | Path) -> None:
         subprocess.run([cmake, *arguments], check=True, env={**os.environ, "PATH": path})
 
-    options = (
-        "-DCMAKE_BUILD_TYPE=None",
-        f"-DCMAKE_CXX_FLAGS={' '.join(FLAGS)}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-    )
+    flags = " ".join(FLAGS)
+    options = ("-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={flags}", f"-DPython_EXECUTABLE={sys.executable}")
     run("-S", ROOT, "-B", BUILD / "cmake", "-G", "Ninja", *options)
     run("--build", BUILD / "cmake")
 

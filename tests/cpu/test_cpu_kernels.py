@@ -42,10 +42,7 @@ class Target:
         return built.object_of(str(source.relative_to(ROOT))) if self.is_installed else None
 
 
-TARGETS = {
-    "native": Target(is_installed=True, arguments=("brief",)),
-    "sanitized": Target(flags=sanitized_ops.FLAGS),
-}
+TARGETS = {"native": Target(is_installed=True, arguments=("brief",)), "sanitized": Target(flags=sanitized_ops.FLAGS)}
 if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
     ARM = Target("aarch64-linux-gnu-g++", ("-O1", "-static"), ("qemu-aarch64",))
     TARGETS |= {"arm": replace(ARM, arguments=("brief",)), "arm-in-full": ARM}

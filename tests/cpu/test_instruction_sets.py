@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 
+from process import python
 from repository import ROOT
 
 VARIABLE = "QUANTIZATION_MLX_CPU"
@@ -22,9 +22,7 @@ WANTED = (
 
 def _run(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, VARIABLE: instruction_set}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False
-    )
+    return python(*arguments, cwd=ROOT / "tests", env=environment)
 
 
 def _available() -> list[str]:
@@ -40,11 +38,8 @@ def test_other_kernels() -> None:
     best, *others = _available()
     assert "baseline" in (best, *others)
     for instruction_set in others:  # the best one serves all other tests
-        result = _run(
-            instruction_set,
-            *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "-k", WANTED),
-            "--capture=sys",  # so that what a sanitizer reports as the process ends is not lost
-            *FILES,
-        )
+        # --capture=sys: so that what a sanitizer reports as the process ends is not lost
+        options = ("-q", "-x", "-p", "no:cacheprovider", "--no-header", "-k", WANTED, "--capture=sys")
+        result = _run(instruction_set, "-m", "pytest", *options, *FILES)
         assert result.returncode == 0, f"{instruction_set}: {result.stdout}{result.stderr}"
         assert " passed" in result.stdout

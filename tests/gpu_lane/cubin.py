@@ -117,9 +117,8 @@ def _program(source: Source) -> msl.Program:
 
 @cache
 def ptxas() -> str:
-    found = shutil.which("ptxas") or next(
-        map(str, Path(sys.prefix).glob("lib/*/site-packages/nvidia/*/bin/ptxas")), None
-    )
+    installed = Path(sys.prefix).glob("lib/*/site-packages/nvidia/*/bin/ptxas")
+    found = shutil.which("ptxas") or next(map(str, installed), None)
     if found is None:
         raise BuildError('ptxas is missing: pip install ".[gpu-lane]", or have CUDA\'s on the PATH')
     return found
@@ -128,9 +127,8 @@ def ptxas() -> str:
 @cache
 def identity() -> str:
     """Of all that a cubin depends on besides the shader."""
-    headers = [
-        path for place in (HERE / "include", toolchain.SHIM) for path in sorted(place.rglob("*")) if path.is_file()
-    ]
+    folders = (HERE / "include", toolchain.SHIM)
+    headers = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     versions = [_run([tool, "--version"]) for tool in (toolchain.clang(), ptxas())]
     steps = [inspect.getsource(step) for step in (compile_cubin, _entry_point, _link)]
     options = repr((TARGET, LANGUAGE, OPTIMISE, ASSEMBLE))
@@ -153,31 +151,15 @@ def compile_cubin(source: Source, entries: Sequence[Entry]) -> tuple[bytes, dict
         code = _run([toolchain.clang(), *TARGET, *LANGUAGE, *emit, "-o", "-", "-"], text)
         (place / "code.ll").write_text(_link(code, program, constants))
         ptx = place / "code.ptx"
-        _run(
-            [
-                toolchain.clang(),
-                *TARGET,
-                *OPTIMISE[source.optimised],
-                *(KEEP_VECTORS if source.keeps_vectors else []),
-                "-S",
-                "-x",
-                "ir",
-                str(place / "code.ll"),
-                "-o",
-                str(ptx),
-            ]
-        )
+        optimise = [*OPTIMISE[source.optimised], *(KEEP_VECTORS if source.keeps_vectors else [])]
+        _run([toolchain.clang(), *TARGET, *optimise, "-S", "-x", "ir", str(place / "code.ll"), "-o", str(ptx)])
         undefined = re.findall(r"^\.extern .*", ptx.read_text(), re.MULTILINE)
         if undefined:
             raise BuildError(f"the GPU lane has no primitive for: {'; '.join(undefined)[:2000]}")
         cubin = place / "code.cubin"
         assemble = [*ASSEMBLE[source.optimised], *(["-lineinfo"] if source.lines else [])]
-        report = subprocess.run(
-            [ptxas(), f"-arch={ARCHITECTURE}", *assemble, "-v", "-o", str(cubin), str(ptx)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [ptxas(), f"-arch={ARCHITECTURE}", *assemble, "-v", "-o", str(cubin), str(ptx)]
+        report = subprocess.run(command, capture_output=True, text=True)
         if report.returncode:
             raise BuildError(report.stderr[:4000])
         return cubin.read_bytes(), _resources(report.stderr)
@@ -249,9 +231,8 @@ def _link(code: str, program: msl.Program, constants: frozenset[int]) -> str:
 
     code = THREADGROUP_CALL.sub(variable, code)
     place = code.index("\ndefine ")
-    declared = "".join(
-        f"\n{name} = internal addrspace(3) global [{size} x i8] undef, align 16" for name, size in variables.items()
-    )
+    space = "internal addrspace(3) global"
+    declared = "".join(f"\n{name} = {space} [{size} x i8] undef, align 16" for name, size in variables.items())
     return code[:place] + declared + "\n" + code[place:]
 
 

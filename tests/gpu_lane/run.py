@@ -65,12 +65,8 @@ class Run:
 
     def _check(self, item: Item) -> dict[str, Any]:
         operands = random_operands(item.call)
-        result = {
-            "build": item.build,
-            "kernels": [launch["kernel"] for launch in item.launches],
-            "share": 0.0,
-            "wrong": "",
-        }
+        kernels = [launch["kernel"] for launch in item.launches]
+        result = {"build": item.build, "kernels": kernels, "share": 0.0, "wrong": ""}
         try:
             buffers = Buffers(item, operands, GUARD)
             item.bind(buffers)()
@@ -86,11 +82,8 @@ class Run:
 
     def sanitize(self) -> None:
         reports = [self._under(tool, "sanitize") for tool in sanitizer.TOOLS]
-        self.wrong += [
-            f"{report.tool}: {report.errors} errors {report.failure} {report.failed[:1]}"
-            for report in reports
-            if not report.is_clean
-        ]
+        dirty = [report for report in reports if not report.is_clean]
+        self.wrong += [f"{each.tool}: {each.errors} errors {each.failure} {each.failed[:1]}" for each in dirty]
         self.results["sanitize"] = [report.as_dict() for report in reports]
         self.show(tables.sanitizers(self.results["sanitize"]))
 
@@ -113,9 +106,8 @@ class Run:
         report = sanitizer.run(tool, self.bundle, suite, which)
         with (self.output / f"{suite}-{tool}.txt").open("a" if which else "w") as file:
             file.write(report.text)
-        print(
-            f"{suite} {tool} {which}: {report.launches} launches, {report.errors} errors {report.failure}", flush=True
-        )
+        found = f"{report.launches} launches, {report.errors} errors {report.failure}"
+        print(f"{suite} {tool} {which}: {found}", flush=True)
         return report
 
     def time(self) -> None:
@@ -123,11 +115,8 @@ class Run:
         self.results["copy"] = copy_bandwidth()
         timer = Timer()
         self.results["times"] = [self._time(item, timer) for item in items]
-        products = {
-            item.call: None
-            for item in items
-            if item.build == "known" and item.call.transpose and (item.call.n, item.call.k) in SHAPES
-        }
+        known = (item.call for item in items if item.build == "known" and item.call.transpose)
+        products = dict.fromkeys(call for call in known if (call.n, call.k) in SHAPES)
         self.results["peers"] = [self._peers(call) for call in products]
         # Clocks that were still rising, or a neighbour, would show.
         self.results["copy"] = max(self.results["copy"], copy_bandwidth())

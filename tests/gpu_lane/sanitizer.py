@@ -15,12 +15,7 @@ from bundle import Item
 from sanitize import TWIN
 
 # Allocations a page apart show accesses that would otherwise meet a neighbour. Reports of host code say nothing here.
-TOOLS = {
-    "racecheck": (),
-    "memcheck": ("--padding", "65536"),
-    "initcheck": (),
-    "synccheck": (),
-}
+TOOLS = {"racecheck": (), "memcheck": ("--padding", "65536"), "initcheck": (), "synccheck": ()}
 OPTIONS = ("--print-limit", "100000", "--show-backtrace", "no")
 # What a bug does to one kernel must not end the others.
 MUTANT_OPTIONS = {"memcheck": ("--destroy-on-device-error", "kernel")}

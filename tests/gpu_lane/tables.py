@@ -15,6 +15,7 @@ KERNEL = re.compile(
     r"\w+?_(?P<op>(?:gather_q|q|dequantize)\w*?)_(?:float32|float16|bfloat16)_gs_\d+_b_\d+(?P<rows>\w*)"
 )
 NOTHING = ""
+OF_COPY = "Of copy: the rate at which packed weights, scales and biases are read, as a share of the copy bandwidth."
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], note: str = "") -> str:
@@ -109,21 +110,9 @@ class Times:
             ours = [f(call, build) for build in ("generic", "known") for f in (self._micros, self._of_copy)]
             peers = [_micros(peer.get(name)) for name in ("int4pack", "linear")]
             rows.append((m, self._kernel(call), *ours, self._micros(call, "mlx"), *peers))
-        header = (
-            "rows",
-            "kernel",
-            "generic, us",
-            "of copy",
-            "known, us",
-            "of copy",
-            "MLX's, us",
-            "int4pack, us",
-            "fp16 linear, us",
-        )
-        note = (
-            "Of copy: the rate at which packed weights, scales and biases are read, as a share of the copy bandwidth."
-        )
-        return table(f"w {n} x {k}, float16, affine, 4 bits, group_size 64", header, rows, note)
+        header = ("rows", "kernel", "generic, us", "of copy", "known, us", "of copy")
+        header += ("MLX's, us", "int4pack, us", "fp16 linear, us")
+        return table(f"w {n} x {k}, float16, affine, 4 bits, group_size 64", header, rows, OF_COPY)
 
     def _tiles(self) -> str:
         rows = []
@@ -157,13 +146,10 @@ class Times:
     def _small_k(self) -> str:
         """One row, or one row for each pair."""
         calls = [call for call in self._timed if call.k in SMALL_KS and call.rows == 1 and call.transpose]
-        rows = [
-            (
-                *(f"{call.n} x {call.k}", call.pairs or NOTHING, self._kernel(call)),
-                *(self._micros(call, build) for build in ("generic", "known")),
-            )
-            for call in calls
-        ]
+        rows = []
+        for call in calls:
+            taken = (self._micros(call, build) for build in ("generic", "known"))
+            rows.append((f"{call.n} x {call.k}", call.pairs or NOTHING, self._kernel(call), *taken))
         header = ("w", "pairs", "kernel", "generic, us", "known, us")
         return table("One row, K short or odd, float16, affine, 4 bits, group_size 64", header, rows)
 
@@ -178,9 +164,8 @@ class Times:
         rows = []
         plain = Call(transpose=False, **LARGE)
         for format in self._timed:
-            if replace(format, mode=plain.mode, group_size=plain.group_size, bits=plain.bits) != plain:
-                continue
-            if format.is_column_packed:
+            other = replace(format, mode=plain.mode, group_size=plain.group_size, bits=plain.bits)
+            if other != plain or format.is_column_packed:
                 continue
             cells = []
             for more in kinds.values():
@@ -206,11 +191,8 @@ class Times:
         return table("w not transposed, 8192 x 8192, float16, affine, 4 bits, group_size 64", header, rows)
 
     def _packed_columns(self) -> str:
-        rows = [
-            (c.format, c.rows, self._kernel(c), self._micros(c, "generic"), self._of_copy(c, "generic"))
-            for c in self._timed
-            if c.is_column_packed
-        ]
+        calls = [call for call in self._timed if call.is_column_packed]
+        rows = [(c.format, c.rows, self._kernel(c), self._micros(c), self._of_copy(c, "generic")) for c in calls]
         header = ("format", "rows", "kernel", "generic, us", "of copy")
         return table("Packed columns, w 8192 x 8192, float16", header, rows)
 

@@ -91,13 +91,9 @@ def time_int4pack(call: Call) -> float:
     packed = torch._convert_weight_to_int4pack(codes, 8)
     scales = torch.rand(call.k // call.group_size, call.n, 2, device="cuda").bfloat16()
     x = torch.randn(call.rows, call.k, device="cuda").bfloat16()
-    multiply = torch._weight_int4pack_mm
-    return seconds(
-        [
-            partial(_ignoring_stream, multiply, x, packed.clone(), call.group_size, scales.clone())
-            for _ in range(copies_of(packed.nbytes))
-        ]
-    )
+    multiply = partial(_ignoring_stream, torch._weight_int4pack_mm, x)
+    copies = range(copies_of(packed.nbytes))
+    return seconds([partial(multiply, packed.clone(), call.group_size, scales.clone()) for _ in copies])
 
 
 def _ignoring_stream(function: Callable, *arguments: object) -> None:

@@ -72,15 +72,11 @@ class CheckFailed(Exception):
 def run(command: list[str | Path], **environment: str) -> str:
     """The output of a command, both streams. Raises CheckFailed with it where the command fails."""
     environment |= {"ZIG_GLOBAL_CACHE_DIR": str(CACHE / "zig"), "ZIG_LOCAL_CACHE_DIR": str(CACHE / "zig")}
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [str(part) for part in command]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, env=os.environ | environment, text=True, **streams)
     if done.returncode:
-        raise CheckFailed(f"{shlex.join(str(part) for part in command)}\n{done.stdout}")
+        raise CheckFailed(f"{shlex.join(command)}\n{done.stdout}")
     return done.stdout
 
 
@@ -227,12 +223,8 @@ def write_precompilation() -> Path:
 def configure(version: str, source: Path, folder: Path, *options: str) -> None:
     """Generates the build of the extension for one release of torch."""
     generate = ["cmake", "-S", source, "-B", folder, "-G", "Ninja", "--toolchain", write_toolchain()]
-    generate += [
-        "-DCMAKE_BUILD_TYPE=Check",
-        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-        f"-DCMAKE_PROJECT_INCLUDE={write_precompilation()}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-    ]
+    generate += ["-DCMAKE_BUILD_TYPE=Check", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    generate += [f"-DCMAKE_PROJECT_INCLUDE={write_precompilation()}", f"-DPython_EXECUTABLE={sys.executable}"]
     run([*generate, *options], PATH=program_path(), PYTHONPATH=str(torch_release(version)))
 
 

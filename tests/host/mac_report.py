@@ -63,10 +63,8 @@ def guarded(command: Sequence[str], limit: float) -> list[Item]:
         items.append(lost)
         if lost["name"] == "the step itself":
             return items
-    return [
-        *items,
-        {"name": "the rest", "outcome": "not run", "reason": f"{MOST_PROCESSES} processes have ended early"},
-    ]
+    reason = f"{MOST_PROCESSES} processes have ended early"
+    return [*items, {"name": "the rest", "outcome": "not run", "reason": reason}]
 
 
 def _run_once(command: Sequence[str], done: list[str], limit: float) -> tuple[list[Item], Item | None]:

@@ -127,10 +127,7 @@ def mlx_facts() -> Facts:
     assert device == mx.gpu, f"mlx runs on {device} here"
     words = mx.quantize(mx.random.normal((64, 128)), group_size=64, bits=4)
     mx.eval(mx.quantized_matmul(mx.random.normal((1, 128)), *words, group_size=64, bits=4))
-    return {
-        "version": metadata.version("mlx"),
-        "device": {name: str(value) for name, value in mx.device_info().items()},
-    }
+    return {"version": metadata.version("mlx"), "device": {name: str(fact) for name, fact in mx.device_info().items()}}
 
 
 # --- Every kernel family for every format -----------------------------------------------------------------------------

@@ -82,16 +82,11 @@ def test_metallib_is_compiled_and_installed(tmp_path, monkeypatch):
     options = "-sdk macosx metal -std=metal4.0 -mmacosx-version-min=26.2"
     shaders = sorted((mac_check.ROOT / "metal").rglob("*.metal"))
     objects = [folder / f"{shader.stem}.air" for shader in shaders]
-    expected = [
-        f"{options} -O2 -fno-fast-math -c {source} -o {made}" for source, made in zip(shaders, objects, strict=True)
-    ]
-    assert sorted(compiled) == expected
+    pairs = zip(shaders, objects, strict=True)
+    assert sorted(compiled) == [f"{options} -O2 -fno-fast-math -c {source} -o {made}" for source, made in pairs]
     assert linked.startswith(options)
-    assert set(linked.removeprefix(options).split()) == {
-        *map(str, objects),
-        "-o",
-        str(folder / "quantization_mlx.metallib"),
-    }
+    library = str(folder / "quantization_mlx.metallib")
+    assert set(linked.removeprefix(options).split()) == {*map(str, objects), "-o", library}
     command = ["cmake", "--install", folder, "--component", "metallib", "--prefix", tmp_path / "prefix"]
     mac_check.run(command, PATH=mac_check.program_path())
     installed = [path for path in (tmp_path / "prefix").rglob("*") if path.is_file()]

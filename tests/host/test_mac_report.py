@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import mac_report
+from process import printed, python
 
 # --- Steps that may crash ---------------------------------------------------------------------------------------------
 
@@ -61,11 +61,8 @@ def test_what_follows_a_hang_is_run(tmp_path):
 
 def test_warnings_belong_to_their_items(tmp_path):
     items = guarded(tmp_path, a=PASS, b=WARN, c=PASS)
-    assert {name: item.get("warnings") for name, item in items.items()} == {
-        "a": None,
-        "b": ["[quantization_mlx] family tile (function)"],
-        "c": None,
-    }
+    warnings = {name: item.get("warnings") for name, item in items.items()}
+    assert warnings == {"a": None, "b": ["[quantization_mlx] family tile (function)"], "c": None}
 
 
 def test_too_many_crashes_end_a_step(tmp_path):
@@ -113,7 +110,7 @@ def test_facts_of_a_mac(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there, it runs")
 def test_elsewhere_it_says_what_it_needs():
-    done = subprocess.run([sys.executable, mac_report.__file__], capture_output=True, text=True)
+    done = python(mac_report.__file__)
     assert (done.returncode, done.stderr) == (1, mac_report.NEEDS + "\n")
 
 
@@ -124,11 +121,9 @@ SOFTWARE_DEVICE = pytest.mark.skipif(sys.platform == "darwin", reason="the softw
 
 def report(folder: Path, *arguments: str) -> tuple[dict, str]:
     output = folder / "report.json"
-    command = [sys.executable, mac_report.__file__, "--software-gpu", "applegpu_g14s", "--output", str(output)]
-    command += ["--limit", "3600"]  # the machine may be slow
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(output.read_text()), done.stdout
+    options = ("--software-gpu", "applegpu_g14s", "--output", output, "--limit", 3600)  # the machine may be slow
+    text = printed(mac_report.__file__, *options, *arguments)
+    return json.loads(output.read_text()), text
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 import oracle
 import quantization_mlx as q
 import software_gpu
+from process import python
 from repository import ROOT
 from softmetal import mps
 
@@ -62,7 +64,14 @@ def in_new_process(code: str, metallib: bool = False, **environment: str) -> sub
     """Runs code after install(), with `q`, `mps` and this file's helpers."""
     program = f"from test_metal_host import *\nsoftware_gpu.install({metallib})\n" + textwrap.dedent(code)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CI": "", **environment}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    return python("-c", program, env=environment, timeout=300)
+
+
+def printed(code: str, metallib: bool = False, **environment: str) -> Any:
+    """The JSON that it prints, in a process that ends well."""
+    done = in_new_process(code, metallib, **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 # --- Products through the whole path ------------------------------------------------------------------------------
@@ -264,10 +273,7 @@ def test_bad_index_gives_nan(index):
 
 @pytest.mark.parametrize("index", [-1, 3])
 def test_bad_index_raises_while_debugging(index):
-    done = in_new_process(
-        f"assert not gathered(1).isnan().any()\ngathered({index})",
-        QUANTIZATION_MLX_DEBUG="1",
-    )
+    done = in_new_process(f"assert not gathered(1).isnan().any()\ngathered({index})", QUANTIZATION_MLX_DEBUG="1")
     message = rf"IndexError: \[gather_qmm\] rhs_indices holds {index} at position 1; .* below 3"
     assert re.match(message, done.stderr.splitlines()[-1])
 
@@ -291,7 +297,7 @@ def test_environment_names_another_gpu(name, output):
 
 @pytest.mark.parametrize(("macos", "version"), [(1400, 310), (1500, 320), (2600, 400), (2602, 400)])
 def test_language(macos, version):
-    done = in_new_process(
+    compiles, kernels = printed(
         f"""
         mps.set_gpu("applegpu_g17s", {macos})
         packed = on_mps(weights(72, 128, "mxfp8", torch.bfloat16))
@@ -301,8 +307,6 @@ def test_language(macos, version):
         print(json.dumps([mps.logs()["compiles"], [launch.kernel for launch in mps.launched()]]))
         """
     )
-    assert done.returncode == 0, done.stderr
-    compiles, kernels = json.loads(done.stdout)
     assert compiles
     for record in compiles:
         assert record["version"] == version
@@ -364,7 +368,7 @@ def test_pipeline_of_too_few_threads():
 
 def test_library_that_was_compiled_beforehand():
     """kernel-builder's builds have all shaders in one metallib, of language 4.0."""
-    done = in_new_process(
+    found = printed(
         """
         for rows in (1, 40):
             packed = weights(72, 128)
@@ -377,13 +381,12 @@ def test_library_that_was_compiled_beforehand():
         metallib=True,
         CI="true",
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[], []]
+    assert found == [[], []]
 
 
 def test_library_for_a_later_macos():
     """Its kernels are compiled from source instead."""
-    done = in_new_process(
+    found = printed(
         """
         mps.set_gpu("applegpu_g14s", 1500)
         w = torch.rand(8, 64)
@@ -393,8 +396,7 @@ def test_library_for_a_later_macos():
         """,
         metallib=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [["affine_quantize_float32_gs_64_b_4"]]
+    assert found == [["affine_quantize_float32_gs_64_b_4"]]
 
 
 # --- Self-check ---------------------------------------------------------------------------------------------------
@@ -441,7 +443,7 @@ def test_wrong_kernels_of_packed_columns_are_not_used():
 
 def test_split_product_where_matvecs_are_wrong():
     """Its parts are summed by a kernel of the matvecs' file, which is not what their check is about."""
-    done = in_new_process(
+    found = printed(
         """
         mps.set_gpu("applegpu_g14d")
         packed = weights(64, 4096)
@@ -452,8 +454,7 @@ def test_split_product_where_matvecs_are_wrong():
         print(json.dumps([launch.kernel for launch in mps.launched()][-2:]))
         """
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["affine_qmm_t_splitk_float16_gs_64_b_4_rows_32", "sum_parts_float16"]
+    assert found == ["affine_qmm_t_splitk_float16_gs_64_b_4_rows_32", "sum_parts_float16"]
 
 
 GATHER = """
@@ -519,10 +520,8 @@ print(json.dumps([record["source"] for record in mps.logs()["compiles"]]))
 
 
 def test_sources_hold_each_header_once():
-    done = in_new_process(SOURCES)
-    assert done.returncode == 0, done.stderr
     stems = set()
-    for source in json.loads(done.stdout):
+    for source in printed(SOURCES):
         assert '#include "' not in source and "#pragma once" not in source
         paths = [line.split('"')[1] for line in source.splitlines() if line.startswith("#line 1 ")]
         assert len(paths) == len(set(paths))

@@ -18,13 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import oracle
+import tiny
 from oracle import Format, name_of
-from quantization_mlx import (
-    QuantizedSwitchLinear,
-    load_checkpoint,
-    quantize_model,
-    save_checkpoint,
-)
+from quantization_mlx import QuantizedSwitchLinear, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.hf.experts import IMPLEMENTATION, experts_forward, register_experts, split_experts
 from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.nn.switch import SwitchLinear
@@ -32,55 +28,22 @@ from tiny import SMALL, TOKENS, assert_close, causal_lm, logits, mlx_logits_of_t
 
 HIDDEN, EXPERT = SMALL["hidden_size"], SMALL["intermediate_size"]
 FORMATS = (Format("affine", 64, 4), Format("mxfp4", 32, 4))
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": EXPERT,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 64,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 64,
-    "v_head_dim": 32,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10_000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 512,
-}
+LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 64, "v_head_dim": 32}
+DEEPSEEK = {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "topk_group": 1}
+DEEPSEEK |= {"num_key_value_heads": 4, "moe_intermediate_size": EXPERT, "first_k_dense_replace": 1}
+QWEN = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT}
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 512}
 # The class of the model, and what its config has besides the common.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": (
-        "Qwen2Moe",
-        {
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": EXPERT,
-            "shared_expert_intermediate_size": 64,
-        },
-    ),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT, "head_dim": 32},
-    ),
+    "mixtral": ("Mixtral", MIXTRAL),
+    "qwen2_moe": ("Qwen2Moe", {**QWEN, "shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("Qwen3Moe", {**QWEN, "head_dim": 32}),
     "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
-    "deepseek_v2": (
-        "DeepseekV2",
-        {**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": YARN},  # mlx_lm wants this
-    ),
-    "deepseek_v3": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": 64, "n_group": 2, "topk_group": 1}),
-    "gpt_oss": (
-        "GptOss",
-        {
-            "head_dim": 32,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-    ),
+    # mlx_lm wants YARN.
+    "deepseek_v2": ("DeepseekV2", {**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "rope_parameters": YARN}),
+    "deepseek_v3": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": 64, "n_group": 2}),
+    "gpt_oss": ("GptOss", {**MIXTRAL, **tiny.TWO_KINDS, "head_dim": 32}),
 }
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -103,8 +66,7 @@ def experts_of(model: nn.Module) -> nn.Module:
 def dequantized(layer: SwitchLinear | QuantizedSwitchLinear) -> Tensor:
     if isinstance(layer, SwitchLinear):
         return layer.weight.detach()
-    format = Format(layer.mode, layer.group_size, layer.bits)
-    return oracle.dequantize(layer.weight_packed, layer.scales, layer.biases, format)
+    return oracle.values_of(layer)
 
 
 def eager_reference(dense: nn.Module, quantized: nn.Module) -> nn.Module:
@@ -143,9 +105,7 @@ def test_logits_are_those_of_the_dequantized_experts(family: str, format: Format
     model = quantize_model(copy.deepcopy(dense), **format.options, predicate=only_experts)
     layers = [experts_of(model).get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
     assert [type(layer) for layer in layers] == [QuantizedSwitchLinear] * 3
-    assert {(layer.mode, layer.group_size, layer.bits) for layer in layers} == {
-        (format.mode, format.group_size, format.bits)
-    }
+    assert {oracle.format_of(layer) for layer in layers} == {format}
     assert model.config._experts_implementation == IMPLEMENTATION
     reference = logits(eager_reference(dense, model))
     assert not torch.allclose(reference, logits(dense), rtol=1e-2)
@@ -233,8 +193,7 @@ def test_refused_experts_keep_their_parameters(family: str) -> None:
 
     quantize_model(model, predicate=predicate)
     after = dict(model.named_parameters())
-    assert after.keys() == before.keys()
-    assert all(after[name] is parameter for name, parameter in before.items())
+    assert after.keys() == before.keys() and all(after[name] is parameter for name, parameter in before.items())
     assert model.config._experts_implementation == implementation
     with pytest.raises(ValueError, match="bits 7"):
         quantize_model(model, predicate=lambda path, layer: {"bits": 7} if "down_proj" in path else True)
@@ -308,12 +267,9 @@ def test_switch_linear(format: Format) -> None:
     weight, bias = oracle.random_x(3, 5, 64), oracle.random_x(3, 5)
     dense = SwitchLinear(weight, bias)
     packed = QuantizedSwitchLinear.from_switch_linear(dense, **format.options)
+    tensors = (packed.weight_packed, packed.scales, packed.biases)
     for expert in range(3):
-        for ours, theirs in zip(
-            (packed.weight_packed, packed.scales, packed.biases),
-            oracle.mlx_quantize(weight[expert], format),
-            strict=False,
-        ):
+        for ours, theirs in zip(tensors, oracle.mlx_quantize(weight[expert], format), strict=False):
             oracle.assert_identical(ours[expert], theirs, str(format))
     x, indices = oracle.random_x(4, 1, 64), torch.tensor([[2, 0], [0, 0], [1, 2], [2, 1]])
     for layer in (dense, packed):
@@ -355,9 +311,8 @@ def mlx_convert(source: Path, target: Path, **options: Any) -> None:
 def test_mlx_lm_computes_the_same_from_our_checkpoint(family: str, tmp_path: Path) -> None:
     # mlx_lm quantizes other matrices that it makes of kv_b_proj.
     model = quantize_model(tiny_model(family), predicate=lambda path, _: "kv_b_proj" not in path)
-    save_checkpoint(model, tmp_path)
+    tiny.reloaded(model, tmp_path)
     assert_close(logits(model), mlx_logits_of_tokens(tmp_path), 1e-4)
-    assert torch.equal(logits(load_checkpoint(tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
@@ -371,8 +326,7 @@ def test_conversions_of_mlx_lm_compute_the_same(family: str, mode: str, tmp_path
     assert experts_of(model).down_proj.mode == mode
     assert model.config._experts_implementation == IMPLEMENTATION
     assert_close(logits(model), mlx_logits_of_tokens(tmp_path / "mlx"), 1e-4)
-    save_checkpoint(model, tmp_path / "again")
-    assert torch.equal(logits(load_checkpoint(tmp_path / "again")), logits(model))
+    tiny.reloaded(model, tmp_path / "again")
 
 
 @FAMILY
@@ -391,13 +345,11 @@ def test_formats_may_differ_between_projections(tmp_path: Path) -> None:
         return {"bits": 8, "group_size": 32} if "experts.up_proj" in path else True
 
     model = quantize_model(tiny_model("mixtral"), predicate=predicate)
-    save_checkpoint(model, tmp_path)
+    loaded = tiny.reloaded(model, tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())["quantization"]
     path = "model.layers.1.block_sparse_moe.switch_mlp.up_proj"
     assert record[path] == {"group_size": 32, "bits": 8, "mode": "affine"}
-    loaded = load_checkpoint(tmp_path)
     assert (experts_of(loaded).gate_proj.bits, experts_of(loaded).up_proj.bits) == (4, 8)
-    assert torch.equal(logits(loaded), logits(model))
     assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path), 1e-4)
 
 
@@ -412,9 +364,8 @@ def openai_checkpoint(model: PreTrainedModel, directory: Path) -> None:
         tensors[f"{name}_blocks"] = words.view(torch.uint8).unflatten(-1, (-1, 16))
         tensors[f"{name}_scales"] = scales
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (directory / "config.json").write_text(json.dumps(config))
+    record = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    tiny.edit_config(directory, lambda config: config.update(quantization_config=record))
 
 
 def test_blocks_of_gpt_oss_are_viewed(tmp_path: Path) -> None:
@@ -446,29 +397,22 @@ def test_splitting_copies_nothing(family: str) -> None:
         assert {tensor.untyped_storage().data_ptr() for tensor in split.values()} == storages
 
 
+SWITCH = "model.layers.1.mlp.switch_mlp"
+
+
 @pytest.mark.parametrize(
     "edit, message",
     [
+        (lambda t: t.pop(f"{SWITCH}.up_proj.biases"), "missing tensors: .*up_proj.biases"),
         (
-            lambda tensors: tensors.pop("model.layers.1.mlp.switch_mlp.up_proj.biases"),
-            "missing tensors: .*up_proj.biases",
-        ),
-        (
-            lambda tensors: tensors.update({"model.layers.1.mlp.switch_mlp.down_proj.scales": torch.zeros(8, 64, 7)}),
+            lambda t: t.update({f"{SWITCH}.down_proj.scales": torch.zeros(8, 64, 7)}),
             r"down_proj\.scales is float32 \[8, 64, 7\] and should be",
         ),
-        (
-            lambda tensors: tensors["model.layers.1.mlp.switch_mlp.down_proj.scales"].fill_(torch.nan),
-            "down_proj.scales has values that are not finite",
-        ),
+        (lambda t: t[f"{SWITCH}.down_proj.scales"].fill_(torch.nan), "down_proj.scales has values that are not finite"),
     ],
 )
 def test_faulty_experts_are_named(edit: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     save_checkpoint(quantize_model(tiny_model("qwen3_moe")), tmp_path)
-    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    edit(tensors)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "mlx"})
+    tiny.edit_tensors(tmp_path, edit)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import oracle
 from cases import DTYPES, SOME_FORMATS
-from oracle import Format, name_of
+from oracle import Format, name_of, values_of
 from quantization_mlx import QuantizedEmbedding, QuantizedLinear
 
 AFFINE, _, _, *FLOATS = SOME_FORMATS
@@ -31,12 +31,6 @@ def embedding(format: Format, device: str, dtype: torch.dtype = torch.float32) -
     return QuantizedEmbedding.from_embedding(nn.Embedding(OUT, IN, device=device, dtype=dtype), **format.options)
 
 
-def exact_weight(module: QuantizedLinear | QuantizedEmbedding) -> Tensor:
-    """float64 [rows, columns]."""
-    format = Format(module.mode, module.group_size, module.bits)
-    return oracle.dequantize(module.weight_packed, module.scales, module.biases, format)
-
-
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 
@@ -48,7 +42,7 @@ def test_linear_multiplies_by_the_dequantized_weight(
 ) -> None:
     module = linear(format, device, dtype, bias=False)
     x = oracle.random_x(*shape, dtype=dtype)
-    oracle.assert_product(module(x.to(device)), x, exact_weight(module).mT, dtype, str(format))
+    oracle.assert_product(module(x.to(device)), x, values_of(module).mT, dtype, str(format))
 
 
 @FORMAT
@@ -67,7 +61,7 @@ def test_autocast_gives_what_it_gives_for_a_linear_layer(bias: bool, format: For
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module(x).dtype == nn.Linear(IN, OUT, bias)(x).dtype == torch.bfloat16
         total = torch.zeros(4, OUT, dtype=torch.bfloat16).index_add_(0, torch.tensor([0, 3, 0]), module(x))
-    exact = x.double() @ exact_weight(module).mT + (module.bias.double() if bias else 0)
+    exact = x.double() @ values_of(module).mT + (module.bias.double() if bias else 0)
     oracle.assert_within(total, exact.new_zeros(4, OUT).index_add_(0, torch.tensor([0, 3, 0]), exact), 0.1)
 
 
@@ -91,7 +85,7 @@ def test_embedding_looks_up_dequantized_rows(
     module = embedding(format, device, dtype)
     indices = torch.randint(0, OUT, shape, generator=oracle.generator(1)).to(index_dtype)
     rows = module(indices.to(device))
-    weight = exact_weight(module)
+    weight = values_of(module)
     assert rows.dtype == dtype
     # The largest product and one rounding each for the product and the sum.
     bound = 2 * torch.finfo(dtype).eps * weight.abs().max()
@@ -103,7 +97,7 @@ def test_embedding_looks_up_dequantized_rows(
 def test_embedding_is_an_output_head(format: Format, dtype: torch.dtype, device: str) -> None:
     module = embedding(format, device, dtype)
     x = oracle.random_x(2, 3, IN, dtype=dtype)
-    oracle.assert_product(module.as_linear(x.to(device)), x, exact_weight(module).mT, dtype, str(format))
+    oracle.assert_product(module.as_linear(x.to(device)), x, values_of(module).mT, dtype, str(format))
 
 
 @pytest.mark.parametrize("index", [-1, OUT])
@@ -121,7 +115,7 @@ def test_gradient_of_x(format: Format, device: str) -> None:
     x = oracle.random_x(2, 3, IN).to(device).requires_grad_()
     upstream = oracle.random_x(2, 3, OUT, seed=2)
     module(x).backward(upstream.to(device))
-    oracle.assert_product(x.grad, upstream, exact_weight(module), torch.float32, str(format))
+    oracle.assert_product(x.grad, upstream, values_of(module), torch.float32, str(format))
 
 
 def test_packed_parameters_are_frozen_and_the_bias_is_not(device: str) -> None:
@@ -208,10 +202,9 @@ def test_meta_device_knows_shapes(format: Format) -> None:
 )
 def test_mode_decides_what_is_not_given(mode: str, expected: tuple[int, int]) -> None:
     module = QuantizedLinear(IN, OUT, mode=mode)
+    group_size, bits = expected
     assert (module.group_size, module.bits) == expected
-    assert f"in_features={IN}, out_features={OUT}, bias=True, group_size={expected[0]}, bits={expected[1]}" in repr(
-        module
-    )
+    assert f"in_features={IN}, out_features={OUT}, bias=True, group_size={group_size}, bits={bits}" in repr(module)
 
 
 @pytest.mark.parametrize(

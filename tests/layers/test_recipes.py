@@ -11,16 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import oracle
+import tiny
 from cases import FORMATS
 from oracle import name_of
-from quantization_mlx import QuantizedEmbedding, QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx import QuantizedEmbedding, QuantizedLinear, quantize_model, save_checkpoint
 from quantization_mlx.quantization.recipes import RECIPES, mixed_recipe
 from quantization_mlx.quantization.report import QuantizationReport
-from tiny import TOKENS, VOCABULARY
+from tiny import TOKENS, VOCABULARY, causal_lm, converted_by_mlx, logits, mlx_logits, relative_error, reloaded
 
 # Recipes look at paths and at how many layers there are; sizes do not matter. The demo's model has 30 layers.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -28,17 +30,13 @@ ROUNDING = 2 * torch.finfo(torch.float32).eps
 
 
 def llama(layers: int, tied: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, num_hidden_layers=layers, vocab_size=VOCABULARY, tie_word_embeddings=tied)
-    return LlamaForCausalLM(config).eval()
+    return causal_lm("Llama", **SIZES, num_hidden_layers=layers, vocab_size=VOCABULARY, tie_word_embeddings=tied)
 
 
 def gemma(dtype: torch.dtype = torch.float32) -> Gemma3ForCausalLM:
-    torch.manual_seed(0)
     kinds = ["sliding_attention", "sliding_attention", "full_attention"]
     sizes = {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4}
-    config = Gemma3TextConfig(**sizes, num_hidden_layers=6, layer_types=2 * kinds, vocab_size=VOCABULARY)
-    return Gemma3ForCausalLM(config).to(dtype).eval()
+    return causal_lm("Gemma3", **sizes, num_hidden_layers=6, layer_types=2 * kinds, vocab_size=VOCABULARY).to(dtype)
 
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------
@@ -55,40 +53,28 @@ def test_recipes_choose_what_mlx_lm_chooses(name: str, layers: int) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5}
     theirs = Model(ModelArgs("llama", num_hidden_layers=layers, tie_word_embeddings=False, **heads, **sizes))
     their_predicate = mixed_quant_predicate_builder(name, theirs, 32)
-    expected = {
-        path: their_predicate(path, module)
-        for path, module in theirs.named_modules()
-        if hasattr(module, "to_quantized")
-    }
+    packable = {path: module for path, module in theirs.named_modules() if hasattr(module, "to_quantized")}
+    expected = {path: their_predicate(path, module) for path, module in packable.items()}
     model = quantize_model(llama(layers), group_size=32, predicate=name)
-    found = {
-        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        for path, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
-    }
+    packed = {path: layer for path, layer in model.named_modules() if hasattr(layer, "weight_packed")}
+    found = {path: oracle.format_of(layer).options for path, layer in packed.items()}
     assert found == expected
     assert len({format["bits"] for format in found.values()}) == 2
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_mixed_checkpoint_is_mlx_lms(tied: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_mixed_checkpoint_is_mlx_lms(tied: bool, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The same tensors, bit for bit, and the same formats as `mlx_lm.convert --quant-predicate mixed_3_6`."""
-    from mlx_lm.convert import convert
-
     model = llama(9, tied).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    convert(str(tmp_path / "dense"), str(tmp_path / "theirs"), quantize=True, quant_predicate="mixed_3_6")
+    theirs = converted_by_mlx(model, tokenizer, tmp_path, quant_predicate="mixed_3_6")
     save_checkpoint(quantize_model(model, predicate="mixed_3_6"), tmp_path / "ours", tokenizer)
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        oracle.assert_identical(ours[name], tensor, name)
-    assert formats(tmp_path / "ours", ours) == formats(tmp_path / "theirs", theirs)
+    tiny.assert_same_tensors(tmp_path / "ours", theirs)
+    assert formats(tmp_path / "ours") == formats(theirs)
 
 
-def formats(directory: Path, tensors: dict[str, Tensor]) -> dict[str, tuple]:
+def formats(directory: Path) -> dict[str, tuple]:
     """Each layer's format, whichever of them config.json calls the common one."""
+    tensors = load_file(directory / "model.safetensors")
     record = json.loads((directory / "config.json").read_text())["quantization"]
     paths = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
     default = {"group_size": 64, "bits": record["bits"], "mode": "affine"}
@@ -111,11 +97,6 @@ def test_unknown_recipes_and_models_without_layers_are_refused() -> None:
 # --- Reports ----------------------------------------------------------------------------------------------------------
 
 
-def exact_error(weight: Tensor, quantized: QuantizedLinear, format: oracle.Format) -> float:
-    exact = oracle.dequantize(quantized.weight_packed, quantized.scales, quantized.biases, format)
-    return ((exact - weight.double()).norm() / weight.double().norm()).item()
-
-
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_errors_and_sizes_of_every_format(format: oracle.Format) -> None:
     layer = nn.Linear(256, 48, bias=False)
@@ -124,21 +105,14 @@ def test_errors_and_sizes_of_every_format(format: oracle.Format) -> None:
     report = QuantizationReport()
     quantized = quantize_model(layer, **format.options, on_layer=report.add)
     [row] = report.layers
-    assert (row.path, row.shape, row.group_size, row.bits, row.mode) == (
-        "",
-        (48, 256),
-        format.group_size,
-        format.bits,
-        format.mode,
-    )
-    assert row.relative_error == pytest.approx(exact_error(weight, quantized, format), rel=1e-5)
+    assert (row.path, row.shape, oracle.format_of(row)) == ("", (48, 256), format)
+    assert row.relative_error == pytest.approx(relative_error(oracle.values_of(quantized), weight), rel=1e-5)
     overhead = 64 if format.mode == "affine" else 8  # two float32, or one byte, for each group
     assert row.bits_per_weight == pytest.approx(format.bits + overhead / format.group_size)
 
 
 def test_layers_in_several_parts_and_more_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantization_mlx.quantization.report._CHUNK", 5 * 64)  # 5 rows at a time, of 3 * 17
-    format = oracle.Format("affine", 32, 4)
     weight = torch.randn(3, 17, 64, generator=oracle.generator(4))
     experts = QuantizedLinear(64, 17, False, 32, 4)
     experts.pack(weight)
@@ -146,24 +120,19 @@ def test_layers_in_several_parts_and_more_dimensions(monkeypatch: pytest.MonkeyP
     report.add("experts", weight, experts)
     [row] = report.layers
     assert row.shape == (3, 17, 64)
-    assert row.relative_error == pytest.approx(exact_error(weight, experts, format), rel=1e-5)
+    assert row.relative_error == pytest.approx(relative_error(oracle.values_of(experts), weight), rel=1e-5)
 
 
 def test_the_total_is_that_of_all_layers_as_one() -> None:
     model = llama(2)
-    weights = {
-        path: module.weight.detach().double().clone()
-        for path, module in model.named_modules()
-        if path and hasattr(module, "weight")
-    }
+    layers = {path: module for path, module in model.named_modules() if path and hasattr(module, "weight")}
+    weights = {path: layer.weight.detach().double().clone() for path, layer in layers.items()}
     report = QuantizationReport()
     quantize_model(model, predicate="mixed_2_6", on_layer=report.add)
     errors, norms, stored, count = 0.0, 0.0, 0, 0
     for path, module in model.named_modules():
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-            format = oracle.Format(module.mode, module.group_size, module.bits)
-            exact = oracle.dequantize(module.weight_packed, module.scales, module.biases, format)
-            errors += (exact - weights[path]).square().sum().item()
+            errors += (oracle.values_of(module) - weights[path]).square().sum().item()
             norms += weights[path].square().sum().item()
             stored += 8 * sum(parameter.nbytes for parameter in module.parameters())
             count += weights[path].numel()
@@ -230,22 +199,18 @@ def test_scaled_rows_are_those_of_the_float_layer(dtype: torch.dtype, mode: str)
     """What Transformers' own layer computes from the table, dequantized and rounded; in half precision bit for bit."""
     layer = gemma(dtype).model.embed_tokens
     quantized = QuantizedEmbedding.from_embedding(layer, mode=mode)
-    format = oracle.Format(mode, quantized.group_size, quantized.bits)
-    layer.weight.data = oracle.dequantize(quantized.weight_packed, quantized.scales, quantized.biases, format).to(dtype)
+    layer.weight.data = oracle.values_of(quantized).to(dtype)
     expected = layer(TOKENS).detach()
     assert quantized(TOKENS).dtype == dtype
-    oracle.assert_within(
-        quantized(TOKENS), expected.double(), ROUNDING * expected.abs().max() * (dtype == torch.float32)
-    )
+    bound = ROUNDING * expected.abs().max() * (dtype == torch.float32)
+    oracle.assert_within(quantized(TOKENS), expected.double(), bound)
     assert "scale=8" in repr(quantized)
 
 
 def test_scales_given_as_plain_numbers() -> None:
     layer = BartScaledWordEmbedding(16, 64, padding_idx=0, embed_scale=3.5)
     quantized = QuantizedEmbedding.from_embedding(layer, bits=8)
-    layer.weight.data = oracle.dequantize(
-        quantized.weight_packed, quantized.scales, quantized.biases, oracle.Format("affine", 64, 8)
-    ).float()
+    layer.weight.data = oracle.values_of(quantized).float()
     expected = layer(TOKENS % 16).detach()
     oracle.assert_within(quantized(TOKENS % 16), expected.double(), ROUNDING * expected.abs().max())
 
@@ -259,19 +224,9 @@ def test_other_subclasses_are_refused() -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_gemma_goes_through_a_checkpoint_into_mlx_lm(
-    bits: int | None, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_gemma_goes_through_a_checkpoint_into_mlx_lm(bits: int | None, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Sliding windows, two rotary bases and a tied head, quantized or not."""
-    from mlx_lm import load
-
     model = gemma() if bits is None else quantize_model(gemma(), bits=bits)
     assert (type(model.model.embed_tokens) is QuantizedEmbedding) == (bits is not None)
-    save_checkpoint(model, tmp_path, tokenizer)
-    with torch.no_grad():
-        ours, loaded = model(TOKENS).logits, load_checkpoint(tmp_path)(TOKENS).logits
-    assert torch.equal(loaded, ours)
-    mx = oracle.mlx()
-    theirs, _ = load(str(tmp_path))
-    logits = oracle.from_mlx(theirs(oracle.to_mlx(TOKENS)).astype(mx.float32)).double()
-    oracle.assert_within(ours, logits, 1e-4 * logits.abs().max())
+    loaded = reloaded(model, tmp_path, tokenizer)
+    tiny.assert_close(logits(loaded), mlx_logits(tmp_path))

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,12 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+import marlin_models
 import oracle
-from quantization_mlx import (
-    QuantizedEmbedding,
-    QuantizedLinear,
-    QuantizedSwitchLinear,
-    cli,
-    dequantize_model,
-    load_checkpoint,
-    marlin,
-    patch_peft,
-    prepare_for_generation,
-    quantize_model,
-    save_checkpoint,
-    unpatch_peft,
-)
+import quantization_mlx as qm
+import tiny
+from command import Run
+from quantization_mlx import QuantizedLinear, dequantize_model, load_checkpoint, marlin, quantize_model, save_checkpoint
 from quantization_mlx.checkpoint.read import Checkpoint
 from quantization_mlx.families.llama4 import Llama4Experts
 from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
@@ -45,7 +36,7 @@ from quantization_mlx.marlin.layers import MarlinLinear, MetalQuantizedLinear
 from quantization_mlx.marlin.saved import load_quantized, save_quantized
 from quantization_mlx.nn.switch import SwitchLinear
 from quantization_mlx.quantization.report import QuantizationReport
-from tiny import SMALL, TOKENS, assert_close, causal_lm, logits, mlx_logits_of_tokens, only_experts, relative_error
+from tiny import GPT2, SMALL, TOKENS, assert_close, causal_lm, logits, only_experts, relative_error
 
 # --- Layers that are left alone ---------------------------------------------------------------------------------------
 
@@ -117,14 +108,8 @@ EDITS: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
     "child": (lambda layer: layer.add_module("adapter", nn.Linear(128, 64)), "further state: adapter"),
     "state_dict-hook": (lambda layer: layer.register_state_dict_post_hook(nothing), "has a state_dict hook"),
     "state_dict-pre-hook": (lambda layer: layer.register_state_dict_pre_hook(nothing), "has a state_dict pre-hook"),
-    "load-pre-hook": (
-        lambda layer: layer.register_load_state_dict_pre_hook(nothing),
-        "has a load_state_dict pre-hook",
-    ),
-    "load-post-hook": (
-        lambda layer: layer.register_load_state_dict_post_hook(nothing),
-        "has a load_state_dict post-hook",
-    ),
+    "load-pre-hook": (lambda layer: layer.register_load_state_dict_pre_hook(nothing), "has a load_state_dict pre-hook"),
+    "load-post-hook": (lambda x: x.register_load_state_dict_post_hook(nothing), "has a load_state_dict post-hook"),
     "old-backward-hook": (lambda layer: layer.register_backward_hook(nothing), "register_backward_hook"),
 }
 LEFT_LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -175,7 +160,7 @@ def test_converting_such_a_layer_by_itself_is_refused(kind: str) -> None:
     make, reason = {**LEFT_LINEAR, **LEFT_EMBEDDING}[kind]
     ways = (QuantizedLinear.from_linear, MarlinLinear.from_linear, MetalQuantizedLinear.from_float)
     ways = ways[:1] if kind not in NOT_MARLINS else ways
-    for way in (QuantizedEmbedding.from_embedding,) if kind in LEFT_EMBEDDING else ways:
+    for way in (qm.QuantizedEmbedding.from_embedding,) if kind in LEFT_EMBEDDING else ways:
         with pytest.raises(ValueError, match=rf"\[\w+\.from_\w+\] this \w+ cannot be quantized: .*{reason}"):
             way(make())
 
@@ -202,10 +187,8 @@ def test_subclasses_with_a_forward_of_their_own_are_refused() -> None:
     report = QuantizationReport()
     model = nn.ModuleDict({"doubled": Doubled(128, 64), "named": Named(128, 64)})
     quantize_model(model, report=report)
-    assert {each.path: each.reason for each in report.skipped} == {
-        "doubled": "a subclass of Linear: Doubled",
-        "named": "a subclass of Linear: Named",
-    }
+    reasons = {each.path: each.reason for each in report.skipped}
+    assert reasons == {"doubled": "a subclass of Linear: Doubled", "named": "a subclass of Linear: Named"}
 
 
 @pytest.mark.filterwarnings("ignore:.*floating point")
@@ -219,7 +202,7 @@ def test_options_of_gradients_do_not_matter() -> None:
     """padding_idx and sparse concern the gradient of a weight that has none any more; the row of zeros stays one."""
     table = nn.Embedding(32, 64, padding_idx=3, sparse=True)
     quantized = quantize_model(copy.deepcopy(table), bits=8)
-    assert type(quantized) is QuantizedEmbedding
+    assert type(quantized) is qm.QuantizedEmbedding
     assert not quantized(torch.tensor([3])).any()
     oracle.assert_within(quantized(torch.arange(32)), table.weight.double(), 0.02)
 
@@ -247,10 +230,8 @@ def test_a_weight_that_a_module_holds_by_another_name_stays_shared() -> None:
         assert model.layer.weight is model.kernel
     report = QuantizationReport()
     quantize_model(Tied(), report=report)
-    assert {each.path: each.reason for each in report.skipped} == {
-        "kernel": "a parameter of Tied",
-        "layer": "shares its weight with kernel",
-    }
+    reasons = {each.path: each.reason for each in report.skipped}
+    assert reasons == {"kernel": "a parameter of Tied", "layer": "shares its weight with kernel"}
     assert report.skipped_share == 128 * 64 / (128 * 64 + 64)
 
 
@@ -307,7 +288,7 @@ def test_hooks_of_embeddings_and_conv1d_move() -> None:
     for layer in model.values():
         layer.register_forward_hook(lambda module, arguments, output: torch.zeros_like(output))
     quantize_model(model)
-    assert [type(layer) for layer in model.values()] == [QuantizedEmbedding, QuantizedLinear]
+    assert [type(layer) for layer in model.values()] == [qm.QuantizedEmbedding, QuantizedLinear]
     assert not model["table"](torch.arange(3)).any() and not model["conv"](torch.randn(2, 128)).any()
 
 
@@ -365,11 +346,11 @@ def test_hooks_stay_when_an_adapter_is_merged() -> None:
     model = quantize_model(causal_lm("Llama", **DECODER), predicate=lambda path, _: "proj" in path)
     calls = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, *_: calls.append(type(module)))
-    patch_peft()
+    qm.patch_peft()
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
     finally:
-        unpatch_peft()
+        qm.unpatch_peft()
     adapted.merge_adapter()
     logits(adapted)
     adapted.unmerge_adapter()
@@ -391,26 +372,15 @@ def test_prepared_decoders_call_projections_with_hooks(quantized: bool) -> None:
     original = mlp.down_proj.forward
     mlp.down_proj.forward = lambda x: original(x) + 1
     expected = logits(model)
-    ours = logits(prepare_for_generation(model))
+    ours = logits(qm.prepare_for_generation(model))
     assert_close(ours, expected)
 
 
 # --- Conv1D -----------------------------------------------------------------------------------------------------------
 
-GPT2 = {
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 32,
-    "vocab_size": 96,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
 
 def gpt2() -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, initializer_range=0.1)).eval()
+    model = tiny.random_model("GPT2LMHeadModel", **{**GPT2, "n_head": 4})
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.uniform_(parameter, -0.5, 0.5)
@@ -421,15 +391,16 @@ def test_conv1d_becomes_a_linear_layer_of_the_transposed_weight() -> None:
     layer = Conv1D(48, 64)
     nn.init.normal_(layer.bias)
     x = torch.randn(5, 64)
-    for mode, format in (("affine", oracle.Format("affine", 64, 8)), ("mxfp4", oracle.Format("mxfp4", 32, 4))):
-        made = quantize_model(copy.deepcopy(layer), bits=format.bits, mode=mode)
+    for mode, bits in (("affine", 8), ("mxfp4", 4)):
+        made = quantize_model(copy.deepcopy(layer), bits=bits, mode=mode)
         assert (type(made), made.in_features, made.out_features) == (QuantizedLinear, 64, 48)
-        exact = oracle.dequantize(made.weight_packed, made.scales, made.biases, format)
+        assert (made.mode, made.bits) == (mode, bits)
+        exact = oracle.values_of(made)
         assert (exact.T - layer.weight.double()).norm() < 0.2 * layer.weight.norm()
         oracle.assert_within(made(x), x.double() @ exact.T + layer.bias.double(), 1e-5)
     made = marlin.quantize_model(copy.deepcopy(layer), "int4", 32)
-    exact = oracle.dequantize(made.weight_packed, made.scales, made.zeros, oracle.Format("marlin_int4", 32, 4))
-    oracle.assert_within(made(x), x.double() @ exact + layer.bias.double(), 1e-5)
+    assert oracle.format_of(made) == oracle.Format("marlin_int4", 32, 4)
+    oracle.assert_within(made(x), x.double() @ oracle.values_of(made) + layer.bias.double(), 1e-5)
 
 
 def test_gpt2_is_quantized_saved_and_loaded(tmp_path: Path) -> None:
@@ -438,12 +409,10 @@ def test_gpt2_is_quantized_saved_and_loaded(tmp_path: Path) -> None:
     model = quantize_model(copy.deepcopy(dense), bits=8, report=report)
     assert not report.skipped and report.weights == sum(p.numel() for p in dense.parameters() if p.ndim == 2)
     assert relative_error(logits(model), logits(dense)) < 0.05
-    save_checkpoint(model, tmp_path)
+    loaded = tiny.reloaded(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["model.h.0.mlp.c_fc.weight"].shape == (256, 64 * 8 // 32)  # rows are outputs
-    loaded = load_checkpoint(tmp_path)
     assert type(loaded.transformer.h[0].mlp.c_fc) is QuantizedLinear
-    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("left", ["", "c_"], ids=["quantized", "dense"])
@@ -451,7 +420,7 @@ def test_mlx_lm_computes_the_same_from_gpt2(left: str, tmp_path: Path) -> None:
     """Also from layers in floating point, of which the square one would not show by its shape how it lies."""
     model = quantize_model(gpt2(), predicate=lambda path, _: not left or left not in path)
     save_checkpoint(model, tmp_path)
-    assert_close(mlx_logits_of_tokens(tmp_path), logits(model))
+    assert_close(tiny.mlx_logits_of_tokens(tmp_path), logits(model))
     loaded = load_checkpoint(tmp_path)
     assert [type(layer) for layer in loaded.modules()] == [type(layer) for layer in model.modules()]
     assert_close(logits(loaded), logits(model))
@@ -475,7 +444,7 @@ def test_gpt2_that_mlx_lm_has_quantized_is_read(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "theirs")
     assert type(loaded.transformer.h[0].attn.c_proj) is QuantizedLinear
     assert type(loaded.transformer.h[1].attn.c_proj) is Conv1D
-    assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path / "theirs"))
+    assert_close(logits(loaded), tiny.mlx_logits_of_tokens(tmp_path / "theirs"))
 
 
 def test_gpt2_with_the_names_of_transformers_has_its_layout(tmp_path: Path) -> None:
@@ -526,8 +495,7 @@ def test_gpt2_in_marlin_s_formats_is_saved_and_loaded(tmp_path: Path) -> None:
     stats = marlin.replace_linear_layers(model, 8, 64)
     assert stats["replaced_count"] == 8
     assert relative_error(logits(model), logits(dense)) < 0.1
-    save_quantized(model, tmp_path)
-    assert torch.equal(logits(load_quantized(tmp_path, "cpu")), logits(model))
+    marlin_models.reloaded(model, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*floating point")
@@ -543,33 +511,16 @@ def test_conv1d_and_linear_of_one_weight_stay_as_they_are() -> None:
 # --- Experts ----------------------------------------------------------------------------------------------------------
 
 DECODER = {**SMALL, "tie_word_embeddings": False, "pad_token_id": 0}
+MIXTRAL = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}
+LLAMA4 = {**DECODER, "num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 128, "attention_chunk_size": 64}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 128}
+LATENT = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+GLM4 = {**DECODER, **ROUTED, **LATENT, "num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"]}
 MIXTURES: dict[str, dict[str, Any]] = {
-    "Mixtral": {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "GptOss": {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
-    "Llama4": {
-        **DECODER,
-        "intermediate_size_mlp": 128,
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "interleave_moe_layer_step": 1,
-        "attn_temperature_tuning": False,
-        "attention_chunk_size": 64,
-    },
-    "Glm4MoeLite": {
-        **DECODER,
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 128,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 64,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 32,
-        "mlp_layer_types": ["dense", "sparse"],
-    },
+    "Mixtral": MIXTRAL,
+    "GptOss": {**MIXTRAL, "head_dim": 16},
+    "Llama4": {**LLAMA4, "interleave_moe_layer_step": 1, "attn_temperature_tuning": False},
+    "Glm4MoeLite": GLM4,
 }
 
 
@@ -583,22 +534,13 @@ def mixture(family: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def matrices_of(layer: ColumnPackedSwitchLinear) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
-    zeros = [None] * layer.num_experts if layer.zeros is None else layer.zeros
-    return zip(layer.weight_packed, layer.scales, zeros, strict=True)
-
-
 def weights_of(experts: nn.Module) -> list[Tensor]:
     """What the projections of experts stand for, [num_experts, in_features, out_features] in float64."""
     weights = []
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = getattr(experts, name)
-        format = oracle.Format(layer.mode, layer.group_size, layer.bits)
-        if isinstance(layer, ColumnPackedSwitchLinear):
-            parts = matrices_of(layer)
-            weights.append(torch.stack([oracle.dequantize(*matrix, format) for matrix in parts]))
-        else:
-            weights.append(oracle.dequantize(layer.weight_packed, layer.scales, layer.biases, format).mT)
+        values = oracle.values_of(layer)
+        weights.append(values if isinstance(layer, ColumnPackedSwitchLinear) else values.mT)
     return weights
 
 
@@ -625,7 +567,7 @@ def test_llama4_experts_compute_with_the_values_that_they_hold() -> None:
     model = quantize_model(copy.deepcopy(dense), predicate=only_experts)
     experts = model.model.layers[0].feed_forward.experts
     assert type(experts) is Llama4Experts
-    assert [type(layer) for layer in experts.children() if hasattr(layer, "bits")] == [QuantizedSwitchLinear] * 3
+    assert [type(layer) for layer in experts.children() if hasattr(layer, "bits")] == [qm.QuantizedSwitchLinear] * 3
     expected = logits(with_experts_of(dense, model))
     assert relative_error(logits(dense), expected) > 0.01
     assert_close(logits(model), expected, 1e-5)
@@ -637,24 +579,22 @@ def test_llama4_at_8_bits_gives_the_logits_of_the_dense_model(tmp_path: Path) ->
     model = quantize_model(copy.deepcopy(dense), bits=8, report=report)
     assert relative_error(logits(model), logits(dense)) < 0.1
     assert {each.path.rpartition(".")[2] for each in report.skipped} == {"router"}
-    save_checkpoint(model, tmp_path)
+    loaded = tiny.reloaded(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["model.layers.0.feed_forward.experts.gate_proj.weight"].shape == (4, 128, 64 * 8 // 32)
-    loaded = load_checkpoint(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
     assert torch.equal(logits(copy.deepcopy(loaded)), logits(model))
 
 
 def test_llama4_runs_the_experts_that_the_router_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantize_model(mixture("Llama4"), bits=8)
     rows = []
-    forward = QuantizedSwitchLinear.forward
+    forward = qm.QuantizedSwitchLinear.forward
 
     def counted(self: Any, x: Tensor, indices: Tensor, sorted_indices: bool = False) -> Tensor:
         rows.append(len(indices))
         return forward(self, x, indices, sorted_indices)
 
-    monkeypatch.setattr(QuantizedSwitchLinear, "forward", counted)
+    monkeypatch.setattr(qm.QuantizedSwitchLinear, "forward", counted)
     logits(model)
     assert rows == [TOKENS.numel()] * 6  # one expert for each token, in three projections of two layers
 
@@ -679,8 +619,7 @@ def test_refused_llama4_experts_are_the_ones_that_they_were(tmp_path: Path) -> N
     assert after.keys() == parameters.keys() and all(after[name] is each for name, each in parameters.items())
     assert torch.equal(logits(model), expected)
     quantize_model(model, predicate=lambda path, layer: "experts" not in path)
-    save_checkpoint(model, tmp_path)  # with experts in their fused form
-    assert torch.equal(logits(load_checkpoint(tmp_path)), logits(model))
+    tiny.reloaded(model, tmp_path)  # with experts in their fused form
 
 
 def test_llama4_of_mlx_lm_loads(tmp_path: Path) -> None:
@@ -693,9 +632,7 @@ def test_llama4_of_mlx_lm_loads(tmp_path: Path) -> None:
         path = f"model.layers.{index}.feed_forward.router"
         router = QuantizedLinear.from_linear(as_plain_linear(dense.get_submodule(path)), bits=8)
         stored.update({f"{path}.{name}": tensor for name, tensor in router.state_dict().items()})
-        model.get_submodule(path).weight.data = oracle.dequantize(
-            router.weight_packed, router.scales, router.biases, oracle.Format("affine", 64, 8)
-        ).float()
+        model.get_submodule(path).weight.data = oracle.values_of(router).float()
     save_file({f"language_model.{name}": each for name, each in stored.items()}, tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path)
     assert_close(logits(loaded), logits(model), 1e-5)
@@ -712,7 +649,7 @@ def test_mlx_lm_computes_the_same_from_llama4(tmp_path: Path) -> None:
     quantization = config.pop("quantization")
     whole = {"model_type": "llama4", "text_config": config, "quantization": quantization}
     (tmp_path / "config.json").write_text(json.dumps(whole))
-    assert_close(logits(model), mlx_logits_of_tokens(tmp_path))
+    assert_close(logits(model), tiny.mlx_logits_of_tokens(tmp_path))
 
 
 def as_plain_linear(router: nn.Linear) -> nn.Linear:
@@ -721,13 +658,8 @@ def as_plain_linear(router: nn.Linear) -> nn.Linear:
     return layer
 
 
-NOT_EXPERTS = {
-    "self_attn",
-    "lm_head",
-    "shared_expert",
-    "shared_experts",
-    *(f"0.mlp.{name}_proj" for name in ("gate", "up", "down")),
-}
+NOT_EXPERTS = {"self_attn", "lm_head", "shared_expert", "shared_experts"}
+NOT_EXPERTS |= {f"0.mlp.{name}_proj" for name in ("gate", "up", "down")}
 MARLIN_WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "bits-2": lambda model: marlin.replace_linear_layers(model, 2, 32, layer_filter=only_experts),
     "bits-8": lambda model: marlin.replace_linear_layers(model, 8, 64, layer_filter=only_experts),
@@ -759,11 +691,9 @@ def test_marlin_leaves_routers_and_embeddings_alone_and_says_so(family: str, tmp
     assert stats["skipped_count"] == 1 + len(routers)
     left = sum(model.get_submodule(path).weight.numel() for path in stats.skipped)
     assert stats.skipped_share == left / parameters < 0.05
-    save_quantized(model, tmp_path)
+    loaded = marlin_models.reloaded(model, tmp_path)
     record = json.loads((tmp_path / "quantization_config.json").read_text())["layers"]
     assert "ColumnPackedSwitchLinear" in {entry["class"] for entry in record.values()}
-    loaded = load_quantized(tmp_path, "cpu")
-    assert torch.equal(logits(loaded), logits(model))
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
@@ -774,8 +704,7 @@ def test_marlin_s_experts_may_be_mixed_with_others(tmp_path: Path) -> None:
     experts = model.model.layers[1].mlp.experts
     kinds = [type(experts.get_submodule(name)) for name in ("gate_proj", "up_proj", "down_proj")]
     assert kinds == [SwitchLinear, ColumnPackedSwitchLinear, SwitchLinear]
-    save_quantized(model, tmp_path)
-    assert torch.equal(logits(load_quantized(tmp_path, "cpu")), logits(model))
+    marlin_models.reloaded(model, tmp_path)
     filled = load_quantized(tmp_path, "cpu", model=mixture("Mixtral"))
     assert torch.equal(logits(filled), logits(model))
 
@@ -801,13 +730,11 @@ def test_packed_experts_multiply_rows_by_their_matrices(mode: str) -> None:
     torch.manual_seed(1)
     switch = SwitchLinear(torch.randn(5, 48, 64), torch.randn(5, 48))
     layer = ColumnPackedSwitchLinear.from_switch_linear(switch, mode, 32)
-    exact = torch.stack(
-        [oracle.dequantize(*matrix, oracle.Format(mode, 32, layer.bits)) for matrix in matrices_of(layer)]
-    )
+    assert oracle.format_of(layer) == oracle.Format(mode, 32, layer.bits)
+    exact = oracle.values_of(layer)
     x, indices = torch.randn(7, 1, 64), torch.tensor([[0, 4], [2, 2], [1, 0], [3, 4], [0, 0], [4, 1], [2, 3]])
-    expected = (
-        torch.einsum("tik,tikn->tin", x.double().expand(7, 2, 64), exact[indices]) + switch.bias[indices].double()
-    )
+    products = torch.einsum("tik,tikn->tin", x.double().expand(7, 2, 64), exact[indices])
+    expected = products + switch.bias[indices].double()
     oracle.assert_within(layer(x, indices), expected, 1e-4)
     assert layer.to(torch.bfloat16).scales.dtype == torch.float16
     assert layer(x.to(torch.bfloat16), indices).dtype == torch.bfloat16
@@ -912,23 +839,17 @@ def test_a_report_may_do_without_errors() -> None:
     assert [each.path for each in report.skipped] == ["1"]
 
 
-def test_convert_prints_what_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tokenizers import Tokenizer, models
-
-    config = transformers.LlamaConfig(**{**DECODER, "intermediate_size": 160})
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
-    tokenizer = Tokenizer(models.WordLevel({"w": 0}, unk_token="w"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "source")
-    command = ["convert", "--hf-path", str(tmp_path / "source"), "-q", "--mlx-path"]
+def test_convert_prints_what_stays(tmp_path: Path, run: Run, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    causal_lm("Llama", **{**DECODER, "intermediate_size": 160}).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    command = ["convert", "--hf-path", tmp_path / "source", "-q", "--mlx-path"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert cli.main([*command, str(tmp_path / "a")]) == 0
-    assert re.search(
-        r"left in floating point: 2 matrices, [0-9.]+% of the parameters; --report", capsys.readouterr().out
-    )
+        out, _ = run(*command, tmp_path / "a")
+    assert re.search(r"left in floating point: 2 matrices, [0-9.]+% of the parameters; --report", out)
     report = tmp_path / "report.md"
-    assert cli.main([*command, str(tmp_path / "b"), "--report", str(report)]) == 0
-    assert "left in floating point: 2 matrices, " in capsys.readouterr().out
+    out, _ = run(*command, tmp_path / "b", "--report", report)
+    assert "left in floating point: 2 matrices, " in out
     assert "model.layers.1.mlp.down_proj" in report.read_text()
     assert "a row of 160 values does not divide into groups of 64" in report.read_text()
 
@@ -953,9 +874,8 @@ def test_quantizing_while_loading_leaves_the_same_layers_alone(tmp_path: Path, m
     model.save_pretrained(tmp_path)
     limit_embeddings(monkeypatch)
     with patched_transformers():
-        loaded = transformers.GPT2LMHeadModel.from_pretrained(
-            tmp_path, quantization_config=MLXConfig(bits=8, group_size=64)
-        )
+        config = MLXConfig(bits=8, group_size=64)
+        loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=config)
     assert type(loaded.transformer.wte) is nn.Embedding and loaded.transformer.wte.max_norm == 1.0
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert type(loaded.transformer.h[0].mlp.c_fc) is QuantizedLinear

@@ -25,15 +25,13 @@ from quantization_mlx.marlin.models import replace_linear_layers
 from quantization_mlx.nn.linear import PackedLinear
 from quantization_mlx.nn.module import PackedModule
 from quantization_mlx.nn.packed_weight import PackedWeight
+from tiny import causal_lm, random_model
 
 IN, OUT = 256, 48
 replace_groups_of_64 = functools.partial(replace_linear_layers, group_size=64)
 
 LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    **{
-        name_of(format): lambda linear, format=format: QuantizedLinear.from_linear(linear, **format.options)
-        for format in SOME_FORMATS
-    },
+    **{name_of(format): functools.partial(QuantizedLinear.from_linear, **format.options) for format in SOME_FORMATS},
     "marlin-int4": lambda linear: MarlinLinear.from_linear(linear, "int4"),
     "marlin-fp8": lambda linear: MetalQuantizedLinear.from_float(linear, 8),
 }
@@ -231,9 +229,7 @@ def test_tables_are_dequantized(format: oracle.Format) -> None:
     indices = torch.tensor([[3, 9], [0, 3]])
     dense = quantized.dequantize()
     assert type(dense) is nn.Embedding
-    assert torch.equal(dense(indices), quantized(indices)) and torch.equal(
-        quantized.weight[indices], quantized(indices)
-    )
+    assert all(torch.equal(each, quantized(indices)) for each in (dense(indices), quantized.weight[indices]))
 
 
 @LAYER
@@ -327,8 +323,7 @@ TOKENS = torch.randint(3, 96, (2, 16), generator=oracle.generator(1))
 
 def model_of(family: str, dtype: torch.dtype) -> nn.Module:
     name, options = FAMILIES[family]
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**options)).to(dtype).eval()
+    model = random_model(name, **options).to(dtype)
     with torch.no_grad():  # weights of an ordinary size, so that every layer counts
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -418,8 +413,7 @@ def test_checkpoints_of_such_models_load_and_run(family: str, tmp_path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("quantize", [quantize_model, lambda m: quantize_model(m, mode="mxfp4"), replace_groups_of_64])
 def test_models_are_dequantized(quantize: Callable[[nn.Module], object], tied: bool) -> None:
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, tie_word_embeddings=tied)).eval()
+    model = causal_lm("Llama", **TINY, tie_word_embeddings=tied)
     quantize(model)
     with torch.no_grad():
         expected = model(TOKENS).logits
@@ -431,9 +425,7 @@ def test_models_are_dequantized(quantize: Callable[[nn.Module], object], tied: b
 
 
 def test_experts_are_dequantized() -> None:
-    torch.manual_seed(0)
-    options = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**TINY, **options)).eval()
+    model = causal_lm("Mixtral", **TINY, num_local_experts=4, num_experts_per_tok=2)
     names = set(model.state_dict())
     quantize_model(model, bits=8)
     with torch.no_grad():
@@ -444,8 +436,7 @@ def test_experts_are_dequantized() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name_of)
 def test_loaded_models_change_their_dtype_and_are_dequantized_by_transformers(dtype: torch.dtype, tmp_path) -> None:
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).to(torch.bfloat16).eval()
+    model = causal_lm("Llama", **TINY).to(torch.bfloat16)
     qm.save_checkpoint(quantize_model(model), tmp_path)
     loaded = qm.load_checkpoint(tmp_path).to(dtype)
     with torch.no_grad():
@@ -457,11 +448,9 @@ def test_loaded_models_change_their_dtype_and_are_dequantized_by_transformers(dt
 
 
 def test_dequantized_models_are_ordinary_ones(tmp_path) -> None:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
+    model = causal_lm("Llama", **TINY)
     model.twice = model.lm_head
-    qm.save_checkpoint(
-        quantize_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))), tmp_path / "mlx"
-    )
+    qm.save_checkpoint(quantize_model(causal_lm("Llama", **TINY)), tmp_path / "mlx")
     loaded = dequantize_model(qm.load_checkpoint(tmp_path / "mlx"))
     loaded.half().save_pretrained(tmp_path / "dense")
     assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").lm_head) is nn.Linear
@@ -473,8 +462,7 @@ def test_dequantized_models_are_ordinary_ones(tmp_path) -> None:
 def test_accelerate_offloads_quantized_layers(quantize: Callable[[nn.Module], object], tmp_path) -> None:
     import accelerate
 
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, tie_word_embeddings=True)).eval()
+    model = causal_lm("Llama", **TINY, tie_word_embeddings=True)
     quantize(model)
     with torch.no_grad():
         expected = model(TOKENS).logits
@@ -490,7 +478,7 @@ def test_lazy_layers_stay() -> None:
 
 
 def test_embeddings_of_quantized_models_are_not_resized() -> None:
-    model = quantize_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)))
+    model = quantize_model(causal_lm("Llama", **TINY))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(NotImplementedError, match="packed and cannot be written to"):
         model.resize_token_embeddings(128)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
+from process import printed
 from quantization_mlx import int4
 from quantization_mlx.int4 import dequantize_from_int4, pack_int4_to_int8, quantize_to_int4, unpack_int8_to_int4
 
@@ -323,6 +322,5 @@ for call in (int4.example, lambda: int4.quantize_to_int4([1]), lambda: int4.dequ
     except ImportError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ['this needs the package numpy: pip install "quantization-mlx[int4]"'] * 5
+    message = 'this needs the package numpy: pip install "quantization-mlx[int4]"\n'
+    assert printed("-c", code, cwd=tmp_path) == 5 * message

@@ -18,50 +18,27 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
-    GenerationConfig,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModel, AutoModelForCausalLM, BertModel, GenerationConfig, PreTrainedModel, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import oracle
 from disk import fill_disk
-from marlin_models import MODELS, QUANTIZED, layers_of, quantized, tiny_model
-from quantization_mlx import load_checkpoint, patch_transformers, save_checkpoint, unpatch_transformers
+from marlin_models import MODELS, QUANTIZED, layers_of, quantized, reloaded, tiny_model
+from oracle import values_of
+from quantization_mlx import load_checkpoint, marlin, patch_transformers, save_checkpoint, unpatch_transformers
 from quantization_mlx import quantize_model as quantize_to_mlx
 from quantization_mlx.hf.patch import patched_transformers
-from quantization_mlx.marlin import (
-    ColumnPackedLinear,
-    MarlinLinear,
-    MetalQuantizedLinear,
-    TransformersMarlinPipeline,
-    load_and_quantize,
-    load_quantized,
-    quantize_model,
-    replace_linear_layers,
-    save_quantized,
-)
-from repository import ROOT
+from quantization_mlx.marlin import load_quantized, quantize_model, replace_linear_layers, save_quantized
+from repository import ROOT, load_demo
 from tiny import TOKENS, VOCABULARY, contents, edit_config, edit_tensors, logits, wrapper
-
-
-def decoded(layer: ColumnPackedLinear) -> Tensor:
-    """The matrix [in_features, out_features] of a layer, in float64."""
-    format = oracle.Format(layer.mode, layer.group_size, layer.bits)
-    return oracle.dequantize(layer.weight_packed, layer.scales, layer.zeros, format)
 
 
 def dequantized(model: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedModel:
     """`dense` with the weights that the layers of `model` hold."""
     for path, layer in model.named_modules():
-        if isinstance(layer, ColumnPackedLinear):
+        if isinstance(layer, marlin.ColumnPackedLinear):
             twin = dense.get_submodule(path)
-            weight = decoded(layer) if isinstance(twin, Conv1D) else decoded(layer).T
+            weight = values_of(layer) if isinstance(twin, Conv1D) else values_of(layer).T
             assert twin.weight.shape == weight.shape
             twin.weight = nn.Parameter(weight.to(twin.weight.dtype))
     return dense
@@ -91,7 +68,7 @@ def test_values_are_those_of_the_model_up_to_quantization(way: str, error: float
     made, dense = quantized(way=way, group_size=32), tiny_model()
     for path in layers_of(made):
         weight = dense.get_submodule(path).weight.double().T
-        assert (decoded(made.get_submodule(path)) - weight).norm() < error * weight.norm(), path
+        assert (values_of(made.get_submodule(path)) - weight).norm() < error * weight.norm(), path
 
 
 # --- What is replaced -------------------------------------------------------------------------------------------------
@@ -116,12 +93,12 @@ def test_skip_layers_are_whole_components_of_paths(skip_layers: Any, left: set[s
     everything = layers_of(model, nn.Linear)
     stats = replace_linear_layers(model, skip_layers=skip_layers)
     assert layers_of(model, nn.Linear) == left
-    assert layers_of(model, MetalQuantizedLinear) == everything - left == set(stats.replaced)
+    assert layers_of(model, marlin.MetalQuantizedLinear) == everything - left == set(stats.replaced)
     table = stats.skipped.pop("model.embed_tokens")
     assert table == "in skip_layers" if "embed_tokens" in (skip_layers or ()) else table.startswith("an embedding")
     assert stats.skipped == dict.fromkeys(left, "in skip_layers")
     assert stats == {"replaced_count": len(everything) - len(left), "skipped_count": len(left) + 1}
-    assert layers_of(quantize_model(tiny_model(), skip_layers=skip_layers), MarlinLinear) == everything - left
+    assert layers_of(quantize_model(tiny_model(), skip_layers=skip_layers), marlin.MarlinLinear) == everything - left
 
 
 def test_quantize_model_leaves_the_head_alone_unless_told() -> None:
@@ -181,9 +158,7 @@ REASONS = {
 
 def test_every_layer_that_is_left_alone_has_its_reason() -> None:
     zoo = Zoo()
-    stats = replace_linear_layers(
-        zoo, skip_layers={"skipped", "other"}, layer_filter=lambda path, layer: path != "refused"
-    )
+    stats = replace_linear_layers(zoo, skip_layers={"skipped", "other"}, layer_filter=lambda path, _: path != "refused")
     assert stats.replaced == ["fits"]
     assert stats.skipped == REASONS
     assert stats == {"replaced_count": 1, "skipped_count": len(REASONS)}
@@ -223,12 +198,12 @@ def test_linear_layers_of_one_weight_go_on_sharing_it(way: str) -> None:
     assert [layer.training for layer in model.values()] == [True, True, False, False]
     x = torch.randn(3, 128)
     for layer in model.values():
-        oracle.assert_within(layer(x), x.double() @ decoded(layer) + layer.bias.double(), 1e-5)
+        oracle.assert_within(layer(x), x.double() @ values_of(layer) + layer.bias.double(), 1e-5)
 
 
 def test_a_layer_by_itself() -> None:
     linear = nn.Linear(128, 8)
-    assert isinstance(quantize_model(linear), MarlinLinear)
+    assert isinstance(quantize_model(linear), marlin.MarlinLinear)
     with pytest.raises(TypeError, match=r"\[replace_linear_layers\] .*MetalQuantizedLinear\.from_float"):
         replace_linear_layers(linear)
 
@@ -240,27 +215,18 @@ def test_models_on_the_meta_device_stay_there() -> None:
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
+QUANTIZE, REPLACE = r"\[quantize_model\] ", r"\[replace_linear_layers\] "
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (
-            lambda m: quantize_model(m, "fp8"),
-            ValueError,
-            r"\[quantize_model\] quant_type is 'fp8'; supported are fp4, int4",
-        ),
-        (
-            lambda m: quantize_model(m, group_size=48),
-            ValueError,
-            r"\[quantize_model\] group_size is 48; supported are 128",
-        ),
+        (lambda m: quantize_model(m, "fp8"), ValueError, QUANTIZE + "quant_type is 'fp8'; supported are fp4, int4"),
+        (lambda m: quantize_model(m, group_size=48), ValueError, QUANTIZE + "group_size is 48; supported are 128"),
         (lambda m: quantize_model(m, skip_layers="lm_head"), TypeError, "skip_layers is the string 'lm_head'"),
-        (lambda m: quantize_model(m.state_dict()), TypeError, r"\[quantize_model\] model is of type OrderedDict"),
-        (
-            lambda m: replace_linear_layers(m, 3),
-            ValueError,
-            r"\[replace_linear_layers\] bits is 3; supported are \[2, 4, 8",
-        ),
-        (lambda m: replace_linear_layers(m, group_size=0), ValueError, r"\[replace_linear_layers\] group_size is 0"),
+        (lambda m: quantize_model(m.state_dict()), TypeError, QUANTIZE + "model is of type OrderedDict"),
+        (lambda m: replace_linear_layers(m, 3), ValueError, REPLACE + r"bits is 3; supported are \[2, 4, 8"),
+        (lambda m: replace_linear_layers(m, group_size=0), ValueError, REPLACE + "group_size is 0"),
         (lambda m: replace_linear_layers(m, skip_layers="lm_head"), TypeError, "skip_layers is the string 'lm_head'"),
         (
             lambda m: replace_linear_layers(m, layer_filter=lambda path, _: 1 // (path != "lm_head")),
@@ -299,11 +265,9 @@ def saved(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_loaded_model_is_the_saved_one(model: str, way: str, tmp_path: Path) -> None:
     made = quantized(model, way)
-    save_quantized(made, tmp_path)
-    loaded = load_quantized(tmp_path, "cpu")
+    loaded = reloaded(made, tmp_path)
     assert type(loaded) is type(made)
     assert_same_state(loaded, made)
-    assert torch.equal(logits(loaded), logits(made))
     assert layers_of(loaded) == layers_of(made)
     for path in layers_of(made):
         ours, expected = loaded.get_submodule(path), made.get_submodule(path)
@@ -327,11 +291,8 @@ def test_what_a_directory_holds(saved: Path) -> None:
     record = json.loads((saved / "quantization_config.json").read_text())
     entry = {"class": "MarlinLinear", "mode": "marlin_int4", "group_size": 128, "bits": 4}
     paths = layers_of(quantized("qwen2-tied", "int4"))
-    assert record == {
-        "format": "marlin",
-        "layers": dict.fromkeys(paths, entry),
-        "tied": {"lm_head.weight": "model.embed_tokens.weight"},
-    }
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    assert record == {"format": "marlin", "layers": dict.fromkeys(paths, entry), "tied": tied}
     stored = load_file(saved / "model.safetensors")
     assert "lm_head.weight" not in stored
     path = "model.layers.0.self_attn.q_proj"
@@ -346,7 +307,7 @@ def test_what_a_directory_holds(saved: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_tensor_keeps_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     tiny_model("qwen2").to(dtype).save_pretrained(tmp_path / "dense")
-    model, _ = load_and_quantize(tmp_path / "dense", bits=8, device="cpu")
+    model, _ = marlin.load_and_quantize(tmp_path / "dense", bits=8, device="cpu")
     model.model.norm.float()
     save_quantized(model, tmp_path / "quantized")
     loaded = load_quantized(tmp_path / "quantized", "cpu")
@@ -374,24 +335,19 @@ def test_layers_of_one_weight_are_stored_once_and_loaded_as_one(tmp_path: Path) 
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
     second.self_attn.q_proj = first.self_attn.q_proj
     replace_linear_layers(model)
-    save_quantized(model, tmp_path)
+    loaded = reloaded(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert not [name for name in stored if "layers.1.mlp.up_proj" in name or "layers.1.self_attn.q_proj" in name]
-    loaded = load_quantized(tmp_path, "cpu")
     first, second = loaded.model.layers
     for name in ("weight_packed", "scales"):
         assert getattr(first.mlp.up_proj, name) is getattr(second.mlp.up_proj, name)
         assert getattr(first.self_attn.q_proj, name) is getattr(second.self_attn.q_proj, name)
-    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_both_kinds_of_layers_in_one_model(tmp_path: Path) -> None:
     model = quantize_model(tiny_model(), "int4_sym", 32, {"mlp", "lm_head"})
     replace_linear_layers(model, 8, 64, {"layers.1"})
-    save_quantized(model, tmp_path)
-    loaded = load_quantized(tmp_path, "cpu")
-    assert repr(loaded) == repr(model)
-    assert torch.equal(logits(loaded), logits(model))
+    assert repr(reloaded(model, tmp_path)) == repr(model)
 
 
 def test_a_loaded_model_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
@@ -405,7 +361,7 @@ def test_a_loaded_model_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
 def test_models_without_a_head(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = BertModel(BertConfig(**sizes, vocab_size=VOCABULARY)).eval()
+    model = BertModel(transformers.BertConfig(**sizes, vocab_size=VOCABULARY)).eval()
     replace_linear_layers(model)
     save_quantized(model, tmp_path)
     loaded = load_quantized(tmp_path, "cpu")
@@ -450,10 +406,8 @@ def test_loading_makes_no_floating_point_weights(tmp_path: Path, monkeypatch: py
 
 
 def test_shards(tmp_path: Path) -> None:
-    model = quantized()
-    save_quantized(model, tmp_path, max_shard_bytes=40_000)
+    reloaded(quantized(), tmp_path, max_shard_bytes=40_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert torch.equal(logits(load_quantized(tmp_path, "cpu")), logits(model))
 
 
 def test_failed_save_leaves_the_old_directory(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,16 +422,14 @@ def test_failed_save_leaves_the_old_directory(saved: Path, monkeypatch: pytest.M
 def test_new_model_replaces_the_weights_and_nothing_else(tmp_path: Path) -> None:
     save_quantized(quantized(), tmp_path, max_shard_bytes=40_000)
     (tmp_path / "notes.txt").write_text("mine")
-    save_quantized(quantized(way="bits-8"), tmp_path)
+    reloaded(quantized(way="bits-8"), tmp_path)
     assert [file.name for file in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert torch.equal(logits(load_quantized(tmp_path, "cpu")), logits(quantized(way="bits-8")))
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(
-        TypeError, match=r"\[save_quantized\] model is of type OrderedDict; it must be a torch\.nn\.Module"
-    ):
+    message = r"\[save_quantized\] model is of type OrderedDict; it must be a torch\.nn\.Module"
+    with pytest.raises(TypeError, match=message):
         save_quantized(tiny_model().state_dict(), tmp_path)
     with pytest.raises(ValueError, match="no layers of Marlin"):
         save_quantized(tiny_model(), tmp_path)
@@ -486,7 +438,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"save_checkpoint writes: model\.layers\.0\.self_attn\.q_proj"):
         save_quantized(mixed, tmp_path)
 
-    class Own(MarlinLinear):
+    class Own(marlin.MarlinLinear):
         pass
 
     model = quantized()
@@ -579,10 +531,7 @@ def test_faulty_files_are_named(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(error, match=rf"\[load_quantized\] .*{message}"):
             load_quantized(tmp_path / "copy", "cpu")
 
-    for name, message in (
-        ("config.json", "has no config.json"),
-        ("model.safetensors", r"has no model\*\.safetensors"),
-    ):
+    for name, message in (("config.json", "has no config.json"), ("model.safetensors", r"has no model\*\.safetensors")):
         copied(name).unlink()
         assert_refused(FileNotFoundError, message)
     for name in ("config.json", "quantization_config.json"):
@@ -608,7 +557,7 @@ def test_other_kinds_of_directories_are_refused_with_the_loader_that_takes_them(
         load_quantized(tmp_path / "dense", "cpu")
     for model in (quantize_to_mlx(tiny_model()), tiny_model()):
         save_checkpoint(model, saved)  # over the other kind, whose quantization_config.json it leaves there
-        for load in (load_quantized, lambda path, device: load_and_quantize(path, device=device)):
+        for load in (load_quantized, lambda path, device: marlin.load_and_quantize(path, device=device)):
             with pytest.raises(ValueError, match="is an MLX checkpoint; load_checkpoint loads it"):
                 load(saved, "cpu")
         assert torch.equal(logits(load_checkpoint(saved)), logits(model))
@@ -618,12 +567,12 @@ def test_other_loaders_refuse_a_saved_directory(saved: Path) -> None:
     with pytest.raises(ValueError, match="quantization_mlx_marlin"):
         load_checkpoint(saved)
     with pytest.raises(ValueError, match=r"\[load_and_quantize\] .* is quantized already; load_quantized loads it"):
-        load_and_quantize(saved, device="cpu")
+        marlin.load_and_quantize(saved, device="cpu")
 
 
 def test_a_device_that_is_not_here_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for call in (load_and_quantize, load_quantized):
+    for call in (marlin.load_and_quantize, load_quantized):
         for options, device in (({}, "mps"), ({"device": "cuda"}, "cuda")):
             with pytest.raises(ValueError, match=rf"\[{call.__name__}\] device is '{device}'; usable here: 'cpu'"):
                 call("nowhere", **options)
@@ -635,7 +584,7 @@ def test_missing_package_names_the_extra(package: str, saved: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, package, None)
     for call in (
         lambda: load_quantized(saved, "cpu"),
-        lambda: load_and_quantize("nowhere", device="cpu"),
+        lambda: marlin.load_and_quantize("nowhere", device="cpu"),
         lambda: save_quantized(model, saved),
     ):
         with pytest.raises(ImportError, match=re.escape(f'{package}: pip install "quantization-mlx[transformers]"')):
@@ -727,14 +676,12 @@ def test_what_transformers_saves_by_itself_is_refused(part: Callable[[Any], nn.M
 def test_the_class_of_a_part_never_makes_random_layers(tmp_path: Path) -> None:
     model, text = wrapper("gemma3")
     replace_linear_layers(model, group_size=32)
-    save_quantized(model, tmp_path)
+    loaded = reloaded(model, tmp_path)
     with pytest.raises(ValueError, match=NO_METHOD):
         text.from_pretrained(tmp_path)
     with patched_transformers(), pytest.raises(ValueError, match="has layers that the model has not"):
         text.from_pretrained(tmp_path)
-    loaded = load_quantized(tmp_path, "cpu")
     assert type(loaded) is type(model)
-    assert torch.equal(logits(loaded), logits(model))
 
 
 # --- Models that are none of Transformers -----------------------------------------------------------------------------
@@ -825,14 +772,14 @@ def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_load_and_quantize_is_loading_and_quantizing(bits: int, tmp_path: Path) -> None:
     tiny_model(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path)
-    model, stats = load_and_quantize(str(tmp_path), bits, 64, "cpu")
+    model, stats = marlin.load_and_quantize(str(tmp_path), bits, 64, "cpu")
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert stats == replace_linear_layers(expected, bits, 64) == {"replaced_count": 14, "skipped_count": 2}
     assert_same_state(model, expected)
     assert not model.training
     assert model.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"\[load_and_quantize\] bits is 5"):
-        load_and_quantize("nowhere", 5)
+        marlin.load_and_quantize("nowhere", 5)
 
 
 def test_remote_code_is_never_implied(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -850,7 +797,7 @@ def test_remote_code_is_never_implied(saved: Path, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(each, "from_pretrained", recording(each.from_pretrained))
     for options, expected in (({}, False), ({"trust_remote_code": True}, True)):
         trusted.clear()
-        load_and_quantize(tmp_path / "dense", device="cpu", **options)
+        marlin.load_and_quantize(tmp_path / "dense", device="cpu", **options)
         load_quantized(saved, "cpu", **options)
         assert len(trusted) >= 3
         assert set(trusted) == {expected}
@@ -882,8 +829,8 @@ def test_models_with_their_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     edit_config(dense, lambda c: c.update(model_type="own", architectures=["Own"], auto_map=names))
 
     with pytest.raises(ValueError, match="trust_remote_code"):
-        load_and_quantize(dense, device="cpu")
-    model, _ = load_and_quantize(dense, device="cpu", trust_remote_code=True)
+        marlin.load_and_quantize(dense, device="cpu")
+    model, _ = marlin.load_and_quantize(dense, device="cpu", trust_remote_code=True)
     assert torch.equal(logits(model), -logits(quantized()))
     save_quantized(model, made)
     shutil.rmtree(dense)
@@ -897,7 +844,7 @@ def test_models_that_others_quantized_are_refused(tmp_path: Path, monkeypatch: p
     model.is_quantized, model.quantization_method = True, "awq"
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: model)
     with pytest.raises(ValueError, match="some/model is quantized already, by 'awq'"):
-        load_and_quantize("some/model", device="cpu")
+        marlin.load_and_quantize("some/model", device="cpu")
 
 
 # --- A real model -----------------------------------------------------------------------------------------------------
@@ -909,11 +856,8 @@ TWO_BITS = "model.layers.20.mlp.up_proj"
 
 @pytest.mark.exhaustive
 @pytest.mark.xdist_group("real model")
-def test_real_model_with_layers_of_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from demo import load_gguf
-
-    tokenizer, dense = load_gguf()
+def test_real_model_with_layers_of_every_format(tmp_path: Path) -> None:
+    tokenizer, dense = load_demo().load_gguf()
     text = (ROOT / "examples" / "harbour.txt").read_text(encoding="utf-8")
     tokens = tokenizer(text, return_tensors="pt").input_ids[:, :96]
 
@@ -929,7 +873,7 @@ def test_real_model_with_layers_of_every_format(tmp_path: Path, monkeypatch: pyt
     replace_linear_layers(model, 2, 64, layer_filter=lambda path, _: path == TWO_BITS)
     for number, layer in enumerate(model.model.layers):
         QUANTIZED[REAL_WAYS[number % len(REAL_WAYS)]](layer, group_size=64)
-    modes = {layer.mode for layer in model.modules() if isinstance(layer, ColumnPackedLinear)}
+    modes = {layer.mode for layer in model.modules() if isinstance(layer, marlin.ColumnPackedLinear)}
     assert modes == {"marlin_fp4", "marlin_fp8", "marlin_int2", "marlin_int4", "marlin_int4_sym"}
     assert len(layers_of(model)) == 210
 
@@ -944,7 +888,7 @@ def test_real_model_with_layers_of_every_format(tmp_path: Path, monkeypatch: pyt
     assert torch.equal(scores(loaded), computed)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
-    pipeline = TransformersMarlinPipeline(loaded, tokenizer, "cpu")
+    pipeline = marlin.TransformersMarlinPipeline(loaded, tokenizer, "cpu")
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = pipeline.chat(question, 24, temperature=0)
     assert "Paris" in answer

@@ -20,46 +20,23 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 import oracle
+import tiny
 from cases import FLOAT_FORMATS, SOME_FORMATS
+from command import Run
 from disk import fill_disk
 from oracle import name_of
-from quantization_mlx import QuantizedEmbedding, QuantizedLinear, cli, load_checkpoint, quantize_model, save_checkpoint
+from quantization_mlx import QuantizedEmbedding, QuantizedLinear, load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.checkpoint.record import format_of_tensors
 from quantization_mlx.checkpoint.staging import staged
 from quantization_mlx.hf.patch import patched_transformers
-from tiny import (
-    PER_LAYER,
-    TEXT,
-    TOKENS,
-    TWO_KINDS,
-    VOCABULARY,
-    assert_close,
-    contents,
-    edit_config,
-    edit_tensors,
-    logits,
-    mlx_logits,
-    mlx_logits_of_tokens,
-    tiny_model,
-)
+from tiny import TEXT, TWO_KINDS, assert_close, contents, edit_config, edit_tensors, logits, mlx_logits, tiny_model
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 50_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 # What differs between the models of the Llama family, one at a time.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -77,7 +54,7 @@ def from_pretrained(directory: Path) -> PreTrainedModel:
 
 
 @pytest.fixture
-def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+def saved(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     """A checkpoint of a tied model, quantized to the defaults."""
     save_checkpoint(quantize_model(tiny_model(tie_word_embeddings=True)), tmp_path / "saved", tokenizer)
     return tmp_path / "saved"
@@ -89,16 +66,14 @@ def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 @pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mlx_lm_computes_the_same_from_our_checkpoint(
-    variant: str, format: oracle.Format, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    variant: str, format: oracle.Format, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     model = quantize_model(tiny_model(**VARIANTS[variant]), **format.options)
-    save_checkpoint(model, tmp_path, tokenizer)
-    loaded = load_checkpoint(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
+    loaded = tiny.reloaded(model, tmp_path, tokenizer)
     assert_close(logits(loaded), mlx_logits(tmp_path, torch.float32))
 
 
-def test_bfloat16_is_as_close_as_mlx_lm_in_bfloat16(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bfloat16_is_as_close_as_mlx_lm_in_bfloat16(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_checkpoint(quantize_model(tiny_model(torch.bfloat16)), tmp_path, tokenizer)
     exact = mlx_logits(tmp_path, torch.float32).double()
     assert_close(logits(load_checkpoint(tmp_path, dtype=torch.float32)), exact)
@@ -108,28 +83,21 @@ def test_bfloat16_is_as_close_as_mlx_lm_in_bfloat16(tmp_path: Path, tokenizer: P
     oracle.assert_within(logits(loaded), exact, 2 * mlx_error)
 
 
-def test_checkpoint_is_laid_out_as_mlx_lm_does(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_checkpoint_is_laid_out_as_mlx_lm_does(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The same tensors, bit for bit, and the same records as mlx-lm's own conversion."""
-    from mlx_lm.convert import convert
-
     model = tiny_model(torch.bfloat16, tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    convert(str(tmp_path / "dense"), str(tmp_path / "theirs"), quantize=True)
+    directories = tmp_path / "ours", tiny.converted_by_mlx(model, tokenizer, tmp_path)
     save_checkpoint(quantize_model(model), tmp_path / "ours", tokenizer)
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        oracle.assert_identical(ours[name], tensor, name)
-    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
+    tiny.assert_same_tensors(*directories)
+    ours, theirs = (json.loads((directory / "config.json").read_text()) for directory in directories)
     for name in ("quantization", "quantization_config"):
         assert ours[name] == theirs[name] == {"group_size": 64, "bits": 4, "mode": "affine"}
-    ours, theirs = (json.loads((tmp_path / n / "model.safetensors.index.json").read_text()) for n in ("ours", "theirs"))
+    ours, theirs = (json.loads((each / "model.safetensors.index.json").read_text()) for each in directories)
     assert ours["weight_map"] == theirs["weight_map"]
     assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
 
 
-def test_shards(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = quantize_model(tiny_model())
     save_checkpoint(model, tmp_path, tokenizer, max_shard_bytes=40_000)
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
@@ -156,103 +124,85 @@ def test_shards(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_conversions_of_mlx_lm_compute_the_same(
-    tied: bool, options: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    tied: bool, options: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    from mlx_lm.convert import convert
-
-    tiny_model(torch.bfloat16, num_hidden_layers=8, tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    convert(str(tmp_path / "dense"), str(tmp_path / "mlx"), quantize=True, **options)
-    model = load_checkpoint(tmp_path / "mlx", dtype=torch.float32)
+    dense = tiny_model(torch.bfloat16, num_hidden_layers=8, tie_word_embeddings=tied)
+    theirs = tiny.converted_by_mlx(dense, tokenizer, tmp_path, **options)
+    model = load_checkpoint(theirs, dtype=torch.float32)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert_close(logits(model), mlx_logits(tmp_path / "mlx", torch.float32))
+    assert_close(logits(model), mlx_logits(theirs, torch.float32))
     if "quant_predicate" in options:
         assert {module.bits for module in model.modules() if isinstance(module, QuantizedLinear)} == {4, 6}
 
 
-def test_unquantized_conversions_load_too(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    from mlx_lm.convert import convert
-
+def test_unquantized_conversions_load_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = tiny_model(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    convert(str(tmp_path / "dense"), str(tmp_path / "mlx"))
-    assert torch.equal(logits(load_checkpoint(tmp_path / "mlx")), logits(model))
+    theirs = tiny.converted_by_mlx(model, tokenizer, tmp_path, quantize=False)
+    assert torch.equal(logits(load_checkpoint(theirs)), logits(model))
 
 
 # --- Other families ---------------------------------------------------------------------------------------------------
 
-SMALL = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
-GPT2 = {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}
+DECODER = {"is_decoder": True, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # Each has something that stood in the way of reading back what was written.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "GPT2LMHeadModel": GPT2,  # ignores stored tensors by a pattern that c_attn.bias matches
-    "GPTJForCausalLM": {**GPT2, "rotary_dim": 16},  # the same, of which mlx-lm knows the family
-    "Llama4ForCausalLM": {**TEXT, "intermediate_size_mlp": 128, "num_local_experts": 2},  # is its own base model
-    "Gemma4ForCausalLM": {**TEXT, **TWO_KINDS, **PER_LAYER},  # a scaling of rotary embeddings for one kind of layers
-    "XLMRobertaForCausalLM": {**{**TEXT, **SMALL}, "is_decoder": True, "max_position_embeddings": 32},  # a tied bias
-    "InklingForCausalLM": {
+    "GPT2LMHeadModel": tiny.GPT2,  # ignores stored tensors by a pattern that c_attn.bias matches
+    "GPTJForCausalLM": {**tiny.GPT2, "rotary_dim": 16},  # the same, of which mlx-lm knows the family
+    "Llama4ForCausalLM": {**tiny.LLAMA4, "num_local_experts": 2},  # is its own base model
+    "Gemma4ForCausalLM": {
         **TEXT,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-    },  # a config silent about tying
+        **TWO_KINDS,
+        **tiny.PER_LAYER,
+    },  # a scaling of rotary embeddings for one kind of layers
+    "XLMRobertaForCausalLM": {**TEXT, **DECODER},  # a tied bias
+    "InklingForCausalLM": {**TEXT, **ROUTED},  # a config silent about tying
 }
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_there_and_back(
-    family: str, quantized: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    model_class = getattr(transformers, family)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**copy.deepcopy(FAMILIES[family]))).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            nn.init.uniform_(parameter, 0.5, 1.5)
+def test_families_there_and_back(family: str, quantized: bool, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = tiny.with_random_vectors(tiny.random_model(family, **copy.deepcopy(FAMILIES[family])))
     if quantized:
         quantize_model(model, group_size=32)
     save_checkpoint(model, tmp_path, tokenizer)
     loaded = load_checkpoint(tmp_path)
-    assert type(loaded) is model_class
+    assert type(loaded) is type(model)
     assert loaded.config.to_dict().get("rope_parameters") == model.config.to_dict().get("rope_parameters")
     if quantized:
         assert torch.equal(logits(loaded), logits(model))
     else:  # Transformers computes experts in another order where their weights lie otherwise
         assert_close(logits(loaded), logits(model), 1e-5)
     if family in ("GPTJForCausalLM", "Gemma4ForCausalLM"):
-        assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path))
+        assert_close(logits(loaded), tiny.mlx_logits_of_tokens(tmp_path))
 
 
 @pytest.mark.parametrize("command", ["generate", "perplexity", "benchmark"])
 def test_activations_beyond_float16_are_an_error_of_the_command(
-    command: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, tokenizer: Tokenizer, run: Run
 ) -> None:
     """As those of Gemma 3, whose weights after the normalisation of each block are as large as here."""
-    model_class = transformers.Gemma3ForCausalLM
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**TEXT, **TWO_KINDS)).eval()
+    model = tiny.causal_lm("Gemma3", **TEXT, **TWO_KINDS)
     for layer in model.model.layers:
         nn.init.constant_(layer.post_feedforward_layernorm.weight, 60_000.0)
     save_checkpoint(quantize_model(model), tmp_path, tokenizer)
     (tmp_path / "text").write_text("w3 w4 w5 w6 w7 w8 w9")
     flags = {
         "generate": ["-p", "w3 w4", "-m", "2"],
-        "perplexity": ["--data-path", str(tmp_path / "text"), "--sequence-length", "6"],
+        "perplexity": ["--data-path", tmp_path / "text", "--sequence-length", "6"],
         "benchmark": ["-p", "4", "-g", "2", "-n", "1"],
     }[command]
-    assert cli.main([command, "--model", str(tmp_path), "--dtype", "float16", *flags]) == 1
-    assert "computes NaN or infinity in float16; its activations are too large for it" in capsys.readouterr().err
-    assert cli.main([command, "--model", str(tmp_path), "--dtype", "bfloat16", *flags]) == 0
-    out = capsys.readouterr().out
+    _, err = run(command, "--model", tmp_path, "--dtype", "float16", *flags, code=1)
+    assert "computes NaN or infinity in float16; its activations are too large for it" in err
+    out, _ = run(command, "--model", tmp_path, "--dtype", "bfloat16", *flags)
     assert out.strip() and "nan" not in out
 
 
 # --- The rule of which layers are quantized ---------------------------------------------------------------------------
 
 
-def test_layers_may_differ(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_layers_may_differ(tmp_path: Path, tokenizer: Tokenizer) -> None:
     def predicate(path: str, layer: nn.Module) -> bool | dict[str, Any]:
         if "o_proj" in path:
             return False
@@ -263,12 +213,10 @@ def test_layers_may_differ(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
     assert type(attention.o_proj) is nn.Linear
     assert (attention.v_proj.mode, mlp.down_proj.bits, mlp.down_proj.group_size) == ("mxfp4", 8, 32)
     assert (mlp.up_proj.mode, mlp.up_proj.bits, mlp.up_proj.group_size) == ("affine", 4, 64)
-    save_checkpoint(model, tmp_path, tokenizer)
+    loaded = tiny.reloaded(model, tmp_path, tokenizer)
     record = json.loads((tmp_path / "config.json").read_text())["quantization"]
     assert record.pop("model.layers.1.mlp.down_proj") == {"group_size": 32, "bits": 8, "mode": "affine"}
     assert len(record) == 3 + 3  # the default and the other exceptions
-    loaded = load_checkpoint(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
     assert_close(logits(loaded), mlx_logits(tmp_path, torch.float32))
 
 
@@ -292,9 +240,9 @@ def test_mode_and_exceptions_may_be_absent(saved: Path) -> None:
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_formats_without_an_entry_are_found_by_loading_and_by_info_alike(
-    family: str, default: dict[str, Any], other: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, default: dict[str, Any], other: dict[str, Any], tmp_path: Path, run: Run
 ) -> None:
-    model = tiny_model() if family == "llama" else GPT2LMHeadModel(GPT2Config(**{**GPT2, "n_embd": 128})).eval()
+    model = tiny_model() if family == "llama" else tiny.random_model("GPT2LMHeadModel", **{**tiny.GPT2, "n_embd": 128})
     exceptional = re.compile("embed_tokens|c_attn")  # the latter's weight is stored transposed where it is dense
     quantize_model(model, **default, predicate=lambda path, _: other if exceptional.search(path) else True)
     save_checkpoint(model, tmp_path)
@@ -304,14 +252,10 @@ def test_formats_without_an_entry_are_found_by_loading_and_by_info_alike(
             assert [record.pop(path) for path in list(record) if exceptional.search(path)]
 
     edit_config(tmp_path, drop)
-    loaded = load_checkpoint(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-    assert cli.main(["info", "--model", str(tmp_path), "--json"]) == 0
-    formats = {
-        (part["mode"], part["bits"], part["group_size"]): part["tensors"]
-        for part in json.loads(capsys.readouterr().out)["parts"]
-        if "mode" in part
-    }
+    assert torch.equal(logits(load_checkpoint(tmp_path)), logits(model))
+    out, _ = run("info", "--model", tmp_path, "--json")
+    parts = [part for part in json.loads(out)["parts"] if "mode" in part]
+    formats = {(part["mode"], part["bits"], part["group_size"]): part["tensors"] for part in parts}
     stored = {id(module.scales): module for module in model.modules() if hasattr(module, "scales")}  # tied ones once
     expected = Counter((module.mode, module.bits, module.group_size) for module in stored.values())
     assert formats == expected and len(expected) == 2
@@ -320,10 +264,8 @@ def test_formats_without_an_entry_are_found_by_loading_and_by_info_alike(
 @pytest.mark.parametrize("default, found", [({"bits": 4, "group_size": 64}, 4), ({"bits": 3, "group_size": 32}, None)])
 def test_formats_of_a_model_that_transformers_does_not_know(default: dict[str, Any], found: int | None) -> None:
     """8 bits in groups of 32 have the shapes of 4 bits in groups of 64, which a default of that decides."""
-    stored = {
-        "head.weight": torch.empty(8, 32, dtype=torch.uint32, device="meta"),
-        "head.scales": torch.empty(8, 4, device="meta"),
-    }
+    with torch.device("meta"):
+        stored = {"head.weight": torch.empty(8, 32, dtype=torch.uint32), "head.scales": torch.empty(8, 4)}
     assert format_of_tensors("head", 128, default, stored) == {"group_size": 32, "bits": 8, "mode": "affine"}
     if found is not None:
         assert format_of_tensors("head", None, default, stored) == {"group_size": 64, "bits": 4, "mode": "affine"}
@@ -332,7 +274,7 @@ def test_formats_of_a_model_that_transformers_does_not_know(default: dict[str, A
             format_of_tensors("head", None, default, stored)
 
 
-def test_false_leaves_a_layer_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_false_leaves_a_layer_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = "model.layers.0.mlp.up_proj"
     model = quantize_model(tiny_model(), predicate=lambda name, _: name != path)
     save_checkpoint(model, tmp_path, tokenizer)
@@ -404,15 +346,15 @@ def test_answers_of_the_predicate() -> None:
         assert type(quantized(no)) is nn.Linear
     assert quantized(re.match("a", "a")).bits == 4
     assert quantized({"bits": 8}).bits == 8
-    where = r"^\[quantize_model\] the predicate's dict for '0': "
-    with pytest.raises(TypeError, match=rf"{where}unknown key 'bit'; supported are 'group_size', 'bits' and 'mode'$"):
-        quantized({"bit": 8})
-    with pytest.raises(ValueError, match=rf"{where}mode 'affine' with group_size 64 and bits '8' is not supported"):
-        quantized({"bits": "8"})
-    with pytest.raises(ValueError, match=rf"{where}mode None is not supported"):
-        quantized({"mode": None})
-    with pytest.raises(TypeError, match=r"^\[quantize_model\] the predicate gives 'mxfp4' for '0'; wanted"):
-        quantized("mxfp4")
+    where = "the predicate's dict for '0': "
+    for wrong, error, message in (
+        ({"bit": 8}, TypeError, where + "unknown key 'bit'; supported are 'group_size', 'bits' and 'mode'$"),
+        ({"bits": "8"}, ValueError, where + "mode 'affine' with group_size 64 and bits '8' is not supported"),
+        ({"mode": None}, ValueError, where + "mode None is not supported"),
+        ("mxfp4", TypeError, "the predicate gives 'mxfp4' for '0'; wanted"),
+    ):
+        with pytest.raises(error, match=rf"^\[quantize_model\] {message}"):
+            quantized(wrong)
     with pytest.raises(TypeError, match=r"^\[quantize_model\] predicate is 5; it must be a function"):
         quantize_model(nn.Linear(64, 8), predicate=5)
     with pytest.raises(ValueError, match=r"^\[quantize_model\] mode 'affine' with group_size '64' and bits 4 is not"):
@@ -477,14 +419,13 @@ def test_generation_config_is_kept(tmp_path: Path) -> None:
     model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=[1, 9])
     save_checkpoint(model, tmp_path)
     assert load_checkpoint(tmp_path).generation_config.eos_token_id == [1, 9]
-    assert load_checkpoint(tmp_path).generate(TOKENS, eos_token_id=None, pad_token_id=0).shape[1] == TOKENS.shape[1] + 7
+    tokens = load_checkpoint(tmp_path).generate(tiny.TOKENS, eos_token_id=None, pad_token_id=0)
+    assert tokens.shape[1] == tiny.TOKENS.shape[1] + 7
 
 
 def test_stale_index_is_ignored(saved: Path) -> None:
     expected = logits(load_checkpoint(saved))
-    (saved / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"gone.weight": "model-00001-of-00009.safetensors"}}'
-    )
+    (saved / "model.safetensors.index.json").write_text('{"weight_map": {"gone": "model-00001-of-00009.safetensors"}}')
     assert torch.equal(logits(load_checkpoint(saved)), expected)
 
 
@@ -529,22 +470,21 @@ def test_false_for_a_quantized_layer_is_an_error(saved: Path) -> None:
 
 
 def test_other_kinds_of_checkpoints_are_refused(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no config.json")):
-        load_checkpoint(tmp_path)
+    def refused(error: type[Exception], message: str, directory: Path = saved) -> None:
+        with pytest.raises(error, match=message):
+            load_checkpoint(directory)
+
+    refused(FileNotFoundError, re.escape(f"{tmp_path} has no config.json"), tmp_path)
     shutil.copy(saved / "model.safetensors", saved / "model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match="repeats tensors of another file"):
-        load_checkpoint(saved)
+    refused(ValueError, "repeats tensors of another file")
     edit_config(saved, lambda config: config.update(quantize_activations=True))
-    with pytest.raises(ValueError, match="quantized activations"):
-        load_checkpoint(saved)
+    refused(ValueError, "quantized activations")
     edit_config(saved, lambda config: config["quantization"].update(quant_method="awq"))
-    with pytest.raises(ValueError, match="'awq'"):
-        load_checkpoint(saved)
+    refused(ValueError, "'awq'")
     for file in saved.glob("*.safetensors"):
         file.unlink()
     edit_config(saved, lambda config: [config.pop(name) for name in ("quantization", "quantize_activations")])
-    with pytest.raises(FileNotFoundError, match=r"has no model\*\.safetensors"):
-        load_checkpoint(saved)
+    refused(FileNotFoundError, r"has no model\*\.safetensors")
 
 
 @pytest.mark.parametrize("package", ["transformers", "safetensors"])
@@ -614,7 +554,7 @@ def save_and_be_told_to_end(model: nn.Module, directory: Path, number: signal.Si
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
 @pytest.mark.parametrize("old", [True, False], ids=["over an older one", "new"])
 def test_a_signal_leaves_the_old_checkpoint_and_nothing_in_the_way(
-    old: bool, name: str, saved: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    old: bool, name: str, saved: Path, tmp_path: Path, tokenizer: Tokenizer, run: Run
 ) -> None:
     """SIGKILL leaves no chance to clean up: what it leaves is no obstacle, and goes with the next save."""
     target = saved if old else tmp_path / "new"
@@ -629,14 +569,14 @@ def test_a_signal_leaves_the_old_checkpoint_and_nothing_in_the_way(
     else:
         save_checkpoint(tiny_model(), tmp_path / "dense")
         tokenizer.save_pretrained(tmp_path / "dense")
-        assert cli.main(["convert", "--hf-path", str(tmp_path / "dense"), "--mlx-path", str(target), "-q"]) == 0
+        run("convert", "--hf-path", tmp_path / "dense", "--mlx-path", target, "-q")
     assert not list(target.glob(".save-*"))
     assert load_checkpoint(target).lm_head.bits == (8 if old else 4)
 
 
 @pytest.mark.parametrize("load", [load_checkpoint, from_pretrained], ids=["load_checkpoint", "from_pretrained"])
 def test_each_file_is_read_once(
-    load: Callable[[Path], Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    load: Callable[[Path], Any], tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By this package: Transformers reads config.json for itself, and the tensors."""
     save_checkpoint(quantize_model(tiny_model()), tmp_path, tokenizer, max_shard_bytes=40_000)

@@ -10,30 +10,22 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    ViTConfig,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, ViTConfig
 
 import oracle
-from command import run
+from command import Run
+from process import python
 from quantization_mlx import load_checkpoint, quantize_model, save_checkpoint
 from quantization_mlx.cli import COMMANDS, main
 from repository import ROOT
-from tiny import SIZES, VOCABULARY, causal_lm
+from tiny import SIZES, VOCABULARY, assert_same_tensors, causal_lm, edit_config
 
 ADAPTER = "adapter_model.safetensors"
 TEXT = " ".join(f"w{i * i % VOCABULARY}" for i in range(100))
@@ -92,18 +84,14 @@ def converted(dense: Path) -> Path:
 
 
 @pytest.mark.parametrize("flags", [[], ["-q"], ["-q", "--q-bits", "3", "--q-group-size", "32"]], ids=" ".join)
-def test_convert_writes_what_mlx_lm_writes(
-    flags: list[str], dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_writes_what_mlx_lm_writes(flags: list[str], dense: Path, tmp_path: Path, run: Run) -> None:
     from mlx_lm.convert import configure_parser, convert
 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     convert(**vars(configure_parser().parse_args(["--hf-path", str(dense), "--mlx-path", str(theirs), *flags])))
-    out, err = run(capsys, "convert", "--model", dense, "--mlx-path", ours, *flags)
-    expected, found = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        oracle.assert_identical(found[name], tensor, name)
+    out, err = run("convert", "--model", dense, "--mlx-path", ours, *flags)
+    assert_same_tensors(ours, theirs)
+    expected = load_file(theirs / "model.safetensors")
     configs = [json.loads((directory / "config.json").read_text()) for directory in (ours, theirs)]
     assert configs[0].get("quantization") == configs[1].get("quantization")
     weights = sum(parameter.numel() for parameter in LlamaForCausalLM.from_pretrained(dense).parameters())
@@ -113,15 +101,13 @@ def test_convert_writes_what_mlx_lm_writes(
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
-def test_dequantize_writes_what_mlx_lm_writes(
-    dtype: str | None, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dequantize_writes_what_mlx_lm_writes(dtype: str | None, converted: Path, tmp_path: Path, run: Run) -> None:
     from mlx_lm.convert import configure_parser, convert
 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     flags = ["-d"] if dtype is None else ["-d", "--dtype", dtype]
     convert(**vars(configure_parser().parse_args(["--hf-path", str(converted), "--mlx-path", str(theirs), *flags])))
-    out, _ = run(capsys, "convert", "--hf-path", converted, "--mlx-path", ours, *flags)
+    out, _ = run("convert", "--hf-path", converted, "--mlx-path", ours, *flags)
     expected, found = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
     assert found.keys() == expected.keys()
     packed = load_file(converted / "model.safetensors")
@@ -141,7 +127,7 @@ def test_dequantize_writes_what_mlx_lm_writes(
     oracle.assert_identical(model.model.layers[0].mlp.up_proj.weight, found["model.layers.0.mlp.up_proj.weight"])
 
 
-def test_code_that_comes_with_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_that_comes_with_a_model(tmp_path: Path, run: Run) -> None:
     """A model of a class that only its directory has: trusted, it is converted with its code, and runs."""
     source, target = tmp_path / "source", tmp_path / "target"
     llama(8).save_pretrained(source)
@@ -151,27 +137,26 @@ def test_code_that_comes_with_a_model(tmp_path: Path, capsys: pytest.CaptureFixt
         "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    config = json.loads((source / "config.json").read_text())
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    config.update(model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=code)
-    (source / "config.json").write_text(json.dumps(config))
+    names = {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": code}
+    edit_config(source, lambda config: config.update(names))
     flags = ["convert", "--hf-path", source, "--mlx-path", target, "-q"]
-    _, err = run(capsys, *flags, code=1)
+    _, err = run(*flags, code=1)
     assert "comes with Python code of its own, which --trust-remote-code lets run" in err and len(err.splitlines()) == 1
     assert not target.exists()
-    run(capsys, *flags, "--trust-remote-code")
-    _, err = run(capsys, "generate", "--model", target, "-m", 3, code=1)
+    run(*flags, "--trust-remote-code")
+    _, err = run("generate", "--model", target, "-m", 3, code=1)
     assert "--trust-remote-code" in err and len(err.splitlines()) == 1
-    out, _ = run(capsys, "generate", "--model", target, "-m", 3, "-p", "w5 w6", "--trust-remote-code")
+    out, _ = run("generate", "--model", target, "-m", 3, "-p", "w5 w6", "--trust-remote-code")
     plain = quantize_model(llama(8)).generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
     assert out.split() == [f"w{token}" for token in plain[0, 2:].tolist()]
 
 
-def test_convert_reports_and_draws_errors(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_reports_and_draws_errors(dense: Path, tmp_path: Path, run: Run) -> None:
     target = tmp_path / "mixed"
     report, plot = target / "report.md", tmp_path / "plot.PNG"  # one into the directory that convert makes
     flags = ["-q", "--quant-predicate", "mixed_4_6", "--report", report, "--plot", plot]
-    out, _ = run(capsys, "convert", "--hf-path", dense, "--mlx-path", target, *flags)
+    out, _ = run("convert", "--hf-path", dense, "--mlx-path", target, *flags)
     tensors = load_file(target / "model.safetensors")
     original = load_file(dense / "model.safetensors")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.read_text().splitlines()]
@@ -201,12 +186,10 @@ def greedy(directory: Path, prompt: str, count: int) -> str:
     return tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
 
 
-def test_generate_streams_the_greedy_text(
-    converted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generate_streams_the_greedy_text(converted: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = greedy(converted, "w5 w17 w3", 12)
     flags = ["generate", "--model", converted, "--dtype", "float32", "-m", "12"]
-    out, err = run(capsys, *flags, "-p", "w5 w17 w3")
+    out, err = run(*flags, "-p", "w5 w17 w3")
     assert out.strip() == expected and len(expected.split()) > 1
     length = len(AutoTokenizer.from_pretrained(converted)("w5 w17 w3").input_ids)
     assert re.search(rf"^Prompt: {length} tokens, \d+\.\d+ tokens-per-sec$", err, re.M)
@@ -217,18 +200,18 @@ def test_generate_streams_the_greedy_text(
     assert re.search(r"^Peak resident memory: \d+\.\d+ GB$", err, re.M)
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w17 w3"))
-    assert run(capsys, *flags, "-p", "-", "--verbose", "F") == (out, "")
+    assert run(*flags, "-p", "-", "--verbose", "F") == (out, "")
     # Of one token, the likeliest, sampling takes no other.
-    assert run(capsys, *flags, "-p", "w5 w17 w3", "--temp", "2", "--top-k", "1")[0] == out
+    assert run(*flags, "-p", "w5 w17 w3", "--temp", "2", "--top-k", "1")[0] == out
 
 
-def test_sampling_follows_the_seed(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_follows_the_seed(converted: Path, run: Run) -> None:
     flags = ["generate", "--model", converted, "-m", "12", "-p", "w5", "--temp", "1.5", "--top-p", "0.99", "--seed"]
-    first, again, other = (run(capsys, *flags, seed)[0] for seed in (1, 1, 2))
+    first, again, other = (run(*flags, seed)[0] for seed in (1, 1, 2))
     assert first == again != other
 
 
-def test_chat_templates(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_templates(converted: Path, tmp_path: Path, run: Run) -> None:
     directory = tmp_path / "chat"
     directory.mkdir()
     for file in converted.iterdir():
@@ -239,16 +222,16 @@ def test_chat_templates(converted: Path, tmp_path: Path, capsys: pytest.CaptureF
         (directory / name).unlink()
     tokenizer.save_pretrained(directory)
     flags = ["generate", "--model", directory, "--dtype", "float32", "-m", "6", "-p", "w5 w6"]
-    out, err = run(capsys, *flags)
+    out, err = run(*flags)
     assert out.strip() == greedy(converted, "w5 w6 w91", 6) and "Prompt: 3 tokens" in err
-    out, err = run(capsys, *flags, "--system-prompt", "w7")
+    out, err = run(*flags, "--system-prompt", "w7")
     assert out.strip() == greedy(converted, "w90 w7 w5 w6 w91", 6) and "Prompt: 5 tokens" in err
-    out, err = run(capsys, *flags, "--ignore-chat-template")
+    out, err = run(*flags, "--ignore-chat-template")
     assert out.strip() == greedy(converted, "w5 w6", 6) and "Prompt: 2 tokens" in err
 
-    _, err = run(capsys, *flags, "--chat-template-config", '{"tokenize": false}', code=2)
+    _, err = run(*flags, "--chat-template-config", '{"tokenize": false}', code=2)
     assert "--chat-template-config sets variables of the template, and 'tokenize' is none" in err
-    out, err = run(capsys, *flags, "--chat-template-config", '{"extra": "w8"}')
+    out, err = run(*flags, "--chat-template-config", '{"extra": "w8"}')
     assert out.strip() == greedy(converted, "w8 w5 w6 w91", 6) and "Prompt: 4 tokens" in err
 
 
@@ -260,9 +243,7 @@ def continuation(directory: Path, prompt: list[int], count: int) -> list[str]:
     return [f"w{token}" for token in tokens[0, len(prompt) :].tolist()]
 
 
-def test_generation_ends_at_every_token_that_ends_a_text(
-    small_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generation_ends_at_every_token_that_ends_a_text(small_heads: Path, tmp_path: Path, run: Run) -> None:
     """At that of the tokenizer where config.json has none, and at those of config.json, a list, and of the flag."""
     words = continuation(small_heads, [5, 17], 30)
     first = {word: words.index(word) for word in dict.fromkeys(words)}  # where each is first met
@@ -272,47 +253,42 @@ def test_generation_ends_at_every_token_that_ends_a_text(
     flags = ["generate", "--model", directory, "--dtype", "float32", "-m", 30, "-p", "w5 w17"]
 
     write_tokenizer(directory, eos_token=late)
-    _, err = run(capsys, *flags)
+    _, err = run(*flags)
     assert f"Generation: {first[late] + 1} tokens" in err
-    _, err = run(capsys, *flags, "--extra-eos-token", "w0", early)
+    _, err = run(*flags, "--extra-eos-token", "w0", early)
     assert f"Generation: {first[early] + 1} tokens" in err
-    _, err = run(capsys, *flags, "--extra-eos-token", early[1:])  # by its number
+    _, err = run(*flags, "--extra-eos-token", early[1:])  # by its number
     assert f"Generation: {first[early] + 1} tokens" in err
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "eos_token_id": [int(early[1:]), 0]}))
+    edit_config(directory, lambda config: config.update(eos_token_id=[int(early[1:]), 0]))
     (directory / "generation_config.json").unlink()
-    _, err = run(capsys, *flags)
+    _, err = run(*flags)
     assert f"Generation: {first[early] + 1} tokens" in err
-    _, err = run(capsys, *flags, "--extra-eos-token", "word", code=1)
+    _, err = run(*flags, "--extra-eos-token", "word", code=1)
     assert err == "quantization-mlx generate: error: --extra-eos-token 'word' is no token of this model's tokenizer\n"
 
 
-def test_prompts_have_escapes(small_heads: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_have_escapes(small_heads: Path, run: Run) -> None:
     flags = ["generate", "--model", small_heads, "--dtype", "float32", "-m", 4]
-    out, err = run(capsys, *flags, "-p", r"w5\nw6")
+    out, err = run(*flags, "-p", r"w5\nw6")
     assert out.split() == continuation(small_heads, [5, 95, 6], 4) and "Prompt: 3 tokens" in err
 
 
-def test_a_gpu_that_is_not_here_is_named(
-    converted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_is_not_here_is_named(converted: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for command in (["generate"], ["benchmark"], ["perplexity", "--data-path", converted / "config.json"]):
-        _, err = run(capsys, *command, "--model", converted, "--device", "mps", code=2)
+        _, err = run(*command, "--model", converted, "--device", "mps", code=2)
         assert err == f"quantization-mlx {command[0]}: error: --device mps needs the GPU of a Mac, which is not here\n"
 
 
-def test_one_token_has_no_rate(small_heads: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, err = run(capsys, "generate", "--model", small_heads, "-m", 1)
+def test_one_token_has_no_rate(small_heads: Path, run: Run) -> None:
+    _, err = run("generate", "--model", small_heads, "-m", 1)
     assert re.search("^Generation: 1 tokens$", err, re.M) and "nan" not in err
-    out, _ = run(capsys, "benchmark", "--model", small_heads, "-p", 4, "-g", 1, "-n", 2)
+    out, _ = run("benchmark", "--model", small_heads, "-p", 4, "-g", 1, "-n", 2)
     assert len(re.findall(r"^(?:Trial \d|Medians): prompt_tps=[\d.]+$", out, re.M)) == 3
 
 
 @pytest.mark.parametrize("prompt", [3, 8])
-def test_bounded_caches_are_mlx_lms(
-    prompt: int, small_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bounded_caches_are_mlx_lms(prompt: int, small_heads: Path, tmp_path: Path, run: Run) -> None:
     """The text that mlx_lm generates with the cache of `max_kv_size`, another one than without; nothing ends it."""
     from mlx_lm import load, stream_generate
     from mlx_lm.models.cache import RotatingKVCache
@@ -333,19 +309,15 @@ def test_bounded_caches_are_mlx_lms(
     flags = ["generate", "--model", directory, "--dtype", "float32", "-m", 40, "-p", words]
     unbounded, bounded = theirs(), theirs(prompt_cache=[RotatingKVCache(8, keep=4) for _ in model.layers])
     assert unbounded != bounded
-    out, err = run(capsys, *flags)
+    out, err = run(*flags)
     assert out.split() == unbounded and "neither the checkpoint nor its tokenizer names a token that ends a text" in err
-    assert run(capsys, *flags, "--max-kv-size", 8)[0].split() == bounded
+    assert run(*flags, "--max-kv-size", 8)[0].split() == bounded
 
 
-def test_caches_of_sliding_windows_are_not_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = MistralConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=VOCABULARY, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=8,
-    )  # fmt: skip
-    save_checkpoint(MistralForCausalLM(config), tmp_path)
+def test_caches_of_sliding_windows_are_not_bounded(tmp_path: Path, run: Run) -> None:
+    save_checkpoint(causal_lm("Mistral", **SIZES, sliding_window=8), tmp_path)
     write_tokenizer(tmp_path)
-    _, err = run(capsys, "generate", "--model", tmp_path, "--max-kv-size", 16, code=1)
+    _, err = run("generate", "--model", tmp_path, "--max-kv-size", 16, code=1)
     assert re.search(r"MistralForCausalLM has layers that do not attend to all positions.*DynamicSlidingWindow", err)
 
 
@@ -364,13 +336,11 @@ def adapter(dense: Path) -> Path:
     return directory
 
 
-def test_adapters_add_to_the_quantized_layers(
-    small_heads: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapters_add_to_the_quantized_layers(small_heads: Path, adapter: Path, tmp_path: Path, run: Run) -> None:
     """Compared with a dense model whose weights are those of the quantized one and the adapter's products."""
     flags = ["generate", "--model", small_heads, "--dtype", "float32", "-m", 8, "-p", "w5 w17"]
-    without = run(capsys, *flags)[0].split()
-    found = run(capsys, *flags, "--adapter-path", adapter)[0].split()
+    without = run(*flags)[0].split()
+    found = run(*flags, "--adapter-path", adapter)[0].split()
     tensors = load_file(adapter / "adapter_model.safetensors")
     stored = load_file(small_heads / "model.safetensors")
     model = llama(8).float()
@@ -388,17 +358,15 @@ def test_adapters_add_to_the_quantized_layers(
 
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["perplexity", "--model", small_heads, "--dtype", "float32", "--data-path", tmp_path / "text.txt"]
-    out, _ = run(capsys, *flags, "--sequence-length", 16, "--adapter-path", adapter)
+    out, _ = run(*flags, "--sequence-length", 16, "--adapter-path", adapter)
     tokens = AutoTokenizer.from_pretrained(small_heads)(TEXT, return_tensors="pt").input_ids[0, :96].view(6, 16)
     expected = math.exp(model(tokens, labels=tokens).loss.item())
     assert float(re.search(r"[\d.]+", out)[0]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_adapters_that_do_not_fit_are_refused(
-    small_heads: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapters_that_do_not_fit_are_refused(small_heads: Path, adapter: Path, tmp_path: Path, run: Run) -> None:
     def refused(message: str) -> None:
-        _, err = run(capsys, "generate", "--model", small_heads, "--adapter-path", tmp_path / "adapter", code=1)
+        _, err = run("generate", "--model", small_heads, "--adapter-path", tmp_path / "adapter", code=1)
         assert re.search(message, err) and len(err.splitlines()) == 1, err
 
     refused("there is no directory")
@@ -423,7 +391,7 @@ def test_adapters_that_do_not_fit_are_refused(
 # --- Perplexity and benchmark -----------------------------------------------------------------------------------------
 
 
-def test_perplexity_is_mlx_lms(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_perplexity_is_mlx_lms(converted: Path, tmp_path: Path, run: Run) -> None:
     from mlx_lm import load
     from mlx_lm.perplexity import eval_ppl
 
@@ -434,21 +402,21 @@ def test_perplexity_is_mlx_lms(converted: Path, tmp_path: Path, capsys: pytest.C
     expected, error = eval_ppl(model, mx.array(tokens[:96]).reshape(6, 16), batch_size=4)
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["perplexity", "--model", converted, "--dtype", "float32", "--data-path", tmp_path / "text.txt"]
-    out, err = run(capsys, *flags, "--sequence-length", "16", "--batch-size", "4")
+    out, err = run(*flags, "--sequence-length", "16", "--batch-size", "4")
     found = re.fullmatch(r"Perplexity: ([\d.]+) ± ([\d.]+)\n", out)
     assert float(found[1]) == pytest.approx(expected, rel=1e-4)
     assert float(found[2]) == pytest.approx(error, rel=1e-3)
     assert "90 tokens in 6 sequences" in err
-    out, err = run(capsys, *flags, "--sequence-length", "16", "--num-samples", "2")
+    out, err = run(*flags, "--sequence-length", "16", "--num-samples", "2")
     expected, _ = eval_ppl(model, mx.array(tokens[:32]).reshape(2, 16))
     assert float(re.search(r"[\d.]+", out)[0]) == pytest.approx(expected, rel=1e-4)
     assert "30 tokens in 2 sequences" in err
-    out, err = run(capsys, *flags, "--sequence-length", "2", "--num-samples", "1")
+    out, err = run(*flags, "--sequence-length", "2", "--num-samples", "1")
     assert re.fullmatch(r"Perplexity: [\d.]+ ± inf\n", out) and "1 tokens in 1 sequences" in err
 
 
-def test_benchmark_times_what_was_asked_for(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, err = run(capsys, "benchmark", "--model", converted, "-p", 8, "-g", 4, "-b", 2, "-n", 3)
+def test_benchmark_times_what_was_asked_for(converted: Path, run: Run) -> None:
+    out, err = run("benchmark", "--model", converted, "-p", 8, "-g", 4, "-b", 2, "-n", 3)
     rates = re.findall(r"^Trial (\d): prompt_tps=([\d.]+), generation_tps=([\d.]+)$", out, re.M)
     assert [trial for trial, *_ in rates] == ["1", "2", "3"]
     for column, name in ((1, "prompt_tps"), (2, "generation_tps")):
@@ -461,9 +429,9 @@ def test_benchmark_times_what_was_asked_for(converted: Path, capsys: pytest.Capt
 # --- Info -------------------------------------------------------------------------------------------------------------
 
 
-def test_info_adds_up(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_adds_up(converted: Path, run: Run) -> None:
     tensors = load_file(converted / "model.safetensors")
-    out, err = run(capsys, "info", "--model", converted, "--json")
+    out, err = run("info", "--model", converted, "--json")
     record = json.loads(out)
     assert err == "" and record["model"] == "LlamaForCausalLM"
     packed, rest = record["parts"]
@@ -473,14 +441,14 @@ def test_info_adds_up(converted: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert packed["bytes"] + rest["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
     assert packed["largest"] in ([256, 128], [128, 256])
 
-    out, _ = run(capsys, "info", "--model", converted, "--gpu", "applegpu_g17s")
+    out, _ = run("info", "--model", converted, "--gpu", "applegpu_g17s")
     assert "affine, 4 bits, group_size 64" in out
     assert re.search(r"^cpu +1 row +(baseline|avx2|avx512|amx|neon)$", out, re.M)
     assert re.search(r"^applegpu_g17s +1 row +affine_qmv_bfloat16_gs_64_b_4 \[matvec\]$", out, re.M)
     assert re.search(r"^applegpu_g17s +512 rows +affine_qmm_t\S* \[(tile|tensor)\]$", out, re.M)
 
 
-def test_info_reads_headers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_reads_headers_alone(tmp_path: Path, run: Run) -> None:
     """A file of 9 GB, of which all but the header is a hole."""
     rows, columns = 1 << 19, 1 << 15
     tensors = {
@@ -498,7 +466,7 @@ def test_info_reads_headers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "llama", "quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}})
     )
-    out, _ = run(capsys, "info", "--model", tmp_path)
+    out, _ = run("info", "--model", tmp_path)
     assert f"llama, {rows * columns / 1e6:.1f} million weights, {end / 1e6:.1f} MB in 1 file(s), 4.25 bits" in out
     assert f"mxfp4, 4 bits, group_size 32: kernels for its largest matrix, {rows} x {columns}" in out
 
@@ -506,15 +474,13 @@ def test_info_reads_headers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
 # --- Help -------------------------------------------------------------------------------------------------------------
 
 
-def test_documentation_shows_the_help_of_today(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documentation_shows_the_help_of_today(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"^```text\n\$ quantization-mlx ?(\w*) --help\n(.*?)^```$", page, re.M | re.S))
     assert set(blocks) == {"", *COMMANDS}
     monkeypatch.setenv("COLUMNS", "100")
     for command, text in blocks.items():
-        out, _ = run(capsys, *command.split(), "--help")
+        out, _ = run(*command.split(), "--help")
         assert out == text, "python benchmarks/quantization_error.py --help-only writes the page anew"
 
 
@@ -556,11 +522,7 @@ ERRORS = [
     ("generate --model MLX --device cuda", 2, "invalid choice: 'cuda'"),
     ("generate --model VIT", 1, r"is a model of type 'vit' \(ViTForImageClassification\), which is no causal language"),
     ("perplexity --model MLX --data-path TMP/none.txt", 1, r"No such file.*none\.txt"),
-    (
-        "perplexity --model MLX --data-path MLX/model.safetensors",
-        1,
-        r"--data-path \S+model.safetensors is not text",
-    ),
+    ("perplexity --model MLX --data-path MLX/model.safetensors", 1, r"--data-path \S+model.safetensors is not text"),
     (
         "perplexity --model MLX --data-path DENSE/config.json --num-samples 0",
         2,
@@ -574,11 +536,7 @@ ERRORS = [
     ("info --model DENSE --gpu applegpu_g17s", 2, "--gpu plans products with quantized weights, of which"),
     ("convert --hf-path BARE -q --mlx-path TMP/out", 1, r"\S+BARE has no tokenizer; save one there"),
     ("convert --hf-path TMP/none -q", 1, "there is no directory"),
-    (
-        "convert --hf-path none -q",
-        1,
-        "there is no directory none, and no model of that name that can be reached",
-    ),
+    ("convert --hf-path none -q", 1, "there is no directory none, and no model of that name that can be reached"),
     (
         "convert --hf-path some/none -q",
         1,
@@ -600,11 +558,7 @@ ERRORS = [
     ("convert --hf-path DENSE --mlx-path TMP/out -d", 1, "is not quantized, so there is nothing that -d could do"),
     ("convert --hf-path MLX --mlx-path TMP/out -d -q", 2, "-q with -d, which dequantizes"),
     ("convert --hf-path MLX --mlx-path TMP/out -d --q-bits 4", 2, "--q-bits with -d, which dequantizes"),
-    (
-        "convert --hf-path TMP --gguf-file a --mlx-path TMP/out -d",
-        2,
-        "--gguf-file with -d, which reads MLX",
-    ),
+    ("convert --hf-path TMP --gguf-file a --mlx-path TMP/out -d", 2, "--gguf-file with -d, which reads MLX"),
     ("convert --hf-path DENSE --mlx-path TMP/out --quant-predicate mixed_5_6 -q", 2, "invalid choice: 'mixed_5_6'"),
     ("convert --hf-path DENSE --mlx-path TMP/out --q-bits 4", 2, "--q-bits without -q"),
     ("convert --hf-path DENSE --mlx-path TMP/out --q-mode mxfp4", 2, "--q-mode without -q, which quantizes"),
@@ -649,7 +603,7 @@ def places(dense: Path, converted: Path) -> dict[str, str]:
     for name, content in {"EMPTY": b"", "TEXT": b"text", "CUT": b"GGUF\x03\0\0\0"}.items():
         (root / f"{name}.gguf").write_bytes(content)
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "vocab_size": VOCABULARY}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(root / "WIDE")
+    LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(root / "WIDE")
     write_tokenizer(root / "WIDE")
     (root / "BARE").mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -660,18 +614,18 @@ def places(dense: Path, converted: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("line", "code", "message"), ERRORS, ids=[line or "nothing" for line, *_ in ERRORS])
 def test_errors_are_one_line(
-    line: str, code: int, message: str, places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str, code: int, message: str, places: dict[str, str], tmp_path: Path, run: Run
 ) -> None:
     named = {**places, "TMP": str(tmp_path)}
     words = [re.sub(rf"^({'|'.join(named)})\b", lambda found: named[found[1]], word) for word in line.split()]
-    out, err = run(capsys, *words, code=code)
+    out, err = run(*words, code=code)
     assert out == ""
     assert re.match(r"quantization-mlx( \w+)?: error: ", err) and re.search(message, err) and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = run(capsys, "--version")
+def test_version(run: Run) -> None:
+    out, _ = run("--version")
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     assert out.startswith(f"quantization-mlx {version} (torch {torch.__version__}, transformers ")
 
@@ -691,25 +645,23 @@ def flags_of_mlx_lm(command: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "info"])
-def test_flags_of_mlx_lm_are_here_or_refused(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flags_of_mlx_lm_are_here_or_refused(command: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = flags_of_mlx_lm(command, monkeypatch)
-    help, _ = run(capsys, command, "--help")
+    help, _ = run(command, "--help")
     ours = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help))
     page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
     assert len(theirs) > 5
     for flag in theirs:
         if flag in ours:
             continue
-        _, err = run(capsys, command, flag, "1", code=2)
+        _, err = run(command, flag, "1", code=2)
         assert re.match(rf"quantization-mlx {command}: error: --\S+ of mlx_lm is not supported: ", err), err
         assert len(err.splitlines()) == 1
         assert f"`{flag}`" in page, flag
 
 
 def test_commands_of_mlx_lm_are_here_or_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_lm import cli
 
@@ -721,49 +673,42 @@ def test_commands_of_mlx_lm_are_here_or_refused(
     for command in theirs:
         if command in COMMANDS:
             continue
-        _, err = run(capsys, command, "--model", "x", code=2)
+        _, err = run(command, "--model", "x", code=2)
         assert err.startswith(f"quantization-mlx {command}: error: mlx_lm's command is not here: ")
         assert f"`{command}`" in page, command
 
 
 @pytest.mark.parametrize("command", ["generate", "info", "convert"])
-def test_checkpoints_of_other_methods_are_refused(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoints_of_other_methods_are_refused(command: str, tmp_path: Path, run: Run) -> None:
     directory = broken(tmp_path, **AWQ)
-    _, err = run(capsys, command, "--model", directory, code=1)
+    _, err = run(command, "--model", directory, code=1)
     assert re.fullmatch(rf"quantization-mlx {command}: error: \S+ is quantized (already, )?by 'awq'.*\n", err)
 
 
-def test_damaged_weights_and_wrong_formats(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_weights_and_wrong_formats(converted: Path, tmp_path: Path, run: Run) -> None:
     directory = broken(tmp_path)
     content = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(content[:-5])
-    _, err = run(capsys, "info", "--model", directory, code=1)
+    _, err = run("info", "--model", directory, code=1)
     assert "is damaged or no safetensors file" in err and len(err.splitlines()) == 1
     (directory / "config.json").write_text("{")
-    _, err = run(capsys, "info", "--model", directory, code=1)
+    _, err = run("info", "--model", directory, code=1)
     assert "is not JSON" in err and len(err.splitlines()) == 1
     config = json.loads((converted / "config.json").read_text())
     config["quantization"]["mode"] = "int4"
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "model.safetensors").write_bytes((converted / "model.safetensors").read_bytes())
-    _, err = run(capsys, "info", "--model", directory, code=1)
+    _, err = run("info", "--model", directory, code=1)
     assert "mode 'int4' is not supported; supported are affine" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("package", "extra"), [("transformers", "transformers"), ("matplotlib", "plot")])
 def test_missing_extras_are_named(
-    package: str,
-    extra: str,
-    dense: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    package: str, extra: str, dense: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     flags = ["-q", "--plot", tmp_path / "plot.png"]
-    _, err = run(capsys, "convert", "--hf-path", dense, "--mlx-path", tmp_path / "out", *flags, code=1)
+    _, err = run("convert", "--hf-path", dense, "--mlx-path", tmp_path / "out", *flags, code=1)
     install = f'pip install "quantization-mlx[{extra}]"'
     assert err == f"quantization-mlx convert: error: this needs the package {package}: {install}\n"
 
@@ -777,7 +722,7 @@ def test_module_runs_as_a_command(converted: Path, tmp_path: Path) -> None:
     """A process of its own, in which importing Transformers fails: `info` needs safetensors alone."""
     (tmp_path / "transformers.py").write_text("raise ImportError('blocked')")
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "quantization_mlx", "info", "--model", str(converted)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    command = ("-m", "quantization_mlx", "info", "--model", converted)
+    done = python(*command, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{converted}: LlamaForCausalLM, ") and done.stderr == ""

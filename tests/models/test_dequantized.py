@@ -27,8 +27,7 @@ FORMATS = [("affine", 64, 4), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 
 
 
 def values_of(layer: QuantizedModule, dtype: torch.dtype) -> torch.Tensor:
-    parts = (None if part is None else part.detach() for part in (layer.weight_packed, layer.scales, layer.biases))
-    return oracle.dequantize(*parts, oracle.Format(layer.mode, layer.group_size, layer.bits)).to(dtype)
+    return oracle.values_of(layer).to(dtype)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -17,22 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 import oracle
+import quantization_mlx as qm
 from disk import fill_disk
 from foreign import AWQ, COMPRESSED, GPTQ, Codes, foreign_checkpoint
-from quantization_mlx import (
-    QuantizedSwitchLinear,
-    convert_awq,
-    convert_compressed_tensors,
-    convert_foreign_checkpoint,
-    convert_gptq,
-    load_checkpoint,
-    quantized_matmul,
-)
+from quantization_mlx import convert_awq, convert_foreign_checkpoint, convert_gptq, load_checkpoint, quantized_matmul
 from quantization_mlx.convert.layer import ConvertedLinear
 from tiny import SIZES, assert_close, causal_lm, contents, edit_config, edit_tensors, logits, mlx_logits
 
@@ -79,7 +70,7 @@ def test_compressed_tensors_keep_every_value(act_order: bool, symmetric: bool, b
     del stored["weight_shape"]
     if symmetric:
         del stored["weight_zero_point"]
-    layer = convert_compressed_tensors(**stored, bits=bits)
+    layer = qm.convert_compressed_tensors(**stored, bits=bits)
     assert torch.equal(dequantized(layer), codes.values)
     assert layer.scales.dtype == (torch.bfloat16 if symmetric else torch.float32)
 
@@ -159,11 +150,7 @@ def test_scales_that_overflow_the_dtype_are_refused() -> None:
     "convert, change, message",
     [
         (convert_awq, {"qweight": torch.zeros(256, 8)}, r"qweight is torch\.float32 \[256, 8\] and should be int32"),
-        (
-            convert_awq,
-            {"qweight": torch.zeros(256, 9, dtype=torch.int32)},
-            r"\[256, 9\] and should be int32 \[256, 8\]",
-        ),
+        (convert_awq, {"qweight": torch.zeros(256, 9).int()}, r"\[256, 9\] and should be int32 \[256, 8\]"),
         (convert_awq, {"qzeros": torch.zeros(3, 8, dtype=torch.int32)}, r"qzeros .* should be int32 \[2, 8\]"),
         (convert_awq, {"scales": torch.ones(64)}, r"scales \[64\] should be \[groups, out\]"),
         (convert_awq, {"scales": torch.full((2, 64), torch.nan)}, "infinite or NaN"),
@@ -191,11 +178,8 @@ def test_groups_of_16_cannot_be_expressed() -> None:
 
 def tiny_moe(family: str) -> PreTrainedModel:
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
-    families = {
-        "mixtral": ("Mixtral", {"num_local_experts": 4}),
-        "qwen3_moe": ("Qwen3Moe", {**options, "norm_topk_prob": True}),
-    }
-    name, more = families[family]
+    qwen, mixtral = {**options, "norm_topk_prob": True}, {"num_local_experts": 4}
+    name, more = {"mixtral": ("Mixtral", mixtral), "qwen3_moe": ("Qwen3Moe", qwen)}[family]
     return causal_lm(name, **SIZES, tie_word_embeddings=False, **more).to(torch.float16)
 
 
@@ -240,7 +224,7 @@ def test_experts_are_stacked(
     assert f"model.layers.1.{block}.switch_mlp.down_proj" in report.formats
     assert not [path for path in report.formats if ".experts." in path]
     loaded = load_checkpoint(tmp_path / "mlx", dtype=torch.float32)
-    assert type(loaded.model.layers[0].mlp.experts.down_proj) is QuantizedSwitchLinear
+    assert type(loaded.model.layers[0].mlp.experts.down_proj) is qm.QuantizedSwitchLinear
     assert_close(logits(loaded), expected, 1e-4)
     assert_close(mlx_logits(tmp_path / "mlx", torch.float32), expected, 1e-4)
 
@@ -253,10 +237,8 @@ def test_float16_is_what_mlx_lm_makes_of_awq(tmp_path: Path, tokenizer: Any) -> 
     assert not report.lossless
     theirs = mlx_logits(tmp_path / "awq", torch.float32)
     assert_close(logits(load_checkpoint(tmp_path / "mlx", dtype=torch.float32)), theirs, 1e-4)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "mlx" / "model.safetensors").values()} == {
-        torch.float16,
-        torch.uint32,
-    }
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "mlx" / "model.safetensors").values()}
+    assert dtypes == {torch.float16, torch.uint32}
 
 
 def test_act_order_is_refused_or_quantized_anew(tmp_path: Path) -> None:
@@ -277,32 +259,23 @@ def test_act_order_is_refused_or_quantized_anew(tmp_path: Path) -> None:
 
 def test_act_order_of_some_layers_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     foreign_checkpoint(tmp_path / "gptq", "gptq", GPTQ, symmetric=True)
-    file = tmp_path / "gptq" / "model.safetensors"
-    tensors = load_file(file)
     name = "model.layers.1.mlp.up_proj"
     shuffled = Codes(256, 128, 64, act_order=True).gptq()
-    tensors.update({f"{name}.{key}": tensor for key, tensor in shuffled.items()})
-    save_file(tensors, file)
+    edit_tensors(tmp_path / "gptq", lambda t: t.update({f"{name}.{key}": each for key, each in shuffled.items()}), "pt")
     report = convert_foreign_checkpoint(tmp_path / "gptq", tmp_path / "mlx", torch.float32, {"bits": 6})
     assert list(report.requantized) == [name]
     assert report.rounding == 0
     record = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
-    assert record == {
-        "group_size": 64,
-        "bits": 4,
-        "mode": "affine",
-        name: {"group_size": 64, "bits": 6, "mode": "affine"},
-    }
+    affine = {"group_size": 64, "mode": "affine"}
+    assert record == {**affine, "bits": 4, name: {**affine, "bits": 6}}
     assert load_checkpoint(tmp_path / "mlx").get_submodule(name).bits == 6
 
 
 def test_zero_biases_of_layers_that_have_none_are_left_out(tmp_path: Path) -> None:
     expected = logits(foreign_checkpoint(tmp_path / "gptq", "gptq", GPTQ))
-    file = tmp_path / "gptq" / "model.safetensors"
-    tensors = load_file(file)
-    superfluous = {f"model.layers.{i}.mlp.{name}.bias": 0 for i in range(2) for name in ("gate_proj", "up_proj")}
-    tensors.update({name: torch.zeros(256, dtype=torch.float16) for name in superfluous})
-    save_file(tensors, file)
+    names = (f"model.layers.{i}.mlp.{name}.bias" for i in range(2) for name in ("gate_proj", "up_proj"))
+    superfluous = {name: torch.zeros(256, dtype=torch.float16) for name in names}
+    edit_tensors(tmp_path / "gptq", lambda tensors: tensors.update(superfluous), "pt")
     convert_foreign_checkpoint(tmp_path / "gptq", tmp_path / "mlx")
     assert not superfluous.keys() & load_file(tmp_path / "mlx" / "model.safetensors").keys()
     assert_close(logits(load_checkpoint(tmp_path / "mlx")), expected)
@@ -365,9 +338,7 @@ def rename_projections(tensors: dict[str, Tensor]) -> None:
             rf"switch_mlp\.up_proj: experts that are not quantized are among others.*: {EXPERTS}\.2\.up_proj",
         ),
         (
-            lambda t: t.update(
-                {f"{EXPERTS}.2.up_proj.{n}": v for n, v in Codes(64, 128, group_size=64, seed=9).awq().items()}
-            ),
+            lambda t: t.update({f"{EXPERTS}.2.up_proj.{n}": v for n, v in Codes(64, 128, 64, seed=9).awq().items()}),
             r"switch_mlp\.up_proj: the experts have different formats or shapes, .*'group_size': 32.*'group_size': 64",
         ),
         (
@@ -424,27 +395,25 @@ def test_faulty_checkpoints_are_refused(
 
 
 def test_faulty_files_are_refused(tmp_path: Path) -> None:
-    source, target = tmp_path / "awq", tmp_path / "mlx"
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        convert_foreign_checkpoint(source, target)
+    source = tmp_path / "awq"
+
+    def refused(error: type[Exception], message: str, target: Path = tmp_path / "mlx") -> None:
+        with pytest.raises(error, match=message):
+            convert_foreign_checkpoint(source, target)
+
+    refused(FileNotFoundError, r"has no config\.json")
     foreign_checkpoint(source, "awq", AWQ)
-    with pytest.raises(ValueError, match="the same directory"):
-        convert_foreign_checkpoint(source, source)
+    refused(ValueError, "the same directory", source)
     whole = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
-        convert_foreign_checkpoint(source, target)
+    refused(ValueError, r"model\.safetensors cannot be read")
     (source / "model.safetensors").unlink()
     (source / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(FileNotFoundError, match=r"has no \*\.safetensors"):
-        convert_foreign_checkpoint(source, target)
+    refused(FileNotFoundError, r"has no \*\.safetensors")
     (source / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        convert_foreign_checkpoint(source, target)
-    edited = {"model_type": "llama"}
-    (source / "config.json").write_text(json.dumps(edited))
-    with pytest.raises(ValueError, match="is not quantized; supported are"):
-        convert_foreign_checkpoint(source, target)
+    refused(ValueError, r"config\.json is not JSON")
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    refused(ValueError, "is not quantized; supported are")
 
 
 def test_interrupted_conversion_leaves_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

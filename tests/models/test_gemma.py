@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import oracle
-from command import run
+from command import Run
 from quantization_mlx import QuantizedEmbedding, cli, load_checkpoint, quantize_model
 from repository import ROOT
 
@@ -66,10 +66,10 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     yield made
 
 
-def test_everything_is_quantized(gemma: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_is_quantized(gemma: Model, run: Run) -> None:
     embedding = gemma.loaded.model.embed_tokens
     assert type(embedding) is QuantizedEmbedding and embedding.weight is gemma.loaded.lm_head.weight
-    out, _ = run(capsys, "info", "--model", gemma.directory)
+    out, _ = run("info", "--model", gemma.directory)
     assert float(re.search(r"([\d.]+) bits per weight", out)[1]) == pytest.approx(4.5, abs=0.02)
 
 
@@ -90,24 +90,24 @@ def test_logits_are_mlx_lms(gemma: Model) -> None:
     oracle.assert_within(ours, logits, 1e-4 * logits.abs().max())
 
 
-def test_generates_the_greedy_text(gemma: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generates_the_greedy_text(gemma: Model, run: Run) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gemma.directory)
     tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
     output = gemma.loaded.generate(tokens, max_new_tokens=12, do_sample=False)
     expected = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
-    out, err = run(capsys, "generate", "--model", gemma.directory, *FLAGS, "-p", PROMPT, "-m", "12")
+    out, err = run("generate", "--model", gemma.directory, *FLAGS, "-p", PROMPT, "-m", "12")
     assert out.strip() == expected.strip() and len(expected.split()) > 4
     assert "Decoder: Transformers' own code" in err
 
 
 @torch.no_grad()
-def test_perplexity_is_near_the_float_models(gemma: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_perplexity_is_near_the_float_models(gemma: Model, run: Run) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gemma.directory)
     tokens = tokenizer(HARBOUR.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :256]
     assert tokens[0, 0] == tokenizer.bos_token_id
     exact, quantized = (model(tokens, labels=tokens).loss.exp().item() for model in (gemma.dense.float(), gemma.loaded))
     flags = ["--data-path", HARBOUR, "--sequence-length", "256", "--num-samples", "1"]
-    out, err = run(capsys, "perplexity", "--model", gemma.directory, *FLAGS, *flags)
+    out, err = run("perplexity", "--model", gemma.directory, *FLAGS, *flags)
     found = float(re.match(r"Perplexity: ([\d.]+) ", out)[1])
     assert found == pytest.approx(quantized, rel=1e-3)
     assert "255 tokens in 1 sequences" in err

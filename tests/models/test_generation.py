@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import oracle
@@ -34,11 +24,10 @@ from quantization_mlx import dequantize_model, load_checkpoint, prepare_for_gene
 from quantization_mlx._ops import ops
 from quantization_mlx.hf import decoder
 from quantization_mlx.hf.compat import cache_name
-from repository import ROOT
+from repository import load_demo
 from tiny import VOCABULARY
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-DEMO = ROOT / "examples" / "demo.py"
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 SIZES = {**tiny.SIZES, "num_hidden_layers": 3, **IDS}
 FAMILIES = {
@@ -47,7 +36,7 @@ FAMILIES = {
     "llama-many-heads": LlamaConfig(**{**SIZES, "num_attention_heads": 8, "num_key_value_heads": 1}, head_dim=32),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "mistral-sliding": MistralConfig(**SIZES, sliding_window=8),
-    "qwen2": Qwen2Config(**SIZES),
+    "qwen2": transformers.Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=64),
 }
 FAMILY = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
@@ -438,7 +427,7 @@ def test_second_call_changes_nothing() -> None:
 
 
 def test_refuses_unknown_models() -> None:
-    config = GPT2Config(n_layer=1, n_head=2, n_embd=64, vocab_size=VOCABULARY)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=64, vocab_size=VOCABULARY)
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no decoder layer of a known kind; known are .*Llama"):
         prepare_for_generation(AutoModelForCausalLM.from_config(config))
 
@@ -481,7 +470,7 @@ def test_the_cache_by_either_name() -> None:
 def test_continuous_batching() -> None:
     model, prepared = pair(FAMILIES["llama"])
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 5)]
-    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
     texts = []
     for each in (model, prepared):
         results = each.generate_batch(inputs=prompts, generation_config=config).values()
@@ -493,13 +482,9 @@ def test_continuous_batching() -> None:
 
 def test_prepared_modules_are_modules() -> None:
     """Nothing of theirs has another meaning in their new class."""
+    names = [name for name in dir(nn.Module) if callable(getattr(nn.Module, name))]
     for module in pair(FAMILIES["llama"])[1].modules():
-        changed = [
-            name
-            for name in dir(nn.Module)
-            if callable(getattr(nn.Module, name)) and not callable(getattr(module, name))
-        ]
-        assert changed == []
+        assert [name for name in names if not callable(getattr(module, name))] == []
 
 
 OPTIONS = {
@@ -557,16 +542,12 @@ def test_further_submodules_are_refused(part: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_same_greedy_text_on_a_real_model(dtype: torch.dtype) -> None:
     """Up to ties: where the two first differ, the unprepared model takes both tokens for about equally likely."""
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    demo = load_demo()
     tokenizer, model = demo.load_gguf()
     quantize_model(model.to(dtype), group_size=demo.GROUP_SIZE)
     prompt = demo.chat(tokenizer, "What is the capital of France?")
-    texts = [
-        each.generate(prompt, max_new_tokens=48, do_sample=False)[0]
-        for each in (model, prepare_for_generation(copy.deepcopy(model)))
-    ]
+    prepared = prepare_for_generation(copy.deepcopy(model))
+    texts = [each.generate(prompt, max_new_tokens=48, do_sample=False)[0] for each in (model, prepared)]
     assert "Paris" in tokenizer.decode(texts[1])
     length = min(map(len, texts))
     differs = (texts[0][:length] != texts[1][:length]).nonzero()

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
+from command import Run
 from devices import DEVICES
 from marlin_models import MESSAGES, PROMPTS, chat_tokenizer, greedy, quantized, tiny_model
 from quantization_mlx import quantize_model, save_checkpoint
-from quantization_mlx.cli import main
 from quantization_mlx.marlin import MarlinPipeline, TransformersMarlinPipeline
 from tiny import TOKENS
 
@@ -22,7 +23,7 @@ MPS = pytest.mark.parametrize("device", [device for device in DEVICES if device 
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Tokenizer:
     return chat_tokenizer()
 
 
@@ -50,10 +51,7 @@ def test_generate(device: str, attention: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("pipeline_class", [TransformersMarlinPipeline, MarlinPipeline], ids=lambda each: each.__name__)
 @pytest.mark.parametrize("way", ["bits-8", "int4"])
 def test_pipelines_run_on_their_default_device(
-    device: str,
-    way: str,
-    pipeline_class: type[TransformersMarlinPipeline],
-    tokenizer: PreTrainedTokenizerFast,
+    device: str, way: str, pipeline_class: type[TransformersMarlinPipeline], tokenizer: Tokenizer
 ) -> None:
     model = endless(quantized(way=way))
     on_cpu = TransformersMarlinPipeline(copy.deepcopy(model), tokenizer, "cpu")
@@ -68,18 +66,12 @@ def test_pipelines_run_on_their_default_device(
 
 
 @MPS
-def test_command(
-    device: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_command(device: str, tmp_path: Path, run: Run, tokenizer: Tokenizer) -> None:
     model = endless(quantize_model(tiny_model(), bits=4, group_size=32))
     save_checkpoint(model, tmp_path, tokenizer)
     tokens = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True)
     prompt = torch.tensor([tokens["input_ids"]])
     expected = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0, prompt.shape[1] :]
-    arguments = ["generate", "--model", str(tmp_path), "--prompt", PROMPTS[0], "--max-tokens", str(NEW_TOKENS)]
-    assert main([*arguments, "--temp", "0", "--device", device, "--dtype", "float32"]) == 0
-    text = capsys.readouterr().out.splitlines()[0]
-    assert text == tokenizer.decode(expected, skip_special_tokens=True) != ""
+    flags = ["--prompt", PROMPTS[0], "--max-tokens", NEW_TOKENS, "--temp", 0, "--device", device, "--dtype", "float32"]
+    out, _ = run("generate", "--model", tmp_path, *flags)
+    assert out.splitlines()[0] == tokenizer.decode(expected, skip_special_tokens=True) != ""

@@ -17,19 +17,11 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 import oracle
+import quantization_mlx as qm
 from cases import SOME_FORMATS
 from oracle import name_of
-from quantization_mlx import (
-    QuantizedLinear,
-    dequantize,
-    load_checkpoint,
-    patch_peft,
-    prepare_for_ddp,
-    quantize_model,
-    save_checkpoint,
-    unpatch_peft,
-)
-from repository import ROOT
+from quantization_mlx import QuantizedLinear, load_checkpoint, patch_peft, quantize_model, save_checkpoint, unpatch_peft
+from repository import ROOT, load_demo
 from tiny import TOKENS, assert_close, logits, mlx_logits, tiny_model
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -68,7 +60,7 @@ def dense_twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def values_of(layer: QuantizedLinear) -> Tensor:
     packed = (layer.weight_packed, layer.scales, layer.biases)
-    return dequantize(*packed, layer.group_size, layer.bits, layer.mode, dtype=torch.float32)
+    return qm.dequantize(*packed, layer.group_size, layer.bits, layer.mode, dtype=torch.float32)
 
 
 def loss_of(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
@@ -115,10 +107,7 @@ def test_only_the_adapter_is_trained_and_in_float32() -> None:
 @pytest.mark.exhaustive  # docs/train.md does the same in fewer steps
 def test_loss_falls_on_a_real_text(tmp_path: Path) -> None:
     """The demo's model, 4-bit, on the start of a text that it has not seen; the adapter survives the disk."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from demo import load_gguf
-
-    text_tokenizer, dense = load_gguf()
+    text_tokenizer, dense = load_demo().load_gguf()
     base = quantize_model(dense.to(torch.bfloat16)).float()
     text = (ROOT / "examples" / "harbour.txt").read_text(encoding="utf-8")
     tokens = text_tokenizer(text, return_tensors="pt").input_ids[:, :256].reshape(4, 64)
@@ -273,7 +262,7 @@ def test_embeddings_take_adapters() -> None:
 
 def train_in_a_process(rank: int, directory: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
-    model = prepare_for_ddp(with_adapter(quantized_tiny()))
+    model = qm.prepare_for_ddp(with_adapter(quantized_tiny()))
     randomise_adapter(model)
     parallel = nn.parallel.DistributedDataParallel(model)
     loss_of(parallel, TOKENS.chunk(2, 1)[rank]).backward()

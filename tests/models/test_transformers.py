@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import subprocess
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,48 +16,23 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MetalConfig,
-    modeling_utils,
-)
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MetalConfig, modeling_utils
 
 import oracle
+import quantization_mlx as qm
+import tiny
 from cases import SOME_FORMATS
 from covering import mostly_exhaustive
 from oracle import name_of
-from quantization_mlx import (
-    QuantizedEmbedding,
-    QuantizedLinear,
-    load_checkpoint,
-    patch_transformers,
-    quantize_model,
-    save_checkpoint,
-    unpatch_transformers,
-)
+from process import printed
+from quantization_mlx import QuantizedLinear, patch_transformers, quantize_model, save_checkpoint, unpatch_transformers
 from quantization_mlx.hf.metal_config import metal_to_mlx, mlx_to_metal
 from quantization_mlx.hf.patch import patched_transformers
 from quantization_mlx.hf.quantizer import MLXConfig
-from repository import ROOT
-from tiny import (
-    TOKENS,
-    VOCABULARY,
-    WRAPPERS,
-    assert_close,
-    contents,
-    edit_config,
-    edit_tensors,
-    logits,
-    mlx_logits,
-    mlx_logits_of_tokens,
-    tiny_model,
-    wrapper,
-)
+from repository import load_demo
+from tiny import TOKENS, assert_close, contents, edit_config, edit_tensors, logits, mlx_logits, tiny_model, wrapper
 
-LAYER = "model.layers.1.self_attn.q_proj"
+LAYER, PROJECTION = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +94,7 @@ def test_patching_is_idempotent_and_reversible(saved: Path) -> None:
 def test_load_checkpoint_patches_for_itself_alone(saved: Path) -> None:
     unpatch_transformers()
     original = patched_attributes()
-    model = load_checkpoint(saved)
+    model = qm.load_checkpoint(saved)
     assert patched_attributes() == original
     with pytest.raises(ValueError, match="mlx and is not serializable"):
         model.save_pretrained(saved)
@@ -139,7 +114,7 @@ def test_there_and_back(tied: bool, format: oracle.Format, tmp_path: Path, reque
     head, table = loaded.lm_head, loaded.model.embed_tokens
     for name in ("weight", "scales", "biases"):
         assert tied == (getattr(head, name) is getattr(table, name)) or format.mode != "affine"
-    frozen = [module for module in loaded.modules() if isinstance(module, (QuantizedLinear, QuantizedEmbedding))]
+    frozen = [module for module in loaded.modules() if isinstance(module, (QuantizedLinear, qm.QuantizedEmbedding))]
     assert len(frozen) == 2 * 7 + 2
     assert not any(parameter.requires_grad for module in frozen for parameter in module.parameters())
     loaded.save_pretrained(tmp_path / "second", max_shard_size="40KB")
@@ -235,7 +210,7 @@ def test_repository_of_the_hub_in_the_cache(
 # --- One part of a model ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", tiny.WRAPPERS)
 def test_the_class_of_a_part_loads_rightly_or_raises(name: str, tmp_path: Path) -> None:
     """The record of formats is the whole model's, and config.json has it beside the part that the class reads."""
     model, text = wrapper(name)
@@ -255,12 +230,12 @@ def test_the_text_that_mlx_lm_keeps_of_a_model(name: str, tmp_path: Path, reques
 
     model, text = wrapper(name)
     model.save_pretrained(tmp_path / "dense")
-    edit_config(tmp_path / "dense", lambda config: config.update(vocab_size=VOCABULARY))
+    edit_config(tmp_path / "dense", lambda config: config.update(vocab_size=tiny.VOCABULARY))
     request.getfixturevalue("tokenizer").save_pretrained(tmp_path / "dense")
     convert(str(tmp_path / "dense"), str(tmp_path / "mlx"), quantize=True)
     loaded = text.from_pretrained(tmp_path / "mlx")
     assert type(loaded.model.layers[0].mlp.up_proj) is QuantizedLinear
-    assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path / "mlx"))
+    assert_close(logits(loaded), tiny.mlx_logits_of_tokens(tmp_path / "mlx"))
 
 
 def test_a_config_without_the_record_is_refused(saved: Path) -> None:
@@ -339,10 +314,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_peak_memory_of_loading(dtype: str, large: Path) -> None:
     size = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     assert size >= 500e6
-    output = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(large), dtype], capture_output=True, text=True, check=True
-    )
-    assert int(output.stdout) <= 1.2 * size
+    assert int(printed("-c", MEASURE, large, dtype)) <= 1.2 * size
 
 
 # --- Damaged checkpoints ----------------------------------------------------------------------------------------------
@@ -353,21 +325,20 @@ def truncate(directory: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-def spoil(name: str, value: float) -> Callable[[Path], None]:
-    def edit(tensors: dict[str, Tensor]) -> None:
-        tensors[name][1, 0] = value
-
+def tensors(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     return lambda directory: edit_tensors(directory, edit)
 
 
-def drop(name: str) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: tensors.pop(name))
+def config(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda directory: edit_config(directory, edit)
+
+
+def spoil(name: str, value: float) -> Callable[[Path], None]:
+    return tensors(lambda t: t[name][1, 0].fill_(value))
 
 
 def reshape(name: str) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(
-        directory, lambda tensors: tensors.update({name: tensors[name][:, :-1].clone()})
-    )
+    return tensors(lambda t: t.update({name: t[name][:, :-1].clone()}))
 
 
 def point_outside(directory: Path) -> None:
@@ -377,48 +348,38 @@ def point_outside(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+NAMED = {LAYER: {"bits": 4, "group_size": 64}}
+NO_SCALES = tensors(lambda t: t.pop(f"{LAYER}.scales"))
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, r"model\.safetensors is damaged"),
-    "missing scales": (drop(f"{LAYER}.scales"), rf"unexpected tensors: {LAYER}\.biases"),
+    "missing scales": (NO_SCALES, rf"unexpected tensors: {LAYER}\.biases"),
     "missing scales of a named layer": (
-        lambda directory: [
-            edit_config(directory, lambda c: c["quantization"].update({LAYER: {"bits": 4, "group_size": 64}})),
-            drop(f"{LAYER}.scales")(directory),
-        ],
+        lambda directory: [config(lambda c: c["quantization"].update(NAMED))(directory), NO_SCALES(directory)],
         rf"missing tensors: {LAYER}\.scales$",
     ),
-    "missing layer": (drop("model.layers.0.mlp.up_proj.weight"), r"missing tensors: model\.layers\.0\.mlp\.up_proj"),
+    "missing layer": (tensors(lambda t: t.pop(f"{PROJECTION}.weight")), rf"missing tensors: {re.escape(PROJECTION)}"),
     "wrong shape": (reshape(f"{LAYER}.weight"), rf"wrong tensors: {LAYER}\.weight is uint32 \[128, 15\]"),
     "wrong shape of scales": (
         reshape(f"{LAYER}.scales"),  # they tell of groups of 128, of which the biases know nothing
         rf"wrong tensors: {LAYER}\.biases is float32 \[128, 2\] and should be float32 \[128, 1\]",
     ),
     "wrong shape of the norm": (
-        lambda directory: edit_tensors(directory, lambda t: t.update({"model.norm.weight": torch.ones(5)})),
+        tensors(lambda t: t.update({"model.norm.weight": torch.ones(5)})),
         r"model\.norm\.weight is float32 \[5\] and should be float32 \[128\]",
     ),
-    "unknown tensor": (
-        lambda directory: edit_tensors(directory, lambda t: t.update(extra=torch.ones(1))),
-        "unexpected tensors: extra",
-    ),
+    "unknown tensor": (tensors(lambda t: t.update(extra=torch.ones(1))), "unexpected tensors: extra"),
     "a tensor under two names": (
-        lambda directory: edit_tensors(directory, lambda t: t.update({"norm.weight": torch.ones(128)})),
+        tensors(lambda t: t.update({"norm.weight": torch.ones(128)})),
         r"under several names: model\.norm\.weight",
     ),
-    "unknown mode": (
-        lambda directory: edit_config(directory, lambda c: c["quantization"].update(mode="int4")),
-        "mode 'int4' is not supported",
-    ),
+    "unknown mode": (config(lambda c: c["quantization"].update(mode="int4")), "mode 'int4' is not supported"),
     "unknown bits of a layer": (
-        lambda directory: edit_config(directory, lambda c: c["quantization"].update({LAYER: {"bits": 7}})),
+        config(lambda c: c["quantization"].update({LAYER: {"bits": 7}})),
         "bits 7 is not supported",
     ),
     "NaN scales": (spoil(f"{LAYER}.scales", torch.nan), rf"{LAYER}\.scales has values that are not finite"),
     "infinite biases": (spoil(f"{LAYER}.biases", torch.inf), rf"{LAYER}\.biases has values that are not finite"),
-    "quantized activations": (
-        lambda directory: edit_config(directory, lambda c: c.update(quantize_activations=True)),
-        "quantized activations",
-    ),
+    "quantized activations": (config(lambda c: c.update(quantize_activations=True)), "quantized activations"),
     "no JSON": (lambda directory: (directory / "config.json").write_text("{"), "not JSON|not a valid JSON"),
 }
 
@@ -451,8 +412,7 @@ def test_words_at_odd_addresses(tmp_path: Path) -> None:
     model = quantize_model(tiny_model(vocab_size=95, hidden_size=96), mode="mxfp4")
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    file.write_bytes(misaligned(tensors))
+    file.write_bytes(misaligned({name: tensor.clone() for name, tensor in load_file(file).items()}))
     loaded = load(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert all(parameter.data_ptr() % parameter.element_size() == 0 for parameter in loaded.parameters())
@@ -600,11 +560,8 @@ NEW_TOKENS = 64
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A checkpoint in bfloat16 of the model that the demo takes, and its tokenizer."""
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     directory = tmp_path_factory.mktemp("smollm")
-    tokenizer, model = demo.load_gguf()
+    tokenizer, model = load_demo().load_gguf()
     # Not Transformers' save_pretrained: mlx-lm does not know its way to write the base of the rotary frequencies.
     save_checkpoint(model.to(torch.bfloat16), directory, tokenizer)
     return directory, tokenizer

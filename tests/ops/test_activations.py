@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import oracle
 import quantization_mlx as qm
 from cases import DTYPES, FLOAT_FORMATS, FORMATS
 from oracle import Format, Quantized, name_of
+from process import printed, python
 
 
 def has_instructions() -> bool:
@@ -72,13 +72,7 @@ def bound(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", f"import torch, quantization_mlx as qm\n{code}"],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-c", f"import torch, quantization_mlx as qm\n{code}", env={**os.environ, **environment})
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -224,8 +218,7 @@ def test_gradients_are_exact(transpose: bool) -> None:
 def test_exact_is_the_default() -> None:
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     code = "import quantization_mlx as qm; print(qm.get_cpu_activations())"
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout == "exact\n"
+    assert printed("-c", code, env=environment) == "exact\n"
 
 
 @NEEDS_INT8

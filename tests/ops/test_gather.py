@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,17 +196,16 @@ def test_strided_operands(device: str, format: Format) -> None:
     x = oracle.random_x(4, 2, 2 * format.group_size).to(device)
     rhs = torch.tensor([2, 0, 1, 2])
     expected = gather(x, weights, None, rhs, device)
-    moved = [None if t is None else t.movedim(0, -1).contiguous().movedim(-1, 0) for t in weights.tensors]
-    strided = Quantized(format, *moved)
+    strided = weights.map(lambda tensor: tensor.movedim(0, -1).contiguous().movedim(-1, 0))
     oracle.assert_identical(gather(x, strided, None, rhs, device), expected, "weights")
     oracle.assert_identical(gather(x.mT.contiguous().mT, weights, None, rhs, device), expected, "x")
-    signed = Quantized(format, weights.w.view(torch.int32), weights.scales, weights.biases)
+    signed = replace(weights, w=weights.w.view(torch.int32))
     oracle.assert_identical(gather(x, signed, None, rhs, device), expected, "signed words")
 
 
 def test_expanded_experts(device: str) -> None:
     one = oracle.random_quantized(PLAIN, 1, 10, 128)
-    many = Quantized(PLAIN, *(tensor.expand(6, -1, -1) for tensor in one.tensors))
+    many = one.map(lambda tensor: tensor.expand(6, -1, -1))
     assert_gathers(oracle.random_x(3, 2, 128), many, None, [5, 0, 3], device)
 
 
@@ -248,23 +248,14 @@ def test_rhs_nax_takes_any_order(device: str, dtype: torch.dtype, transpose: boo
     for format in (Format("affine", 128, 4), Format("affine", 32, 6), Format("affine", 64, 3)):
         weights = oracle.random_quantized(format, 6, 128, 2 * format.group_size, dtype=dtype)
         matrices = weights.matrix(transpose)
-        w, scales, biases = weights.to(device).tensors
+        on = weights.to(device)
         for M in (0, 1, 5, 70):
             x = oracle.random_x(M, matrices.shape[-2], dtype=dtype)
             indices = torch.randint(0, 6, (M,), generator=oracle.generator(M), dtype=torch.int32)
             indices[indices == 3] = 2  # an expert without rows
             for order in (indices, indices.sort().values, indices.long()):
-                ours = qm.affine_gather_qmm_rhs_nax(
-                    x.to(device),
-                    w,
-                    scales,
-                    biases,
-                    order.to(device),
-                    matrices.shape[-1],
-                    format.group_size,
-                    format.bits,
-                    transpose,
-                )
+                arguments = (order.to(device), matrices.shape[-1], format.group_size, format.bits, transpose)
+                ours = qm.affine_gather_qmm_rhs_nax(x.to(device), *on.tensors, *arguments)
                 reference, bound = loop(x[:, None], weights, None, order, transpose)
                 assert ours.dtype == dtype
                 oracle.assert_within(ours, reference[:, 0], bound, f"{format} M {M}")
@@ -304,12 +295,10 @@ def test_rhs_nax_index_out_of_range(bad: int) -> None:
 
 def test_index_into_nothing() -> None:
     weights = oracle.random_quantized(PLAIN, 5, 7, 128)
-    with pytest.raises(IndexError, match="gather_qmm"):
-        gather(oracle.random_x(0, 1, 128), weights, [0], [0], "cpu")
-    with pytest.raises(IndexError, match="gather_qmm"):
-        gather(oracle.random_x(1, 1, 128), weights, None, torch.tensor([255], dtype=torch.uint8), "cpu")
-    with pytest.raises(IndexError, match="gather_qmm"):
-        gather(oracle.random_x(1, 1, 128), weights, None, torch.tensor([2**63 + 1], dtype=torch.uint64), "cpu")
+    bytes_and_words = torch.tensor([255], dtype=torch.uint8), torch.tensor([2**63 + 1], dtype=torch.uint64)
+    for rows, lhs, rhs in ((0, [0], [0]), *((1, None, index) for index in bytes_and_words)):
+        with pytest.raises(IndexError, match="gather_qmm"):
+            gather(oracle.random_x(rows, 1, 128), weights, lhs, rhs, "cpu")
 
 
 # --- Weights beyond the range of float16 ------------------------------------------------------------------------------
@@ -332,11 +321,8 @@ def test_weights_beyond_float16(device: str, format: Format) -> None:
         matrices = weights.matrix(transpose)
         assert matrices.abs().max() > 70000
         K = matrices.shape[-2]
-        for M, rhs, options in (
-            (2, [2, 0, 1], {}),
-            (16, [2, 1, 0], {}),
-            (1, [0] * 9 + [1] * 7 + [2] * 24, {"sorted_indices": True}),
-        ):
+        runs = [0] * 9 + [1] * 7 + [2] * 24
+        for M, rhs, options in ((2, [2, 0, 1], {}), (16, [2, 1, 0], {}), (1, runs, {"sorted_indices": True})):
             x = oracle.small_x(matrices, len(rhs), M, K)
             y = gather(x, weights, None, rhs, device, transpose, **options)
             for i, expert in enumerate(rhs):

@@ -41,31 +41,16 @@ def broadcast_pairs(draw: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return pair[0], pair[1]
 
 
-@given(
-    formats,
-    dtypes,
-    st.integers(1, 70),
-    st.integers(1, 5),
-    rows,
-    st.booleans(),
-    broadcast_pairs(),
-    st.sampled_from(["contiguous", "transposed", "padded"]),
-    seeds,
-)
+Sizes, Pair = tuple[int, int, int], tuple[tuple[int, ...], tuple[int, ...]]
+pairs, layouts = broadcast_pairs(), st.sampled_from(["contiguous", "transposed", "padded"])
+
+
+@given(formats, dtypes, st.tuples(st.integers(1, 70), st.integers(1, 5), rows), st.booleans(), pairs, layouts, seeds)
 @settings(max_examples=300)
 def test_quantized_matmul(
-    device: str,
-    format: Format,
-    dtype: torch.dtype,
-    rows_of_w: int,
-    groups: int,
-    M: int,
-    transpose: bool,
-    leading: tuple[tuple[int, ...], tuple[int, ...]],
-    layout: str,
-    seed: int,
+    device: str, format: Format, dtype: torch.dtype, sizes: Sizes, transpose: bool, batch: Pair, layout: str, seed: int
 ) -> None:
-    x_leading, w_leading = leading
+    (rows_of_w, groups, M), (x_leading, w_leading) = sizes, batch
     weights = oracle.random_quantized(format, *w_leading, rows_of_w, groups * format.group_size, dtype=dtype, seed=seed)
     matrix = weights.matrix(transpose)
     x = oracle.random_x(*x_leading, M, matrix.shape[-2], dtype=dtype, seed=seed)
@@ -75,36 +60,22 @@ def test_quantized_matmul(
     oracle.assert_within(ours, x.double() @ matrix, max(bounds, default=0.0))
 
 
-@given(formats, dtypes, st.integers(1, 40), st.integers(1, 3), st.data(), st.booleans(), st.booleans(), seeds)
+@given(formats, dtypes, st.data(), st.booleans(), st.booleans(), seeds)
 @settings(max_examples=200)
 def test_gather_qmm(
-    device: str,
-    format: Format,
-    dtype: torch.dtype,
-    rows_of_w: int,
-    groups: int,
-    data: st.DataObject,
-    transpose: bool,
-    sorted_indices: bool,
-    seed: int,
+    device: str, format: Format, dtype: torch.dtype, data: st.DataObject, transpose: bool, sort: bool, seed: int
 ) -> None:
+    rows_of_w, groups = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
     experts, batch = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     pairs = data.draw(st.lists(st.tuples(st.integers(0, batch - 1), st.integers(0, experts - 1)), max_size=40))
-    if sorted_indices:
+    if sort:
         pairs.sort(key=lambda pair: pair[1])
     lhs, rhs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
     weights = oracle.random_quantized(format, experts, rows_of_w, groups * format.group_size, dtype=dtype, seed=seed)
     matrix = weights.matrix(transpose)
     x = oracle.random_x(batch, data.draw(st.integers(1, 4)), matrix.shape[-2], dtype=dtype, seed=seed)
-    ours = qm.gather_qmm(
-        x.to(device),
-        *weights.to(device).tensors,
-        lhs.to(device),
-        rhs.to(device),
-        transpose,
-        **format.options,
-        sorted_indices=sorted_indices,
-    )
+    operands = (x.to(device), *weights.to(device).tensors, lhs.to(device), rhs.to(device))
+    ours = qm.gather_qmm(*operands, transpose, **format.options, sorted_indices=sort)
     bounds = [oracle.error_bound(x[lhs[rhs == j]].flatten(0, 1), matrix[j], dtype) for j in rhs.unique()]
     oracle.assert_within(ours, x[lhs].double() @ matrix[rhs], max(bounds, default=0.0))
 
@@ -118,12 +89,8 @@ def test_quantize_is_bit_exact(device: str, format: Format, dtype: torch.dtype, 
     values = data.draw(st.lists(finite, min_size=32, max_size=32))
     scale = data.draw(st.sampled_from([1.0, 1e-3, 1e-6]))
     columns = 2 * max(format.group_size, 32)
-    w = (
-        (torch.tensor(values).repeat(columns // 32) * scale)
-        .roll(data.draw(st.integers(0, 31)))
-        .reshape(1, columns)
-        .to(dtype)
-    )
+    w = (torch.tensor(values).repeat(columns // 32) * scale).roll(data.draw(st.integers(0, 31)))
+    w = w.reshape(1, columns).to(dtype)
     for ours, expected in zip(qm.quantize(w.to(device), **format.options), oracle.mlx_quantize(w, format), strict=True):
         oracle.assert_identical(ours, expected, f"{format} {dtype}")
 

@@ -85,15 +85,11 @@ def test_global_scales(device: str, dtype: torch.dtype, packed: bool) -> None:
         w = (random_w(N, K) * magnitude).to(dtype)
         scale_x, scale_w = (factor * t.float().abs().max() for t in (x, w))
         weights = quantized(w, NVFP4, scale_w)
-        ours = qm.qqmm(
-            x.to(device),
-            **weight_arguments(w, weights, packed, device),
-            global_scale_x=scale_x.reshape(shape).to(device),
-            global_scale_w=scale_w.reshape(shape).to(device),
-        )
+        scales = {"global_scale_x": scale_x.reshape(shape), "global_scale_w": scale_w.reshape(shape)}
+        scales = {name: scale.to(device) for name, scale in scales.items()}
+        ours = qm.qqmm(x.to(device), **weight_arguments(w, weights, packed, device), **scales)
         values = quantized(x, NVFP4, scale_x).dense
-        what = f"{magnitude} {factor}"
-        oracle.assert_product(ours, values, weights.dense.T, dtype, what)
+        oracle.assert_product(ours, values, weights.dense.T, dtype, f"{magnitude} {factor}")
 
 
 def test_global_scale_of_an_all_zero_tensor(device: str) -> None:
@@ -136,12 +132,9 @@ def test_gather_qqmm(device: str, format: Format, case: str, packed: bool) -> No
     indices = {"lhs_indices": lhs, "rhs_indices": rhs}
     for M in (1, 3):
         x = oracle.random_x(*x_batch, M, K)
-        ours = qm.gather_qqmm(
-            x.to(device),
-            **weight_arguments(w, weights, packed, device),
-            **{name: index if index is None else index.to(device) for name, index in indices.items()},
-            **format.options,
-        )
+        arguments = weight_arguments(w, weights, packed, device)
+        arguments |= {name: index if index is None else index.to(device) for name, index in indices.items()}
+        ours = qm.gather_qqmm(x.to(device), **arguments, **format.options)
         theirs, bound = gathered_by_mlx(x, weights, lhs, rhs)
         assert ours.dtype == x.dtype
         oracle.assert_within(ours, theirs, bound, f"{format} {case} M {M}")
@@ -171,14 +164,9 @@ def test_gather_with_global_scales(device: str, dtype: torch.dtype, packed: bool
     scale_x, scale_w = (t.float().abs().max() for t in (x, w))
     weights = quantized(w, NVFP4, scale_w)
     rhs = torch.tensor([0, 2, 2, 4])
-    ours = qm.gather_qqmm(
-        x.to(device),
-        **weight_arguments(w, weights, packed, device),
-        rhs_indices=rhs.to(device),
-        global_scale_x=scale_x.to(device),
-        global_scale_w=scale_w.to(device),
-        sorted_indices=True,
-    )
+    scales = {"global_scale_x": scale_x.to(device), "global_scale_w": scale_w.to(device)}
+    arguments = {**weight_arguments(w, weights, packed, device), "rhs_indices": rhs.to(device), **scales}
+    ours = qm.gather_qqmm(x.to(device), **arguments, sorted_indices=True)
     values = quantized(x, NVFP4, scale_x).dense
     for i, expert in enumerate(rhs.tolist()):
         oracle.assert_product(ours[i], values[i], weights.dense[expert].T, dtype, f"pair {i}")
@@ -193,9 +181,8 @@ def test_sorted_indices(device: str, format: Format, dtype: torch.dtype) -> None
     weights = quantized(w, format)
     on = weights.to(device)
     for promised in (True, False):
-        ours = qm.gather_qqmm(
-            x.to(device), on.w, on.scales, None, rhs.to(device), **format.options, sorted_indices=promised
-        )
+        operands = (x.to(device), on.w, on.scales, None, rhs.to(device))
+        ours = qm.gather_qqmm(*operands, **format.options, sorted_indices=promised)
         values = quantized(x, format).dense
         for expert in range(E):
             rows = slice(16 * expert, 16 * (expert + 1))

@@ -149,11 +149,9 @@ def test_quantize_takes_any_strides(device: str, format: Format) -> None:
         "expanded": base.T[:1, :columns].expand(rows, columns),
     }
     for name, view in views.items():
-        for ours, expected in zip(
-            qm.quantize(view, **format.options),
-            qm.quantize(view.clone(memory_format=torch.contiguous_format), **format.options),
-            strict=True,
-        ):
+        contiguous = view.clone(memory_format=torch.contiguous_format)
+        both = (qm.quantize(each, **format.options) for each in (view, contiguous))
+        for ours, expected in zip(*both, strict=True):
             oracle.assert_identical(ours, expected, f"{format} {name}")
 
 
@@ -308,11 +306,8 @@ def test_quantize_survives_nan_and_infinity(device: str) -> None:
         for poison in (float("nan"), float("inf"), float("-inf")):
             w = clean.clone()
             w[0, 1] = poison
-            for ours, expected in zip(
-                qm.quantize(w.to(device), **format.options),
-                qm.quantize(clean.to(device), **format.options),
-                strict=True,
-            ):
+            both = (qm.quantize(each.to(device), **format.options) for each in (w, clean))
+            for ours, expected in zip(*both, strict=True):
                 oracle.assert_identical(ours[1], expected[1], f"{format} {poison}")
 
 
@@ -335,12 +330,8 @@ def _ours(weights: Quantized, device: str, dtype: torch.dtype | None = None) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_dequantize(device: str, format: Format, dtype: torch.dtype) -> None:
-    for shape in (
-        (1, format.group_size),
-        (5, 3 * format.group_size),
-        (2, 3, 4 * format.group_size),
-        (2, 1, 2, 2 * 128),
-    ):
+    size = format.group_size
+    for shape in ((1, size), (5, 3 * size), (2, 3, 4 * size), (2, 1, 2, 2 * 128)):
         weights = oracle.random_quantized(format, *shape, dtype=dtype)
         ours = _ours(weights, device)
         expected_dtype = dtype if format.is_affine else torch.bfloat16

@@ -22,13 +22,7 @@ from devices import NATIVE_DEVICES
 from oracle import Format, Quantized, name_of
 from packed_columns import BITS, random_packed
 from quantization_mlx._ops import ops
-from quantization_mlx.marlin import (
-    MetalKernelLibrary,
-    dispatch_gemm_fp4,
-    get_default_library,
-    library,
-    marlin_gemm_int4,
-)
+from quantization_mlx.marlin import MetalKernelLibrary, dispatch_gemm_fp4, get_default_library, marlin_gemm_int4
 
 TRANSPOSE = pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "no-transpose"])
 AFFINE = Format("affine", 64, 4)
@@ -60,88 +54,83 @@ class Call:
         args = tuple(moved(value) for value in self.args)
         return Call(self.op, args, {name: moved(value) for name, value in self.kwargs.items()})
 
+    def run(self) -> Any:
+        """The Python function."""
+        return getattr(qm, self.op)(*self.args, **self.kwargs)
 
-def _explicit_calls() -> dict[str, Call]:
+
+class Calls(dict[str, Call]):
+    """By name, of which the first word is the op's."""
+
+    def add(self, name: str, *args: Any, **kwargs: Any) -> None:
+        self[name] = Call(name.split()[0], args, kwargs)
+
+
+def _explicit_calls() -> Calls:
+    calls = Calls()
     affine = oracle.random_quantized(AFFINE, 64, 128)
     x_t, x_n = oracle.random_x(2, 3, 128), oracle.random_x(2, 3, 64)
     sizes = {"group_size": 64, "bits": 4}
-    calls = {"affine_qmv": Call("affine_qmv", (x_t, *affine.tensors, 64), sizes)}
+    calls.add("affine_qmv", x_t, *affine.tensors, 64, **sizes)
     for suffix in ("", "_nax"):
-        calls[f"affine_qmm_t{suffix}"] = Call(f"affine_qmm_t{suffix}", (x_t, *affine.tensors), sizes)
-        calls[f"affine_qmm_n{suffix}"] = Call(f"affine_qmm_n{suffix}", (x_n, *affine.tensors, 128), sizes)
+        calls.add(f"affine_qmm_t{suffix}", x_t, *affine.tensors, **sizes)
+        calls.add(f"affine_qmm_n{suffix}", x_n, *affine.tensors, 128, **sizes)
     experts = oracle.random_quantized(AFFINE, 3, 64, 128)
     indices = torch.tensor([2, 0, 1, 2])
-    name = "affine_gather_qmm_rhs_nax"
-    calls[name] = Call(name, (oracle.random_x(4, 128), *experts.tensors, indices, 64), sizes)
+    calls.add("affine_gather_qmm_rhs_nax", oracle.random_x(4, 128), *experts.tensors, indices, 64, **sizes)
     for format in FLOAT_FORMATS:
         w, scales, _ = oracle.random_quantized(format, 64, 128).tensors
-        calls[f"{format.mode}_qmv"] = Call(f"{format.mode}_qmv", (x_t, w, scales, 64), {})
-        calls[f"{format.mode}_qmm_t"] = Call(f"{format.mode}_qmm_t", (x_t, w, scales), {})
-        calls[f"{format.mode}_qmm_n"] = Call(f"{format.mode}_qmm_n", (x_n, w, scales, 128), {})
+        calls.add(f"{format.mode}_qmv", x_t, w, scales, 64)
+        calls.add(f"{format.mode}_qmm_t", x_t, w, scales)
+        calls.add(f"{format.mode}_qmm_n", x_n, w, scales, 128)
     return calls
 
 
-def _marlin_calls() -> dict[str, Call]:
-    calls = {}
+def _marlin_calls() -> Calls:
+    calls = Calls()
     for kind, bits in BITS.items():
         mode = f"marlin_{kind}"
         options = {"group_size": 32, "bits": bits, "mode": mode}
         forward = {**options, "transpose": False}
         plain = tuple(random_packed(kind, 64, 24, 32))
         experts = tuple(None if t is None else torch.stack([t] * 3) for t in plain)
-        calls[f"quantize {mode}"] = Call("quantize", (oracle.random_x(64, 24),), options)
-        calls[f"quantize {mode} batched"] = Call("quantize", (oracle.random_x(2, 64, 24).half(),), options)
-        calls[f"dequantize {mode}"] = Call("dequantize", plain, options)
-        calls[f"quantized_matmul {mode}"] = Call("quantized_matmul", (oracle.random_x(2, 5, 64), *plain), forward)
-        calls[f"quantized_matmul {mode} 1-D"] = Call("quantized_matmul", (oracle.random_x(64), *plain), forward)
-        calls[f"quantized_matmul {mode} batched"] = Call(
-            "quantized_matmul", (oracle.random_x(2, 1, 5, 64).bfloat16(), *experts), forward
-        )
-        calls[f"gather_qmm {mode}"] = Call(
-            "gather_qmm", (oracle.random_x(2, 3, 64), *experts), {"rhs_indices": torch.tensor([[2, 0]]), **forward}
-        )
+        calls.add(f"quantize {mode}", oracle.random_x(64, 24), **options)
+        calls.add(f"quantize {mode} batched", oracle.random_x(2, 64, 24).half(), **options)
+        calls.add(f"dequantize {mode}", *plain, **options)
+        calls.add(f"quantized_matmul {mode}", oracle.random_x(2, 5, 64), *plain, **forward)
+        calls.add(f"quantized_matmul {mode} 1-D", oracle.random_x(64), *plain, **forward)
+        calls.add(f"quantized_matmul {mode} batched", oracle.random_x(2, 1, 5, 64).bfloat16(), *experts, **forward)
+        indices = {"rhs_indices": torch.tensor([[2, 0]])}
+        calls.add(f"gather_qmm {mode}", oracle.random_x(2, 3, 64), *experts, **indices, **forward)
     return calls
 
 
-def _all_calls() -> dict[str, Call]:
-    calls = _explicit_calls() | _marlin_calls()
+def _all_calls() -> Calls:
+    calls = Calls(_explicit_calls() | _marlin_calls())
     for format in (AFFINE, MXFP4, MXFP8, NVFP4):
         options = format.options
         plain = oracle.random_quantized(format, 64, 128)
         batched = oracle.random_quantized(format, 3, 64, 128)
+        halved = plain.map(lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor)
         x = oracle.random_x(2, 128)
-        calls[f"quantize {format}"] = Call("quantize", (oracle.random_x(4, 128),), options)
-        calls[f"dequantize {format}"] = Call("dequantize", plain.tensors, options)
-        calls[f"quantized_matmul {format}"] = Call("quantized_matmul", (x, *plain.tensors), options)
-        calls[f"quantized_matmul {format} n"] = Call(
-            "quantized_matmul", (oracle.random_x(2, 64), *plain.tensors), {"transpose": False, **options}
-        )
-        calls[f"quantized_matmul {format} batched"] = Call(
-            "quantized_matmul", (oracle.random_x(2, 1, 5, 128), *batched.tensors), options
-        )
-        calls[f"quantized_matmul {format} bfloat16"] = Call(
-            "quantized_matmul",
-            (x.bfloat16(), *(t if t is None or not t.is_floating_point() else t.bfloat16() for t in plain.tensors)),
-            options,
-        )
+        calls.add(f"quantize {format}", oracle.random_x(4, 128), **options)
+        calls.add(f"dequantize {format}", *plain.tensors, **options)
+        calls.add(f"quantized_matmul {format}", x, *plain.tensors, **options)
+        calls.add(f"quantized_matmul {format} n", oracle.random_x(2, 64), *plain.tensors, transpose=False, **options)
+        calls.add(f"quantized_matmul {format} batched", oracle.random_x(2, 1, 5, 128), *batched.tensors, **options)
+        calls.add(f"quantized_matmul {format} bfloat16", x.bfloat16(), *halved.tensors, **options)
         indices = {"lhs_indices": torch.tensor([[0], [1]]), "rhs_indices": torch.tensor([2, 0, 2])}
-        x_gather = oracle.random_x(2, 3, 128)
-        calls[f"gather_qmm {format}"] = Call("gather_qmm", (x_gather, *batched.tensors), {**indices, **options})
-        calls[f"gather_qmm {format} sorted"] = Call(
-            "gather_qmm",
-            (oracle.random_x(4, 1, 128), *batched.tensors),
-            {"rhs_indices": torch.tensor([0, 0, 2, 2]), **options, "sorted_indices": True},
-        )
-    scale = {"global_scale": torch.tensor(900.0)}
-    nvfp4 = oracle.random_quantized(NVFP4, 64, 128)
-    calls["quantize global_scale"] = Call("quantize", (oracle.random_x(4, 128),), {**NVFP4.options, **scale})
-    calls["dequantize global_scale"] = Call("dequantize", nvfp4.tensors, {**NVFP4.options, **scale})
-    calls["dequantize dtype"] = Call("dequantize", nvfp4.tensors, {**NVFP4.options, "dtype": torch.float16})
-    calls["quantized_matmul global_scale"] = Call(
-        "quantized_matmul", (oracle.random_x(2, 128), *nvfp4.tensors), {**NVFP4.options, **scale}
-    )
-    calls["quantized_matmul 1-D"] = Call("quantized_matmul", (oracle.random_x(128), *nvfp4.tensors), NVFP4.options)
-    calls["quantized_matmul empty"] = Call("quantized_matmul", (oracle.random_x(0, 128), *nvfp4.tensors), NVFP4.options)
+        calls.add(f"gather_qmm {format}", oracle.random_x(2, 3, 128), *batched.tensors, **indices, **options)
+        indices = {"rhs_indices": torch.tensor([0, 0, 2, 2]), "sorted_indices": True}
+        calls.add(f"gather_qmm {format} sorted", oracle.random_x(4, 1, 128), *batched.tensors, **indices, **options)
+    scaled = {**NVFP4.options, "global_scale": torch.tensor(900.0)}
+    nvfp4 = oracle.random_quantized(NVFP4, 64, 128).tensors
+    calls.add("quantize global_scale", oracle.random_x(4, 128), **scaled)
+    calls.add("dequantize global_scale", *nvfp4, **scaled)
+    calls.add("dequantize dtype", *nvfp4, **NVFP4.options, dtype=torch.float16)
+    calls.add("quantized_matmul global_scale", oracle.random_x(2, 128), *nvfp4, **scaled)
+    calls.add("quantized_matmul 1-D", oracle.random_x(128), *nvfp4, **NVFP4.options)
+    calls.add("quantized_matmul empty", oracle.random_x(0, 128), *nvfp4, **NVFP4.options)
     return calls
 
 
@@ -176,9 +165,9 @@ def _describe(results: Any) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("name", CALLS)
 def test_meta_and_fake_results_describe_the_real_ones(device: str, name: str) -> None:
     call = CALLS[name].on(device)
-    expected = _describe(getattr(qm, call.op)(*call.args, **call.kwargs))
+    expected = _describe(call.run())
     meta = call.on("meta")
-    assert _describe(getattr(qm, meta.op)(*meta.args, **meta.kwargs)) == expected
+    assert _describe(meta.run()) == expected
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake_args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in call.args]
         fake_kwargs = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in call.kwargs.items()}
@@ -191,7 +180,7 @@ def test_meta_and_fake_results_describe_the_real_ones(device: str, name: str) ->
 def test_python_function_and_op_agree(device: str, name: str) -> None:
     call = CALLS[name].on(device)
     through_op = getattr(ops, call.op).default(*call.args, **call.kwargs)
-    oracle.assert_identical(getattr(qm, call.op)(*call.args, **call.kwargs), through_op)
+    oracle.assert_identical(call.run(), through_op)
 
 
 def test_quantize_op_returns_three_tensors(device: str) -> None:
@@ -208,7 +197,7 @@ def test_quantize_op_returns_three_tensors(device: str) -> None:
 def test_results_do_not_alias_inputs(device: str) -> None:
     for name, case in CALLS.items():
         call = case.on(device)
-        result = getattr(qm, call.op)(*call.args, **call.kwargs)
+        result = call.run()
         storages = {t.untyped_storage().data_ptr() for t in call.args if isinstance(t, Tensor) and t.numel()}
         for tensor in result if isinstance(result, tuple) else (result,):
             assert not tensor.numel() or tensor.untyped_storage().data_ptr() not in storages, name
@@ -312,7 +301,7 @@ def test_compile_of_a_training_step(device: str) -> None:
 
 @pytest.mark.parametrize("made", [False, True], ids=["first call", "later call"])
 def test_compile_with_the_default_library(made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_default", {})
+    monkeypatch.setattr(qm.marlin.library, "_default", {})
     if made:
         get_default_library()
     w, scales, _ = random_packed("fp4", 64, 24, 32)
@@ -361,9 +350,8 @@ def test_jit_trace() -> None:
     x = oracle.random_x(5, 64)
     oracle.assert_identical(torch.jit.trace(linear, (x[:2],))(x), linear(x))
     embedding = qm.QuantizedEmbedding.from_embedding(nn.Embedding(9, 64))
-    with pytest.raises(
-        NotImplementedError, match=r"torch\.jit\.trace is not supported; supported are torch\.export and"
-    ):
+    message = r"torch\.jit\.trace is not supported; supported are torch\.export and"
+    with pytest.raises(NotImplementedError, match=message):
         torch.jit.trace(embedding, (torch.tensor([1, 2]),))
     indices = torch.tensor([1, 8, 0])
     oracle.assert_identical(torch.export.export(embedding, (indices,)).module()(indices), embedding(indices))
@@ -405,9 +393,7 @@ def _masked_calls(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         "dispatch_gemm_fp4": lambda x, m: dispatch_gemm_fp4(library, x[m][:, :64], *fp4, x[m].shape[0], 24, 64, 32),
         "gather": lambda x, m: qm.gather_qmm(x[m][:, None], *experts.tensors, rhs_indices=cycle(x[m])),
         "gather pairs": lambda x, m: qm.gather_qmm(x[m][:, None, None], *experts.tensors, rhs_indices=pair),
-        "gather lhs": lambda x, m: qm.gather_qmm(
-            x[:, None], *experts.tensors, lhs_indices=m.nonzero(), rhs_indices=pair
-        ),
+        "gather lhs": lambda x, m: qm.gather_qmm(x[:, None], *experts.tensors, m.nonzero(), rhs_indices=pair),
         "gather global scales": lambda x, m: qm.gather_qmm(
             x[m][:, None], *nvfp4.tensors, rhs_indices=cycle(x[m]), mode="nvfp4", global_scale=global_scales
         ),
@@ -507,18 +493,14 @@ def test_autocast_gives_products_its_dtype(device: str, name: str) -> None:
     """As nn.Linear: the result is that of operands in autocast's dtype, without autocast."""
     dtype = torch.float16 if "bfloat16" in name or "batched" in name else torch.bfloat16
     call = CALLS[name].on(device)
-    function = getattr(qm, call.op)
-    cast = _cast(call, dtype)
-    expected = function(*cast.args, **cast.kwargs)
+    plain, expected = call.run(), _cast(call, dtype).run()
     assert expected.dtype == dtype
     with torch.autocast(device, dtype=dtype):
-        oracle.assert_identical(function(*call.args, **call.kwargs), expected)
+        oracle.assert_identical(call.run(), expected)
         with torch.autocast(device, enabled=False):
-            oracle.assert_identical(
-                function(*call.args, **call.kwargs), getattr(qm, call.op)(*call.args, **call.kwargs)
-            )
-            assert function(*call.args, **call.kwargs).dtype == call.args[0].dtype
-        oracle.assert_identical(function(*call.args, **call.kwargs), expected)
+            oracle.assert_identical(call.run(), plain)
+            assert plain.dtype == call.args[0].dtype
+        oracle.assert_identical(call.run(), expected)
 
 
 def test_autocast_leaves_conversions_alone(device: str) -> None:
@@ -526,9 +508,9 @@ def test_autocast_leaves_conversions_alone(device: str) -> None:
         if case.op not in ("quantize", "dequantize"):
             continue
         call = case.on(device)
-        expected = getattr(qm, call.op)(*call.args, **call.kwargs)
+        expected = call.run()
         with torch.autocast(device, dtype=torch.bfloat16):
-            ours = getattr(qm, call.op)(*call.args, **call.kwargs)
+            ours = call.run()
         pairs = zip(ours, expected, strict=True) if isinstance(ours, tuple) else [(ours, expected)]
         for one, other in pairs:
             oracle.assert_identical(one, other, name)
@@ -652,17 +634,8 @@ def _matmul_product(transpose: bool) -> Callable[[Tensor, Tensor], Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("format", SOME_FORMATS, ids=name_of)
 def test_gradients_of_quantized_matmul(device: str, format: Format, dtype: torch.dtype, transpose: bool) -> None:
-    for x_leading, w_leading in (
-        ((), ()),
-        ((1,), ()),
-        ((5,), ()),
-        ((2, 3, 4), ()),
-        ((0,), ()),
-        ((4,), (3,)),
-        ((2, 1, 4), (3,)),
-        ((2, 3, 4), (3,)),
-        ((1, 4), (2, 3)),
-    ):
+    without = [(x_leading, ()) for x_leading in ((), (1,), (5,), (2, 3, 4), (0,))]
+    for x_leading, w_leading in (*without, ((4,), (3,)), ((2, 1, 4), (3,)), ((2, 3, 4), (3,)), ((1, 4), (2, 3))):
         weights = oracle.random_quantized(format, *w_leading, 9, 2 * format.group_size, dtype=dtype)
         x = oracle.random_x(*x_leading, weights.matrix(transpose).shape[-2], dtype=dtype)
         Leaves(x, weights, _matmul_product(transpose)).check(
@@ -685,9 +658,7 @@ def test_gradient_with_global_scale(device: str, transpose: bool) -> None:
     weights = Quantized(NVFP4, base.w, base.scales, None, torch.tensor(700.0)).to(device)
     matrix = weights.matrix(transpose)
     x = oracle.random_x(5, matrix.shape[0]).to(device).requires_grad_()
-    y = qm.quantized_matmul(
-        x, weights.w, weights.scales, None, transpose, mode="nvfp4", global_scale=weights.global_scale
-    )
+    y = qm.quantized_matmul(x, *weights.tensors, transpose, mode="nvfp4", global_scale=weights.global_scale)
     upstream = oracle.random_x(*y.shape, seed=4)
     (grad,) = torch.autograd.grad(y, x, upstream.to(device))
     oracle.assert_product(grad, upstream, matrix.mT, torch.float32)
@@ -723,14 +694,10 @@ def test_gradients_of_gather_qmm(device: str, format: Format, dtype: torch.dtype
         ((3,), 2, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), False),
     ):
         x = oracle.random_x(*x_batch, M, K, dtype=dtype)
-        call = functools.partial(
-            qm.gather_qmm,
-            lhs_indices=None if lhs is None else lhs.to(device),
-            rhs_indices=None if rhs is None else rhs.to(device),
-            transpose=transpose,
-            sorted_indices=sorted_indices,
-            **format.options,
-        )
+        indices = {"lhs_indices": lhs, "rhs_indices": rhs}
+        options = {name: None if index is None else index.to(device) for name, index in indices.items()}
+        options |= {"transpose": transpose, "sorted_indices": sorted_indices, **format.options}
+        call = functools.partial(qm.gather_qmm, **options)
         Leaves(x, weights, _gather_product(lhs, rhs, transpose)).check(device, call, dtype)
 
 
@@ -873,14 +840,10 @@ def test_gather_compiles_with_a_number_of_rows_that_data_decide(device: str) -> 
 
 
 def test_calls_from_many_threads(device: str) -> None:
-    names = [name for name in CALLS if CALLS[name].op in ("quantized_matmul", "gather_qmm", "dequantize")]
-    calls = [CALLS[name].on(device) for name in names]
-
-    def run(call: Call) -> Tensor:
-        return getattr(qm, call.op)(*call.args, **call.kwargs)
-
-    expected = [run(call) for call in calls]
+    called = ("quantized_matmul", "gather_qmm", "dequantize")
+    calls = [call.on(device) for call in CALLS.values() if call.op in called]
+    expected = [call.run() for call in calls]
     with ThreadPoolExecutor(4) as pool:
-        for results in pool.map(lambda _: [run(call) for call in calls], range(12)):
+        for results in pool.map(lambda _: [call.run() for call in calls], range(12)):
             for result, reference in zip(results, expected, strict=True):
                 oracle.assert_identical(result, reference)

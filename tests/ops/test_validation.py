@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from oracle import Format, Quantized
 pytestmark = pytest.mark.kernels_ci
 
 ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
+RHS_NAX = "affine_gather_qmm_rhs_nax"
 AFFINE = Format("affine", 64, 4)
 MXFP4, MXFP8, NVFP4 = FLOAT_FORMATS
 N, K, E = 6, 128, 3
@@ -73,7 +74,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "affine_qmm_t_nax": lambda: _explicit(AFFINE, N, K),
     "affine_qmm_n": lambda: _explicit(AFFINE, K, 64, output_features=64),
     "affine_qmm_n_nax": lambda: _explicit(AFFINE, K, 64, output_features=64),
-    "affine_gather_qmm_rhs_nax": lambda: _explicit(AFFINE, E, N, K, output_features=N, indices=torch.tensor([2, 0])),
+    RHS_NAX: lambda: _explicit(AFFINE, E, N, K, output_features=N, indices=torch.tensor([2, 0])),
     **{
         f"{format.mode}_{kind}": lambda format=format, shape=shape, more=more: _explicit(format, *shape, **more)
         for format in FLOAT_FORMATS
@@ -95,14 +96,6 @@ def test_valid_arguments_are_accepted(name: str) -> None:
 # --- The cases --------------------------------------------------------------------------------------------------------
 
 
-class Case(NamedTuple):
-    valid: str
-    # Replacements by argument name: a value, or a function of the valid one.
-    change: dict[str, Any]
-    # Regular expressions of which each must be found in the message.
-    shows: tuple[str, ...]
-
-
 def _as(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(dtype)
 
@@ -119,241 +112,212 @@ def _cut(columns: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor[..., :-columns]
 
 
+def _each(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return dict.fromkeys(("w", "scales", "biases"), change)
+
+
 def _scalar(value: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor(value, dtype=dtype)
 
 
 FLOAT64, INT = "(?i)double|float64", "(?i)int"
-CASES: dict[str, Case] = {
+# The valid arguments; replacements by argument name, a value or a function of the valid one; and regular expressions
+# of which each must be found in the message.
+CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     # quantize
-    "quantize float64": Case("quantize", {"w": _as(torch.float64)}, (FLOAT64,)),
-    "quantize int32": Case("quantize", {"w": _as(torch.int32)}, (INT,)),
-    "quantize bool": Case("quantize", {"w": _as(torch.bool)}, ("(?i)bool",)),
-    "quantize complex": Case("quantize", {"w": _as(torch.complex64)}, ("(?i)complex",)),
-    "quantize float8": Case("quantize", {"w": _as(torch.float8_e4m3fn)}, ("(?i)float8",)),
-    "quantize 1-D": Case("quantize", {"w": _reshaped(N * K)}, (rf"\[{N * K}\]",)),
-    "quantize 0-D": Case("quantize", {"w": _scalar()}, (r"\[\]",)),
-    "quantize ragged group": Case("quantize", {"w": _cut(1)}, (str(K - 1), "64")),
-    "quantize ragged group mxfp4": Case("quantize mxfp4", {"w": _cut(16)}, (str(K - 16), "32")),
-    "quantize group_size 16": Case("quantize", {"group_size": 16}, ("16", "64")),
-    "quantize group_size 256": Case("quantize", {"group_size": 256}, ("256",)),
-    "quantize group_size 0": Case("quantize", {"group_size": 0}, (r"\b0\b",)),
-    "quantize group_size negative": Case("quantize", {"group_size": -64}, ("-64",)),
-    "quantize group_size 2**40": Case("quantize", {"group_size": 2**40}, (str(2**40),)),
-    "quantize group_size float": Case("quantize", {"group_size": 64.5}, ("64.5|float",)),
-    "quantize bits 0": Case("quantize", {"bits": 0}, (r"bits 0\b",)),
-    "quantize bits 7": Case("quantize", {"bits": 7}, (r"\b7\b",)),
-    "quantize bits 16": Case("quantize", {"bits": 16}, (r"\b16\b",)),
-    "quantize bits negative": Case("quantize", {"bits": -4}, ("-4",)),
-    "quantize bits string": Case("quantize", {"bits": "four"}, ("four|str",)),
-    "quantize mode unknown": Case("quantize", {"mode": "int4"}, ("int4", "affine")),
-    "quantize mode empty": Case("quantize", {"mode": ""}, ('""',)),
-    "quantize mode upper case": Case("quantize", {"mode": "Affine"}, ("Affine",)),
-    "quantize mode number": Case("quantize", {"mode": 4}, ("int|4",)),
-    "quantize mxfp4 group_size 64": Case("quantize mxfp4", {"group_size": 64}, ("64", "mxfp4", "32")),
-    "quantize mxfp4 bits 8": Case("quantize mxfp4", {"bits": 8}, (r"\b8\b", "mxfp4")),
-    "quantize nvfp4 group_size 32": Case("quantize nvfp4", {"group_size": 32}, ("32", "nvfp4", "16")),
-    "quantize global_scale affine": Case("quantize", {"global_scale": _scalar()}, ("affine", "nvfp4")),
-    "quantize global_scale mxfp4": Case("quantize mxfp4", {"global_scale": _scalar()}, ("mxfp4", "nvfp4")),
-    "quantize global_scale float64": Case(
-        "quantize nvfp4", {"global_scale": _scalar(dtype=torch.float64)}, (FLOAT64, "float32")
+    "quantize float64": ("quantize", {"w": _as(torch.float64)}, (FLOAT64,)),
+    "quantize int32": ("quantize", {"w": _as(torch.int32)}, (INT,)),
+    "quantize bool": ("quantize", {"w": _as(torch.bool)}, ("(?i)bool",)),
+    "quantize complex": ("quantize", {"w": _as(torch.complex64)}, ("(?i)complex",)),
+    "quantize float8": ("quantize", {"w": _as(torch.float8_e4m3fn)}, ("(?i)float8",)),
+    "quantize 1-D": ("quantize", {"w": _reshaped(N * K)}, (rf"\[{N * K}\]",)),
+    "quantize 0-D": ("quantize", {"w": _scalar()}, (r"\[\]",)),
+    "quantize ragged group": ("quantize", {"w": _cut(1)}, (str(K - 1), "64")),
+    "quantize ragged group mxfp4": ("quantize mxfp4", {"w": _cut(16)}, (str(K - 16), "32")),
+    "quantize group_size 16": ("quantize", {"group_size": 16}, ("16", "64")),
+    "quantize group_size 256": ("quantize", {"group_size": 256}, ("256",)),
+    "quantize group_size 0": ("quantize", {"group_size": 0}, (r"\b0\b",)),
+    "quantize group_size negative": ("quantize", {"group_size": -64}, ("-64",)),
+    "quantize group_size 2**40": ("quantize", {"group_size": 2**40}, (str(2**40),)),
+    "quantize group_size float": ("quantize", {"group_size": 64.5}, ("64.5|float",)),
+    "quantize bits 0": ("quantize", {"bits": 0}, (r"bits 0\b",)),
+    "quantize bits 7": ("quantize", {"bits": 7}, (r"\b7\b",)),
+    "quantize bits 16": ("quantize", {"bits": 16}, (r"\b16\b",)),
+    "quantize bits negative": ("quantize", {"bits": -4}, ("-4",)),
+    "quantize bits string": ("quantize", {"bits": "four"}, ("four|str",)),
+    "quantize mode unknown": ("quantize", {"mode": "int4"}, ("int4", "affine")),
+    "quantize mode empty": ("quantize", {"mode": ""}, ('""',)),
+    "quantize mode upper case": ("quantize", {"mode": "Affine"}, ("Affine",)),
+    "quantize mode number": ("quantize", {"mode": 4}, ("int|4",)),
+    "quantize mxfp4 group_size 64": ("quantize mxfp4", {"group_size": 64}, ("64", "mxfp4", "32")),
+    "quantize mxfp4 bits 8": ("quantize mxfp4", {"bits": 8}, (r"\b8\b", "mxfp4")),
+    "quantize nvfp4 group_size 32": ("quantize nvfp4", {"group_size": 32}, ("32", "nvfp4", "16")),
+    "quantize global_scale affine": ("quantize", {"global_scale": _scalar()}, ("affine", "nvfp4")),
+    "quantize global_scale mxfp4": ("quantize mxfp4", {"global_scale": _scalar()}, ("mxfp4", "nvfp4")),
+    "quantize global_scale float64": (
+        "quantize nvfp4",
+        {"global_scale": _scalar(dtype=torch.float64)},
+        (FLOAT64, "float32"),
     ),
-    "quantize global_scale int": Case("quantize nvfp4", {"global_scale": _scalar(1, torch.int32)}, (INT,)),
-    "quantize global_scale of two": Case("quantize nvfp4", {"global_scale": torch.ones(2)}, (r"\[2\]",)),
-    "quantize global_scale of none": Case("quantize nvfp4", {"global_scale": torch.ones(0)}, (r"\[0\]",)),
-    "quantize global_scale meta": Case("quantize nvfp4", {"global_scale": _meta(_scalar())}, ("meta", "cpu")),
-    "quantize global_scale number": Case("quantize nvfp4", {"global_scale": 1.0}, ("float",)),
-    "quantize list": Case("quantize", {"w": [[1.0] * 64]}, ("list",)),
-    "quantize none": Case("quantize", {"w": None}, ("None|no tensor arguments",)),
+    "quantize global_scale int": ("quantize nvfp4", {"global_scale": _scalar(1, torch.int32)}, (INT,)),
+    "quantize global_scale of two": ("quantize nvfp4", {"global_scale": torch.ones(2)}, (r"\[2\]",)),
+    "quantize global_scale of none": ("quantize nvfp4", {"global_scale": torch.ones(0)}, (r"\[0\]",)),
+    "quantize global_scale meta": ("quantize nvfp4", {"global_scale": _meta(_scalar())}, ("meta", "cpu")),
+    "quantize global_scale number": ("quantize nvfp4", {"global_scale": 1.0}, ("float",)),
+    "quantize list": ("quantize", {"w": [[1.0] * 64]}, ("list",)),
+    "quantize none": ("quantize", {"w": None}, ("None|no tensor arguments",)),
     # dequantize
-    "dequantize w float32": Case("dequantize", {"w": _as(torch.float32)}, ("(?i)float", "uint32")),
-    "dequantize w int64": Case("dequantize", {"w": _as(torch.int64)}, ("(?i)long|int64", "uint32")),
-    "dequantize w uint8": Case("dequantize", {"w": lambda w: w.view(torch.uint8)}, ("(?i)byte|uint8", "uint32")),
-    "dequantize w 1-D": Case("dequantize", {"w": lambda w: w[0]}, (rf"\[{K // 8}\]",)),
-    "dequantize scales 1-D": Case("dequantize", {"scales": lambda s: s[0]}, (r"\[2\]",)),
-    "dequantize rows differ": Case("dequantize", {"w": lambda w: w[1:]}, (rf"\[{N - 1}, 16\]", rf"\[{N}, 2\]")),
-    "dequantize columns differ": Case("dequantize", {"w": _cut(1)}, (rf"\[{N}, 15\]", rf"\[{N}, 2\]")),
-    "dequantize biases differ": Case("dequantize", {"biases": _cut(1)}, (rf"\[{N}, 1\]", rf"\[{N}, 2\]")),
-    "dequantize biases missing": Case("dequantize", {"biases": None}, ("biases", "affine")),
-    "dequantize biases superfluous": Case("dequantize mxfp8", {"biases": torch.ones(N, 4)}, ("biases", "mxfp8")),
-    "dequantize scales float in mxfp8": Case(
-        "dequantize mxfp8", {"scales": _as(torch.float32)}, ("(?i)float", "uint8")
-    ),
-    "dequantize scales uint8 in affine": Case(
-        "dequantize", {"scales": _as(torch.uint8)}, ("(?i)byte|uint8", "float32")
-    ),
-    "dequantize scales float64": Case("dequantize", {"scales": _as(torch.float64)}, (FLOAT64,)),
-    "dequantize other bits": Case("dequantize", {"bits": 8}, (rf"\[{N}, 16\]", rf"\[{N}, 2\]", r"\b8\b")),
-    "dequantize other group_size": Case("dequantize", {"group_size": 32}, (rf"\[{N}, 16\]", rf"\[{N}, 2\]", "32")),
-    "dequantize dtype int32": Case("dequantize", {"dtype": torch.int32}, (INT, "float32")),
-    "dequantize dtype float64": Case("dequantize", {"dtype": torch.float64}, (FLOAT64, "float32")),
-    "dequantize dtype name": Case("dequantize", {"dtype": "float32"}, ("float32|str",)),
-    "dequantize scales meta": Case("dequantize", {"scales": _meta}, ("meta", "cpu")),
-    "dequantize biases meta": Case("dequantize", {"biases": _meta}, ("meta", "cpu")),
-    "dequantize global_scale affine": Case("dequantize", {"global_scale": _scalar()}, ("affine", "nvfp4")),
-    "dequantize global_scale of rows": Case("dequantize nvfp4", {"global_scale": torch.ones(N)}, (rf"\[{N}\]",)),
-    "dequantize mode unknown": Case("dequantize", {"mode": "fp4"}, ("fp4",)),
+    "dequantize w float32": ("dequantize", {"w": _as(torch.float32)}, ("(?i)float", "uint32")),
+    "dequantize w int64": ("dequantize", {"w": _as(torch.int64)}, ("(?i)long|int64", "uint32")),
+    "dequantize w uint8": ("dequantize", {"w": lambda w: w.view(torch.uint8)}, ("(?i)byte|uint8", "uint32")),
+    "dequantize w 1-D": ("dequantize", {"w": lambda w: w[0]}, (rf"\[{K // 8}\]",)),
+    "dequantize scales 1-D": ("dequantize", {"scales": lambda s: s[0]}, (r"\[2\]",)),
+    "dequantize rows differ": ("dequantize", {"w": lambda w: w[1:]}, (rf"\[{N - 1}, 16\]", rf"\[{N}, 2\]")),
+    "dequantize columns differ": ("dequantize", {"w": _cut(1)}, (rf"\[{N}, 15\]", rf"\[{N}, 2\]")),
+    "dequantize biases differ": ("dequantize", {"biases": _cut(1)}, (rf"\[{N}, 1\]", rf"\[{N}, 2\]")),
+    "dequantize biases missing": ("dequantize", {"biases": None}, ("biases", "affine")),
+    "dequantize biases superfluous": ("dequantize mxfp8", {"biases": torch.ones(N, 4)}, ("biases", "mxfp8")),
+    "dequantize scales float in mxfp8": ("dequantize mxfp8", {"scales": _as(torch.float32)}, ("(?i)float", "uint8")),
+    "dequantize scales uint8 in affine": ("dequantize", {"scales": _as(torch.uint8)}, ("(?i)byte|uint8", "float32")),
+    "dequantize scales float64": ("dequantize", {"scales": _as(torch.float64)}, (FLOAT64,)),
+    "dequantize other bits": ("dequantize", {"bits": 8}, (rf"\[{N}, 16\]", rf"\[{N}, 2\]", r"\b8\b")),
+    "dequantize other group_size": ("dequantize", {"group_size": 32}, (rf"\[{N}, 16\]", rf"\[{N}, 2\]", "32")),
+    "dequantize dtype int32": ("dequantize", {"dtype": torch.int32}, (INT, "float32")),
+    "dequantize dtype float64": ("dequantize", {"dtype": torch.float64}, (FLOAT64, "float32")),
+    "dequantize dtype name": ("dequantize", {"dtype": "float32"}, ("float32|str",)),
+    "dequantize scales meta": ("dequantize", {"scales": _meta}, ("meta", "cpu")),
+    "dequantize biases meta": ("dequantize", {"biases": _meta}, ("meta", "cpu")),
+    "dequantize global_scale affine": ("dequantize", {"global_scale": _scalar()}, ("affine", "nvfp4")),
+    "dequantize global_scale of rows": ("dequantize nvfp4", {"global_scale": torch.ones(N)}, (rf"\[{N}\]",)),
+    "dequantize mode unknown": ("dequantize", {"mode": "fp4"}, ("fp4",)),
     # quantized_matmul
-    "matmul x float64": Case("quantized_matmul", {"x": _as(torch.float64)}, (FLOAT64,)),
-    "matmul x int8": Case("quantized_matmul", {"x": _as(torch.int8)}, ("(?i)char|int8",)),
-    "matmul x 0-D": Case("quantized_matmul", {"x": _scalar()}, ("scalar|dimension",)),
-    "matmul x wrong K": Case("quantized_matmul", {"x": _cut(1)}, (str(K - 1), str(K))),
-    "matmul x wrong K 1-D": Case("quantized_matmul", {"x": lambda x: x[0, :-8]}, (str(K - 8), str(K))),
-    "matmul x transposed": Case("quantized_matmul", {"x": lambda x: x.T}, (rf"\[{K}, 2\]",)),
-    "matmul orientation": Case("quantized_matmul", {"transpose": False}, (rf"\[2, {K}\]", "False")),
-    "matmul x meta": Case("quantized_matmul", {"x": _meta}, ("meta", "cpu")),
-    "matmul w meta": Case("quantized_matmul", {"w": _meta}, ("meta", "cpu")),
-    "matmul x list": Case("quantized_matmul", {"x": [1.0, 2.0]}, ("list|float",)),
-    "matmul x none": Case("quantized_matmul", {"x": None}, ("x.*(None|undefined)",)),
-    "matmul x sparse": Case("quantized_matmul", {"x": lambda x: x.to_sparse()}, ("(?i)sparse",)),
-    "matmul w string": Case("quantized_matmul", {"w": "weight"}, ("str|weight",)),
-    "matmul w float16": Case("quantized_matmul", {"w": _as(torch.float16)}, ("(?i)half|float16", "uint32")),
-    "matmul w 1-D": Case("quantized_matmul", {"w": lambda w: w[0]}, (rf"\[{K // 8}\]",)),
-    "matmul rows differ": Case("quantized_matmul", {"scales": lambda s: s[1:]}, (rf"\[{N}, 16\]", rf"\[{N - 1}, 2\]")),
-    "matmul biases rows differ": Case("quantized_matmul", {"biases": lambda b: b[1:]}, (rf"\[{N - 1}, 2\]",)),
-    "matmul biases 1-D": Case("quantized_matmul", {"biases": lambda b: b[0]}, (r"\[2\]", rf"\[{N}, 2\]")),
-    "matmul biases missing": Case("quantized_matmul", {"biases": None}, ("biases", "affine")),
-    "matmul biases int": Case("quantized_matmul", {"biases": _as(torch.int32)}, (INT,)),
-    "matmul biases superfluous": Case("quantized_matmul mxfp4", {"biases": torch.ones(N, 4)}, ("biases", "mxfp4")),
-    "matmul scales float in mxfp4": Case(
-        "quantized_matmul mxfp4", {"scales": _as(torch.float16)}, ("(?i)half", "uint8")
-    ),
-    "matmul scales int8 in mxfp4": Case(
-        "quantized_matmul mxfp4", {"scales": _as(torch.int8)}, ("(?i)char|int8", "uint8")
-    ),
-    "matmul wrong mode for scales": Case("quantized_matmul mxfp4", {"mode": "affine"}, ("affine|bits",)),
-    "matmul K is 0": Case(
+    "matmul x float64": ("quantized_matmul", {"x": _as(torch.float64)}, (FLOAT64,)),
+    "matmul x int8": ("quantized_matmul", {"x": _as(torch.int8)}, ("(?i)char|int8",)),
+    "matmul x 0-D": ("quantized_matmul", {"x": _scalar()}, ("scalar|dimension",)),
+    "matmul x wrong K": ("quantized_matmul", {"x": _cut(1)}, (str(K - 1), str(K))),
+    "matmul x wrong K 1-D": ("quantized_matmul", {"x": lambda x: x[0, :-8]}, (str(K - 8), str(K))),
+    "matmul x transposed": ("quantized_matmul", {"x": lambda x: x.T}, (rf"\[{K}, 2\]",)),
+    "matmul orientation": ("quantized_matmul", {"transpose": False}, (rf"\[2, {K}\]", "False")),
+    "matmul x meta": ("quantized_matmul", {"x": _meta}, ("meta", "cpu")),
+    "matmul w meta": ("quantized_matmul", {"w": _meta}, ("meta", "cpu")),
+    "matmul x list": ("quantized_matmul", {"x": [1.0, 2.0]}, ("list|float",)),
+    "matmul x none": ("quantized_matmul", {"x": None}, ("x.*(None|undefined)",)),
+    "matmul x sparse": ("quantized_matmul", {"x": lambda x: x.to_sparse()}, ("(?i)sparse",)),
+    "matmul w string": ("quantized_matmul", {"w": "weight"}, ("str|weight",)),
+    "matmul w float16": ("quantized_matmul", {"w": _as(torch.float16)}, ("(?i)half|float16", "uint32")),
+    "matmul w 1-D": ("quantized_matmul", {"w": lambda w: w[0]}, (rf"\[{K // 8}\]",)),
+    "matmul rows differ": ("quantized_matmul", {"scales": lambda s: s[1:]}, (rf"\[{N}, 16\]", rf"\[{N - 1}, 2\]")),
+    "matmul biases rows differ": ("quantized_matmul", {"biases": lambda b: b[1:]}, (rf"\[{N - 1}, 2\]",)),
+    "matmul biases 1-D": ("quantized_matmul", {"biases": lambda b: b[0]}, (r"\[2\]", rf"\[{N}, 2\]")),
+    "matmul biases missing": ("quantized_matmul", {"biases": None}, ("biases", "affine")),
+    "matmul biases int": ("quantized_matmul", {"biases": _as(torch.int32)}, (INT,)),
+    "matmul biases superfluous": ("quantized_matmul mxfp4", {"biases": torch.ones(N, 4)}, ("biases", "mxfp4")),
+    "matmul scales float in mxfp4": ("quantized_matmul mxfp4", {"scales": _as(torch.float16)}, ("(?i)half", "uint8")),
+    "matmul scales int8 in mxfp4": ("quantized_matmul mxfp4", {"scales": _as(torch.int8)}, ("(?i)char|int8", "uint8")),
+    "matmul wrong mode for scales": ("quantized_matmul mxfp4", {"mode": "affine"}, ("affine|bits",)),
+    "matmul K is 0": ("quantized_matmul", {"x": torch.ones(2, 0), **_each(lambda t: t[:, :0])}, (r"\b0\b",)),
+    "matmul K is 0 without transpose": (
         "quantized_matmul",
-        {"x": torch.ones(2, 0), "w": lambda w: w[:, :0], "scales": lambda s: s[:, :0], "biases": lambda b: b[:, :0]},
+        {"x": torch.ones(2, 0), **_each(lambda t: t[:0]), "transpose": False},
         (r"\b0\b",),
     ),
-    "matmul K is 0 without transpose": Case(
+    "matmul no groups": ("quantized_matmul", {"scales": lambda s: s[:, :0], "biases": lambda b: b[:, :0]}, (r", 0\]",)),
+    "matmul batches differ": (
         "quantized_matmul",
-        {
-            "x": torch.ones(2, 0),
-            "w": lambda w: w[:0],
-            "scales": lambda s: s[:0],
-            "biases": lambda b: b[:0],
-            "transpose": False,
-        },
-        (r"\b0\b",),
-    ),
-    "matmul no groups": Case(
-        "quantized_matmul", {"scales": lambda s: s[:, :0], "biases": lambda b: b[:, :0]}, (r", 0\]",)
-    ),
-    "matmul batches differ": Case(
-        "quantized_matmul",
-        {"x": torch.ones(4, 2, K), **{name: lambda t: t.expand(3, -1, -1) for name in ("w", "scales", "biases")}},
+        {"x": torch.ones(4, 2, K), **_each(lambda t: t.expand(3, -1, -1))},
         (r"\[4\]", r"\[3\]"),
     ),
-    "matmul batch of scales differs": Case(
-        "quantized_matmul", {"w": lambda w: w.expand(3, -1, -1)}, (rf"\[3, {N}, 16\]", rf"\[{N}, 2\]")
+    "matmul batch of scales differs": (
+        "quantized_matmul",
+        {"w": lambda w: w.expand(3, -1, -1)},
+        (rf"\[3, {N}, 16\]", rf"\[{N}, 2\]"),
     ),
-    "matmul bits 7": Case("quantized_matmul", {"bits": 7}, (r"\b7\b",)),
-    "matmul group_size 48": Case("quantized_matmul", {"group_size": 48}, ("48",)),
-    "matmul mode unknown": Case("quantized_matmul", {"mode": "gguf"}, ("gguf",)),
-    "matmul global_scale affine": Case("quantized_matmul", {"global_scale": _scalar()}, ("affine", "nvfp4")),
-    "matmul global_scale float16": Case(
-        "quantized_matmul nvfp4", {"global_scale": _scalar(dtype=torch.float16)}, ("(?i)half|float16",)
+    "matmul bits 7": ("quantized_matmul", {"bits": 7}, (r"\b7\b",)),
+    "matmul group_size 48": ("quantized_matmul", {"group_size": 48}, ("48",)),
+    "matmul mode unknown": ("quantized_matmul", {"mode": "gguf"}, ("gguf",)),
+    "matmul global_scale affine": ("quantized_matmul", {"global_scale": _scalar()}, ("affine", "nvfp4")),
+    "matmul global_scale float16": (
+        "quantized_matmul nvfp4",
+        {"global_scale": _scalar(dtype=torch.float16)},
+        ("(?i)half|float16",),
     ),
-    "matmul global_scale of two": Case("quantized_matmul nvfp4", {"global_scale": torch.ones(2)}, (r"\[2\]",)),
+    "matmul global_scale of two": ("quantized_matmul nvfp4", {"global_scale": torch.ones(2)}, (r"\[2\]",)),
     # gather_qmm
-    "gather x 1-D": Case("gather_qmm", {"x": lambda x: x[0, 0]}, (rf"\[{K}\]",)),
-    "gather x float64": Case("gather_qmm", {"x": _as(torch.float64)}, (FLOAT64,)),
-    "gather x wrong K": Case("gather_qmm", {"x": _cut(1)}, (str(K - 1), str(K))),
-    "gather lhs float": Case("gather_qmm", {"lhs_indices": _as(torch.float32)}, ("lhs_indices", "(?i)float")),
-    "gather rhs float": Case("gather_qmm", {"rhs_indices": _as(torch.float16)}, ("rhs_indices", "(?i)half|float16")),
-    "gather rhs bool": Case("gather_qmm", {"rhs_indices": _as(torch.bool)}, ("rhs_indices", "(?i)bool")),
-    "gather rhs list": Case("gather_qmm", {"rhs_indices": [0, 1]}, ("list",)),
-    "gather rhs meta": Case("gather_qmm", {"rhs_indices": _meta}, ("meta", "cpu")),
-    "gather indices do not broadcast": Case(
-        "gather_qmm", {"rhs_indices": torch.tensor([0, 1, 2])}, (r"\[2\]", r"\[3\]")
-    ),
-    "gather default does not broadcast": Case("gather_qmm", {"rhs_indices": None}, (r"\[2\]", r"\[3\]")),
-    "gather rhs too large": Case("gather_qmm", {"rhs_indices": torch.tensor([0, E])}, (rf"\b{E}\b", "rhs_indices")),
-    "gather rhs negative": Case("gather_qmm", {"rhs_indices": torch.tensor([0, -1])}, ("-1", "rhs_indices")),
-    "gather lhs too large": Case("gather_qmm", {"lhs_indices": torch.tensor([0, 2])}, (r"\b2\b", "lhs_indices")),
-    "gather lhs negative": Case("gather_qmm", {"lhs_indices": torch.tensor([-2, 0])}, ("-2", "lhs_indices")),
-    "gather biases missing": Case("gather_qmm", {"biases": None}, ("biases", "affine")),
-    "gather biases superfluous": Case("gather_qmm mxfp4", {"biases": torch.ones(E, N, 4)}, ("biases", "mxfp4")),
-    "gather experts differ": Case(
-        "gather_qmm", {"scales": lambda s: s[1:]}, (rf"\[{E}, {N}, 16\]", rf"\[{E - 1}, {N}, 2\]")
-    ),
-    "gather K is 0": Case(
+    "gather x 1-D": ("gather_qmm", {"x": lambda x: x[0, 0]}, (rf"\[{K}\]",)),
+    "gather x float64": ("gather_qmm", {"x": _as(torch.float64)}, (FLOAT64,)),
+    "gather x wrong K": ("gather_qmm", {"x": _cut(1)}, (str(K - 1), str(K))),
+    "gather lhs float": ("gather_qmm", {"lhs_indices": _as(torch.float32)}, ("lhs_indices", "(?i)float")),
+    "gather rhs float": ("gather_qmm", {"rhs_indices": _as(torch.float16)}, ("rhs_indices", "(?i)half|float16")),
+    "gather rhs bool": ("gather_qmm", {"rhs_indices": _as(torch.bool)}, ("rhs_indices", "(?i)bool")),
+    "gather rhs list": ("gather_qmm", {"rhs_indices": [0, 1]}, ("list",)),
+    "gather rhs meta": ("gather_qmm", {"rhs_indices": _meta}, ("meta", "cpu")),
+    "gather indices do not broadcast": ("gather_qmm", {"rhs_indices": torch.tensor([0, 1, 2])}, (r"\[2\]", r"\[3\]")),
+    "gather default does not broadcast": ("gather_qmm", {"rhs_indices": None}, (r"\[2\]", r"\[3\]")),
+    "gather rhs too large": ("gather_qmm", {"rhs_indices": torch.tensor([0, E])}, (rf"\b{E}\b", "rhs_indices")),
+    "gather rhs negative": ("gather_qmm", {"rhs_indices": torch.tensor([0, -1])}, ("-1", "rhs_indices")),
+    "gather lhs too large": ("gather_qmm", {"lhs_indices": torch.tensor([0, 2])}, (r"\b2\b", "lhs_indices")),
+    "gather lhs negative": ("gather_qmm", {"lhs_indices": torch.tensor([-2, 0])}, ("-2", "lhs_indices")),
+    "gather biases missing": ("gather_qmm", {"biases": None}, ("biases", "affine")),
+    "gather biases superfluous": ("gather_qmm mxfp4", {"biases": torch.ones(E, N, 4)}, ("biases", "mxfp4")),
+    "gather experts differ": (
         "gather_qmm",
-        {
-            "x": torch.ones(2, 1, 0),
-            "w": lambda w: w[..., :0],
-            "scales": lambda s: s[..., :0],
-            "biases": lambda b: b[..., :0],
-        },
-        (r"\b0\b",),
+        {"scales": lambda s: s[1:]},
+        (rf"\[{E}, {N}, 16\]", rf"\[{E - 1}, {N}, 2\]"),
     ),
-    "gather global_scale affine": Case("gather_qmm", {"global_scale": _scalar()}, ("affine", "nvfp4")),
-    "gather global_scale of two": Case("gather_qmm nvfp4", {"global_scale": torch.ones(2)}, (r"\[2\]",)),
-    "gather global_scale of too many": Case(
-        "gather_qmm nvfp4", {"global_scale": torch.ones(E, N)}, (rf"\[{E}, {N}\]",)
-    ),
-    "gather mode unknown": Case("gather_qmm", {"mode": "mxfp6"}, ("mxfp6",)),
+    "gather K is 0": ("gather_qmm", {"x": torch.ones(2, 1, 0), **_each(lambda t: t[..., :0])}, (r"\b0\b",)),
+    "gather global_scale affine": ("gather_qmm", {"global_scale": _scalar()}, ("affine", "nvfp4")),
+    "gather global_scale of two": ("gather_qmm nvfp4", {"global_scale": torch.ones(2)}, (r"\[2\]",)),
+    "gather global_scale of too many": ("gather_qmm nvfp4", {"global_scale": torch.ones(E, N)}, (rf"\[{E}, {N}\]",)),
+    "gather mode unknown": ("gather_qmm", {"mode": "mxfp6"}, ("mxfp6",)),
     # Explicit ops
-    "qmv output_features": Case("affine_qmv", {"output_features": N + 1}, (str(N + 1), rf"\b{N}\b")),
-    "qmv output_features negative": Case("affine_qmv", {"output_features": -1}, ("-1",)),
-    "qmv x wrong K": Case("affine_qmv", {"x": _cut(1)}, (str(K - 1),)),
-    "qmv bits 7": Case("affine_qmv", {"bits": 7}, (r"\b7\b",)),
-    "qmv biases none": Case("affine_qmv", {"biases": None}, ("None|biases",)),
-    "qmm_t group_size": Case("affine_qmm_t", {"group_size": 128}, ("128",)),
-    "qmm_t x float64": Case("affine_qmm_t", {"x": _as(torch.float64)}, (FLOAT64,)),
-    "qmm_t w float": Case("affine_qmm_t", {"w": _as(torch.float32)}, ("(?i)float", "uint32")),
-    "qmm_t scales uint8": Case("affine_qmm_t", {"scales": _as(torch.uint8)}, ("(?i)byte|uint8",)),
-    "qmm_t_nax x wrong K": Case("affine_qmm_t_nax", {"x": _cut(1)}, (str(K - 1),)),
-    "qmm_n output_features": Case("affine_qmm_n", {"output_features": 128}, ("128", r"\b64\b")),
-    "qmm_n x wrong K": Case("affine_qmm_n", {"x": _cut(1)}, (str(K - 1),)),
-    "qmm_n_nax output_features": Case("affine_qmm_n_nax", {"output_features": 0}, (r"\b0\b",)),
-    "rhs_nax x 3-D": Case("affine_gather_qmm_rhs_nax", {"x": torch.ones(2, 1, K)}, (rf"\[2, 1, {K}\]",)),
-    "rhs_nax x 1-D": Case("affine_gather_qmm_rhs_nax", {"x": torch.ones(K)}, (rf"\[{K}\]",)),
-    "rhs_nax indices 2-D": Case("affine_gather_qmm_rhs_nax", {"indices": torch.tensor([[0, 1]])}, (r"\[1, 2\]",)),
-    "rhs_nax indices short": Case(
-        "affine_gather_qmm_rhs_nax", {"indices": torch.tensor([0])}, (r"\[1\]", rf"\[2, {K}\]")
-    ),
-    "rhs_nax indices float": Case("affine_gather_qmm_rhs_nax", {"indices": _as(torch.float32)}, ("(?i)float",)),
-    "rhs_nax index too large": Case("affine_gather_qmm_rhs_nax", {"indices": torch.tensor([0, E])}, (rf"\b{E}\b",)),
-    "rhs_nax index negative": Case("affine_gather_qmm_rhs_nax", {"indices": torch.tensor([0, -5])}, ("-5",)),
-    "rhs_nax w 2-D": Case(
-        "affine_gather_qmm_rhs_nax",
-        {name: lambda t: t[0] for name in ("w", "scales", "biases")},
-        (rf"\[{N}, 16\]",),
-    ),
-    "rhs_nax output_features": Case("affine_gather_qmm_rhs_nax", {"output_features": 7}, (r"\b7\b",)),
-    "rhs_nax orientation": Case(
-        "affine_gather_qmm_rhs_nax", {"transpose": False, "output_features": K}, ("False", rf"\[{E}, {N}, 16\]")
-    ),
-    "mxfp4_qmv output_features": Case("mxfp4_qmv", {"output_features": N - 1}, (str(N - 1),)),
-    "mxfp4_qmv scales float": Case("mxfp4_qmv", {"scales": _as(torch.float32)}, ("(?i)float", "uint8")),
-    "mxfp4_qmm_t x wrong K": Case("mxfp4_qmm_t", {"x": _cut(1)}, (str(K - 1),)),
-    "mxfp4_qmm_n output_features": Case("mxfp4_qmm_n", {"output_features": 32}, ("32", r"\b64\b")),
-    "mxfp8_qmv x int": Case("mxfp8_qmv", {"x": _as(torch.int32)}, (INT,)),
-    "mxfp8_qmm_t columns differ": Case("mxfp8_qmm_t", {"w": _cut(1)}, (rf"\[{N}, 31\]", rf"\[{N}, 4\]")),
-    "mxfp8_qmm_n x meta": Case("mxfp8_qmm_n", {"x": _meta}, ("meta", "cpu")),
-    "nvfp4_qmv w int64": Case("nvfp4_qmv", {"w": _as(torch.int64)}, ("(?i)long|int64",)),
-    "nvfp4_qmm_t scales of mxfp4": Case("nvfp4_qmm_t", {"scales": lambda s: s[:, ::2]}, (rf"\[{N}, 4\]",)),
-    "nvfp4_qmm_n x wrong K": Case("nvfp4_qmm_n", {"x": _cut(1)}, (str(K - 1),)),
+    "qmv output_features": ("affine_qmv", {"output_features": N + 1}, (str(N + 1), rf"\b{N}\b")),
+    "qmv output_features negative": ("affine_qmv", {"output_features": -1}, ("-1",)),
+    "qmv x wrong K": ("affine_qmv", {"x": _cut(1)}, (str(K - 1),)),
+    "qmv bits 7": ("affine_qmv", {"bits": 7}, (r"\b7\b",)),
+    "qmv biases none": ("affine_qmv", {"biases": None}, ("None|biases",)),
+    "qmm_t group_size": ("affine_qmm_t", {"group_size": 128}, ("128",)),
+    "qmm_t x float64": ("affine_qmm_t", {"x": _as(torch.float64)}, (FLOAT64,)),
+    "qmm_t w float": ("affine_qmm_t", {"w": _as(torch.float32)}, ("(?i)float", "uint32")),
+    "qmm_t scales uint8": ("affine_qmm_t", {"scales": _as(torch.uint8)}, ("(?i)byte|uint8",)),
+    "qmm_t_nax x wrong K": ("affine_qmm_t_nax", {"x": _cut(1)}, (str(K - 1),)),
+    "qmm_n output_features": ("affine_qmm_n", {"output_features": 128}, ("128", r"\b64\b")),
+    "qmm_n x wrong K": ("affine_qmm_n", {"x": _cut(1)}, (str(K - 1),)),
+    "qmm_n_nax output_features": ("affine_qmm_n_nax", {"output_features": 0}, (r"\b0\b",)),
+    "rhs_nax x 3-D": (RHS_NAX, {"x": torch.ones(2, 1, K)}, (rf"\[2, 1, {K}\]",)),
+    "rhs_nax x 1-D": (RHS_NAX, {"x": torch.ones(K)}, (rf"\[{K}\]",)),
+    "rhs_nax indices 2-D": (RHS_NAX, {"indices": torch.tensor([[0, 1]])}, (r"\[1, 2\]",)),
+    "rhs_nax indices short": (RHS_NAX, {"indices": torch.tensor([0])}, (r"\[1\]", rf"\[2, {K}\]")),
+    "rhs_nax indices float": (RHS_NAX, {"indices": _as(torch.float32)}, ("(?i)float",)),
+    "rhs_nax index too large": (RHS_NAX, {"indices": torch.tensor([0, E])}, (rf"\b{E}\b",)),
+    "rhs_nax index negative": (RHS_NAX, {"indices": torch.tensor([0, -5])}, ("-5",)),
+    "rhs_nax w 2-D": (RHS_NAX, {name: lambda t: t[0] for name in ("w", "scales", "biases")}, (rf"\[{N}, 16\]",)),
+    "rhs_nax output_features": (RHS_NAX, {"output_features": 7}, (r"\b7\b",)),
+    "rhs_nax orientation": (RHS_NAX, {"transpose": False, "output_features": K}, ("False", rf"\[{E}, {N}, 16\]")),
+    "mxfp4_qmv output_features": ("mxfp4_qmv", {"output_features": N - 1}, (str(N - 1),)),
+    "mxfp4_qmv scales float": ("mxfp4_qmv", {"scales": _as(torch.float32)}, ("(?i)float", "uint8")),
+    "mxfp4_qmm_t x wrong K": ("mxfp4_qmm_t", {"x": _cut(1)}, (str(K - 1),)),
+    "mxfp4_qmm_n output_features": ("mxfp4_qmm_n", {"output_features": 32}, ("32", r"\b64\b")),
+    "mxfp8_qmv x int": ("mxfp8_qmv", {"x": _as(torch.int32)}, (INT,)),
+    "mxfp8_qmm_t columns differ": ("mxfp8_qmm_t", {"w": _cut(1)}, (rf"\[{N}, 31\]", rf"\[{N}, 4\]")),
+    "mxfp8_qmm_n x meta": ("mxfp8_qmm_n", {"x": _meta}, ("meta", "cpu")),
+    "nvfp4_qmv w int64": ("nvfp4_qmv", {"w": _as(torch.int64)}, ("(?i)long|int64",)),
+    "nvfp4_qmm_t scales of mxfp4": ("nvfp4_qmm_t", {"scales": lambda s: s[:, ::2]}, (rf"\[{N}, 4\]",)),
+    "nvfp4_qmm_n x wrong K": ("nvfp4_qmm_n", {"x": _cut(1)}, (str(K - 1),)),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_arguments(name: str) -> None:
-    case = CASES[name]
-    op = case.valid.split()[0]
-    arguments = VALID[case.valid]()
-    for argument, change in case.change.items():
-        arguments[argument] = (
-            change(arguments[argument]) if callable(change) and not isinstance(change, type) else change
-        )
+    valid, changes, shows = CASES[name]
+    op = valid.split()[0]
+    arguments = VALID[valid]()
+    for argument, change in changes.items():
+        arguments[argument] = change(arguments[argument]) if callable(change) else change
     with pytest.raises(ERRORS) as caught:
         getattr(qm, op)(**arguments)
     message = str(caught.value)
     assert op in message
-    missing = [pattern for pattern in case.shows if not re.search(pattern, message)]
+    missing = [pattern for pattern in shows if not re.search(pattern, message)]
     assert not missing, f"{missing} not in: {message}"
 
 

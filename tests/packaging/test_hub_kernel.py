@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import quantization_mlx as qm
 from cases import DTYPES, FLOAT_FORMATS
 from kernel_builder import ROOT
 from oracle import Format, Quantized, name_of
+from process import NO_NETWORK, printed
 
 PUBLISHED = "kernels-community/mlx-quantization-metal-kernels"
 VERSION_1 = {
@@ -223,15 +223,8 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor], None]:
 
 CALLS = {1: version_1_calls, 2: version_2_calls}
 # Loads a version without a network, and calls it both ways.
-LOAD_AND_CALL = f"""
-import socket, sys
-
-def refuse(*arguments, **options):
-    raise OSError("no network in this test")
-
-socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
-
-import torch
+LOAD_AND_CALL = f"""{NO_NETWORK}
+import sys, torch
 from kernels import get_kernel
 
 kernel = get_kernel({PUBLISHED!r}, version=int(sys.argv[1]))
@@ -261,9 +254,7 @@ def test_calls_of_a_version(version: int, repository: Path, variant: Path, tmp_p
 def run(code: str, *arguments: str, folder: Path, repository: Path) -> None:
     """In a fresh interpreter, in a folder from which nothing of the tree can be imported."""
     environment = os.environ | {"LOCAL_KERNELS": f"{PUBLISHED}={repository}"}
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed("-c", code, *arguments, cwd=folder, env=environment)
 
 
 # --- Transformers -----------------------------------------------------------------------------------------------------
@@ -329,13 +320,12 @@ def test_kernels_benchmark(with_benchmark: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(benchmark, "discover_benchmark_classes", small_ones)
     output = tmp_path / "results.json"
     benchmark.run_benchmark(str(with_benchmark), None, None, iterations=2, warmup=1, output=str(output))
-    expected = {f"{size}_{kind}" for size in ("small", "medium", "large") for kind in ("row", "prompt")}
+    kinds = ("row", "prompt")
+    expected = {f"{size}_{kind}" for size in ("small", "medium", "large") for kind in kinds}
     classes = ("Affine4Bit", "Affine8Bit", "Experts4Bit", "Mxfp4", "Nvfp4Activations")
     assert workloads == dict.fromkeys(classes, expected)
     results = json.loads(output.read_text())["results"]
-    assert {each["workload"] for each in results} == {
-        f"{cls}.small_{kind}" for cls in classes for kind in ("row", "prompt")
-    }
+    assert {each["workload"] for each in results} == {f"{cls}.small_{kind}" for cls in classes for kind in kinds}
     assert all(each["verified"] and each["timingResults"]["iterations"] == 2 for each in results)
 
 

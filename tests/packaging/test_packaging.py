@@ -18,6 +18,7 @@ import cases
 import kernel_builder
 import oracle
 from kernel_builder import PACKAGE, ROOT
+from process import NO_NETWORK, printed, python
 
 PUBLISHED = "kernels-community/mlx-quantization-metal-kernels"
 CPP = {".cpp", ".h", ".hpp", ".mm", ".metal"}
@@ -44,11 +45,7 @@ def pip():
 
 def run_python(code: str, folder: Path, **environment: str) -> str:
     """Run code in a fresh interpreter, in a folder from which nothing of the tree can be imported; its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=os.environ | environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return printed("-c", code, cwd=folder, env=os.environ | environment)
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +70,8 @@ def test_build_toml_has_the_schema_of_kernel_builder(tmp_path):
 
 
 def test_build_toml_lists_every_source():
-    on_disk = {
-        path.relative_to(ROOT).as_posix()
-        for folder in ("csrc", "metal", "torch-ext")
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in CPP
-    }
+    files = [path for folder in ("csrc", "metal", "torch-ext") for path in (ROOT / folder).rglob("*")]
+    on_disk = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in CPP}
     assert set(kernel_builder.sources()) == on_disk
 
 
@@ -155,9 +148,7 @@ def test_python_is_what_the_hub_allows(path):
 def public_names() -> list[str]:
     """`__all__` as kernel-builder reads it: from the source, as a list of string literals."""
     tree = ast.parse((ROOT / "torch-ext" / PACKAGE / "__init__.py").read_text())
-    (value,) = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    ]
+    (value,) = (node.value for node in tree.body if ast.unparse(node).startswith("__all__ = "))
     assert isinstance(value, ast.List)
     return ast.literal_eval(value)
 
@@ -166,10 +157,8 @@ def test_tests_of_a_variant_are_found(tmp_path):
     """In what nix copies, and with none of the packages that it does not have."""
     kernel_builder.copy_sources(tmp_path)
     (tmp_path / "peft.py").write_text("raise ImportError")
-    command = [sys.executable, "-m", "pytest", "-m", "kernels_ci", "--collect-only", "-q", "tests"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "ops/test_matmul.py::" in done.stdout
+    options = ("-m", "pytest", "-m", "kernels_ci", "--collect-only", "-q", "tests")
+    assert "ops/test_matmul.py::" in printed(*options, cwd=tmp_path)
 
 
 def test_public_names(pip):
@@ -289,15 +278,8 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 @LINUX
 def test_local_kernels_replaces_the_published_kernel(repository, variant, tmp_path):
-    code = f"""
-import json, socket
-
-def refuse(*arguments, **options):
-    raise OSError("no network in this test")
-
-socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
-
-import torch
+    code = f"""{NO_NETWORK}
+import json, torch
 from kernels import get_kernel
 
 kernel = get_kernel({PUBLISHED!r}, version=1)
@@ -398,10 +380,7 @@ print(y.tolist(), package.get_cpu_activations(), plan.instruction_set)
 """
     names = ("QUANTIZATION_MLX_CPU", "QUANTIZATION_MLX_CPU_ACTIVATIONS")
     unset = {name: value for name, value in os.environ.items() if name not in names}
-    runs = [
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-        for env in (unset, unset | dict.fromkeys(names, ""))
-    ]
+    runs = [python("-c", code, cwd=tmp_path, env=env) for env in (unset, unset | dict.fromkeys(names, ""))]
     assert runs[1].stdout == runs[0].stdout != "", runs[1].stderr
 
 

@@ -7,8 +7,6 @@ import importlib
 import importlib.metadata
 import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from transformers.quantizers import HfQuantizer
 
 import quantization_mlx as qm
 from kernel_builder import ROOT, tomllib
+from process import printed
 from quantization_mlx import load_checkpoint, marlin, quantize_model, save_checkpoint
 from quantization_mlx.hf import compat
 from quantization_mlx.hf.metal_config import metal_to_mlx
@@ -96,14 +95,11 @@ def test_on_the_oldest_versions() -> None:
     chosen = " or ".join(f"({file} and ({tests}))" for file, tests in ON_THE_OLDEST.items())
     files = [str(next((ROOT / "tests").glob(f"*/{file}.py"))) for file in ON_THE_OLDEST]
     options = ["-v", "-x", "-p", "no:cacheprovider", "-k", f"not mps and ({chosen})"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    output = printed("-m", "pytest", *options, *files, cwd=ROOT, env=environment)
     for library in compat.TESTED:
-        assert f"test_the_installed_version_is_the_oldest_or_the_newest[{library}] PASSED" in done.stdout
+        assert f"test_the_installed_version_is_the_oldest_or_the_newest[{library}] PASSED" in output
     for file in ON_THE_OLDEST:
-        assert f"{file}.py::" in done.stdout
+        assert f"{file}.py::" in output
 
 
 # --- What is needed of them -------------------------------------------------------------------------------------------
@@ -252,9 +248,8 @@ def test_weight_files_are_found_however_the_resolver_is_called(tmp_path: Path) -
     save_checkpoint(quantize_model(tiny_model()), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-other.safetensors")
     with patched_transformers():
-        files, _ = modeling_utils._get_resolved_checkpoint_files(
-            str(tmp_path), None, None, None, {"quant": "mlx"}, False
-        )
+        resolve = modeling_utils._get_resolved_checkpoint_files
+        files, _ = resolve(str(tmp_path), None, None, None, {"quant": "mlx"}, False)
     assert files == [str(tmp_path / "model-other.safetensors")]
 
 

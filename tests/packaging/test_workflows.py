@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from process import python
 from repository import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
@@ -35,8 +35,7 @@ def scripts(path: Path) -> list[str]:
 
 
 def validate(path: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(path)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return python("-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", path)
 
 
 # --- Form -------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,4 @@ def columns_of(weights: Quantized, transpose: bool) -> int:
 
 def expanded(weights: Quantized, outer: int = 1, inner: int = 1) -> Quantized:
     """The matrices [N, K] or [inner, N, K], broadcast to two batch dimensions."""
-    shape = (outer, inner, -1, -1)
-    w, scales, biases = (None if tensor is None else tensor.expand(shape) for tensor in weights.tensors)
-    return Quantized(weights.format, w, scales, biases, weights.global_scale)
+    return weights.map(lambda tensor: tensor.expand(outer, inner, -1, -1))

@@ -104,10 +104,8 @@ USES = """
 constant bool flag [[function_constant(0)]];
 template <int mode>
 [[kernel, max_total_threads_per_threadgroup(64)]] void copy(
-    device float* to [[buffer(0)]],
-    const device float* from [[buffer(1)]],
-    const device float* factor [[buffer(2), function_constant(flag)]],
-    uint i [[thread_position_in_grid]]) {
+    device float* to [[buffer(0)]], const device float* from [[buffer(1)]],
+    const device float* factor [[buffer(2), function_constant(flag)]], uint i [[thread_position_in_grid]]) {
   const device float* source = mode == 1 ? from : to;
   to[i] = source[i] * (flag ? factor[0] : 2.0f);
 }

@@ -11,25 +11,11 @@ import torch
 from torch import Tensor
 
 import cases
+import launching
 import oracle
 import softmetal
 from cases import FORMATS
-from launching import (
-    ALIGNED_K,
-    ALIGNED_OUTPUTS,
-    ALIGNED_WEIGHTS,
-    ALIGNED_X,
-    BARRIER,
-    FOUR_BIT,
-    HAS_GLOBAL_SCALE,
-    NVFP4,
-    ceil,
-    columns_of,
-    expanded,
-    kernel_name,
-    memory,
-    unwritten,
-)
+from launching import BARRIER, FOUR_BIT, NVFP4, ceil, columns_of, expanded, kernel_name, memory, unwritten
 from oracle import Format, Quantized
 from repository import ROOT
 
@@ -42,10 +28,7 @@ COLUMNS = DEPTH = 64
 GATHER_ROWS = 32
 # One format for each width and each kind of scale.
 EACH_WIDTH = (
-    *(
-        Format("affine", group_size, bits)
-        for bits, group_size in ((2, 64), (3, 32), (4, 64), (5, 128), (6, 32), (8, 64))
-    ),
+    *(Format("affine", size, bits) for bits, size in ((2, 64), (3, 32), (4, 64), (5, 128), (6, 32), (8, 64))),
     *(Format("mxfp4", 32, 4), Format("mxfp8", 32, 8), NVFP4),
 )
 
@@ -59,13 +42,13 @@ def library(constants: frozenset[int], layout: int = 0):
 
 
 def constants_for(weights: Quantized, n: int, k: int, aligned_x: bool, aligned: bool) -> frozenset[int]:
-    constants = {HAS_GLOBAL_SCALE} if weights.global_scale is not None else set()
+    constants = {launching.HAS_GLOBAL_SCALE} if weights.global_scale is not None else set()
     load_bytes = {2: 8, 4: 16, 6: 8, 8: 16}.get(weights.format.bits, 4)
     if aligned:
-        constants |= {ALIGNED_OUTPUTS} if n % COLUMNS == 0 else set()
-        constants |= {ALIGNED_K} if k % DEPTH == 0 else set()
-        constants |= {ALIGNED_WEIGHTS} if weights.w.shape[-1] * 4 % load_bytes == 0 else set()
-        constants |= {ALIGNED_X} if aligned_x else set()
+        constants |= {launching.ALIGNED_OUTPUTS} if n % COLUMNS == 0 else set()
+        constants |= {launching.ALIGNED_K} if k % DEPTH == 0 else set()
+        constants |= {launching.ALIGNED_WEIGHTS} if weights.w.shape[-1] * 4 % load_bytes == 0 else set()
+        constants |= {launching.ALIGNED_X} if aligned_x else set()
     return frozenset(constants)
 
 
@@ -223,9 +206,8 @@ def gather(x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tensor, transpose: b
     constants = constants_for(weights, n, k, aligned_x, True)
     buffers = [x, *weights.tensors, weights.global_scale, y, params, lhs, rhs]
     op = "gather_qmm_rhs_t_nax" if transpose else "gather_qmm_rhs_n_nax"
-    launch(
-        weights, x.dtype, op, GATHER_ROWS, constants, buffers, (ceil(n, COLUMNS), ceil(pairs, GATHER_ROWS), 1), layout
-    )
+    grid = (ceil(n, COLUMNS), ceil(pairs, GATHER_ROWS), 1)
+    launch(weights, x.dtype, op, GATHER_ROWS, constants, buffers, grid, layout)
     return y
 
 

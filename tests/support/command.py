@@ -1,15 +1,7 @@
-"""The command line, called in this process."""
+"""The command line, called in this process: what the fixture `run` in conftest.py is."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
-from quantization_mlx.cli import main
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -> tuple[str, str]:
-    """What the command prints, after checking its exit code."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in argv]) == code
-    captured = capsys.readouterr()
-    return captured.out, captured.err
+Run = Callable[..., tuple[str, str]]  # of the arguments and the expected exit code: what is printed

@@ -44,9 +44,8 @@ class Codes:
         count = self.groups.max() + 1
         self.codes = random.integers(0, 1 << bits, (rows, columns))
         # From 1 on: the older form of GPTQ stores them minus one.
-        self.zeros = (
-            np.full((rows, count), 1 << (bits - 1)) if symmetric else random.integers(1, 1 << bits, (rows, count))
-        )
+        shape = (rows, count)
+        self.zeros = np.full(shape, 1 << (bits - 1)) if symmetric else random.integers(1, 1 << bits, shape)
         self.scales = torch.from_numpy(random.uniform(0.01, 0.1, (rows, count)) / (1 << bits)).to(dtype)
 
     @property
@@ -118,11 +117,8 @@ def foreign_checkpoint(
     fused = put_experts(model, lambda *sizes, seed: Codes(*sizes, seed=seed, **{"group_size": 64, **options}))
     for path, codes in fused.items():
         tensors.update({f"{path}.{name}": tensor for name, tensor in getattr(codes, method)().items()})
-    others = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name.rpartition(".")[0] + ".scales" not in tensors
-    }
+    packed = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
+    others = {name: each for name, each in model.state_dict().items() if name.rpartition(".")[0] not in packed}
     if model.config.model_type == "mixtral":  # whose checkpoints have kept other names
         others = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in others.items()}
     tensors = {**{name: tensor for name, tensor in others.items() if tensor.dtype == torch.float16}, **tensors}

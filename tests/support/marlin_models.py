@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +12,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import tiny
-from quantization_mlx.marlin import (
-    ColumnPackedLinear,
-    MarlinLinear,
-    MetalQuantizedLinear,
-    TransformersMarlinPipeline,
-    quantize_model,
-    replace_linear_layers,
-)
+from quantization_mlx import marlin
+from quantization_mlx.marlin import ColumnPackedLinear, quantize_model, replace_linear_layers
 from tiny import VOCABULARY
 
 IDS = {"bos_token_id": 0, "eos_token_id": 1}
@@ -68,12 +63,20 @@ def quantized(model: str = "llama", way: str = "bits-4", **options: Any) -> PreT
     return made
 
 
+def reloaded(model: PreTrainedModel, directory: Path, **options: Any) -> PreTrainedModel:
+    """The model that was saved and loaded; it computes the same, bit for bit."""
+    marlin.save_quantized(model, directory, **options)
+    loaded = marlin.load_quantized(directory, "cpu")
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    return loaded
+
+
 def layers_of(model: nn.Module, kind: type = ColumnPackedLinear) -> set[str]:
-    kinds = (MarlinLinear, MetalQuantizedLinear) if kind is ColumnPackedLinear else (kind,)
+    kinds = (marlin.MarlinLinear, marlin.MetalQuantizedLinear) if kind is ColumnPackedLinear else (kind,)
     return {path for path, module in model.named_modules(remove_duplicate=False) if type(module) in kinds}
 
 
-def greedy(pipeline: TransformersMarlinPipeline, prompt: Any, **options: Any) -> Any:
+def greedy(pipeline: marlin.TransformersMarlinPipeline, prompt: Any, **options: Any) -> Any:
     return pipeline(prompt, max_tokens=NEW_TOKENS, temperature=0, **options)
 
 

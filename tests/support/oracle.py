@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,15 +118,26 @@ def dequantize(
     return result
 
 
+def format_of(layer: Any) -> Format:
+    """Of a packed layer."""
+    return Format(layer.mode, layer.group_size, layer.bits)
+
+
+def values_of(layer: Any) -> Tensor:
+    """The exact values of a packed layer's weight, as `dequantize` gives them."""
+    format = format_of(layer)
+    offsets = layer.zeros if format.is_column_packed else layer.biases
+    return dequantize(layer.weight_packed, layer.scales, offsets, format)
+
+
 def dequantize_columns(w: Tensor, scales: Tensor, zeros: Tensor | None, format: Format) -> Tensor:
     """The exact values of a matrix of packed columns, float64 [..., K, N]."""
     values = np.swapaxes(decode_elements(unpack(w.mT, format.bits), format.mode), -2, -1)
     offset = MARLIN_OFFSETS.get(format.mode, 0.0)
     if zeros is not None:
         offset = np.repeat(zeros.detach().cpu().double().numpy(), format.group_size, -2)
-    return torch.from_numpy(
-        (values - offset) * np.repeat(scales.detach().cpu().double().numpy(), format.group_size, -2)
-    )
+    factors = np.repeat(scales.detach().cpu().double().numpy(), format.group_size, -2)
+    return torch.from_numpy((values - offset) * factors)
 
 
 # --- Quantized test matrices ------------------------------------------------------------------------------------------
@@ -154,11 +166,13 @@ class Quantized:
         return self.dense.mT if transpose else self.dense
 
     def to(self, device: str) -> Quantized:
-        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in self._fields().items()}
-        return replace(self, **moved)
+        scale = None if self.global_scale is None else self.global_scale.to(device)
+        return replace(self.map(lambda tensor: tensor.to(device)), global_scale=scale)
 
-    def _fields(self) -> dict[str, Tensor | None]:
-        return {"w": self.w, "scales": self.scales, "biases": self.biases, "global_scale": self.global_scale}
+    def map(self, change: Callable[[Tensor], Tensor]) -> Quantized:
+        """With what `change` makes of w, of scales and of biases."""
+        changed = (None if tensor is None else change(tensor) for tensor in self.tensors)
+        return Quantized(self.format, *changed, self.global_scale)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -31,7 +31,5 @@ class Tally:
             self.mismatched[name] += mismatched
 
     def lines(self) -> list[str]:
-        return [
-            f"{name}: {count} values compared, {self.mismatched[name]} mismatches"
-            for name, count in sorted(self.compared.items())
-        ]
+        compared = sorted(self.compared.items())
+        return [f"{name}: {count} values compared, {self.mismatched[name]} mismatches" for name, count in compared]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import defaultdict
 from itertools import product
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 import covering
+from process import printed
 from repository import ROOT
 
 # Where it is loaded, it writes every collected test, with its parameters and whether it is to run.
@@ -68,14 +68,7 @@ def collected(folder: Path, *arguments: str) -> list[tuple[str, dict[str, str], 
     (folder / "recorder.py").write_text(RECORDER)
     environment = os.environ | {"PYTHONPATH": str(folder), "RECORD": str(folder / "record.json")}
     options = ("--collect-only", "-q", "-p", "recorder", "-p", "no:cacheprovider", "-p", "no:xdist")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed("-m", "pytest", *options, *arguments, cwd=ROOT, env=environment)
     return json.loads((folder / "record.json").read_text())
 
 

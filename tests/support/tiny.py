@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import oracle
 from oracle import name_of
+from quantization_mlx import load_checkpoint, save_checkpoint
 
 VOCABULARY = 96
 TOKENS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 71, 2, 60]])
@@ -32,11 +33,24 @@ SIZES = {
 SMALL = {**SIZES, "hidden_size": 64, "intermediate_size": 128}
 
 
+def random_model(class_name: str, **options: Any) -> PreTrainedModel:
+    """A model of a class of Transformers, with the options of its config."""
+    torch.manual_seed(0)
+    model = getattr(transformers, class_name)
+    return model(model.config_class(**options)).eval()
+
+
 def causal_lm(family: str, **options: Any) -> PreTrainedModel:
     """The model that Transformers has for a family, such as "Llama", with random weights."""
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")
-    return model(model.config_class(**options)).eval()
+    return random_model(f"{family}ForCausalLM", **options)
+
+
+def with_random_vectors(model: PreTrainedModel) -> PreTrainedModel:
+    """As `distinct`, of models whose names do not tell."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
 
 
 def distinct(model: PreTrainedModel) -> PreTrainedModel:
@@ -61,59 +75,31 @@ LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key
 LINEAR |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
 PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32}
 GEMMA4_VISION = {**VISION, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
-LLAMA4_VISION = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
-# Models that see images: the class, the options of its config, and the class that is its text alone.
-WRAPPERS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gemma3": (
-        "Gemma3ForConditionalGeneration",
-        {"text_config": {**TEXT, **TWO_KINDS, "sliding_window_pattern": 2}, "vision_config": VISION},
-        "Gemma3ForCausalLM",
-    ),
-    "gemma4": (
-        "Gemma4ForConditionalGeneration",
-        {"text_config": {**TEXT, **TWO_KINDS, **PER_LAYER}, "vision_config": GEMMA4_VISION},
-        "Gemma4ForCausalLM",
-    ),
-    "llama4": (
-        "Llama4ForConditionalGeneration",
-        {
-            "text_config": {**TEXT, "num_local_experts": 2, "intermediate_size_mlp": 128},
-            "vision_config": {**VISION, **LLAMA4_VISION, "intermediate_size": 128},
-        },
-        "Llama4ForCausalLM",
-    ),
-    "mistral3": (
-        "Mistral3ForConditionalGeneration",
-        {
-            "text_config": {**TEXT, "model_type": "mistral", "tie_word_embeddings": True},
-            "vision_config": {**VISION, "model_type": "pixtral"},
-            "tie_word_embeddings": True,
-        },
-        "MistralForCausalLM",
-    ),
-    "qwen3_5": (
-        "Qwen3_5ForConditionalGeneration",
-        {"text_config": {**TEXT, **LINEAR}, "vision_config": QWEN_VISION},
-        "Qwen3_5ForCausalLM",
-    ),
-    "qwen3_vl": (
-        "Qwen3VLForConditionalGeneration",
-        {"text_config": TEXT, "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]}},
-        "Qwen3VLTextModel",
-    ),
+LLAMA4 = {**TEXT, "intermediate_size_mlp": 128}
+LLAMA4_VISION = {**VISION, "intermediate_size": 128, "vision_output_dim": 64}
+LLAMA4_VISION |= {"projector_input_dim": 64, "projector_output_dim": 64}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": VOCABULARY, "initializer_range": 0.1}
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 1}
+MISTRAL = {**TEXT, "model_type": "mistral", "tie_word_embeddings": True}
+# Models that see images: the name of the class, the configs of the text and of the vision, the class of the text alone.
+WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "gemma3": ("Gemma3", {**TEXT, **TWO_KINDS, "sliding_window_pattern": 2}, VISION, "Gemma3ForCausalLM"),
+    "gemma4": ("Gemma4", {**TEXT, **TWO_KINDS, **PER_LAYER}, GEMMA4_VISION, "Gemma4ForCausalLM"),
+    "llama4": ("Llama4", {**LLAMA4, "num_local_experts": 2}, LLAMA4_VISION, "Llama4ForCausalLM"),
+    "mistral3": ("Mistral3", MISTRAL, {**VISION, "model_type": "pixtral"}, "MistralForCausalLM"),
+    "qwen3_5": ("Qwen3_5", {**TEXT, **LINEAR}, QWEN_VISION, "Qwen3_5ForCausalLM"),
+    "qwen3_vl": ("Qwen3VL", TEXT, {**QWEN_VISION, "deepstack_visual_indexes": [0]}, "Qwen3VLTextModel"),
 }
 
 
 def wrapper(name: str) -> tuple[PreTrainedModel, type[PreTrainedModel]]:
     """A random model that sees images, and the class of its text."""
-    class_name, options, text_name = WRAPPERS[name]
-    whole, text = (getattr(transformers, each) for each in (class_name, text_name))
-    torch.manual_seed(0)
-    model = whole(whole.config_class(**copy.deepcopy(options))).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return model, text
+    class_name, text_options, vision_options, text_name = WRAPPERS[name]
+    options = {"text_config": text_options, "vision_config": vision_options}
+    if "tie_word_embeddings" in text_options:
+        options["tie_word_embeddings"] = text_options["tie_word_embeddings"]
+    model = random_model(f"{class_name}ForConditionalGeneration", **copy.deepcopy(options))
+    return with_random_vectors(model), getattr(transformers, text_name)
 
 
 def word_tokenizer(eos_token: str | None = "w1", **options: Any) -> PreTrainedTokenizerFast:
@@ -141,6 +127,34 @@ def assert_close(ours: Tensor, reference: Tensor, relative: float = 1e-4) -> Non
 
 def relative_error(ours: Tensor, expected: Tensor) -> float:
     return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def reloaded(model: nn.Module, directory: Path, tokenizer: Any = None) -> PreTrainedModel:
+    """The model that was saved as a checkpoint and loaded; it computes the same, bit for bit."""
+    save_checkpoint(model, directory, tokenizer)
+    loaded = load_checkpoint(directory)
+    assert torch.equal(logits(loaded), logits(model))
+    return loaded
+
+
+def converted_by_mlx(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path, quantize: bool = True, **options: Any
+) -> Path:
+    """The checkpoint that mlx_lm's conversion makes of a model, which it is given as Transformers saves it."""
+    from mlx_lm.convert import convert
+
+    model.save_pretrained(directory / "dense")
+    tokenizer.save_pretrained(directory / "dense")
+    convert(str(directory / "dense"), str(directory / "mlx"), quantize=quantize, **options)
+    return directory / "mlx"
+
+
+def assert_same_tensors(ours: Path, theirs: Path) -> None:
+    """Two checkpoints, of one file each, have the same tensors, bit for bit."""
+    found, expected = (load_file(directory / "model.safetensors") for directory in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        oracle.assert_identical(found[name], tensor, name)
 
 
 def mlx_logits(directory: Path, dtype: torch.dtype | None = None) -> Tensor:

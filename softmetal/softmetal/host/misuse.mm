@@ -137,8 +137,34 @@ void run(const char* kernel, const std::function<void(Encoder)>& commands, NSUIn
   });
 }
 
-const std::map<std::string, void (*)()>& functions() {
-  static const std::map<std::string, void (*)()> functions = {
+using Function = std::function<void()>;
+
+Function encoded(std::function<void(Encoder)> commands) {
+  return [commands] { encode(commands); };
+}
+
+Function plain(NSUInteger length, NSUInteger offset = 0, NSUInteger threadgroups = 1) {
+  return encoded([=](Encoder encoder) {
+    [encoder setComputePipelineState:pipeline("plain")];
+    [encoder setBuffer:buffer(length) offset:offset atIndex:0];
+    dispatch(encoder, 32, threadgroups);
+  });
+}
+
+// A right use but for what is changed before the dispatch.
+Function fill_but(std::function<void(Encoder, const Fill&)> change) {
+  return [change] {
+    const Fill fill;
+    encode([&](Encoder encoder) {
+      fill.bind(encoder);
+      change(encoder, fill);
+      dispatch(encoder);
+    });
+  };
+}
+
+const std::map<std::string, Function>& functions() {
+  static const std::map<std::string, Function> functions = {
       {"nothing",
        [] {
          const Fill fill;
@@ -151,15 +177,12 @@ const std::map<std::string, void (*)()>& functions() {
          }
        }},
       // --- The queue and the encoder ---
-      {"nested dispatch_sync",
-       [] {
-         encode([](Encoder) {
-           dispatch_sync(
-               stream()->queue(),
-               ^{
-               });
-         });
-       }},
+      {"nested dispatch_sync", encoded([](Encoder) {
+         dispatch_sync(
+             stream()->queue(),
+             ^{
+             });
+       })},
       {"encoder taken off the queue", [] { stream()->commandEncoder(); }},
       {"encoder used off the queue",
        [] {
@@ -168,15 +191,12 @@ const std::map<std::string, void (*)()>& functions() {
          encode([&](Encoder encoder) { *place = encoder; });
          [kept setBuffer:nil offset:0 atIndex:0];
        }},
-      {"encoder used after it ended",
-       [] {
-         encode([](Encoder encoder) {
-           [encoder retain];
-           stream()->endKernelCoalescing();
-           [encoder setBuffer:nil offset:0 atIndex:0];
-         });
-       }},
-      {"endEncoding", [] { encode([](Encoder encoder) { [encoder endEncoding]; }); }},
+      {"encoder used after it ended", encoded([](Encoder encoder) {
+         [encoder retain];
+         stream()->endKernelCoalescing();
+         [encoder setBuffer:nil offset:0 atIndex:0];
+       })},
+      {"endEncoding", encoded([](Encoder encoder) { [encoder endEncoding]; })},
       {"command buffer", [] { stream()->commandBuffer(); }},
       {"exception leaves dispatch_sync",
        [] {
@@ -185,16 +205,12 @@ const std::map<std::string, void (*)()>& functions() {
          });
        }},
       // --- Bindings ---
-      {"offset past the end",
-       [] { encode([](Encoder encoder) { [encoder setBuffer:buffer(128) offset:128 atIndex:0]; }); }},
-      {"buffer index 31", [] { encode([](Encoder encoder) { [encoder setBuffer:nil offset:0 atIndex:31]; }); }},
-      {"setBytes of 5000 bytes",
-       [] {
-         encode([](Encoder encoder) {
-           const std::vector<char> bytes(5000);
-           [encoder setBytes:bytes.data() length:bytes.size() atIndex:0];
-         });
-       }},
+      {"offset past the end", encoded([](Encoder encoder) { [encoder setBuffer:buffer(128) offset:128 atIndex:0]; })},
+      {"buffer index 31", encoded([](Encoder encoder) { [encoder setBuffer:nil offset:0 atIndex:31]; })},
+      {"setBytes of 5000 bytes", encoded([](Encoder encoder) {
+         const std::vector<char> bytes(5000);
+         [encoder setBytes:bytes.data() length:bytes.size() atIndex:0];
+       })},
       {"unbound buffer",
        [] {
          const Fill fill;
@@ -224,61 +240,23 @@ const std::map<std::string, void (*)()>& functions() {
          encode([&](Encoder encoder) { dispatch(encoder); });
        }},
       {"nil that the kernel reads",
-       [] {
-         const Fill fill;
-         encode([&](Encoder encoder) {
-           fill.bind(encoder);
-           [encoder setBuffer:nil offset:0 atIndex:1];
-           dispatch(encoder);
-         });
-       }},
-      {"setBytes for a writable argument",
-       [] {
-         encode([](Encoder encoder) {
-           const float value = 0;
-           [encoder setComputePipelineState:pipeline("plain")];
-           [encoder setBytes:&value length:sizeof value atIndex:0];
-           dispatch(encoder);
-         });
-       }},
+       fill_but([](Encoder encoder, const Fill&) { [encoder setBuffer:nil offset:0 atIndex:1]; })},
+      {"setBytes for a writable argument", encoded([](Encoder encoder) {
+         const float value = 0;
+         [encoder setComputePipelineState:pipeline("plain")];
+         [encoder setBytes:&value length:sizeof value atIndex:0];
+         dispatch(encoder);
+       })},
       {"setBytes shorter than the argument",
-       [] {
-         const Fill fill;
-         encode([&](Encoder encoder) {
-           fill.bind(encoder);
-           [encoder setBytes:&fill.count length:2 atIndex:2];
-           dispatch(encoder);
-         });
-       }},
-      {"misaligned offset",
-       [] {
-         encode([](Encoder encoder) {
-           [encoder setComputePipelineState:pipeline("plain")];
-           [encoder setBuffer:buffer(4096) offset:2 atIndex:0];
-           dispatch(encoder);
-         });
-       }},
+       fill_but([](Encoder encoder, const Fill& fill) { [encoder setBytes:&fill.count length:2 atIndex:2]; })},
+      {"misaligned offset", plain(4096, 2)},
       {"output that is also an input",
-       [] {
-         const Fill fill;
-         encode([&](Encoder encoder) {
-           fill.bind(encoder);
-           [encoder setBuffer:fill.y offset:0 atIndex:1];
-           dispatch(encoder);
-         });
-       }},
+       fill_but([](Encoder encoder, const Fill& fill) { [encoder setBuffer:fill.y offset:0 atIndex:1]; })},
       // --- Grids ---
       {"2048 threads", [] { run("plain", [](Encoder) {}, 2048); }},
       {"no threads", [] { run("plain", [](Encoder) {}, 0); }},
       {"more threads than the pipeline takes", [] { run("narrow", [](Encoder) {}, 128); }},
-      {"no threadgroups",
-       [] {
-         encode([](Encoder encoder) {
-           [encoder setComputePipelineState:pipeline("plain")];
-           [encoder setBuffer:buffer(4096) offset:0 atIndex:0];
-           dispatch(encoder, 32, 0);
-         });
-       }},
+      {"no threadgroups", plain(4096, 0, 0)},
       {"dispatch without a pipeline",
        [] {
          stream()->synchronize(at::mps::SyncType::COMMIT_AND_WAIT);
@@ -291,14 +269,7 @@ const std::map<std::string, void (*)()>& functions() {
       {"too little threadgroup memory",
        [] { run("scratch", [](Encoder encoder) { [encoder setThreadgroupMemoryLength:64 atIndex:0]; }); }},
       // --- What the shader does wrong ---
-      {"write past the end",
-       [] {
-         encode([](Encoder encoder) {
-           [encoder setComputePipelineState:pipeline("plain")];
-           [encoder setBuffer:buffer(64) offset:0 atIndex:0];
-           dispatch(encoder);
-         });
-       }},
+      {"write past the end", plain(64)},
       {"read of uninitialised memory",
        [] {
          Fill fill;
