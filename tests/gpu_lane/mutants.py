@@ -10,9 +10,7 @@ from calls import Call
 
 METAL = Path(__file__).resolve().parents[2] / "metal/quantized"
 BARRIER = re.escape("threadgroup_barrier(mem_flags::mem_threadgroup);")
-
-# By what follows it: its header is a part of matvec.metal.
-COLUMN_BARRIER = BARRIER + r"(?=\s*write_sums<column_qvm_simdgroups\(\))"
+LINE_MARKER = re.compile(r'^# \d+ "([^"]*)"', re.MULTILINE)  # of the preprocessor: what follows is from this file
 
 ROW_OF_W = r"row_(words|halves|bytes) = ([^;]+);"
 
@@ -21,7 +19,7 @@ ROW_OF_W = r"row_(words|halves|bytes) = ([^;]+);"
 class Mutant:
     """An edit of the preprocessed text of metal/quantized/<file>.metal: what matches `old` becomes `new`.
 
-    only: the number of the match that is edited; None: all of them.
+    header: the one whose text is edited; "": all of them. only: the number of the match there that is edited; None: all.
     """
 
     tool: str
@@ -29,13 +27,17 @@ class Mutant:
     old: str
     new: str
     calls: tuple[Call, ...]
+    header: str = ""
     only: int | None = None
 
     def __call__(self, text: str) -> str:
-        matches = list(re.finditer(self.old, text))
+        matches = [match for match in re.finditer(self.old, text) if self._is_edited(text[: match.start()])]
         for match in reversed(matches if self.only is None else matches[self.only : self.only + 1]):
             text = text[: match.start()] + match.expand(self.new) + text[match.end() :]
         return text
+
+    def _is_edited(self, before: str) -> bool:
+        return not self.header or Path(LINE_MARKER.findall(before)[-1]).name == self.header
 
 
 QMV = tuple(Call(rows=rows, n=37, k=1088) for rows in (1, 3, 12))
@@ -47,18 +49,18 @@ COLUMNS = tuple(Call(mode="marlin_fp4", group_size=128, rows=rows, n=37, k=1152,
 SPLIT = Call(n=64, k=512, transpose=False)
 
 
-def _barriers(file: str, *calls: Call) -> dict[str, Mutant]:
-    count = len(re.findall(BARRIER, (METAL / f"{file}.h").read_text()))
+def _barriers(file: str, header: str, *calls: Call) -> dict[str, Mutant]:
+    count = len(re.findall(BARRIER, (METAL / header).read_text()))
     return {
-        f"{file}: without barrier {i + 1} of {count}": Mutant("racecheck", file, BARRIER, "", calls, only=i)
+        f"{header}: without barrier {i + 1} of {count}": Mutant("racecheck", file, BARRIER, "", calls, header, i)
         for i in range(count)
     }
 
 
 MUTANTS = {
-    **_barriers("matvec", *QMV, *QVM),
-    "matvec: without the barrier of packed columns": Mutant("racecheck", "matvec", COLUMN_BARRIER, "", COLUMNS),
-    **_barriers("matmul", *TILES, SORTED),
+    **_barriers("matvec", "matvec.h", *QMV, *QVM),
+    **_barriers("matvec", "matvec_columns.h", *COLUMNS),
+    **_barriers("matmul", "matmul.h", *TILES, SORTED),
     "matmul: rows of x overlap in threadgroup memory": Mutant(
         "racecheck", "matmul", r"row \* padded<T>\(depth\)", "row * (padded<T>(depth) - 16)", (TILE,)
     ),

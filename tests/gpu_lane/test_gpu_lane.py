@@ -130,7 +130,7 @@ def test_mutants_edit_their_shader(name):
     mutant = mutants.MUTANTS[name]
     headers = ["operands.h", "tile.h", "dequantize.h", f"{mutant.file}.h"]
     headers += ["matvec_columns.h"] if mutant.file == "matvec" else []
-    text = "".join((mutants.METAL / header).read_text() for header in headers)
+    text = "".join(f'# 1 "{header}"\n' + (mutants.METAL / header).read_text() for header in headers)
     assert mutant(text) != text
     kernels = {launch.file for call in mutant.calls for launch in plan_of(call).launches}
     assert mutant.file in kernels
