@@ -12,13 +12,13 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 
 #include <algorithm>
 #include <string>
 #include <vector>
 
 #include "cpu/ops.h"
+#include "gradients.h"
 
 namespace quantization_mlx::autograd {
 namespace {
@@ -36,23 +36,6 @@ bool is_column_packed(std::string_view mode) {
 }
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
-bool wants_gradient(const Tensor& tensor) { return tensor.requires_grad(); }
-
-bool wants_gradient(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
-
-// Without this a tangent would be dropped in silence.
-void refuse_tangents(std::string_view op, std::initializer_list<const Tensor*> inputs) {
-  for (const Tensor* input : inputs) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !torch::autograd::isFwGradDefined(*input), "[", op, "] forward-mode differentiation is not supported.");
-  }
-}
-
-const Tensor* pointer(const OptionalTensor& tensor) {
-  static const Tensor none;
-  return tensor.has_value() ? &*tensor : &none;
-}
 
 // A backward pass computes with exact activations and, under autocast, in the dtypes that the forward pass had.
 class BackwardScope {

@@ -1,5 +1,6 @@
 // Gradients of the products with respect to x and, in affine mode, to scales and biases, as in MLX; of dequantize with
-// respect to scales and biases. The packed codes have none, and quantize is a constant to its input's gradient.
+// respect to scales and biases. The packed codes have none, and quantize is a constant to its input's gradient. Of the
+// norms, with respect to all their tensors.
 #pragma once
 
 #include "ops.h"
@@ -10,5 +11,8 @@ decltype(MatmulProblem::meta) quantized_matmul;
 decltype(GatherProblem::meta) gather_qmm;
 decltype(DequantizeProblem::meta) dequantize;
 decltype(QuantizeProblem::meta) quantize;
+decltype(RmsNormProblem::meta) rms_norm;
+decltype(LayerNormProblem::meta) layer_norm;
+decltype(AddRmsNormProblem::meta) add_rms_norm;
 
 }  // namespace quantization_mlx::autograd

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "problem/fast.h"
 #include "problem/problem.h"
 
 // kernel-builder gives every build its own name, so that two builds can live in one process; the pip build names its
@@ -49,6 +50,9 @@ inline constexpr Op<QuantizeProblem> quantize;
 inline constexpr Op<DequantizeProblem> dequantize;
 inline constexpr Op<MatmulProblem> quantized_matmul;
 inline constexpr Op<GatherProblem> gather_qmm;
+inline constexpr Op<RmsNormProblem> rms_norm;
+inline constexpr Op<LayerNormProblem> layer_norm;
+inline constexpr Op<AddRmsNormProblem> add_rms_norm;
 
 template <typename Visitor>
 void for_each(const Visitor& visit) {
@@ -56,6 +60,9 @@ void for_each(const Visitor& visit) {
   visit(dequantize);
   visit(quantized_matmul);
   visit(gather_qmm);
+  visit(rms_norm);
+  visit(layer_norm);
+  visit(add_rms_norm);
 }
 
 }  // namespace ops

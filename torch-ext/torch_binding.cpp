@@ -131,8 +131,7 @@ Tensor affine_gather_qmm_rhs_nax(
 }
 
 // They have no gradients, and whoever calls them sees to it that none are wanted.
-constexpr const char* generation_ops[] = {
-    "_rms_norm", "_add_rms_norm", "_silu_mul", "_decode_attention", "_decoder_steps"};
+constexpr const char* generation_ops[] = {"_silu_mul", "_decode_attention", "_decoder_steps"};
 
 // The ops that convert weights, and the explicit ops, which are products themselves, fall through.
 void implement_autocast(torch::Library& m) {
@@ -172,6 +171,9 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "bool transpose=True, int? group_size=None, int? bits=None, str mode='affine', Tensor? global_scale=None, *, "
       "bool sorted_indices=False, str op='gather_qmm'",
       "Tensor");
+  define_with_twin("rms_norm", "Tensor x, Tensor? weight, float eps", "Tensor");
+  define_with_twin("layer_norm", "Tensor x, Tensor? weight, Tensor? bias, float eps", "Tensor");
+  define_with_twin("add_rms_norm", "Tensor x, Tensor residual, Tensor? weight, float eps", "(Tensor, Tensor)");
 
   [&m]<size_t... index>(std::index_sequence<index...>) {
     (define_explicit<index>(m), ...);
@@ -187,8 +189,6 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
   m.def("_get_cpu_activations() -> str", cpu::get_activations);
 
   // For one step of generation, by generation.py: on CPU alone, without gradients.
-  m.def("_rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
-  m.def("_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)");
   m.def("_silu_mul(Tensor x) -> Tensor");
   m.def(
       "_decode_attention(Tensor x, Tensor cosines, Tensor sines, Tensor(a!) keys, Tensor(b!) values, int position, "
@@ -200,8 +200,6 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
   implement<Cpu>(m);
-  m.impl("_rms_norm", cpu::rms_norm);
-  m.impl("_add_rms_norm", cpu::add_rms_norm);
   m.impl("_silu_mul", cpu::silu_mul);
   m.impl("_decode_attention", cpu::decode_attention);
   m.impl("_decoder_steps", cpu::decoder_steps);
@@ -217,6 +215,9 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("dequantize", autograd::dequantize);
   m.impl("quantized_matmul", autograd::quantized_matmul);
   m.impl("gather_qmm", autograd::gather_qmm);
+  m.impl("rms_norm", autograd::rms_norm);
+  m.impl("layer_norm", autograd::layer_norm);
+  m.impl("add_rms_norm", autograd::add_rms_norm);
   for (const char* op : generation_ops) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }

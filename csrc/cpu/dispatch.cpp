@@ -300,6 +300,8 @@ std::string describe(const QuantizeProblem&) { return described(nullptr); }
 
 std::string describe(const DequantizeProblem&) { return described(nullptr); }
 
+std::string describe(const NormProblem&) { return described(nullptr); }
+
 Tensor run(const MatmulProblem& problem) {
   Tensor y = empty_result(problem);
   if (y.numel() == 0) {

@@ -76,11 +76,13 @@ struct Attention {
   float* result;  // [heads, dim]
 };
 
-// What stands between the products of a decoder; n is a multiple of 16.
+// What stands between the products of a decoder.
 struct DecoderKernels {
-  // x / sqrt(mean(x^2) + epsilon) * weight; y may be x.
+  // x / sqrt(mean(x^2) + epsilon) * weight; y may be x. All of them go on to whole vectors: x with zeros.
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* y);
-  // silu(gates) * values; y may be either.
+  // (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, likewise.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y);
+  // silu(gates) * values; y may be either; n is a multiple of 16.
   void (*gate)(const float* gates, const float* values, int64_t n, float* y);
   // Rotary position embedding of one head; cosines and sines have dim elements, a multiple of 32; y may be x.
   void (*rotate)(const float* x, const float* cosines, const float* sines, int64_t dim, float* y);

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "../problem/fast.h"
 #include "../problem/problem.h"
 #include "kernels.h"
 
@@ -23,15 +24,10 @@ at::Tensor run(const DequantizeProblem& problem);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const QuantizeProblem& problem);
 
-// x / sqrt(mean(x^2) + epsilon) * weight; x [..., n], n a multiple of 16.
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon);
+at::Tensor run(const NormProblem& problem);
 
-// x + residual, and the RMS norm of that.
-std::tuple<at::Tensor, at::Tensor> add_rms_norm(
-    const at::Tensor& x,
-    const at::Tensor& residual,
-    const at::Tensor& weight,
-    double epsilon);
+// The sum and its norm.
+std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 
 // silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
 at::Tensor silu_mul(const at::Tensor& x);
@@ -95,5 +91,6 @@ std::string describe(const MatmulProblem& problem);
 std::string describe(const GatherProblem& problem);
 std::string describe(const QuantizeProblem& problem);
 std::string describe(const DequantizeProblem& problem);
+std::string describe(const NormProblem& problem);
 
 }  // namespace quantization_mlx::cpu

@@ -28,7 +28,11 @@ std::string describe(const Plan& plan, const Target& target) {
       {QUANTIZATION_MLX_ALIGNED_WEIGHTS, "aligned_weights"},
       {QUANTIZATION_MLX_ALIGNED_X, "aligned_x"},
       {QUANTIZATION_MLX_ALIGNED_K, "aligned_k"},
-      {QUANTIZATION_MLX_HAS_GLOBAL_SCALE, "has_global_scale"}};
+      {QUANTIZATION_MLX_HAS_GLOBAL_SCALE, "has_global_scale"},
+      {QUANTIZATION_MLX_HAS_WEIGHT, "has_weight"},
+      {QUANTIZATION_MLX_HAS_BIAS, "has_bias"},
+      {QUANTIZATION_MLX_HAS_RESIDUAL, "has_residual"}};
+  static_assert(std::size(constants) == QUANTIZATION_MLX_CONSTANTS);
   std::ostringstream out;
   const auto list = [&](const auto& items, const auto& write) {
     const char* separator = "";

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "../problem/fast.h"
 #include "../problem/problem.h"
 
 namespace quantization_mlx::gpu {
@@ -83,11 +84,29 @@ struct QuantizeFacts {
   int64_t misalignment;
 };
 
+struct NormFacts {
+  int32_t kind;  // NormProblem::Kind
+  int32_t dtype;  // of all tensors
+  int64_t rows;
+  int64_t length;
+  int64_t x_stride;
+  int64_t residual_stride;
+  int32_t has_residual;
+  int32_t has_weight;
+  int32_t has_bias;
+  int32_t misalignment;  // bytes past a multiple of 16: those of the tensor that has the most
+  int64_t epsilon;  // the bits of a double
+};
+
+// EACH(facts), for what is there once for each kind of them.
+#define QUANTIZATION_MLX_FACTS(EACH) EACH(ProductFacts) EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts)
+
 // Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
 c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
 c10::SmallVector<ProductFacts, 1> facts_of(const GatherProblem& problem);
 c10::SmallVector<DequantizeFacts, 1> facts_of(const DequantizeProblem& problem);
 c10::SmallVector<QuantizeFacts, 1> facts_of(const QuantizeProblem& problem);
+c10::SmallVector<NormFacts, 1> facts_of(const NormProblem& problem);
 
 // Compares and hashes plain data without gaps as bytes.
 struct Bytewise {

@@ -14,6 +14,10 @@
 #define QUANTIZATION_MLX_ALIGNED_X 2  // every row of x starts at a multiple of 16 bytes
 #define QUANTIZATION_MLX_ALIGNED_K 3  // every part of K is a multiple of a tile's depth
 #define QUANTIZATION_MLX_HAS_GLOBAL_SCALE 4  // nvfp4 with a global scale
+#define QUANTIZATION_MLX_HAS_WEIGHT 5  // norms: those that are given
+#define QUANTIZATION_MLX_HAS_BIAS 6
+#define QUANTIZATION_MLX_HAS_RESIDUAL 7
+#define QUANTIZATION_MLX_CONSTANTS 8  // how many there are
 
 namespace quantization_mlx {
 
@@ -78,6 +82,10 @@ inline constexpr int tensor_tile_simdgroups() { return 4; }
 // sum_parts, quantize and dequantize: threads that share nothing.
 inline constexpr int elementwise_threads_per_threadgroup() { return 64; }
 
+// Norms: elements of a thread's step, and the most threads of a row.
+inline constexpr int norm_elements() { return 8; }
+inline constexpr int norm_max_threads() { return 1024; }
+
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
 // The z dimension of a grid counts two batch dimensions, z = outer * inner_size + inner. Every operand has its own
@@ -130,6 +138,14 @@ struct QuantizeParams {
 struct QuantizeColumnsParams {
   int64_t elements;
   int n;
+};
+
+// y [rows, length], contiguous, from x with rows x_stride elements apart; likewise residual.
+struct NormParams {
+  int64_t x_stride;
+  int64_t residual_stride;
+  int length;
+  float epsilon;
 };
 
 }  // namespace quantization_mlx

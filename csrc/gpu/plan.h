@@ -19,9 +19,9 @@
 namespace quantization_mlx::gpu {
 
 // Kernels that can stand in for one another, the fastest first. A plan takes the first one that serves the problem.
-enum class Family : uint8_t { tensor, tile, matvec, quantize, dequantize };
-inline constexpr std::array all_families{
-    Family::tensor, Family::tile, Family::matvec, Family::quantize, Family::dequantize};
+enum class Family : uint8_t { tensor, tile, matvec, quantize, dequantize, norm };
+inline constexpr std::array all_families{Family::tensor,   Family::tile,       Family::matvec,
+                                         Family::quantize, Family::dequantize, Family::norm};
 
 const char* name_of(Family family);
 
@@ -52,8 +52,12 @@ enum class Role : uint8_t {
   partial_sums,  // float32 workspace
   lhs_indices,
   rhs_indices,
+  residual,  // what is added to x
+  weight,
+  bias,
+  sum,  // of x and residual
 };
-inline constexpr int role_count = 10;
+inline constexpr int role_count = 14;
 
 const char* name_of(Role role);
 
@@ -100,12 +104,14 @@ MatmulProblem with_kernel_dtype(MatmulProblem problem);
 GatherProblem with_kernel_dtype(GatherProblem problem);
 DequantizeProblem with_kernel_dtype(DequantizeProblem problem);
 inline const QuantizeProblem& with_kernel_dtype(const QuantizeProblem& problem) { return problem; }
+inline const NormProblem& with_kernel_dtype(const NormProblem& problem) { return problem; }
 
 // Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and RuntimeError where every family is
 // excluded; op: the name that errors carry.
 Plan plan(const ProductFacts& facts, std::string_view op, const Target& target);
 Plan plan(const DequantizeFacts& facts, std::string_view op, const Target& target);
 Plan plan(const QuantizeFacts& facts, std::string_view op, const Target& target);
+Plan plan(const NormFacts& facts, std::string_view op, const Target& target);
 
 // Of a problem with_kernel_dtype.
 template <typename Problem>

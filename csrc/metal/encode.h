@@ -10,9 +10,14 @@
 namespace quantization_mlx::metal {
 
 // Tensors by Role; null, or undefined, where no launch of the plan names them. partial_sums is made by encode.
-using Operands = std::array<const at::Tensor*, gpu::role_count>;
+class Operands {
+ public:
+  const at::Tensor*& operator[](gpu::Role role) { return tensors_[static_cast<size_t>(role)]; }
+  const at::Tensor* operator[](gpu::Role role) const { return tensors_[static_cast<size_t>(role)]; }
 
-inline const at::Tensor*& operand(Operands& operands, gpu::Role role) { return operands[static_cast<size_t>(role)]; }
+ private:
+  std::array<const at::Tensor*, gpu::role_count> tensors_{};
+};
 
 // Returns when the commands are encoded: they run in the stream's order, after what was given to it before.
 void encode(const PreparedPlan& plan, Operands operands);

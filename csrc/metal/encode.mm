@@ -24,7 +24,7 @@ void set_argument(
     [encoder setBuffer:nil offset:0 atIndex:index];
     return;
   }
-  const at::Tensor& tensor = *operands[static_cast<size_t>(argument.role)];
+  const at::Tensor& tensor = *operands[argument.role];
   const int64_t elements = tensor.storage_offset() + argument.offset;
   [encoder setBuffer:buffer_of(tensor) offset:static_cast<NSUInteger>(elements) * tensor.element_size() atIndex:index];
 }
@@ -51,8 +51,8 @@ void encode(const PreparedPlan& prepared, Operands operands) {
   const Plan& plan = prepared.plan;
   at::Tensor partial_sums;
   if (plan.workspace > 0) {
-    partial_sums = at::empty({plan.workspace}, operand(operands, Role::y)->options().dtype(at::kFloat));
-    operand(operands, Role::partial_sums) = &partial_sums;
+    partial_sums = at::empty({plan.workspace}, operands[Role::y]->options().dtype(at::kFloat));
+    operands[Role::partial_sums] = &partial_sums;
   }
   const auto& pipelines = prepared.pipelines;  // a block would copy what it captures by value
   const auto& launches = plan.launches;

@@ -156,11 +156,9 @@ Shaders& shaders() {
 }
 
 // A kernel ignores the constants that it does not use.
-constexpr int constant_count = QUANTIZATION_MLX_HAS_GLOBAL_SCALE + 1;
-
 id<MTLFunction> new_function(id<MTLLibrary> library, const KernelInstance& kernel, NSError** error) {
   MTLFunctionConstantValues* values = [[MTLFunctionConstantValues new] autorelease];
-  for (int i = 0; i < constant_count; ++i) {
+  for (int i = 0; i < QUANTIZATION_MLX_CONSTANTS; ++i) {
     const bool value = kernel.constants >> i & 1u;
     [values setConstantValue:&value type:MTLDataTypeBool atIndex:i];
   }

@@ -20,8 +20,10 @@ struct Memo {
   std::unordered_map<Facts, PreparedPlan, gpu::Bytewise, gpu::Bytewise> plans;
 };
 
+}  // namespace
+
 template <typename Facts>
-const PreparedPlan& remembered(const Facts& facts, std::string_view op) {
+const PreparedPlan& plan_of(const Facts& facts, std::string_view op) {
   thread_local Memo<Facts> memo;
   const void* gpu = current_gpu();
   const uint64_t failures = failure_count();
@@ -34,12 +36,8 @@ const PreparedPlan& remembered(const Facts& facts, std::string_view op) {
   return found != memo.plans.end() ? found->second : memo.plans.emplace(facts, checked_plan(facts, op)).first->second;
 }
 
-}  // namespace
-
-const PreparedPlan& plan_of(const gpu::ProductFacts& facts, std::string_view op) { return remembered(facts, op); }
-
-const PreparedPlan& plan_of(const gpu::DequantizeFacts& facts, std::string_view op) { return remembered(facts, op); }
-
-const PreparedPlan& plan_of(const gpu::QuantizeFacts& facts, std::string_view op) { return remembered(facts, op); }
+#define INSTANTIATE(Facts) template const PreparedPlan& plan_of(const gpu::Facts&, std::string_view);
+QUANTIZATION_MLX_FACTS(INSTANTIATE)
+#undef INSTANTIATE
 
 }  // namespace quantization_mlx::metal

@@ -9,9 +9,8 @@
 
 namespace quantization_mlx::metal {
 
-// Valid until this thread asks for another one. Raises what checked_plan does.
-const PreparedPlan& plan_of(const gpu::ProductFacts& facts, std::string_view op);
-const PreparedPlan& plan_of(const gpu::DequantizeFacts& facts, std::string_view op);
-const PreparedPlan& plan_of(const gpu::QuantizeFacts& facts, std::string_view op);
+// Facts: those of QUANTIZATION_MLX_FACTS. Valid until this thread asks for another one. Raises what checked_plan does.
+template <typename Facts>
+const PreparedPlan& plan_of(const Facts& facts, std::string_view op);
 
 }  // namespace quantization_mlx::metal

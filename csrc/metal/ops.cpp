@@ -16,18 +16,18 @@ using at::Tensor;
 using namespace gpu;
 
 Operands operands_of(const QuantizedMatrices& weights, const Tensor& y) {
-  Operands operands{};
-  operand(operands, Role::w) = &weights.words.tensor;
-  operand(operands, Role::scales) = &weights.scales.tensor;
-  operand(operands, Role::biases) = &weights.biases.tensor;
-  operand(operands, Role::global_scale) = &weights.global_scale;
-  operand(operands, Role::y) = &y;
+  Operands operands;
+  operands[Role::w] = &weights.words.tensor;
+  operands[Role::scales] = &weights.scales.tensor;
+  operands[Role::biases] = &weights.biases.tensor;
+  operands[Role::global_scale] = &weights.global_scale;
+  operands[Role::y] = &y;
   return operands;
 }
 
 Operands operands_of(const MatmulProblem& problem, const Tensor& y) {
   Operands operands = operands_of(problem.weights, y);
-  operand(operands, Role::x) = &problem.x.tensor;
+  operands[Role::x] = &problem.x.tensor;
   return operands;
 }
 
@@ -37,6 +37,20 @@ void encode_problem(const Problem& problem, const Operands& operands) {
     encode(plan_of(facts, op_of(problem)), operands);
   }
 }
+
+// sum: undefined where nothing is added.
+Operands operands_of(const NormProblem& problem, const Tensor& y, const Tensor& sum) {
+  Operands operands;
+  operands[Role::x] = &problem.x.tensor;
+  operands[Role::residual] = &problem.residual.tensor;
+  operands[Role::weight] = &problem.weight;
+  operands[Role::bias] = &problem.bias;
+  operands[Role::sum] = &sum;
+  operands[Role::y] = &y;
+  return operands;
+}
+
+Tensor empty_result(const NormProblem& problem) { return at::empty(problem.output, problem.x.tensor.options()); }
 
 Tensor empty_result(const MatmulProblem& problem) {
   return at::empty(problem.shape.output, problem.x.tensor.options().dtype(problem.dtype));
@@ -67,8 +81,8 @@ Tensor run(GatherProblem given) {
   const GatherProblem problem = with_kernel_dtype(std::move(given));
   Tensor y = empty_result(problem.matmul);
   Operands operands = operands_of(problem.matmul, y);
-  operand(operands, Role::lhs_indices) = &problem.lhs_indices;
-  operand(operands, Role::rhs_indices) = &problem.rhs_indices;
+  operands[Role::lhs_indices] = &problem.lhs_indices;
+  operands[Role::rhs_indices] = &problem.rhs_indices;
   encode_problem(problem, operands);
   return y;
 }
@@ -83,14 +97,28 @@ Tensor run(DequantizeProblem given) {
 
 std::tuple<Tensor, Tensor, Tensor> run(const QuantizeProblem& problem) {
   auto results = empty_quantized(problem);
-  Operands operands{};
-  operand(operands, Role::x) = &problem.w;
-  operand(operands, Role::global_scale) = &problem.global_scale;
-  operand(operands, Role::w) = &std::get<0>(results);
-  operand(operands, Role::scales) = &std::get<1>(results);
-  operand(operands, Role::biases) = &std::get<2>(results);
+  Operands operands;
+  operands[Role::x] = &problem.w;
+  operands[Role::global_scale] = &problem.global_scale;
+  operands[Role::w] = &std::get<0>(results);
+  operands[Role::scales] = &std::get<1>(results);
+  operands[Role::biases] = &std::get<2>(results);
   encode_problem(problem, operands);
   return results;
+}
+
+Tensor run(const NormProblem& problem) {
+  const Tensor y = empty_result(problem);
+  const Tensor none;
+  encode_problem(problem, operands_of(problem, y, none));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> run(const AddRmsNormProblem& problem) {
+  const Tensor sum = empty_result(problem);
+  const Tensor y = empty_result(problem);
+  encode_problem<NormProblem>(problem, operands_of(problem, y, sum));
+  return {sum, y};
 }
 
 }  // namespace quantization_mlx::metal

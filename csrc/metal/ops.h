@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "../problem/fast.h"
 #include "../problem/problem.h"
 
 namespace quantization_mlx::metal {
@@ -18,5 +19,9 @@ at::Tensor run(GatherProblem problem);
 at::Tensor run(DequantizeProblem problem);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const QuantizeProblem& problem);
+
+at::Tensor run(const NormProblem& problem);
+
+std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 
 }  // namespace quantization_mlx::metal

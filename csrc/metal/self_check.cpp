@@ -352,13 +352,13 @@ Reason judged(const Tensor& result, const Tensor& expected, at::ScalarType dtype
 void run(const Plan& plan, const Operands& operands) { encode(prepared(plan), operands); }
 
 Operands operands_of(const Example& example, const Tensor& y) {
-  Operands operands{};
-  operand(operands, Role::x) = &example.x;
-  operand(operands, Role::w) = &example.w;
-  operand(operands, Role::scales) = &example.scales;
-  operand(operands, Role::y) = &y;
+  Operands operands;
+  operands[Role::x] = &example.x;
+  operands[Role::w] = &example.w;
+  operands[Role::scales] = &example.scales;
+  operands[Role::y] = &y;
   const auto add = [&](Role role, const OptionalTensor& tensor) {
-    operand(operands, role) = tensor.has_value() ? &*tensor : nullptr;
+    operands[role] = tensor.has_value() ? &*tensor : nullptr;
   };
   add(Role::biases, example.biases);
   add(Role::global_scale, example.global_scale);
@@ -437,12 +437,12 @@ Reason failure(const QuantizeFacts& facts, const Launch& launch, const Target& t
   const QuantizeProblem problem =
       QuantizeProblem::check(matrix(values.to(mps)), format.group_size, format.bits, mode, device_scale);
   const auto [words, scales, biases] = empty_quantized(problem);
-  Operands operands{};
-  operand(operands, Role::x) = &problem.w;
-  operand(operands, Role::global_scale) = &problem.global_scale;
-  operand(operands, Role::w) = &words;
-  operand(operands, Role::scales) = &scales;
-  operand(operands, Role::biases) = &biases;
+  Operands operands;
+  operands[Role::x] = &problem.w;
+  operands[Role::global_scale] = &problem.global_scale;
+  operands[Role::w] = &words;
+  operands[Role::scales] = &scales;
+  operands[Role::biases] = &biases;
   run(gpu::plan(gpu::facts_of(problem).front(), "self-check", target), operands);
 
   const bool third = has_biases(format.mode) || has_zeros(format.mode);
@@ -470,6 +470,52 @@ Reason failure(const QuantizeFacts& facts, const Launch& launch, const Target& t
   return c10::str(
       other_codes, " of ", K * N, " codes are not the CPU's, and the squared error is ", our_error, " instead of ",
       their_error, ".");
+}
+
+// Rows that keep all threads busy, and one that ends in the middle of a thread's elements where the kernel takes such.
+Reason failure(const NormFacts& facts, const Launch& launch, const Target& target) {
+  constexpr int64_t rows = 3;
+  constexpr double epsilon = 0.01;
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const int64_t at_once = int64_t{launch.kernel.threads} * norm_elements();
+  const int64_t steps = facts.length > at_once ? 2 : 1;
+  const int64_t length = steps * at_once - (is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X) ? 0 : 3);
+  Maker make{at::Device(at::kCPU)};
+  const auto parameter = [&](bool is_given) {
+    return is_given ? OptionalTensor(make.uniform({length}, dtype, 0.5f, 1.5f)) : std::nullopt;
+  };
+  const Tensor x = make.uniform({rows, length}, dtype, -1.0f, 2.0f);
+  const Tensor residual = facts.has_residual ? make.uniform({rows, length}, dtype, -1.0f, 1.0f) : Tensor();
+  const OptionalTensor weight = parameter(facts.has_weight);
+  const OptionalTensor bias = parameter(facts.has_bias);
+  const bool centres = facts.kind == static_cast<int32_t>(NormProblem::Kind::layer);
+  const Tensor sum = residual.defined() ? x.add(residual) : x;
+  const Tensor expected = centres ? ops::layer_norm(x, weight, bias, epsilon) : ops::rms_norm(sum, weight, epsilon);
+
+  const auto on_device = [](const OptionalTensor& tensor) {
+    return tensor.has_value() ? OptionalTensor(tensor->to(mps)) : std::nullopt;
+  };
+  const auto problem_on_device = [&]() -> NormProblem {
+    if (centres) {
+      return LayerNormProblem::check(x.to(mps), on_device(weight), on_device(bias), epsilon);
+    }
+    return residual.defined()
+        ? NormProblem(AddRmsNormProblem::check(x.to(mps), residual.to(mps), on_device(weight), epsilon))
+        : NormProblem(RmsNormProblem::check(x.to(mps), on_device(weight), epsilon));
+  };
+  const NormProblem problem = problem_on_device();
+  const Tensor y = at::empty(problem.output, problem.x.tensor.options());
+  const Tensor our_sum = at::empty(problem.output, problem.x.tensor.options());
+  Operands operands;
+  operands[Role::x] = &problem.x.tensor;
+  operands[Role::residual] = &problem.residual.tensor;
+  operands[Role::weight] = &problem.weight;
+  operands[Role::bias] = &problem.bias;
+  operands[Role::sum] = &our_sum;
+  operands[Role::y] = &y;
+  run(gpu::plan(gpu::facts_of(problem).front(), "self-check", target), operands);
+  const Reason reason = residual.defined() ? judged(our_sum, sum, dtype) : std::nullopt;
+  return reason.has_value() ? reason : judged(y, expected, dtype);
 }
 
 // --- What is known --------------------------------------------------------------------------------------------------
@@ -501,9 +547,27 @@ int32_t side_of(const Facts&) {
 }
 
 template <typename Facts>
-Excluded exclusion(const Facts& facts, Family family) {
-  return {current_gpu(), facts.format, static_cast<int32_t>(family), facts.dtype, side_of(facts)};
+Format format_of(const Facts& facts) {
+  return facts.format;
 }
+Format format_of(const NormFacts&) { return {}; }
+
+template <typename Facts>
+Excluded exclusion(const Facts& facts, Family family) {
+  return {current_gpu(), format_of(facts), static_cast<int32_t>(family), facts.dtype, side_of(facts)};
+}
+
+// What of a problem decides whether a family is used: " and affine of 4 bits with transpose=True".
+std::string described(const ProductFacts& facts) {
+  return c10::str(
+      " and ", name_of(facts.format.mode), " of ", facts.format.bits,
+      " bits with transpose=", facts.transpose != 0 ? "True" : "False");
+}
+template <typename Facts>
+std::string described(const Facts& facts) {
+  return c10::str(" and ", name_of(facts.format.mode), " of ", facts.format.bits, " bits");
+}
+std::string described(const NormFacts&) { return ""; }
 
 template <typename Facts>
 Target target_of(const Facts& facts) {
@@ -524,14 +588,10 @@ bool is_variable(const char* name, std::string_view value) {
 
 template <typename Facts>
 void exclude(const Facts& facts, const Launch& launch, const Target& target, const std::string& reason) {
-  const char* side = "";
-  if constexpr (std::is_same_v<Facts, ProductFacts>) {
-    side = facts.transpose != 0 ? " with transpose=True" : " with transpose=False";
-  }
   const std::string text = c10::str(
       "[quantization_mlx] Kernel family \"", name_of(launch.family), "\" fails its self-check for ",
-      static_cast<at::ScalarType>(facts.dtype), " and ", name_of(facts.format.mode), " of ", facts.format.bits, " bits",
-      side, " on ", target.gpu.architecture, " and is not used: ", launch.kernel.name(), ": ", reason);
+      static_cast<at::ScalarType>(facts.dtype), described(facts), " on ", target.gpu.architecture,
+      " and is not used: ", launch.kernel.name(), ": ", reason);
   TORCH_CHECK(!is_variable("CI", "true"), text);
   if (excluded.insert(exclusion(facts, launch.family)).second) {
     TORCH_WARN(text);
@@ -539,11 +599,13 @@ void exclude(const Facts& facts, const Launch& launch, const Target& target, con
   }
 }
 
+bool is_sum(const Launch& launch) { return std::string_view(launch.kernel.file) == "sum_parts"; }
+
 // Whether a kernel has passed its check, which the first caller makes.
 template <typename Facts>
 bool passes(const Facts& facts, const Launch& launch, const Target& target) {
   static const bool leaves_out = is_variable("QUANTIZATION_MLX_SELF_CHECK", "0");
-  if (leaves_out || !launch.kernel.has_format()) {  // sums are checked with the product that they belong to
+  if (leaves_out || is_sum(launch)) {  // it is checked with the product that it belongs to
     return true;
   }
   const CheckedKernel checked{current_gpu(), launch.kernel};
@@ -580,8 +642,15 @@ std::optional<PreparedPlan> prepared_or_excluded(const Facts&, Plan plan, const 
   return prepared(std::move(plan));
 }
 
+}  // namespace
+
 template <typename Facts>
-PreparedPlan checked(const Facts& facts, std::string_view op) {
+Target current_target(const Facts& facts) {
+  return target_of(facts);
+}
+
+template <typename Facts>
+PreparedPlan checked_plan(const Facts& facts, std::string_view op) {
   while (true) {
     const Target target = target_of(facts);
     auto plan = prepared_or_excluded(facts, gpu::plan(facts, op, target), target);
@@ -596,19 +665,11 @@ PreparedPlan checked(const Facts& facts, std::string_view op) {
   }
 }
 
-}  // namespace
-
-Target current_target(const ProductFacts& facts) { return target_of(facts); }
-
-Target current_target(const DequantizeFacts& facts) { return target_of(facts); }
-
-Target current_target(const QuantizeFacts& facts) { return target_of(facts); }
-
-PreparedPlan checked_plan(const ProductFacts& facts, std::string_view op) { return checked(facts, op); }
-
-PreparedPlan checked_plan(const DequantizeFacts& facts, std::string_view op) { return checked(facts, op); }
-
-PreparedPlan checked_plan(const QuantizeFacts& facts, std::string_view op) { return checked(facts, op); }
+#define INSTANTIATE(Facts)                      \
+  template Target current_target(const Facts&); \
+  template PreparedPlan checked_plan(const Facts&, std::string_view);
+QUANTIZATION_MLX_FACTS(INSTANTIATE)
+#undef INSTANTIATE
 
 uint64_t failure_count() { return failures.load(std::memory_order_relaxed); }
 

@@ -13,18 +13,15 @@
 
 namespace quantization_mlx::metal {
 
-// What plans are made for, on the GPU that torch runs on: without the families known to fail for this format, dtype and
-// side of w.
-gpu::Target current_target(const gpu::ProductFacts& facts);
-gpu::Target current_target(const gpu::DequantizeFacts& facts);
-gpu::Target current_target(const gpu::QuantizeFacts& facts);
+// What plans are made for, on the GPU that torch runs on: without the families known to fail for facts like these.
+template <typename Facts>
+gpu::Target current_target(const Facts& facts);
 
 // A plan whose kernels have passed. Where one fails, warns, once for its family, and goes on to the next family; raises
 // RuntimeError where none is left and, in a CI run (the environment variable CI is "true"), where any fails. For any
 // thread. The environment variable QUANTIZATION_MLX_SELF_CHECK, set to 0, leaves the checks out.
-PreparedPlan checked_plan(const gpu::ProductFacts& facts, std::string_view op);
-PreparedPlan checked_plan(const gpu::DequantizeFacts& facts, std::string_view op);
-PreparedPlan checked_plan(const gpu::QuantizeFacts& facts, std::string_view op);
+template <typename Facts>
+PreparedPlan checked_plan(const Facts& facts, std::string_view op);
 
 // How many families have failed so far: plans made before the last one did may use it.
 uint64_t failure_count();

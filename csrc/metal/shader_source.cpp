@@ -14,6 +14,8 @@
   FILE(launch, "csrc/gpu/launch.h")                                  \
   FILE(load, "metal/common/load.h")                                  \
   FILE(metal, "metal/common/metal.h")                                \
+  FILE(norm, "metal/fast/norm.h")                                    \
+  FILE(norm_kernels, "metal/fast/norm.metal")                        \
   FILE(dequantize, "metal/quantized/dequantize.h")                   \
   FILE(matmul, "metal/quantized/matmul.h")                           \
   FILE(matmul_kernels, "metal/quantized/matmul.metal")               \

@@ -37,11 +37,25 @@ void check_offsets(const WeightArguments& arguments, const ModeTraits& traits) {
   }
 }
 
-// The stride of all leading sizes seen as one; nothing where they have no common one.
-std::optional<int64_t> leading_stride(const Tensor& tensor) {
+// Copies only what has gaps within a matrix or, between matrices, gaps of several sizes.
+Matrices weight_matrices(const Tensor& tensor) {
+  const int64_t rows = tensor.size(-2);
+  const int64_t columns = tensor.size(-1);
+  const int64_t count = product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2));
+  const bool dense_matrix = (tensor.stride(-1) == 1 || columns <= 1) && (tensor.stride(-2) == columns || rows <= 1);
+  const std::optional<int64_t> stride = dense_matrix ? leading_stride(tensor, 2) : std::nullopt;
+  if (stride.has_value()) {
+    return {tensor, count, *stride, columns};
+  }
+  return {tensor.contiguous(), count, rows * columns, columns};
+}
+
+}  // namespace
+
+std::optional<int64_t> leading_stride(const Tensor& tensor, int64_t trailing) {
   int64_t count = 1;
   int64_t stride = 0;
-  for (int64_t i = tensor.dim() - 3; i >= 0; --i) {
+  for (int64_t i = tensor.dim() - trailing - 1; i >= 0; --i) {
     if (tensor.size(i) == 1) {
       continue;
     }
@@ -53,21 +67,6 @@ std::optional<int64_t> leading_stride(const Tensor& tensor) {
   }
   return stride;
 }
-
-// Copies only what has gaps within a matrix or, between matrices, gaps of several sizes.
-Matrices weight_matrices(const Tensor& tensor) {
-  const int64_t rows = tensor.size(-2);
-  const int64_t columns = tensor.size(-1);
-  const int64_t count = product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 2));
-  const bool dense_matrix = (tensor.stride(-1) == 1 || columns <= 1) && (tensor.stride(-2) == columns || rows <= 1);
-  const std::optional<int64_t> stride = dense_matrix ? leading_stride(tensor) : std::nullopt;
-  if (stride.has_value()) {
-    return {tensor, count, *stride, columns};
-  }
-  return {tensor.contiguous(), count, rows * columns, columns};
-}
-
-}  // namespace
 
 bool is_activation(ScalarType dtype) { return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16; }
 

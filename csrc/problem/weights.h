@@ -1,4 +1,4 @@
-// What ops on packed weights check alike, for the files of this folder.
+// What ops check alike, most of it of packed weights, for the files of this folder.
 #pragma once
 
 #include "problem.h"
@@ -50,6 +50,9 @@ Int check_packing(const WeightArguments& arguments, Format format);
 at::ScalarType scale_dtype(const WeightArguments& arguments);
 
 at::Tensor with_dtype(const at::Tensor& tensor, at::ScalarType dtype);
+
+// The stride of all sizes but `trailing` ones seen as one; nothing where they have no common one.
+std::optional<int64_t> leading_stride(const at::Tensor& tensor, int64_t trailing);
 
 QuantizedMatrices matrices_of(const WeightArguments& arguments, Format format);
 

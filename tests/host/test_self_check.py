@@ -15,6 +15,7 @@ import oracle
 import quantization_mlx as q
 import software_gpu
 from covering import mostly_exhaustive
+from quantization_mlx import fast
 from softmetal import mps
 
 
@@ -79,6 +80,21 @@ MUTANTS = {
 }
 
 
+# Of norms, which no other kernels replace: a text of theirs and another, and a call that needs it.
+NORM_MUTANTS = {
+    "sum of squares": ("values[i] * values[i]", "values[i]", lambda x, w: fast.rms_norm(x, w, 0.1)),
+    "the next step": ("first += step", "first += 2 * step", lambda x, w: fast.rms_norm(x.repeat(1, 200), None, 0.1)),
+    "elements past the end": (
+        "? values[i] - mean : 0.0f",
+        "? values[i] - mean : 1.0f",
+        lambda x, w: fast.layer_norm(x[:, :33], None, None, 0.1),
+    ),
+    "residual": ("values[i] + addends[i]", "values[i] - addends[i]", lambda x, w: fast.add_rms_norm(x, x + 1, w, 0.1)),
+    "weight": ("normal * factors[i]", "normal", lambda x, w: fast.rms_norm(x, w, 0.1)),
+    "bias": ("scaled + offsets[i]", "scaled - offsets[i]", lambda x, w: fast.layer_norm(x, None, w, 0.1)),
+}
+
+
 @contextmanager
 def compiled_as(mutant: Mutant) -> Iterator[list[str]]:
     """For a while, the names of the kernels that were compiled as the mutant says."""
@@ -98,6 +114,19 @@ def compiled_as(mutant: Mutant) -> Iterator[list[str]]:
         yield changed
     finally:
         mps.device.compile = compile
+
+
+@pytest.mark.parametrize("name", NORM_MUTANTS)
+def test_wrong_norm_is_refused(name, monkeypatch, capfd):
+    old, new, call = NORM_MUTANTS[name]
+    monkeypatch.setenv("CI", "")  # where the check itself would be an error
+    software_gpu.install()
+    x, w = oracle.random_x(3, 48).to(torch.float16), oracle.random_x(48, seed=2).to(torch.float16)
+    gpu = f"applegpu_g{500 + list(NORM_MUTANTS).index(name)}p"
+    with mps.gpu(gpu, 2600), compiled_as(Mutant("_norm_", old, new, 3)), pytest.raises(RuntimeError, match="norm"):
+        call(x.to("mps"), w.to("mps"))
+    assert 'family "norm" fails its self-check for Half on' in capfd.readouterr().err
+    mps.clear()
 
 
 def call(mutant: Mutant, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:

@@ -10,7 +10,7 @@ from softmetal import mps
 from softmetal.cache import digest
 
 # quantization_mlx::metal::encode: plan_check.cpp comes between its callers and it.
-ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_12PreparedPlanESt5arrayIPKN2at6TensorELm10EE"
+ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_12PreparedPlanENS0_8OperandsE"
 # The installed extension has these: schemas, gradients and the CPU's kernels.
 INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto")
 SHADER_HEADERS = ("format.h", "formats.h", "gpu/launch.h")

@@ -1,7 +1,7 @@
 """MLX-format quantized matrix products for PyTorch."""
 
+from . import fast, layers
 from . import int4 as int4
-from . import layers
 from . import marlin as marlin
 from .convert.awq import convert_awq
 from .convert.checkpoint import convert_foreign_checkpoint
@@ -62,6 +62,7 @@ __all__ = [
     "dequantize",
     "dequantize_model",
     "explain",
+    "fast",
     "gather_qmm",
     "gather_qqmm",
     "get_cpu_activations",

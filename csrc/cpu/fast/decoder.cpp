@@ -11,24 +11,12 @@
 #include "../kernels.h"
 #include "../ops.h"
 #include "../parallel.h"
+#include "scratch.h"
 
 namespace quantization_mlx::cpu {
 namespace {
 
 using at::Tensor;
-
-// A task of fewer multiplications costs less than handing it to another thread.
-constexpr int64_t task_multiplications = 1 << 16;
-// Rows of up to this many floats stay on the stack.
-constexpr unsigned usual_floats = 4096;
-
-using Floats = c10::SmallVector<float, usual_floats>;
-
-Floats floats(int64_t count) {
-  Floats result;
-  result.resize_for_overwrite(count);
-  return result;
-}
 
 void check_real(const char* op, const char* name, const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
@@ -69,70 +57,7 @@ void store_row(const float* source, const Tensor& tensor, int64_t row, int64_t l
   kernels().from_float32(source, 1.0f, length, real_of(tensor.scalar_type()), mutable_row_of(tensor, row, length));
 }
 
-// Calls function(row) for all rows, on several threads where each gets enough of them.
-template <typename Function>
-void for_rows(int64_t rows, int64_t length, const Function& function) {
-  parallel_chunks(rows, std::max<int64_t>(1, task_multiplications / length), function);
-}
-
-// The RMS norm of rows of x.
-struct Norm {
-  const DecoderKernels& kernel;
-  int64_t length;
-  float epsilon;
-  Floats weight;
-
-  Norm(const char* op, const Tensor& x, const Tensor& weight, double epsilon)
-      : kernel(kernels().decoder), epsilon(static_cast<float>(epsilon)) {
-    check_row(op, "x", x, 16);
-    length = x.size(-1);
-    check_same(op, "weight", weight, x, {length});
-    this->weight = floats(length);
-    load_row(weight, 0, length, this->weight.data());
-  }
-
-  // Normalises values in place and stores them as a row of y.
-  void store(float* values, const Tensor& y, int64_t row) const {
-    kernel.rms_norm(values, weight.data(), epsilon, length, values);
-    store_row(values, y, row, length);
-  }
-};
-
 }  // namespace
-
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
-  const Norm norm("rms_norm", x, weight, epsilon);
-  const Tensor input = x.contiguous();
-  const Tensor y = at::empty_like(input);
-  for_rows(x.numel() / norm.length, norm.length, [&](int64_t row) {
-    Floats values = floats(norm.length);
-    load_row(input, row, norm.length, values.data());
-    norm.store(values.data(), y, row);
-  });
-  return y;
-}
-
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double epsilon) {
-  const Norm norm("add_rms_norm", x, weight, epsilon);
-  check_same("add_rms_norm", "residual", residual, x, x.sizes());
-  const Tensor input = x.contiguous();
-  const Tensor sum = at::empty_like(input);
-  const Tensor y = at::empty_like(input);
-  for_rows(x.numel() / norm.length, norm.length, [&](int64_t row) {
-    Floats values = floats(norm.length);
-    Floats addends = floats(norm.length);
-    load_row(input, row, norm.length, values.data());
-    load_row(residual, row, norm.length, addends.data());
-    for (int64_t i = 0; i < norm.length; ++i) {
-      values[i] += addends[i];
-    }
-    // What is normalised is the sum as it is stored.
-    store_row(values.data(), sum, row, norm.length);
-    load_row(sum, row, norm.length, values.data());
-    norm.store(values.data(), y, row);
-  });
-  return {sum, y};
-}
 
 Tensor silu_mul(const Tensor& x) {
   constexpr const char* op = "silu_mul";
@@ -307,7 +232,10 @@ Tensor decoder_steps(
       "[", steps_op, "] lists of ", keys.size(), " keys, ", values.size(), " values, ", norms.size(), " norms, ",
       products.size(), " tensors of products and ", formats.size(), " numbers of formats do not fit.");
   Tensor sum = x;
-  Tensor normal = rms_norm(x, norms[0], epsilon);
+  Tensor normal = run(RmsNormProblem::check(x, norms[0], epsilon));
+  const auto add_rms_norm = [&](const Tensor& y, const Tensor& weight) {
+    return run(AddRmsNormProblem::check(y, sum, weight, epsilon));
+  };
   for (int64_t layer = 0; layer < layers; ++layer) {
     const auto own = norms.slice(layer * norms_of_layer, norms_of_layer);
     const LayerLists lists{products, formats, layer};
@@ -315,10 +243,10 @@ Tensor decoder_steps(
     normal = decode_attention(
         lists.product(normal, 0), cosines, sines, keys[layer], values[layer], position, scaling, norm(2), norm(3),
         epsilon);
-    std::tie(sum, normal) = add_rms_norm(lists.product(normal, 1), sum, own[1], epsilon);
+    std::tie(sum, normal) = add_rms_norm(lists.product(normal, 1), own[1]);
     normal = lists.product(silu_mul(lists.product(normal, 2)), 3);
     if (layer + 1 < layers) {
-      std::tie(sum, normal) = add_rms_norm(normal, sum, norms[(layer + 1) * norms_of_layer], epsilon);
+      std::tie(sum, normal) = add_rms_norm(normal, norms[(layer + 1) * norms_of_layer]);
     }
   }
   return sum.add(normal);

@@ -19,7 +19,7 @@ int64_t workspace(const Product& product) {
   return tiled > plain ? tiled : plain;
 }
 
-constexpr DecoderKernels decoder_table = {rms_norm, gate, rotate, attend};
+constexpr DecoderKernels decoder_table = {rms_norm, layer_norm, gate, rotate, attend};
 
 constexpr ProductKernels exact_table{
     broadcast_is_faster,

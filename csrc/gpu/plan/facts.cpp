@@ -1,5 +1,7 @@
 #include "../facts.h"
 
+#include <algorithm>
+#include <bit>
 #include <utility>
 
 namespace quantization_mlx::gpu {
@@ -153,6 +155,20 @@ c10::SmallVector<QuantizeFacts, 1> facts_of(const QuantizeProblem& problem) {
   return {QuantizeFacts{
       problem.format, static_cast<int32_t>(problem.w.scalar_type()), problem.global_scale.defined() ? 1 : 0,
       problem.w.numel(), problem.w.size(-1), misalignment_of(problem.w)}};
+}
+
+c10::SmallVector<NormFacts, 1> facts_of(const NormProblem& problem) {
+  if (problem.is_empty()) {
+    return {};
+  }
+  int32_t misalignment = 0;
+  for (const at::Tensor* tensor : {&problem.x.tensor, &problem.residual.tensor, &problem.weight, &problem.bias}) {
+    misalignment = tensor->defined() ? std::max(misalignment, misalignment_of(*tensor)) : misalignment;
+  }
+  return {NormFacts{
+      static_cast<int32_t>(problem.kind), static_cast<int32_t>(problem.x.tensor.scalar_type()), problem.x.count,
+      problem.length, problem.x.stride, problem.residual.stride, problem.residual.tensor.defined(),
+      problem.weight.defined(), problem.bias.defined(), misalignment, std::bit_cast<int64_t>(problem.epsilon)}};
 }
 
 }  // namespace quantization_mlx::gpu

@@ -38,7 +38,8 @@ const std::vector<KernelTable>& kernel_tables() {
       {"matmul_tensor", true, {ROWS(TENSOR_KERNELS_columns)}},
       {"quantize", false, {ROWS(QUANTIZE_KERNELS_rows)}},
       {"quantize", true, {ROWS(QUANTIZE_KERNELS_columns)}},
-      {"sum_parts", std::nullopt, {SUM_KERNELS(ROW, "%", TYPE)}}};
+      {"sum_parts", std::nullopt, {SUM_KERNELS(ROW, "%", TYPE)}},
+      {"norm", std::nullopt, {NORM_KERNELS(ROW, "%", TYPE)}}};
   return all;
 }
 
@@ -100,13 +101,14 @@ Launch launch_of(Family family, const std::string& op, int rows, Format format, 
 }
 
 const char* name_of(Family family) {
-  constexpr const char* names[] = {"tensor", "tile", "matvec", "quantize", "dequantize"};
+  constexpr const char* names[] = {"tensor", "tile", "matvec", "quantize", "dequantize", "norm"};
   return names[static_cast<int>(family)];
 }
 
 const char* name_of(Role role) {
   constexpr const char* names[role_count] = {
-      "none", "x", "w", "scales", "biases", "global_scale", "y", "partial_sums", "lhs_indices", "rhs_indices"};
+      "none",         "x",           "w",           "scales",   "biases", "global_scale", "y",
+      "partial_sums", "lhs_indices", "rhs_indices", "residual", "weight", "bias",         "sum"};
   return names[static_cast<int>(role)];
 }
 

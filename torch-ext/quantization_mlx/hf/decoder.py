@@ -38,11 +38,11 @@ _MODES = list(MODES)  # the op for all layers takes a mode's index
 _REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 # The overloads: the fastest way from Python into the dispatcher.
-_add_rms_norm = ops._add_rms_norm.default
+_add_rms_norm = ops.add_rms_norm.default
 _decode_attention = ops._decode_attention.default
 _decoder_steps = ops._decoder_steps.default
 _quantized_matmul = ops.quantized_matmul.default
-_rms_norm = ops._rms_norm.default
+_rms_norm = ops.rms_norm.default
 _silu_mul = ops._silu_mul.default
 
 
