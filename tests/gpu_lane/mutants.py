@@ -19,7 +19,8 @@ ROW_OF_W = r"row_(words|halves|bytes) = ([^;]+);"
 class Mutant:
     """An edit of the preprocessed text of metal/quantized/<file>.metal: what matches `old` becomes `new`.
 
-    header: the one whose text is edited; "": all of them. only: the number of the match there that is edited; None: all.
+    header: the one whose text is edited; "" for all of them. only: the number of the match there that is edited; None
+    for all.
     """
 
     tool: str
