@@ -259,8 +259,9 @@ class Multiplication {
     packed_floats = quotient_up(packed_floats, 16) * 16;
     thread_floats = quotient_up(thread_floats, 16) * 16;
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), most_tasks);
-    float* packed = memory.floats(packed_floats + at::get_num_threads() * thread_floats);
-    float* scratch = packed + packed_floats;
+    // The rows that all threads read are behind what each of them writes: what is fetched ahead is nobody's.
+    float* scratch = memory.floats(at::get_num_threads() * thread_floats + packed_floats);
+    float* packed = scratch + at::get_num_threads() * thread_floats;
     pack(batch, packed);
     parallel_tasks(threads, [&](int64_t part, int thread) {
       for (const Share& share : batch) {

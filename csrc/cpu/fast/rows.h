@@ -57,12 +57,14 @@ void rms_norm(const float* x, const float* weight, float epsilon, int64_t n, flo
   }
 }
 
-// The mean is rounded, which matters where it is large beside the deviations: they are centred again, by their own mean.
+// The mean is rounded, which matters where it is large beside the deviations: they are centred again, by their own
+// mean.
 void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y) {
   const float count = static_cast<float>(n);
-  const float mean = sum_of_row(n, [&](int64_t i, F sum) __attribute__((always_inline)) {
-                       return Vector::add(Vector::load(x + i), sum);
-                     }) / count;
+  const float mean =
+      sum_of_row(
+          n, [&](int64_t i, F sum) __attribute__((always_inline)) { return Vector::add(Vector::load(x + i), sum); }) /
+      count;
   const F minus_mean = Vector::set(-mean);
   const int64_t whole = n / lanes * lanes;
   float sum = sum_of_row(whole, [&](int64_t i, F sum) __attribute__((always_inline)) {

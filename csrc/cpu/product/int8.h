@@ -358,6 +358,7 @@ struct Int8Tile {
   const float* scales;
   const float* sums;
   int64_t x_row;  // in floats
+  int64_t rows_after;  // to prefetch: behind the last row is what another thread writes
   const uint8_t* w;
   const float* scales_of_w;  // biases stand behind those of each strip
   int64_t groups;
@@ -384,7 +385,7 @@ void int8_tile(const Int8Tile& tile) {
   for (int64_t group = 0; group < tile.groups; ++group) {
     I dots[ROWS][int8_tile_strips];
     clear(dots);
-    for (int m = 0; m < ROWS; ++m) {
+    for (int64_t m = 0; m < tile.rows_after; ++m) {
       __builtin_prefetch(x + (m + ROWS) * tile.x_row * 4);
     }
     for (int64_t c = group; c < int8_tile_strips * lanes; c += tile.groups) {
@@ -451,6 +452,7 @@ void int8_multiply_panels(const Product& product, int64_t begin, int64_t end, fl
               x.scales + first / group_size,
               x.sums + first / group_size,
               x_row,
+              min(product.rows - m - rows, rows),
               bytes + s * int8_strip_bytes,
               parameters + s * int8_strip_parameters,
               length / group_size,
