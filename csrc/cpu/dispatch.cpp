@@ -105,7 +105,7 @@ class Multiplication {
   }
 
   void run(const Plan& plan) const {
-    WorkingMemory memory;
+    Memory memory;
     Batch batch;
     int64_t batch_rows = 0;
     for (const Run& run : plan.runs) {
@@ -138,6 +138,11 @@ class Multiplication {
     int64_t workspace;  // floats
   };
   using Batch = c10::SmallVector<Share, 1>;
+
+  struct Memory {
+    WorkingMemory packed{WorkingMemory::Use::read_by_all};
+    WorkingMemory scratch{WorkingMemory::Use::written_by_each};
+  };
 
   Layout layout(int64_t rows) const {
     if (!problem_.transpose && !product_.format.is_column_packed()) {
@@ -246,7 +251,7 @@ class Multiplication {
   }
 
   // Each thread takes its columns of all runs, so that threads wait for each other only once, with equal work.
-  void multiply(Batch& batch, WorkingMemory& memory) const {
+  void multiply(Batch& batch, Memory& memory) const {
     int64_t packed_floats = 0;
     int64_t thread_floats = 0;
     int64_t most_tasks = 0;
@@ -256,13 +261,10 @@ class Multiplication {
       most_tasks = std::max(most_tasks, quotient_up(product_.N, share.columns));
     }
     // Whole cache lines.
-    packed_floats = quotient_up(packed_floats, 16) * 16;
     thread_floats = quotient_up(thread_floats, 16) * 16;
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), most_tasks);
-    // The rows that all threads read are behind what each of them writes: what is fetched ahead is nobody's.
-    float* scratch = memory.floats(at::get_num_threads() * thread_floats + packed_floats);
-    float* packed = scratch + at::get_num_threads() * thread_floats;
-    pack(batch, packed);
+    float* scratch = memory.scratch.floats(at::get_num_threads() * thread_floats);
+    pack(batch, memory.packed.floats(packed_floats));
     parallel_tasks(threads, [&](int64_t part, int thread) {
       for (const Share& share : batch) {
         const int64_t tasks = quotient_up(product_.N, share.columns);

@@ -11,7 +11,11 @@ namespace quantization_mlx::cpu {
 // call, so that products of few rows allocate none.
 class WorkingMemory {
  public:
-  WorkingMemory() = default;
+  // What all threads of a call read, and what each of them writes, have places of their own: in one place, they would
+  // lie elsewhere for each shape, on what is still in the cache of another core.
+  enum class Use { read_by_all, written_by_each };
+
+  explicit WorkingMemory(Use use) : use_(use) {}
   WorkingMemory(const WorkingMemory&) = delete;
   WorkingMemory& operator=(const WorkingMemory&) = delete;
   ~WorkingMemory() {
@@ -31,7 +35,7 @@ class WorkingMemory {
   }
 
  private:
-  static constexpr int64_t most_kept = 1 << 21;
+  static constexpr int64_t most_kept = 1 << 20;
 
   struct Free {
     void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
@@ -41,10 +45,12 @@ class WorkingMemory {
     int64_t count = 0;
   };
 
-  static Kept& kept() {
-    static thread_local Kept kept;
-    return kept;
+  Kept& kept() const {
+    static thread_local Kept kept[2];
+    return kept[static_cast<int>(use_)];
   }
+
+  const Use use_;
 };
 
 }  // namespace quantization_mlx::cpu
