@@ -60,7 +60,10 @@ struct Norm : torch::autograd::Function<Norm> {
     const bool centres = context->saved_data["centres"].toBool();
     const Tensor x = saved[0].to(at::kFloat);
     const Tensor gradient = gradients.back().to(at::kFloat);
-    const Tensor deviation = centres ? x - row_mean(x) : x;
+    Tensor deviation = x;
+    for (int i = 0; i < (centres ? 2 : 0); ++i) {  // twice, as the kernels do: the mean is rounded
+      deviation = deviation - row_mean(deviation);
+    }
     const Tensor factor = (row_mean(deviation * deviation) + context->saved_data["eps"].toDouble()).rsqrt();
     const Tensor normal = deviation * factor;
     const bool adds = gradients.size() > 1;

@@ -260,7 +260,7 @@ class Multiplication {
       thread_floats = std::max(thread_floats, share.workspace + share.product.rows * share.columns);
       most_tasks = std::max(most_tasks, quotient_up(product_.N, share.columns));
     }
-    // Whole cache lines.
+    // Whole cache lines, so that no two threads share one.
     thread_floats = quotient_up(thread_floats, 16) * 16;
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), most_tasks);
     float* scratch = memory.scratch.floats(at::get_num_threads() * thread_floats);

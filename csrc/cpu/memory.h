@@ -11,8 +11,8 @@ namespace quantization_mlx::cpu {
 // call, so that products of few rows allocate none.
 class WorkingMemory {
  public:
-  // What all threads of a call read, and what each of them writes, have places of their own: in one place, they would
-  // lie elsewhere for each shape, on what is still in the cache of another core.
+  // What all threads of a call read, and what each of them writes. In one piece of memory, what all read would begin at
+  // another place for each shape, where another core has just written.
   enum class Use { read_by_all, written_by_each };
 
   explicit WorkingMemory(Use use) : use_(use) {}
@@ -35,7 +35,7 @@ class WorkingMemory {
   }
 
  private:
-  static constexpr int64_t most_kept = 1 << 20;
+  static constexpr int64_t most_kept = 1 << 21;
 
   struct Free {
     void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }

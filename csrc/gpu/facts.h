@@ -94,7 +94,7 @@ struct NormFacts {
   int32_t has_residual;
   int32_t has_weight;
   int32_t has_bias;
-  int32_t misalignment;  // bytes past a multiple of 16: those of the tensor that has the most
+  int32_t is_misaligned;  // whether a tensor begins elsewhere than at a multiple of 16 bytes
   int64_t epsilon;  // the bits of a double
 };
 

@@ -541,6 +541,7 @@ std::unordered_set<Excluded, Bytewise, Bytewise> excluded;  // guarded by mutex
 std::atomic<uint64_t> failures{0};
 
 int32_t side_of(const ProductFacts& facts) { return facts.transpose; }
+int32_t side_of(const NormFacts& facts) { return facts.kind; }
 template <typename Facts>
 int32_t side_of(const Facts&) {
   return 0;
@@ -567,7 +568,9 @@ template <typename Facts>
 std::string described(const Facts& facts) {
   return c10::str(" and ", name_of(facts.format.mode), " of ", facts.format.bits, " bits");
 }
-std::string described(const NormFacts&) { return ""; }
+std::string described(const NormFacts& facts) {
+  return facts.kind == static_cast<int32_t>(NormProblem::Kind::layer) ? " and layer_norm" : " and rms_norm";
+}
 
 template <typename Facts>
 Target target_of(const Facts& facts) {
@@ -636,7 +639,7 @@ std::optional<PreparedPlan> prepared_or_excluded(const ProductFacts& facts, Plan
   return prepared(std::move(plan));
 }
 
-// Nothing stands in for conversions: Metal's own error is what helps.
+// Nothing stands in for other kernels: Metal's own error is what helps.
 template <typename Facts>
 std::optional<PreparedPlan> prepared_or_excluded(const Facts&, Plan plan, const Target&) {
   return prepared(std::move(plan));

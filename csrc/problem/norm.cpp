@@ -25,7 +25,8 @@ struct NormArguments {
 
 const OptionalTensor none;
 
-// Also the result's dtype, to which all are promoted: that is exact.
+// Also the result's dtype: the one that x, residual and weight promote to, and with weight bias; as in MLX, a bias
+// alone does not widen x.
 template <typename Int>
 ScalarType check_norm(const NormArguments& arguments) {
   const std::string_view op = arguments.op;
@@ -43,18 +44,22 @@ ScalarType check_norm(const NormArguments& arguments) {
         " must have the shape of x, ", sizes, ".");
     dtype = c10::promoteTypes(dtype, residual->scalar_type());
   }
-  const auto check_parameter = [&](const char* name, const OptionalTensor& parameter) {
+  const ScalarType sum_dtype = dtype;
+  const auto check_parameter = [&](const char* name, const OptionalTensor& parameter, bool promotes) {
     if (parameter.has_value()) {
       check_activation(op, name, *parameter);
       check_device(op, name, *parameter, "x", x);
       TORCH_CHECK_VALUE(
           same_sizes(sizes_of<Int>(*parameter), sizes.slice(sizes.size() - 1)), "[", op, "] ", name, " of shape ",
           sizes_of<Int>(*parameter), " must have one dimension, of the last size of x, whose shape is ", sizes, ".");
-      dtype = c10::promoteTypes(dtype, parameter->scalar_type());
+      dtype = promotes ? c10::promoteTypes(dtype, parameter->scalar_type()) : dtype;
     }
   };
-  check_parameter("weight", arguments.weight);
-  check_parameter("bias", arguments.bias);
+  check_parameter("weight", arguments.weight, true);
+  check_parameter("bias", arguments.bias, arguments.weight.has_value());
+  TORCH_CHECK_TYPE(
+      residual == nullptr || dtype == sum_dtype, "[", op, "] weight has dtype ", arguments.weight->scalar_type(),
+      " and the sum of x and residual ", sum_dtype, ", which it would widen; it must have that dtype, too.");
   return dtype;
 }
 

@@ -129,7 +129,8 @@ template <typename T, bool centres, bool once>
     total = sum_of_threadgroup(total, shared + 2 * norm_threads / 32, simdgroup, simdgroups, lane);
   }
 
-  const float factor = rsqrt(total / length - rest * rest + params.epsilon);
+  const float variance = total / length - rest * rest;
+  const float factor = rsqrt((variance < 0.0f ? 0.0f : variance) + params.epsilon);
   for (int first = begin; first < length; first += step) {
     if (!once) {
       load_step(source, first, length, values);

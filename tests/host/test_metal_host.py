@@ -511,10 +511,13 @@ def test_failed_self_check_is_an_error_in_ci():
 SOURCES = """
 x = torch.ones(40, 128, dtype=torch.float16, device="mps")
 packed = q.quantize(x, 64, 4)
+long = x.repeat(1, 32)
 for gpu in ("applegpu_g14s", "applegpu_g17s"):
     with mps.gpu(gpu):
         for rows in (1, 40):
             product(x[:rows], packed)
+        q.fast.rms_norm(x, None, 1e-5)
+        product(long, q.quantize(long, 64, 4))  # its K is split
 print(json.dumps([record["source"] for record in mps.logs()["compiles"]]))
 """
 

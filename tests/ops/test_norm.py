@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -140,6 +141,28 @@ def test_agrees_with_mlx(device: str, norm: Norm, length: int) -> None:
         oracle.assert_within(ours.cpu(), theirs.double(), 2e-6 * (1 + theirs.double().abs()))
 
 
+@NORM
+def test_dtypes_of_results_are_those_of_mlx(norm: Norm) -> None:
+    import mlx.core as mx
+
+    for x, weight, bias in itertools.product(DTYPES, (None, *DTYPES), (None, *DTYPES)):
+        tensors = [None if dtype is None else torch.ones(8, dtype=dtype) for dtype in (x, weight, bias)]
+        given = tensors if norm.mlx == "layer_norm" else tensors[:2]
+        theirs = getattr(mx.fast, norm.mlx)(*map(oracle.to_mlx, given), EPSILON)
+        assert norm.ours(*tensors).dtype == oracle.from_mlx(theirs).dtype, (x, weight, bias)
+
+
+def test_add_rms_norm_on_any_strides(device: str) -> None:
+    base, other = (oracle.random_x(6, 5, 200, seed=seed, dtype=torch.float16).to(device) for seed in range(2))
+    x = base[..., :64]
+    for residual in (other[..., 3:67], other[:, :, 8:72].flip(0), other[:1, :1, :64].expand(6, 5, 64), x):
+        ours = fast.add_rms_norm(x, residual, None, EPSILON)
+        for mine, expected in zip(
+            ours, fast.add_rms_norm(x.contiguous(), residual.contiguous(), None, EPSILON), strict=True
+        ):
+            oracle.assert_identical(mine, expected)
+
+
 @DTYPE
 @pytest.mark.parametrize("length", [48, 96, 8200])
 def test_add_rms_norm_normalises_the_stored_sum(device: str, dtype: torch.dtype, length: int) -> None:
@@ -199,6 +222,43 @@ def test_gradients_of_add_rms_norm(device: str) -> None:
     exact = gradients(theirs, *(each.double() for each in inputs))
     for mine, expected in zip(gradients(ours, *(each.to(device) for each in inputs)), exact, strict=True):
         oracle.assert_within(mine, expected, 1e-6 * (1 + expected.abs().amax()))
+
+
+@pytest.mark.parametrize("wanted", itertools.product((False, True), repeat=3), ids=str)
+def test_gradients_of_some(wanted: tuple[bool, ...]) -> None:
+    """Of every choice of inputs, with others that are not given or of another dtype."""
+    x = oracle.random_x(4, 80, dtype=torch.float16)
+    others = oracle.random_x(80, seed=2), oracle.random_x(80, seed=3)
+    calls = {
+        "layer": (
+            lambda x, w, b: fast.layer_norm(x, w, b, EPSILON),
+            lambda x, w, b: F.layer_norm(x, (80,), w, b, EPSILON),
+        ),
+        "no weight": (
+            lambda x, w, b: fast.layer_norm(x, None, b, EPSILON).float() + w,
+            lambda x, w, b: F.layer_norm(x, (80,), None, b, EPSILON) + w,
+        ),
+        "sum": (
+            lambda x, w, b: fast.add_rms_norm(x, w.expand_as(x), b, EPSILON)[0],
+            lambda x, w, b: x + w + 0 * b,
+        ),
+        "norm of the sum": (
+            lambda x, w, b: fast.add_rms_norm(x, w.expand_as(x), None, EPSILON)[1] + b,
+            lambda x, w, b: F.rms_norm(x + w, (80,), None, EPSILON) + b,
+        ),
+    }
+    for name, (ours, theirs) in calls.items():
+        inputs = [each.clone().requires_grad_(wants) for each, wants in zip((x, *others), wanted, strict=True)]
+        exact = [each.detach().double().requires_grad_(each.requires_grad) for each in inputs]
+        for function, operands in ((ours, inputs), (theirs, exact)):
+            if (result := function(*operands)).requires_grad:
+                result.sum().backward()
+        for mine, expected in zip(inputs, exact, strict=True):
+            assert (mine.grad is None) == (expected.grad is None), name
+            if mine.grad is not None:
+                assert mine.grad.dtype == mine.dtype
+                bound = 2e-2 if mine.dtype == torch.float16 else 2e-3
+                oracle.assert_within(mine.grad, expected.grad, bound * (1 + expected.grad.abs().amax()), name)
 
 
 def test_gradients_of_gradients() -> None:
@@ -300,6 +360,11 @@ ERRORS = {
         lambda: fast.layer_norm(X, None, WEIGHT[:1], 0.1),
         ValueError,
         r"\[layer_norm\] bias of shape \[1\]",
+    ),
+    "wide weight": (
+        lambda: fast.add_rms_norm(X.half(), X.half(), WEIGHT, 0.1),
+        TypeError,
+        r"\[add_rms_norm\] weight has dtype Float and the sum of x and residual Half",
     ),
     "residual": (
         lambda: fast.add_rms_norm(X, X[:1], None, 0.1),

@@ -1,9 +1,11 @@
 """What stands between the products of a model: ops with the names, arguments and results of ``mlx.core.fast``.
 
-Tensors are float32, float16 or bfloat16, on any strides; those of one call may differ in dtype, and the result has the
-one that they promote to. Every value is computed in float32 and rounded once. Gradients reach every tensor argument.
+Tensors are float32, float16 or bfloat16, on any strides. Those of one call may differ in dtype, and the result has the
+one that they promote to. Every value is computed in float32 and rounded once, where MLX rounds before it multiplies by
+the weight, too. Gradients reach every tensor argument.
 
-Every op raises ``ValueError`` for shapes and devices that do not fit, and ``TypeError`` for dtypes.
+Every op raises ``ValueError`` for shapes and devices that do not fit, ``TypeError`` for dtypes, and on Apple GPUs
+``NotImplementedError`` for more than 2**30 rows or elements of a row.
 """
 
 from torch import Tensor
@@ -30,7 +32,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Args:
         x: ``[..., K]``.
         weight: ``[K]``; None for 1.
-        bias: ``[K]``; None for 0.
+        bias: ``[K]``; None for 0. Without a weight, its dtype does not widen the result, as in MLX.
         eps: added to the variance, which is that of all K values (not corrected by K - 1).
     """
     return ops.layer_norm(x, weight, bias, eps)
@@ -41,7 +43,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
 
     Args:
         x, residual: ``[..., K]`` of one shape.
-        weight, eps: as those of ``rms_norm``.
+        weight: as that of ``rms_norm``; its dtype must not widen the sum.
+        eps: as that of ``rms_norm``.
 
     Returns:
         The sum, rounded to its dtype, and the norm of that.

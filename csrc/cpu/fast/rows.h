@@ -1,4 +1,6 @@
-// What a decoder does to one row between its products. Buffers go on to a multiple of 16, which every `lanes` divides.
+// What a decoder does to one row between its products. Lengths of gate, and half of those of rotate, are multiples of
+// 16, which every `lanes` divides. Those of norms are any: there x goes on to whole vectors with zeros, the others with
+// anything.
 #pragma once
 
 #include "../isa/real.h"
@@ -67,20 +69,20 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
       count;
   const F minus_mean = Vector::set(-mean);
   const int64_t whole = n / lanes * lanes;
-  float sum = sum_of_row(whole, [&](int64_t i, F sum) __attribute__((always_inline)) {
+  float deviations = sum_of_row(whole, [&](int64_t i, F sum) __attribute__((always_inline)) {
     return Vector::add(Vector::add(Vector::load(x + i), minus_mean), sum);
   });
-  float square = sum_of_row(whole, [&](int64_t i, F sum) __attribute__((always_inline)) {
+  float squares = sum_of_row(whole, [&](int64_t i, F sum) __attribute__((always_inline)) {
     const F deviation = Vector::add(Vector::load(x + i), minus_mean);
     return Vector::fma(deviation, deviation, sum);
   });
   for (int64_t i = whole; i < n; ++i) {  // the zeros behind the values are no deviations
-    sum += x[i] - mean;
-    square += (x[i] - mean) * (x[i] - mean);
+    deviations += x[i] - mean;
+    squares += (x[i] - mean) * (x[i] - mean);
   }
-  const float rest = sum / count;
-  const float variance = square / count - rest * rest;
-  const F factor = Vector::set(1.0f / __builtin_sqrtf(variance + epsilon));
+  const float rest = deviations / count;
+  const float variance = squares / count - rest * rest;
+  const F factor = Vector::set(1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon));
   for (int64_t i = 0; i < n; i += lanes) {
     const F deviation = Vector::add(Vector::add(Vector::load(x + i), minus_mean), Vector::set(-rest));
     Vector::store(y + i, Vector::fma(Vector::mul(deviation, factor), Vector::load(weight + i), Vector::load(bias + i)));

@@ -358,7 +358,7 @@ struct Int8Tile {
   const float* scales;
   const float* sums;
   int64_t x_row;  // in floats
-  int64_t rows_after;  // to prefetch: behind the last row is what another thread writes
+  int64_t rows_after;  // of x behind the tile, to prefetch; none behind the last one, which others may write
   const uint8_t* w;
   const float* scales_of_w;  // biases stand behind those of each strip
   int64_t groups;

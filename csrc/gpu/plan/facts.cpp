@@ -161,14 +161,14 @@ c10::SmallVector<NormFacts, 1> facts_of(const NormProblem& problem) {
   if (problem.is_empty()) {
     return {};
   }
-  int32_t misalignment = 0;
+  bool is_misaligned = false;
   for (const at::Tensor* tensor : {&problem.x.tensor, &problem.residual.tensor, &problem.weight, &problem.bias}) {
-    misalignment = tensor->defined() ? std::max(misalignment, misalignment_of(*tensor)) : misalignment;
+    is_misaligned |= tensor->defined() && misalignment_of(*tensor) != 0;
   }
   return {NormFacts{
       static_cast<int32_t>(problem.kind), static_cast<int32_t>(problem.x.tensor.scalar_type()), problem.x.count,
       problem.length, problem.x.stride, problem.residual.stride, problem.residual.tensor.defined(),
-      problem.weight.defined(), problem.bias.defined(), misalignment, std::bit_cast<int64_t>(problem.epsilon)}};
+      problem.weight.defined(), problem.bias.defined(), is_misaligned, std::bit_cast<int64_t>(problem.epsilon)}};
 }
 
 }  // namespace quantization_mlx::gpu

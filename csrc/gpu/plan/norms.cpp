@@ -12,7 +12,7 @@ namespace {
 bool is_aligned(const NormFacts& facts) {
   const auto bytes = static_cast<int64_t>(at::elementSize(static_cast<at::ScalarType>(facts.dtype)));
   const auto whole = [&](int64_t elements) { return elements * bytes % 16 == 0; };
-  return facts.misalignment == 0 && facts.length % norm_elements() == 0 && whole(facts.x_stride) &&
+  return !facts.is_misaligned && facts.length % norm_elements() == 0 && whole(facts.x_stride) &&
       whole(facts.residual_stride);
 }
 
