@@ -15,39 +15,11 @@ namespace {
 using at::Tensor;
 using namespace gpu;
 
-Operands operands_of(const QuantizedMatrices& weights, const Tensor& y) {
-  Operands operands;
-  operands[Role::w] = &weights.words.tensor;
-  operands[Role::scales] = &weights.scales.tensor;
-  operands[Role::biases] = &weights.biases.tensor;
-  operands[Role::global_scale] = &weights.global_scale;
-  operands[Role::y] = &y;
-  return operands;
-}
-
-Operands operands_of(const MatmulProblem& problem, const Tensor& y) {
-  Operands operands = operands_of(problem.weights, y);
-  operands[Role::x] = &problem.x.tensor;
-  return operands;
-}
-
 template <typename Problem>
 void encode_problem(const Problem& problem, const Operands& operands) {
   for (const auto& facts : facts_of(problem)) {
     encode(plan_of(facts, op_of(problem)), operands);
   }
-}
-
-// sum: undefined where nothing is added.
-Operands operands_of(const NormProblem& problem, const Tensor& y, const Tensor& sum) {
-  Operands operands;
-  operands[Role::x] = &problem.x.tensor;
-  operands[Role::residual] = &problem.residual.tensor;
-  operands[Role::weight] = &problem.weight;
-  operands[Role::bias] = &problem.bias;
-  operands[Role::sum] = &sum;
-  operands[Role::y] = &y;
-  return operands;
 }
 
 Tensor empty_result(const NormProblem& problem) { return at::empty(problem.output, problem.x.tensor.options()); }
@@ -80,10 +52,7 @@ Tensor run(GatherProblem given) {
   }
   const GatherProblem problem = with_kernel_dtype(std::move(given));
   Tensor y = empty_result(problem.matmul);
-  Operands operands = operands_of(problem.matmul, y);
-  operands[Role::lhs_indices] = &problem.lhs_indices;
-  operands[Role::rhs_indices] = &problem.rhs_indices;
-  encode_problem(problem, operands);
+  encode_problem(problem, operands_of(problem, y));
   return y;
 }
 
@@ -91,19 +60,13 @@ Tensor run(DequantizeProblem given) {
   const at::ScalarType dtype = given.dtype;
   const DequantizeProblem problem = with_kernel_dtype(std::move(given));
   Tensor y = at::empty(problem.output, problem.weights.words.tensor.options().dtype(problem.dtype));
-  encode_problem(problem, operands_of(problem.weights, y));
+  encode_problem(problem, operands_of(problem, y));
   return problem.dtype == dtype ? y : y.to(dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> run(const QuantizeProblem& problem) {
   auto results = empty_quantized(problem);
-  Operands operands;
-  operands[Role::x] = &problem.w;
-  operands[Role::global_scale] = &problem.global_scale;
-  operands[Role::w] = &std::get<0>(results);
-  operands[Role::scales] = &std::get<1>(results);
-  operands[Role::biases] = &std::get<2>(results);
-  encode_problem(problem, operands);
+  encode_problem(problem, operands_of(problem, results));
   return results;
 }
 

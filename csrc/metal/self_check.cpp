@@ -1,524 +1,23 @@
 #include "self_check.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <cmath>
-#include <cstring>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <type_traits>
 #include <unordered_set>
-#include <vector>
+#include <utility>
 
 #include "../environment.h"
-#include "../ops.h"
 #include "device.h"
-#include "encode.h"
+#include "self_check_examples.h"
 
 namespace quantization_mlx::metal {
 namespace {
 
-using at::Tensor;
 using namespace gpu;
-using OptionalTensor = std::optional<Tensor>;
-
-// --- Problems that are the same every time --------------------------------------------------------------------------
-
-class Generator {
- public:
-  uint32_t bits() {
-    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<uint32_t>(state_ >> 32);
-  }
-  float uniform(float low, float high) { return low + (high - low) * (static_cast<float>(bits() >> 8) * 0x1p-24f); }
-
- private:
-  uint64_t state_ = 1;
-};
-
-struct Shape {
-  int64_t M;
-  int64_t K;
-  int64_t N;
-  bool shifts_x;  // so that no row begins at a multiple of 16 bytes
-  bool shifts_w;
-};
-
-// Operands of a product or, without x, of dequantize. Each is part of a larger tensor where it is shifted.
-struct Example {
-  Tensor x;
-  Tensor w;
-  Tensor scales;
-  OptionalTensor biases;
-  OptionalTensor global_scale;
-  OptionalTensor lhs_indices;
-  OptionalTensor rhs_indices;
-  Format format;
-  bool transpose;
-  bool sorted;
-
-  // What `check` or an op makes of it.
-  template <typename Function>
-  auto product(const Function& function) const {
-    return function(
-        x, w, scales, biases, transpose, format.group_size, format.bits, name_of(format.mode), global_scale,
-        "self-check");
-  }
-
-  template <typename Function>
-  auto gathered(const Function& function) const {
-    return function(
-        x, w, scales, biases, lhs_indices, rhs_indices, transpose, format.group_size, format.bits, name_of(format.mode),
-        global_scale, sorted, "self-check");
-  }
-
-  template <typename Function>
-  auto dequantized(const Function& function, at::ScalarType dtype) const {
-    return function(w, scales, biases, format.group_size, format.bits, name_of(format.mode), global_scale, dtype);
-  }
-};
-
-// Makes the tensors of examples: on device "meta" without values, to ask for a plan; else random ones of the host, or
-// copies of these.
-class Maker {
- public:
-  explicit Maker(at::Device device) : device_(device) {}
-
-  // values: makes one of a tensor of `dtype`.
-  template <typename T, typename Values>
-  Tensor tensor(c10::IntArrayRef sizes, at::ScalarType dtype, at::ScalarType result, const Values& values) {
-    if (device_.is_meta()) {
-      return at::empty(sizes, at::TensorOptions().dtype(result).device(device_));
-    }
-    Tensor tensor = at::empty(sizes, dtype);
-    std::generate_n(static_cast<T*>(tensor.mutable_data_ptr()), tensor.numel(), values);
-    return tensor.to(result).to(device_);
-  }
-
-  Tensor uniform(c10::IntArrayRef sizes, at::ScalarType dtype, float low, float high) {
-    return tensor<float>(sizes, at::kFloat, dtype, [&] { return random_.uniform(low, high); });
-  }
-
-  uint32_t bits() { return random_.bits(); }
-
- private:
-  at::Device device_;
-  Generator random_;
-};
-
-constexpr int64_t gathered_matrices = 3;
-
-// In an order that mixes the experts, or sorted: then with runs that end within tiles.
-std::vector<int64_t> expert_of_pair(bool sorted) {
-  if (!sorted) {
-    return {2, 0, 1, 2, 0};
-  }
-  std::vector<int64_t> experts(40, 2);
-  std::fill_n(experts.begin(), 13, 0);
-  std::fill_n(experts.begin() + 13, 7, 1);
-  return experts;
-}
-
-void add_scales(Example& example, Maker& make, c10::IntArrayRef groups, at::ScalarType dtype) {
-  const Format format = example.format;
-  const Scale scale = traits_of(format.mode).scale;
-  if (has_biases(format.mode)) {
-    const float steps = static_cast<float>(1 << format.bits);
-    example.scales = make.uniform(groups, dtype, 0.5f / steps, 2.0f / steps);
-    example.biases = make.uniform(groups, dtype, -1.0f, 0.0f);
-  } else if (scale == Scale::float16) {
-    example.scales = make.uniform(groups, at::kHalf, 0.1f, 0.5f);
-    if (has_zeros(format.mode)) {
-      example.biases = make.uniform(groups, at::kHalf, 0.0f, 15.0f);
-    }
-  } else {
-    // Powers of two from 2^-7 to 1, as E8M0; of E4M3, values from 0.5 to 1.875.
-    const uint32_t first = scale == Scale::e4m3 ? 0x30u : 120u;
-    const uint32_t count = scale == Scale::e4m3 ? 16u : 8u;
-    example.scales = make.tensor<uint8_t>(groups, at::kByte, at::kByte, [&] { return first + make.bits() % count; });
-  }
-}
-
-Example weights(Format format, bool transpose, bool gathered, const Shape& shape, at::ScalarType dtype, Maker& make) {
-  Example example{};
-  example.format = format;
-  example.transpose = transpose;
-  const bool columns = is_column_packed(format.mode);
-  const int64_t length = transpose || columns ? shape.K : shape.N;
-  const int64_t others = transpose || columns ? shape.N : shape.K;
-  const auto sizes = [&](int64_t packed) {
-    std::vector<int64_t> result = columns ? std::vector{packed, others} : std::vector{others, packed};
-    if (gathered) {
-      result.insert(result.begin(), gathered_matrices);
-    }
-    return result;
-  };
-  // Any code, except in E4M3 those of 2 and more, which include NaN.
-  const uint32_t mask = is_e4m3(format.mode) ? 0xBFBFBFBFu : 0xFFFFFFFFu;
-  const int64_t words = (gathered ? gathered_matrices : 1) * others * length * format.bits / 32;
-  example.w = make.tensor<uint32_t>({words + shape.shifts_w}, at::kInt, at::kInt, [&] { return make.bits() & mask; })
-                  .narrow(0, shape.shifts_w, words)
-                  .view(sizes(length * format.bits / 32));
-  add_scales(example, make, sizes(length / format.group_size), dtype);
-  return example;
-}
-
-Example product_example(const ProductFacts& facts, bool sorted, const Shape& shape, at::Device device) {
-  Maker make(device);
-  const at::ScalarType dtype = facts.scalar_type();
-  const bool gathered = facts.pairs > 0;
-  Example example = weights(facts.format, facts.transpose != 0, gathered, shape, dtype, make);
-  const std::vector<int64_t> experts = expert_of_pair(sorted);
-  // Whole rows of 16 bytes, or none.
-  const int64_t row = shape.shifts_x ? shape.K + 1 : (shape.K + 7) / 8 * 8;
-  std::vector<int64_t> sizes{shape.M, row};
-  if (gathered) {
-    const int64_t pairs = static_cast<int64_t>(experts.size());
-    sizes.insert(sizes.begin(), pairs);
-    const auto indices = [&](const auto& values) {
-      const int64_t* next = values.data();
-      return make.tensor<int64_t>({pairs}, at::kLong, at::kLong, [&] { return *next++; });
-    };
-    std::vector<int64_t> counting(experts.size());
-    std::generate(counting.begin(), counting.end(), [i = int64_t{0}]() mutable { return i++; });
-    example.lhs_indices = indices(counting);
-    example.rhs_indices = indices(experts);
-    example.sorted = sorted;
-  }
-  example.x = make.uniform(sizes, dtype, -1.0f, 1.0f).narrow(-1, shape.shifts_x, shape.K);
-  if (facts.global_scales > 0) {
-    example.global_scale = make.uniform({1}, at::kFloat, 1000.0f, 3000.0f);
-  }
-  return example;
-}
-
-// --- The problem that runs a kernel ---------------------------------------------------------------------------------
-
-bool is_set(const KernelInstance& kernel, int constant) { return kernel.constants >> constant & 1u; }
-
-std::vector<ProductFacts> facts_of(const Example& example) {
-  const auto facts = example.rhs_indices.has_value()
-      ? gpu::facts_of(with_kernel_dtype(example.gathered(GatherProblem::check)))
-      : gpu::facts_of(with_kernel_dtype(example.product(MatmulProblem::check)));
-  return {facts.begin(), facts.end()};
-}
-
-// The launch of this kernel in the example's plan, or null.
-const Launch* launch_in(const Plan& plan, const KernelInstance& kernel) {
-  const auto found = std::find_if(plan.launches.begin(), plan.launches.end(), [&](const Launch& launch) {
-    return Bytewise()(launch.kernel, kernel);
-  });
-  return found == plan.launches.end() ? nullptr : &*found;
-}
-
-// Sizes to try, the telling ones first; the plan of the first that leads to a launch's kernel is run.
-struct Candidates {
-  std::vector<int64_t> M;
-  std::vector<int64_t> K;
-  std::vector<int64_t> N;
-};
-
-Candidates candidates(const ProductFacts& facts, const Launch& launch) {
-  ProductParams params;
-  std::memcpy(&params, launch.params.data(), sizeof params);
-  const bool matvec = launch.family == Family::matvec;
-  Candidates result;
-  // Of tiles: several, and a last one that is not full.
-  result.M = matvec ? std::vector<int64_t>{params.rows} : std::vector<int64_t>{230, 97, 70, 40, 20, 14, 1};
-  if (facts.M == 1) {
-    result.M.insert(result.M.begin(), 1);
-  }
-  const bool packs_k = facts.transpose != 0 || is_column_packed(facts.format.mode);
-  const auto whole = [&](int64_t size, bool packed) {
-    const int64_t unit = packed ? std::max(facts.format.group_size, 32) : 1;
-    return (size + unit - 1) / unit * unit;
-  };
-  // Of a matvec: enough for all its simdgroups, and more; less where that would be split.
-  for (const int64_t base :
-       matvec ? std::vector<int64_t>{2304, 320, 64, 4352, 8448} : std::vector<int64_t>{160, 1088, 4352}) {
-    for (const int64_t more : {5, 32, 64, 96, 0, 128, 192, 256}) {
-      result.K.push_back(whole(base + more, packs_k));
-    }
-  }
-  for (const int64_t N : {73, 72, 74, 130, 128, 136, 264, 260, 262, 261, 320, 384, 512, 576, 640}) {
-    result.N.push_back(whole(N, !packs_k));
-  }
-  if (facts.format.group_size < 32 && !packs_k) {
-    result.N.insert(result.N.begin(), {80, 144, 272, 336, 528});
-  }
-  return result;
-}
-
-struct Found {
-  Shape shape;
-  bool sorted;
-  Target target;  // that the shape is planned for
-};
-
-std::optional<Found> find_shape(
-    const ProductFacts& facts,
-    const Launch& launch,
-    const Candidates& sizes,
-    Target target) {
-  const KernelInstance& kernel = launch.kernel;
-  const bool shifts_x = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_X);
-  const bool shifts_w = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_WEIGHTS);
-  const bool sorted = std::string_view(kernel.name_pattern).find("gather_qmm_rhs") == 0;
-  // As for a GPU of one core: it is busy with few large tiles.
-  for (const int cores : {target.gpu.cores, 1}) {
-    target.gpu.cores = cores;
-    for (const uint32_t least_threadgroups : {2, 1}) {
-      for (const int64_t M : sizes.M) {
-        for (const int64_t K : sizes.K) {
-          for (const int64_t N : sizes.N) {
-            const Shape shape{M, K, N, shifts_x, shifts_w};
-            const Example example = product_example(facts, sorted, shape, at::Device(at::kMeta));
-            const Plan plan = gpu::plan(facts_of(example).front(), "self-check", target);
-            const Launch* found = launch_in(plan, kernel);
-            if (found != nullptr && found->threadgroups[0] >= least_threadgroups) {
-              return Found{shape, sorted, target};
-            }
-          }
-        }
-      }
-    }
-  }
-  return std::nullopt;
-}
-
-// None where no size leads to the kernel.
-std::vector<Found> find_shapes(const ProductFacts& facts, const Launch& launch, const Target& target) {
-  Candidates sizes = candidates(facts, launch);
-  std::vector<Found> result;
-  const auto add = [&](const Candidates& wanted) {
-    if (auto found = find_shape(facts, launch, wanted, target)) {
-      result.push_back(*std::move(found));
-    }
-  };
-  add(sizes);
-  if (result.empty() || launch.family != Family::tile) {
-    return result;
-  }
-  // Beside a tile that is not full, the smallest one that is; beside an odd N, an even one: a tile writes pairs.
-  const Shape first = result.front().shape;
-  if (first.M < 16) {
-    Candidates whole = sizes;
-    whole.M = {16};
-    add(whole);
-  }
-  if (first.N % 2 != 0) {
-    sizes.N.erase(std::remove_if(sizes.N.begin(), sizes.N.end(), [](int64_t N) { return N % 2 != 0; }), sizes.N.end());
-    add(sizes);
-  }
-  return result;
-}
-
-// --- Judgement ------------------------------------------------------------------------------------------------------
-
-double tolerance(at::ScalarType dtype) { return dtype == at::kFloat ? 1e-4 : (dtype == at::kHalf ? 5e-3 : 4e-2); }
-
-Tensor host_floats(const Tensor& tensor) { return tensor.cpu().to(at::kFloat).contiguous(); }
-
-// The largest difference relative to the largest expected value; infinite where a value is NaN.
-double difference(const Tensor& result, const Tensor& expected) {
-  const Tensor ours = host_floats(result);
-  const Tensor theirs = host_floats(expected);
-  const float* a = ours.const_data_ptr<float>();
-  const float* b = theirs.const_data_ptr<float>();
-  double largest = 0.0;
-  double distance = 0.0;
-  for (int64_t i = 0; i < ours.numel(); ++i) {
-    const double apart = std::fabs(static_cast<double>(a[i]) - b[i]);
-    distance = apart <= distance ? distance : (std::isnan(apart) ? HUGE_VAL : apart);
-    largest = std::max(largest, static_cast<double>(std::fabs(b[i])));
-  }
-  return distance / largest;
-}
-
-using Reason = std::optional<std::string>;
-
-Reason judged(const Tensor& result, const Tensor& expected, at::ScalarType dtype) {
-  const double apart = difference(result, expected);
-  return apart <= tolerance(dtype)
-      ? std::nullopt
-      : Reason(c10::str("its result differs from the CPU's by ", apart, " of the largest value."));
-}
-
-void run(const Plan& plan, const Operands& operands) { encode(prepared(plan), operands); }
-
-Operands operands_of(const Example& example, const Tensor& y) {
-  Operands operands;
-  operands[Role::x] = &example.x;
-  operands[Role::w] = &example.w;
-  operands[Role::scales] = &example.scales;
-  operands[Role::y] = &y;
-  const auto add = [&](Role role, const OptionalTensor& tensor) {
-    operands[role] = tensor.has_value() ? &*tensor : nullptr;
-  };
-  add(Role::biases, example.biases);
-  add(Role::global_scale, example.global_scale);
-  add(Role::lhs_indices, example.lhs_indices);
-  add(Role::rhs_indices, example.rhs_indices);
-  return operands;
-}
-
-const at::Device mps(at::kMPS, 0);
-
-Reason failure(const ProductFacts& facts, const Found& found) {
-  const Example host = product_example(facts, found.sorted, found.shape, at::Device(at::kCPU));
-  const Example device = product_example(facts, found.sorted, found.shape, mps);
-  const bool gathered = host.rhs_indices.has_value();
-  const Tensor expected = gathered ? host.gathered(ops::gather_qmm) : host.product(ops::quantized_matmul);
-  const Tensor y = at::empty(expected.sizes(), device.x.options());
-  run(gpu::plan(facts_of(device).front(), "self-check", found.target), operands_of(device, y));
-  return judged(y, expected, facts.scalar_type());
-}
-
-// What is wrong with a kernel of a product, or nothing.
-Reason failure(const ProductFacts& facts, const Launch& launch, const Target& target) {
-  const std::vector<Found> shapes = find_shapes(facts, launch, target);
-  if (shapes.empty()) {
-    TORCH_WARN("[quantization_mlx] Kernel ", launch.kernel.name(), " has no self-check and is used without one.");
-  }
-  for (const Found& found : shapes) {
-    if (Reason reason = failure(facts, found)) {
-      return reason;
-    }
-  }
-  return std::nullopt;
-}
-
-// Whole groups along both sizes.
-constexpr Shape conversion_shape{1, 512, 256, false, false};
-
-Reason failure(const DequantizeFacts& facts, const Launch& launch, const Target& target) {
-  Shape shape = conversion_shape;
-  shape.shifts_w = !is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_WEIGHTS);
-  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
-  const auto example_on = [&](at::Device device) {
-    Maker make(device);
-    Example example = weights(facts.format, /*transpose=*/true, /*gathered=*/false, shape, dtype, make);
-    if (facts.global_scales > 0) {
-      example.global_scale = make.uniform({1}, at::kFloat, 1000.0f, 3000.0f);
-    }
-    return example;
-  };
-  const Example host = example_on(at::Device(at::kCPU));
-  const Example device = example_on(mps);
-  const Tensor expected = host.dequantized(ops::dequantize, dtype);
-  const Tensor y = at::empty(expected.sizes(), device.w.options().dtype(dtype));
-  const auto device_facts = gpu::facts_of(device.dequantized(DequantizeProblem::check, dtype));
-  run(gpu::plan(device_facts.front(), "self-check", target), operands_of(device, y));
-  return judged(y, expected, dtype);
-}
-
-// Quantization may round a value in the middle of two codes either way: at most one code in a thousand may be another
-// one, and the values that the codes stand for must be as near to w as the CPU's.
-Reason failure(const QuantizeFacts& facts, const Launch& launch, const Target& target) {
-  const Format format = facts.format;
-  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
-  const int64_t shift = is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X) ? 0 : 1;
-  const auto [M, K, N, shifts_x, shifts_w] = conversion_shape;
-  Maker make{at::Device(at::kCPU)};
-  const Tensor values = make.uniform({K * N + shift}, dtype, -1.0f, 1.0f);
-  const auto matrix = [&](const Tensor& all) { return all.narrow(0, shift, K * N).view({K, N}); };
-  OptionalTensor scale;
-  if (facts.global_scales > 0) {
-    scale = make.uniform({1}, at::kFloat, 1000.0f, 3000.0f);
-  }
-  const std::string_view mode = name_of(format.mode);
-  const auto expected = ops::quantize(matrix(values), format.group_size, format.bits, mode, scale);
-  const OptionalTensor device_scale = scale.has_value() ? OptionalTensor(scale->to(mps)) : std::nullopt;
-  const QuantizeProblem problem =
-      QuantizeProblem::check(matrix(values.to(mps)), format.group_size, format.bits, mode, device_scale);
-  const auto [words, scales, biases] = empty_quantized(problem);
-  Operands operands;
-  operands[Role::x] = &problem.w;
-  operands[Role::global_scale] = &problem.global_scale;
-  operands[Role::w] = &words;
-  operands[Role::scales] = &scales;
-  operands[Role::biases] = &biases;
-  run(gpu::plan(gpu::facts_of(problem).front(), "self-check", target), operands);
-
-  const bool third = has_biases(format.mode) || has_zeros(format.mode);
-  const auto restored = [&](const Tensor& w, const Tensor& s, const Tensor& b) {
-    const OptionalTensor offsets = third ? OptionalTensor(b.cpu()) : std::nullopt;
-    return ops::dequantize(w.cpu(), s.cpu(), offsets, format.group_size, format.bits, mode, scale, at::kFloat);
-  };
-  const auto& [expected_words, expected_scales, expected_biases] = expected;
-  const Tensor ours = restored(words, scales, biases);
-  const Tensor theirs = restored(expected_words, expected_scales, expected_biases);
-  const Tensor our_codes = restored(words, expected_scales, expected_biases);
-  const Tensor original = host_floats(matrix(values));
-  const auto at = [](const Tensor& tensor, int64_t i) { return tensor.const_data_ptr<float>()[i]; };
-  double our_error = 0.0;
-  double their_error = 0.0;
-  int64_t other_codes = 0;
-  for (int64_t i = 0; i < K * N; ++i) {
-    our_error += std::pow(static_cast<double>(at(ours, i)) - at(original, i), 2.0);
-    their_error += std::pow(static_cast<double>(at(theirs, i)) - at(original, i), 2.0);
-    other_codes += at(our_codes, i) != at(theirs, i);
-  }
-  if (other_codes * 1000 <= K * N && our_error <= 1.01 * their_error) {
-    return std::nullopt;
-  }
-  return c10::str(
-      other_codes, " of ", K * N, " codes are not the CPU's, and the squared error is ", our_error, " instead of ",
-      their_error, ".");
-}
-
-// Rows that keep all threads busy, and one that ends in the middle of a thread's elements where the kernel takes such.
-Reason failure(const NormFacts& facts, const Launch& launch, const Target& target) {
-  constexpr int64_t rows = 3;
-  constexpr double epsilon = 0.01;
-  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
-  const int64_t at_once = int64_t{launch.kernel.threads} * norm_elements();
-  const int64_t steps = facts.length > at_once ? 2 : 1;
-  const int64_t length = steps * at_once - (is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X) ? 0 : 3);
-  Maker make{at::Device(at::kCPU)};
-  const auto parameter = [&](bool is_given) {
-    return is_given ? OptionalTensor(make.uniform({length}, dtype, 0.5f, 1.5f)) : std::nullopt;
-  };
-  const Tensor x = make.uniform({rows, length}, dtype, -1.0f, 2.0f);
-  const Tensor residual = facts.has_residual ? make.uniform({rows, length}, dtype, -1.0f, 1.0f) : Tensor();
-  const OptionalTensor weight = parameter(facts.has_weight);
-  const OptionalTensor bias = parameter(facts.has_bias);
-  const bool centres = facts.kind == static_cast<int32_t>(NormProblem::Kind::layer);
-  const Tensor sum = residual.defined() ? x.add(residual) : x;
-  const Tensor expected = centres ? ops::layer_norm(x, weight, bias, epsilon) : ops::rms_norm(sum, weight, epsilon);
-
-  const auto on_device = [](const OptionalTensor& tensor) {
-    return tensor.has_value() ? OptionalTensor(tensor->to(mps)) : std::nullopt;
-  };
-  const auto problem_on_device = [&]() -> NormProblem {
-    if (centres) {
-      return LayerNormProblem::check(x.to(mps), on_device(weight), on_device(bias), epsilon);
-    }
-    return residual.defined()
-        ? NormProblem(AddRmsNormProblem::check(x.to(mps), residual.to(mps), on_device(weight), epsilon))
-        : NormProblem(RmsNormProblem::check(x.to(mps), on_device(weight), epsilon));
-  };
-  const NormProblem problem = problem_on_device();
-  const Tensor y = at::empty(problem.output, problem.x.tensor.options());
-  const Tensor our_sum = at::empty(problem.output, problem.x.tensor.options());
-  Operands operands;
-  operands[Role::x] = &problem.x.tensor;
-  operands[Role::residual] = &problem.residual.tensor;
-  operands[Role::weight] = &problem.weight;
-  operands[Role::bias] = &problem.bias;
-  operands[Role::sum] = &our_sum;
-  operands[Role::y] = &y;
-  run(gpu::plan(gpu::facts_of(problem).front(), "self-check", target), operands);
-  const Reason reason = residual.defined() ? judged(our_sum, sum, dtype) : std::nullopt;
-  return reason.has_value() ? reason : judged(y, expected, dtype);
-}
-
-// --- What is known --------------------------------------------------------------------------------------------------
 
 struct CheckedKernel {
   const void* gpu;
@@ -531,7 +30,7 @@ struct Excluded {
   Format format;
   int32_t family;
   int32_t dtype;
-  int32_t transpose;
+  int32_t side;  // transpose, or the kind of norm
 };
 
 // Held while a check runs: it is short, and nothing else may use kernels that are being checked.
@@ -540,36 +39,27 @@ std::unordered_set<CheckedKernel, Bytewise, Bytewise> passed;  // guarded by mut
 std::unordered_set<Excluded, Bytewise, Bytewise> excluded;  // guarded by mutex
 std::atomic<uint64_t> failures{0};
 
-int32_t side_of(const ProductFacts& facts) { return facts.transpose; }
-int32_t side_of(const NormFacts& facts) { return facts.kind; }
-template <typename Facts>
-int32_t side_of(const Facts&) {
-  return 0;
+Excluded exclusion(const ProductFacts& facts, Family family) {
+  return {current_gpu(), facts.format, static_cast<int32_t>(family), facts.dtype, facts.transpose};
 }
-
-template <typename Facts>
-Format format_of(const Facts& facts) {
-  return facts.format;
+Excluded exclusion(const NormFacts& facts, Family family) {
+  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, facts.kind};
 }
-Format format_of(const NormFacts&) { return {}; }
-
 template <typename Facts>
 Excluded exclusion(const Facts& facts, Family family) {
-  return {current_gpu(), format_of(facts), static_cast<int32_t>(family), facts.dtype, side_of(facts)};
+  return {current_gpu(), facts.format, static_cast<int32_t>(family), facts.dtype, 0};
 }
 
 // What of a problem decides whether a family is used: " and affine of 4 bits with transpose=True".
-std::string described(const ProductFacts& facts) {
-  return c10::str(
-      " and ", name_of(facts.format.mode), " of ", facts.format.bits,
-      " bits with transpose=", facts.transpose != 0 ? "True" : "False");
-}
 template <typename Facts>
 std::string described(const Facts& facts) {
   return c10::str(" and ", name_of(facts.format.mode), " of ", facts.format.bits, " bits");
 }
 std::string described(const NormFacts& facts) {
   return facts.kind == static_cast<int32_t>(NormProblem::Kind::layer) ? " and layer_norm" : " and rms_norm";
+}
+std::string described(const ProductFacts& facts) {
+  return described<ProductFacts>(facts) + " with transpose=" + (facts.transpose != 0 ? "True" : "False");
 }
 
 template <typename Facts>

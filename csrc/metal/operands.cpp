@@ -1,0 +1,58 @@
+#include "operands.h"
+
+namespace quantization_mlx::metal {
+
+using at::Tensor;
+using gpu::Role;
+
+namespace {
+
+Operands operands_of(const QuantizedMatrices& weights, const Tensor& y) {
+  Operands operands;
+  operands[Role::w] = &weights.words.tensor;
+  operands[Role::scales] = &weights.scales.tensor;
+  operands[Role::biases] = &weights.biases.tensor;
+  operands[Role::global_scale] = &weights.global_scale;
+  operands[Role::y] = &y;
+  return operands;
+}
+
+}  // namespace
+
+Operands operands_of(const MatmulProblem& problem, const Tensor& y) {
+  Operands operands = operands_of(problem.weights, y);
+  operands[Role::x] = &problem.x.tensor;
+  return operands;
+}
+
+Operands operands_of(const GatherProblem& problem, const Tensor& y) {
+  Operands operands = operands_of(problem.matmul, y);
+  operands[Role::lhs_indices] = &problem.lhs_indices;
+  operands[Role::rhs_indices] = &problem.rhs_indices;
+  return operands;
+}
+
+Operands operands_of(const DequantizeProblem& problem, const Tensor& y) { return operands_of(problem.weights, y); }
+
+Operands operands_of(const QuantizeProblem& problem, const std::tuple<Tensor, Tensor, Tensor>& results) {
+  Operands operands;
+  operands[Role::x] = &problem.w;
+  operands[Role::global_scale] = &problem.global_scale;
+  operands[Role::w] = &std::get<0>(results);
+  operands[Role::scales] = &std::get<1>(results);
+  operands[Role::biases] = &std::get<2>(results);
+  return operands;
+}
+
+Operands operands_of(const NormProblem& problem, const Tensor& y, const Tensor& sum) {
+  Operands operands;
+  operands[Role::x] = &problem.x.tensor;
+  operands[Role::residual] = &problem.residual.tensor;
+  operands[Role::weight] = &problem.weight;
+  operands[Role::bias] = &problem.bias;
+  operands[Role::sum] = &sum;
+  operands[Role::y] = &y;
+  return operands;
+}
+
+}  // namespace quantization_mlx::metal

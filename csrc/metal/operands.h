@@ -1,0 +1,33 @@
+// The tensors of a call, by the parts that they play in its launches.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <tuple>
+
+#include "../gpu/plan.h"
+#include "../problem/fast.h"
+#include "../problem/problem.h"
+
+namespace quantization_mlx::metal {
+
+// Tensors by Role; null, or undefined, where no launch of the plan names them. partial_sums is made by encode.
+class Operands {
+ public:
+  const at::Tensor*& operator[](gpu::Role role) { return tensors_[static_cast<size_t>(role)]; }
+  const at::Tensor* operator[](gpu::Role role) const { return tensors_[static_cast<size_t>(role)]; }
+
+ private:
+  std::array<const at::Tensor*, gpu::role_count> tensors_{};
+};
+
+// Those of a problem with_kernel_dtype and of its results, which must outlive them.
+Operands operands_of(const MatmulProblem& problem, const at::Tensor& y);
+Operands operands_of(const GatherProblem& problem, const at::Tensor& y);
+Operands operands_of(const DequantizeProblem& problem, const at::Tensor& y);
+Operands operands_of(const QuantizeProblem& problem, const std::tuple<at::Tensor, at::Tensor, at::Tensor>& results);
+// sum: undefined where nothing is added.
+Operands operands_of(const NormProblem& problem, const at::Tensor& y, const at::Tensor& sum);
+
+}  // namespace quantization_mlx::metal
