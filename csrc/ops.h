@@ -53,6 +53,7 @@ inline constexpr Op<GatherProblem> gather_qmm;
 inline constexpr Op<RmsNormProblem> rms_norm;
 inline constexpr Op<LayerNormProblem> layer_norm;
 inline constexpr Op<AddRmsNormProblem> add_rms_norm;
+inline constexpr Op<RopeIntoCacheProblem> rope_into_cache;
 
 template <typename Visitor>
 void for_each(const Visitor& visit) {
@@ -63,6 +64,7 @@ void for_each(const Visitor& visit) {
   visit(rms_norm);
   visit(layer_norm);
   visit(add_rms_norm);
+  visit(rope_into_cache);
 }
 
 }  // namespace ops

@@ -1,6 +1,8 @@
 // Schemas, and which function serves which dispatch key. Nothing is computed or checked here.
 #include <Python.h>
 
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+
 #include <array>
 
 #include "../csrc/autocast.h"
@@ -133,6 +135,16 @@ Tensor affine_gather_qmm_rhs_nax(
 // They have no gradients, and whoever calls them sees to it that none are wanted.
 constexpr const char* generation_ops[] = {"_silu_mul", "_decode_attention", "_decoder_steps"};
 
+// Of a twin, which changes no tensor.
+std::string without_aliases(std::string arguments) {
+  for (const std::string_view alias : {"(a!)", "(b!)"}) {
+    if (const auto place = arguments.find(alias); place != std::string::npos) {
+      arguments.erase(place, alias.size());
+    }
+  }
+  return arguments;
+}
+
 // The ops that convert weights, and the explicit ops, which are products themselves, fall through.
 void implement_autocast(torch::Library& m) {
   for (const char* op : {"quantized_matmul", "gather_qmm"}) {
@@ -149,7 +161,7 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
   // Every op has a twin that runs nothing and tells, in JSON, what would run on this device or on the named GPU.
   const auto define_with_twin = [&m](const std::string& name, const std::string& arguments, const char* result) {
     m.def((name + "(" + arguments + ") -> " + result).c_str());
-    m.def(("explain_" + name + "(" + arguments + ", str gpu='', int macos=0) -> str").c_str());
+    m.def(("explain_" + name + "(" + without_aliases(arguments) + ", str gpu='', int macos=0) -> str").c_str());
   };
   define_with_twin(
       "quantize", "Tensor w, int? group_size=None, int? bits=None, str mode='affine', *, Tensor? global_scale=None",
@@ -174,6 +186,11 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
   define_with_twin("rms_norm", "Tensor x, Tensor? weight, float eps", "Tensor");
   define_with_twin("layer_norm", "Tensor x, Tensor? weight, Tensor? bias, float eps", "Tensor");
   define_with_twin("add_rms_norm", "Tensor x, Tensor residual, Tensor? weight, float eps", "(Tensor, Tensor)");
+  define_with_twin(
+      "rope_into_cache",
+      "Tensor x, Tensor? cosines, Tensor? sines, Tensor(a!) keys, Tensor(b!) values, SymInt position, *, "
+      "Tensor? bias=None, Tensor? query_norm=None, Tensor? key_norm=None, float eps=1e-6",
+      "Tensor");
 
   [&m]<size_t... index>(std::index_sequence<index...>) {
     (define_explicit<index>(m), ...);
@@ -218,6 +235,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("rms_norm", autograd::rms_norm);
   m.impl("layer_norm", autograd::layer_norm);
   m.impl("add_rms_norm", autograd::add_rms_norm);
+  m.impl("rope_into_cache", torch::autograd::autogradNotImplementedFallback());
   for (const char* op : generation_ops) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }

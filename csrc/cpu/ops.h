@@ -29,6 +29,9 @@ at::Tensor run(const NormProblem& problem);
 // The sum and its norm.
 std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 
+// The queries; keys and values are in their caches.
+at::Tensor run(const RopeIntoCacheProblem& problem);
+
 // silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
 at::Tensor silu_mul(const at::Tensor& x);
 
@@ -92,5 +95,6 @@ std::string describe(const GatherProblem& problem);
 std::string describe(const QuantizeProblem& problem);
 std::string describe(const DequantizeProblem& problem);
 std::string describe(const NormProblem& problem);
+std::string describe(const RopeIntoCacheProblem& problem);
 
 }  // namespace quantization_mlx::cpu

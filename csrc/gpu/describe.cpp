@@ -31,7 +31,10 @@ std::string describe(const Plan& plan, const Target& target) {
       {QUANTIZATION_MLX_HAS_GLOBAL_SCALE, "has_global_scale"},
       {QUANTIZATION_MLX_HAS_WEIGHT, "has_weight"},
       {QUANTIZATION_MLX_HAS_BIAS, "has_bias"},
-      {QUANTIZATION_MLX_HAS_RESIDUAL, "has_residual"}};
+      {QUANTIZATION_MLX_HAS_RESIDUAL, "has_residual"},
+      {QUANTIZATION_MLX_HAS_QUERY_NORM, "has_query_norm"},
+      {QUANTIZATION_MLX_HAS_KEY_NORM, "has_key_norm"},
+      {QUANTIZATION_MLX_HAS_ANGLES, "has_angles"}};
   static_assert(std::size(constants) == QUANTIZATION_MLX_CONSTANTS);
   std::ostringstream out;
   const auto list = [&](const auto& items, const auto& write) {

@@ -98,8 +98,27 @@ struct NormFacts {
   int64_t epsilon;  // the bits of a double
 };
 
+struct RopeCacheFacts {
+  int32_t dtype;  // of all tensors
+  int32_t has_bias;
+  int32_t has_query_norm;
+  int32_t has_key_norm;
+  int32_t has_angles_of_sequences;
+  int32_t reserved;  // without gaps
+  int64_t batch;
+  int64_t tokens;
+  int64_t query_heads;
+  int64_t key_heads;
+  int64_t dim;
+  int64_t rotated;
+  int64_t capacity;
+  int64_t position;
+  int64_t epsilon;  // the bits of a double
+};
+
 // EACH(facts), for what is there once for each kind of them.
-#define QUANTIZATION_MLX_FACTS(EACH) EACH(ProductFacts) EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts)
+#define QUANTIZATION_MLX_FACTS(EACH) \
+  EACH(ProductFacts) EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts) EACH(RopeCacheFacts)
 
 // Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
 c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
@@ -107,6 +126,7 @@ c10::SmallVector<ProductFacts, 1> facts_of(const GatherProblem& problem);
 c10::SmallVector<DequantizeFacts, 1> facts_of(const DequantizeProblem& problem);
 c10::SmallVector<QuantizeFacts, 1> facts_of(const QuantizeProblem& problem);
 c10::SmallVector<NormFacts, 1> facts_of(const NormProblem& problem);
+c10::SmallVector<RopeCacheFacts, 1> facts_of(const RopeIntoCacheProblem& problem);
 
 // Compares and hashes plain data without gaps as bytes.
 struct Bytewise {

@@ -52,13 +52,15 @@
 // Of a type alone.
 #define SUM_KERNELS(KERNEL, after, T) KERNEL("sum_parts" after, sum_parts<T>)
 
-// --- Norms, of a type alone ------------------------------------------------------------------------------------------
+// --- Between products, of a type alone ------------------------------------------------------------------------------
 
 #define NORM_KERNELS(KERNEL, after, T)                 \
   KERNEL("rms_norm" after, norm<T, false, true>)       \
   KERNEL("rms_norm_long" after, norm<T, false, false>) \
   KERNEL("layer_norm" after, norm<T, true, true>)      \
   KERNEL("layer_norm_long" after, norm<T, true, false>)
+
+#define ROPE_CACHE_KERNELS(KERNEL, after, T) KERNEL("rope_into_cache" after, rope_into_cache<T>)
 
 // --- Tiles ---------------------------------------------------------------------------------------------------------
 

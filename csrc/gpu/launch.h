@@ -17,7 +17,10 @@
 #define QUANTIZATION_MLX_HAS_WEIGHT 5  // norms: those that are given
 #define QUANTIZATION_MLX_HAS_BIAS 6
 #define QUANTIZATION_MLX_HAS_RESIDUAL 7
-#define QUANTIZATION_MLX_CONSTANTS 8  // how many there are
+#define QUANTIZATION_MLX_HAS_QUERY_NORM 8  // rope_into_cache
+#define QUANTIZATION_MLX_HAS_KEY_NORM 9
+#define QUANTIZATION_MLX_HAS_ANGLES 10
+#define QUANTIZATION_MLX_CONSTANTS 11  // how many there are
 
 namespace quantization_mlx {
 
@@ -86,6 +89,9 @@ inline constexpr int elementwise_threads_per_threadgroup() { return 64; }
 inline constexpr int norm_elements() { return 8; }
 inline constexpr int norm_max_threads() { return 1024; }
 
+// rope_into_cache: a simdgroup for each head.
+inline constexpr int rope_cache_simdgroups() { return 4; }
+
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
 // The z dimension of a grid counts two batch dimensions, z = outer * inner_size + inner. Every operand has its own
@@ -145,6 +151,21 @@ struct NormParams {
   int64_t x_stride;
   int64_t residual_stride;
   int length;
+  float epsilon;
+};
+
+// Heads of x [batch, tokens, query_heads + 2 * key_heads, dim], of which the middle and the last ones go to `position`
+// of a cache [batch, key_heads, capacity, dim].
+struct RopeCacheParams {
+  int count;  // batch * tokens * heads
+  int tokens;
+  int query_heads;
+  int key_heads;
+  int dim;
+  int rotated;  // elements of a head that are turned
+  int capacity;
+  int position;
+  int has_angles_of_sequences;  // cosines and sines [batch, tokens, rotated]; else [tokens, rotated]
   float epsilon;
 };
 

@@ -19,9 +19,9 @@
 namespace quantization_mlx::gpu {
 
 // Kernels that can stand in for one another, the fastest first. A plan takes the first one that serves the problem.
-enum class Family : uint8_t { tensor, tile, matvec, quantize, dequantize, norm };
-inline constexpr std::array all_families{Family::tensor,   Family::tile,       Family::matvec,
-                                         Family::quantize, Family::dequantize, Family::norm};
+enum class Family : uint8_t { tensor, tile, matvec, quantize, dequantize, norm, rope_into_cache };
+inline constexpr std::array all_families{Family::tensor,     Family::tile, Family::matvec,         Family::quantize,
+                                         Family::dequantize, Family::norm, Family::rope_into_cache};
 
 const char* name_of(Family family);
 
@@ -56,8 +56,14 @@ enum class Role : uint8_t {
   weight,
   bias,
   sum,  // of x and residual
+  query_norm,
+  key_norm,
+  cosines,
+  sines,
+  keys,
+  values,
 };
-inline constexpr int role_count = 14;
+inline constexpr int role_count = 20;
 
 const char* name_of(Role role);
 
@@ -85,7 +91,7 @@ struct KernelInstance {
 struct Launch {
   KernelInstance kernel;
   Family family;
-  std::array<Argument, 9> arguments;  // by buffer index; params_index is left out
+  std::array<Argument, 10> arguments;  // by buffer index; params_index is left out
   int argument_count = 0;
   int params_index = 0;
   std::array<std::byte, sizeof(GatherParams)> params;
@@ -105,6 +111,7 @@ GatherProblem with_kernel_dtype(GatherProblem problem);
 DequantizeProblem with_kernel_dtype(DequantizeProblem problem);
 inline const QuantizeProblem& with_kernel_dtype(const QuantizeProblem& problem) { return problem; }
 inline const NormProblem& with_kernel_dtype(const NormProblem& problem) { return problem; }
+inline const RopeIntoCacheProblem& with_kernel_dtype(const RopeIntoCacheProblem& problem) { return problem; }
 
 // Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and RuntimeError where every family is
 // excluded; op: the name that errors carry.
@@ -112,6 +119,7 @@ Plan plan(const ProductFacts& facts, std::string_view op, const Target& target);
 Plan plan(const DequantizeFacts& facts, std::string_view op, const Target& target);
 Plan plan(const QuantizeFacts& facts, std::string_view op, const Target& target);
 Plan plan(const NormFacts& facts, std::string_view op, const Target& target);
+Plan plan(const RopeCacheFacts& facts, std::string_view op, const Target& target);
 
 // Of a problem with_kernel_dtype.
 template <typename Problem>

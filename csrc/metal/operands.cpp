@@ -55,4 +55,18 @@ Operands operands_of(const NormProblem& problem, const Tensor& y, const Tensor& 
   return operands;
 }
 
+Operands operands_of(const RopeIntoCacheProblem& problem, const Tensor& queries) {
+  Operands operands;
+  operands[Role::x] = &problem.x;
+  operands[Role::bias] = &problem.bias;
+  operands[Role::query_norm] = &problem.query_norm;
+  operands[Role::key_norm] = &problem.key_norm;
+  operands[Role::cosines] = &problem.cosines;
+  operands[Role::sines] = &problem.sines;
+  operands[Role::keys] = &problem.keys;
+  operands[Role::values] = &problem.values;
+  operands[Role::y] = &queries;
+  return operands;
+}
+
 }  // namespace quantization_mlx::metal

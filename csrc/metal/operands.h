@@ -29,5 +29,6 @@ Operands operands_of(const DequantizeProblem& problem, const at::Tensor& y);
 Operands operands_of(const QuantizeProblem& problem, const std::tuple<at::Tensor, at::Tensor, at::Tensor>& results);
 // sum: undefined where nothing is added.
 Operands operands_of(const NormProblem& problem, const at::Tensor& y, const at::Tensor& sum);
+Operands operands_of(const RopeIntoCacheProblem& problem, const at::Tensor& queries);
 
 }  // namespace quantization_mlx::metal

@@ -84,4 +84,10 @@ std::tuple<Tensor, Tensor> run(const AddRmsNormProblem& problem) {
   return {sum, y};
 }
 
+Tensor run(const RopeIntoCacheProblem& problem) {
+  const Tensor queries = at::empty(problem.output(), problem.x.options());
+  encode_problem(problem, operands_of(problem, queries));
+  return queries;
+}
+
 }  // namespace quantization_mlx::metal

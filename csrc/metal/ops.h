@@ -24,4 +24,6 @@ at::Tensor run(const NormProblem& problem);
 
 std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 
+at::Tensor run(const RopeIntoCacheProblem& problem);
+
 }  // namespace quantization_mlx::metal

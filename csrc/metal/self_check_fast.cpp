@@ -1,4 +1,8 @@
 // Examples of the ops between products.
+#include <ATen/ops/zeros.h>
+
+#include <utility>
+
 #include "../ops.h"
 #include "self_check_examples.h"
 
@@ -42,6 +46,46 @@ Reason failure(const NormFacts& facts, const Launch& launch, const Target& targe
   run(gpu::plan(problem, target), operands_of(problem, y, our_sum));
   const Reason reason = residual.defined() ? judged(our_sum, sum, dtype) : std::nullopt;
   return reason.has_value() ? reason : judged(y, expected, dtype);
+}
+
+// Heads that are no multiple of a simdgroup's lanes, of two sequences, into the middle of a cache.
+Reason failure(const RopeCacheFacts& facts, const Launch&, const Target& target) {
+  constexpr int64_t batch = 2, tokens = 3, query_heads = 4, key_heads = 2, capacity = 7, dim = 80;
+  constexpr int64_t width = (query_heads + 2 * key_heads) * dim;
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const int64_t rotated = facts.rotated == 0 ? 0 : (facts.rotated < facts.dim ? 72 : dim);
+  const int64_t sequences = facts.has_angles_of_sequences ? batch : 1;
+  Maker make{at::Device(at::kCPU)};
+  const auto given = [&](bool is_given, c10::IntArrayRef sizes) {
+    return is_given ? OptionalTensor(make.uniform(sizes, dtype, -1.0f, 1.0f)) : std::nullopt;
+  };
+  const OptionalTensor cosines = given(rotated > 0, {sequences, tokens, rotated});
+  const OptionalTensor sines = given(rotated > 0, {sequences, tokens, rotated});
+  const OptionalTensor bias = given(facts.has_bias, {width});
+  const OptionalTensor query_norm = given(facts.has_query_norm, {dim});
+  const OptionalTensor key_norm = given(facts.has_key_norm, {dim});
+  const Tensor x = make.uniform({batch, tokens, width}, dtype, -1.0f, 1.0f);
+  const auto called = [&](const auto& function, const Tensor& keys, const Tensor& values) {
+    const auto on = [&](const OptionalTensor& tensor) {
+      return tensor.has_value() ? OptionalTensor(tensor->to(keys.device())) : std::nullopt;
+    };
+    return function(*on(x), on(cosines), on(sines), keys, values, 2, on(bias), on(query_norm), on(key_norm), 0.01);
+  };
+  const auto empty_cache = [&] { return at::zeros({batch, key_heads, capacity, dim}, x.options()); };
+  const Tensor host_keys = empty_cache();
+  const Tensor host_values = empty_cache();
+  const Tensor keys = host_keys.to(mps);
+  const Tensor values = host_values.to(mps);
+  const Tensor expected = called(ops::rope_into_cache, host_keys, host_values);
+  const RopeIntoCacheProblem problem = called(RopeIntoCacheProblem::check, keys, values);
+  const Tensor queries = at::empty(problem.output(), problem.x.options());
+  run(gpu::plan(problem, target), operands_of(problem, queries));
+  for (const auto& [ours, theirs] : {std::pair(queries, expected), {keys, host_keys}, {values, host_values}}) {
+    if (Reason reason = judged(ours, theirs, dtype)) {
+      return reason;
+    }
+  }
+  return std::nullopt;
 }
 
 }  // namespace quantization_mlx::metal

@@ -16,6 +16,8 @@
   FILE(metal, "metal/common/metal.h")                                \
   FILE(norm, "metal/fast/norm.h")                                    \
   FILE(norm_kernels, "metal/fast/norm.metal")                        \
+  FILE(rope_into_cache, "metal/fast/rope_into_cache.h")              \
+  FILE(rope_into_cache_kernels, "metal/fast/rope_into_cache.metal")  \
   FILE(dequantize, "metal/quantized/dequantize.h")                   \
   FILE(matmul, "metal/quantized/matmul.h")                           \
   FILE(matmul_kernels, "metal/quantized/matmul.metal")               \

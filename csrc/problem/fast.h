@@ -68,4 +68,50 @@ struct AddRmsNormProblem : NormProblem {
 
 inline std::string_view op_of(const NormProblem& problem) { return problem.op; }
 
+// Queries, keys and values of new tokens, side by side in x: a bias is added, queries and keys are normalised and
+// turned, keys and values go into a cache, and queries are returned.
+struct RopeIntoCacheProblem {
+  static constexpr const char* name = "rope_into_cache";
+  template <typename Result, typename Int>
+  using Schema = Result(
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& cosines,
+      const std::optional<at::Tensor>& sines,
+      const at::Tensor& keys,
+      const at::Tensor& values,
+      Int position,
+      const std::optional<at::Tensor>& bias,
+      const std::optional<at::Tensor>& query_norm,
+      const std::optional<at::Tensor>& key_norm,
+      double eps);
+  static Schema<RopeIntoCacheProblem, int64_t> check;
+  static Schema<at::Tensor, c10::SymInt> meta;
+
+  // All of one dtype; those that may be undefined are not given.
+  at::Tensor x;  // [batch, tokens, (query_heads + 2 * key_heads) * dim], contiguous
+  at::Tensor cosines;  // [1 or batch, tokens, rotated], contiguous; or undefined
+  at::Tensor sines;
+  at::Tensor keys;  // [batch, key_heads, capacity, dim], contiguous
+  at::Tensor values;  // likewise
+  at::Tensor bias;  // [(query_heads + 2 * key_heads) * dim], contiguous; or undefined
+  at::Tensor query_norm;  // [dim], contiguous; or undefined
+  at::Tensor key_norm;
+  int64_t position;  // of the first token in the cache
+  double epsilon;
+  int64_t query_heads;
+
+  at::Device device() const { return x.device(); }
+  int64_t batch() const { return keys.size(0); }
+  int64_t tokens() const { return x.size(1); }
+  int64_t key_heads() const { return keys.size(1); }
+  int64_t capacity() const { return keys.size(2); }
+  int64_t dim() const { return keys.size(3); }
+  int64_t heads() const { return query_heads + 2 * key_heads(); }
+  int64_t rotated() const { return cosines.defined() ? cosines.size(-1) : 0; }
+  bool has_angles_of_sequences() const { return cosines.defined() && cosines.size(0) > 1; }
+  Sizes<int64_t> output() const { return {batch(), query_heads, tokens(), dim()}; }
+};
+
+inline std::string_view op_of(const RopeIntoCacheProblem&) { return RopeIntoCacheProblem::name; }
+
 }  // namespace quantization_mlx

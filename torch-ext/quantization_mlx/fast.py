@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._ops import ops
 
-__all__ = ["add_rms_norm", "layer_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "layer_norm", "rms_norm", "rope_into_cache"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -50,3 +50,50 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
         The sum, rounded to its dtype, and the norm of that.
     """
     return ops.add_rms_norm(x, residual, weight, eps)
+
+
+def rope_into_cache(
+    x: Tensor,
+    cosines: Tensor | None,
+    sines: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    position: int,
+    *,
+    bias: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """What stands between the product that gives queries, keys and values and ``scaled_dot_product_attention``.
+
+    To `x` the bias is added; each head of queries and keys is normalised, as by ``rms_norm``, and rotated; keys and
+    values are written into their caches, `position` to ``position + T - 1``. All of that is float32, rounded once.
+    Tensors have one dtype. There are no gradients.
+
+    Args:
+        x: ``[B, T, (Hq + 2 * Hk) * D]``, the heads of queries, of keys and of values, D even.
+        cosines, sines: ``[1 or B, T, R]`` of the angles of every token, R even and at most D: as Transformers' rotary
+            embeddings give them. Element i and ``i + R / 2`` of a head are rotated together, and those behind R not at
+            all. None for heads that are not rotated.
+        keys, values: ``[B, Hk, capacity, D]``, contiguous; changed.
+        position: of the first token in the caches; ``position + T <= capacity``.
+        bias: ``[(Hq + 2 * Hk) * D]``.
+        query_norm, key_norm: ``[D]``, the weights of these norms.
+        eps: of these norms.
+
+    Returns:
+        The queries ``[B, Hq, T, D]``.
+    """
+    return ops.rope_into_cache(
+        x,
+        cosines,
+        sines,
+        keys,
+        values,
+        position,
+        bias=bias,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        eps=eps,
+    )

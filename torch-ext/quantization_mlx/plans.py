@@ -12,7 +12,16 @@ from ._ops import ops
 
 __all__ = ["Launch", "Plan", "explain"]
 
-_OPS = ("quantize", "dequantize", "quantized_matmul", "gather_qmm", "rms_norm", "layer_norm", "add_rms_norm")
+_OPS = (
+    "quantize",
+    "dequantize",
+    "quantized_matmul",
+    "gather_qmm",
+    "rms_norm",
+    "layer_norm",
+    "add_rms_norm",
+    "rope_into_cache",
+)
 
 
 @dataclass(frozen=True)
