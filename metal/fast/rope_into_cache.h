@@ -20,23 +20,34 @@ constant bool has_angles [[function_constant(QUANTIZATION_MLX_HAS_ANGLES)]];
 
 static constant constexpr const int rope_cache_threads = 32 * rope_cache_simdgroups();
 
-// One head, from x and bias to float32.
+// One head, from x and bias to float32, and times the weight of its norm.
 template <typename T>
 struct HeadSource {
   const device T* x;
   const device T* bias;
-
-  METAL_FUNC float operator[](int d) const {
-    const float value = static_cast<float>(x[d]);
-    return has_bias ? value + static_cast<float>(bias[d]) : value;
-  }
+  const device T* weight;
+  bool normalises;
+  float factor;  // of the norm
 };
 
 template <typename T>
-METAL_FUNC float norm_factor(HeadSource<T> source, int dim, float epsilon, uint lane) {
+METAL_FUNC float sum_at(thread const HeadSource<T>& source, int d) {
+  const float value = static_cast<float>(source.x[d]);
+  return has_bias ? value + static_cast<float>(source.bias[d]) : value;
+}
+
+template <typename T>
+METAL_FUNC float value_at(thread const HeadSource<T>& source, int d) {
+  const float value = sum_at(source, d);
+  return source.normalises ? value * source.factor * static_cast<float>(source.weight[d]) : value;
+}
+
+template <typename T>
+METAL_FUNC float norm_factor(thread const HeadSource<T>& source, int dim, float epsilon, uint lane) {
   float squares = 0.0f;
   for (int d = lane; d < dim; d += 32) {
-    squares += source[d] * source[d];
+    const float value = sum_at(source, d);
+    squares += value * value;
   }
   return rsqrt(simd_sum(squares) / dim + epsilon);
 }
@@ -78,25 +89,21 @@ template <typename T>
   if (has_bias) {
     source.bias = bias + head * dim;
   }
-  const bool normalises = is_query ? has_query_norm : (is_key && has_key_norm);
-  const float factor = normalises ? norm_factor(source, dim, params.epsilon, lane) : 1.0f;
-  const auto value_at = [&](int d) {
-    const float value = source[d] * factor;
-    if (has_query_norm && is_query) {
-      return value * static_cast<float>(query_norm[d]);
-    }
-    if (has_key_norm && is_key) {
-      return value * static_cast<float>(key_norm[d]);
-    }
-    return value;
-  };
+  source.normalises = is_query ? has_query_norm : (is_key && has_key_norm);
+  if (has_query_norm && is_query) {
+    source.weight = query_norm;
+  }
+  if (has_key_norm && is_key) {
+    source.weight = key_norm;
+  }
+  source.factor = source.normalises ? norm_factor(source, dim, params.epsilon, lane) : 1.0f;
   const int rotated = has_angles && (is_query || is_key) ? params.rotated : 0;
   const int half_size = rotated / 2;
   if (has_angles) {
     const long row = (params.has_angles_of_sequences ? token : place) * static_cast<long>(params.rotated);
     for (int i = lane; i < half_size; i += 32) {
-      const float real = value_at(i);
-      const float imaginary = value_at(half_size + i);
+      const float real = value_at(source, i);
+      const float imaginary = value_at(source, half_size + i);
       const device T* cosine = cosines + row + i;
       const device T* sine = sines + row + i;
       destination[i] = static_cast<T>(real * static_cast<float>(cosine[0]) - imaginary * static_cast<float>(sine[0]));
@@ -105,7 +112,7 @@ template <typename T>
     }
   }
   for (int d = rotated + lane; d < dim; d += 32) {
-    destination[d] = static_cast<T>(value_at(d));
+    destination[d] = static_cast<T>(value_at(source, d));
   }
 }
 
