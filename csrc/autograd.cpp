@@ -460,4 +460,21 @@ std::tuple<Tensor, Tensor, Tensor> quantize(
   return ops::quantize(w, group_size, bits, mode, global_scale);
 }
 
+Tensor sample(
+    const Tensor& logits,
+    const OptionalTensor& seeds,
+    c10::SymInt seed,
+    c10::SymInt offset,
+    double temperature,
+    int64_t top_k,
+    double top_p,
+    double min_p,
+    double repetition_penalty,
+    const OptionalTensor& previous) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::sample(
+      logits, seeds, std::move(seed), std::move(offset), temperature, top_k, top_p, min_p, repetition_penalty,
+      previous);
+}
+
 }  // namespace quantization_mlx::autograd

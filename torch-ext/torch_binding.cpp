@@ -191,6 +191,11 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "Tensor x, Tensor? cosines, Tensor? sines, Tensor(a!) keys, Tensor(b!) values, SymInt position, *, "
       "Tensor? bias=None, Tensor? query_norm=None, Tensor? key_norm=None, float eps=1e-6",
       "Tensor");
+  define_with_twin(
+      "sample",
+      "Tensor logits, Tensor? seeds, SymInt seed, SymInt offset, float temperature, int top_k, float top_p, "
+      "float min_p, float repetition_penalty, Tensor? previous",
+      "Tensor");
 
   [&m]<size_t... index>(std::index_sequence<index...>) {
     (define_explicit<index>(m), ...);
@@ -236,6 +241,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("layer_norm", autograd::layer_norm);
   m.impl("add_rms_norm", autograd::add_rms_norm);
   m.impl("rope_into_cache", torch::autograd::autogradNotImplementedFallback());
+  m.impl("sample", autograd::sample);
   for (const char* op : generation_ops) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }

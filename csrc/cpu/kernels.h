@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../format.h"
+#include "../sampling.h"
 
 namespace quantization_mlx::cpu {
 
@@ -76,6 +77,14 @@ struct Attention {
   float* result;  // [heads, dim]
 };
 
+// The tokens of a row that may be drawn, as sampling.h describes them.
+struct Sampling {
+  uint32_t greatest;  // key
+  uint32_t last;  // the least key that is kept
+  uint32_t farthest;  // distance
+  float scale;
+};
+
 // What stands between the products of a decoder.
 struct DecoderKernels {
   // x / sqrt(mean(x^2) + epsilon) * weight; y may be x. All of them go on to whole vectors: x with zeros.
@@ -87,6 +96,10 @@ struct DecoderKernels {
   // Rotary position embedding of one head; cosines and sines have dim elements, a multiple of 32; y may be x.
   void (*rotate)(const float* x, const float* cosines, const float* sines, int64_t dim, float* y);
   void (*attend)(const Attention&);
+  // The greatest of the keys.
+  uint32_t (*logit_keys)(const float* logits, int64_t n, uint32_t* keys);
+  // The sum of the weights, of which those that are not kept are 0.
+  uint64_t (*token_weights)(const uint32_t* keys, int64_t n, const Sampling&, uint32_t* weights);
 };
 
 // One way of computing products.

@@ -116,9 +116,25 @@ struct RopeCacheFacts {
   int64_t epsilon;  // the bits of a double
 };
 
+struct SampleFacts {
+  int32_t dtype;  // of logits
+  int32_t is_misaligned;  // whether logits begin elsewhere than at a multiple of 16 bytes
+  int64_t rows;
+  int64_t vocabulary;
+  int64_t row_stride;
+  int64_t previous;  // tokens for each row; 0 where nothing is penalised
+  int32_t has_seeds;
+  int32_t has_row_seeds;
+  int64_t top_k;
+  int64_t top_p;
+  int64_t farthest;
+  int32_t scale;  // the bits of a float, as those of penalty
+  int32_t penalty;
+};
+
 // EACH(facts), for what is there once for each kind of them.
 #define QUANTIZATION_MLX_FACTS(EACH) \
-  EACH(ProductFacts) EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts) EACH(RopeCacheFacts)
+  EACH(ProductFacts) EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts) EACH(RopeCacheFacts) EACH(SampleFacts)
 
 // Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
 c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
@@ -127,6 +143,7 @@ c10::SmallVector<DequantizeFacts, 1> facts_of(const DequantizeProblem& problem);
 c10::SmallVector<QuantizeFacts, 1> facts_of(const QuantizeProblem& problem);
 c10::SmallVector<NormFacts, 1> facts_of(const NormProblem& problem);
 c10::SmallVector<RopeCacheFacts, 1> facts_of(const RopeIntoCacheProblem& problem);
+c10::SmallVector<SampleFacts, 1> facts_of(const SampleProblem& problem);
 
 // Compares and hashes plain data without gaps as bytes.
 struct Bytewise {

@@ -62,6 +62,10 @@
 
 #define ROPE_CACHE_KERNELS(KERNEL, after, T) KERNEL("rope_into_cache" after, rope_into_cache<T>)
 
+// --- Sampling, of a type alone --------------------------------------------------------------------------------------
+
+#define SAMPLE_KERNELS(KERNEL, after, T) KERNEL("sample" after, sample<T>)
+
 // --- Tiles ---------------------------------------------------------------------------------------------------------
 
 #define MATMUL_KERNELS_inference(KERNEL, before, after, T, ...) \

@@ -20,7 +20,9 @@
 #define QUANTIZATION_MLX_HAS_QUERY_NORM 8  // rope_into_cache
 #define QUANTIZATION_MLX_HAS_KEY_NORM 9
 #define QUANTIZATION_MLX_HAS_ANGLES 10
-#define QUANTIZATION_MLX_CONSTANTS 11  // how many there are
+#define QUANTIZATION_MLX_HAS_SEEDS 11  // sample: those that are given
+#define QUANTIZATION_MLX_HAS_PREVIOUS 12
+#define QUANTIZATION_MLX_CONSTANTS 13  // how many there are
 
 namespace quantization_mlx {
 
@@ -91,6 +93,11 @@ inline constexpr int norm_max_threads() { return 1024; }
 
 // rope_into_cache: a simdgroup for each head.
 inline constexpr int rope_cache_simdgroups() { return 4; }
+
+// sample: adjacent tokens of a lane, a step of a simdgroup, and the most threads of a row.
+inline constexpr int sample_elements() { return 8; }
+inline constexpr int sample_step() { return 32 * sample_elements(); }
+inline constexpr int sample_max_threads() { return 1024; }
 
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
@@ -167,6 +174,25 @@ struct RopeCacheParams {
   int position;
   int has_angles_of_sequences;  // cosines and sines [batch, tokens, rotated]; else [tokens, rotated]
   float epsilon;
+};
+
+// A token of each row of logits, row_stride elements apart; the rules are those of SampleRules in problem/fast.h.
+struct SampleParams {
+  int64_t row_stride;
+  int64_t top_p;
+  int64_t seed_stride;
+  int vocabulary;
+  int previous;  // tokens for each row
+  int top_k;
+  int farthest;
+  float scale;
+  float penalty;
+};
+
+// The numbers of a call that its plan does not depend on: they change from call to call.
+struct CallNumbers {
+  int64_t seed;
+  int64_t offset;
 };
 
 }  // namespace quantization_mlx

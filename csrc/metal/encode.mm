@@ -24,6 +24,10 @@ void set_argument(
     [encoder setBuffer:nil offset:0 atIndex:index];
     return;
   }
+  if (argument.role == Role::numbers) {
+    [encoder setBytes:&operands.numbers length:sizeof operands.numbers atIndex:index];
+    return;
+  }
   const at::Tensor& tensor = *operands[argument.role];
   const int64_t elements = tensor.storage_offset() + argument.offset;
   [encoder setBuffer:buffer_of(tensor) offset:static_cast<NSUInteger>(elements) * tensor.element_size() atIndex:index];

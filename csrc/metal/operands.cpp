@@ -69,4 +69,14 @@ Operands operands_of(const RopeIntoCacheProblem& problem, const Tensor& queries)
   return operands;
 }
 
+Operands operands_of(const SampleProblem& problem, const Tensor& tokens) {
+  Operands operands;
+  operands[Role::x] = &problem.logits.tensor;
+  operands[Role::seeds] = &problem.seeds;
+  operands[Role::previous] = &problem.previous;
+  operands[Role::y] = &tokens;
+  operands.numbers = {problem.seed, problem.offset};
+  return operands;
+}
+
 }  // namespace quantization_mlx::metal

@@ -18,6 +18,8 @@ class Operands {
   const at::Tensor*& operator[](gpu::Role role) { return tensors_[static_cast<size_t>(role)]; }
   const at::Tensor* operator[](gpu::Role role) const { return tensors_[static_cast<size_t>(role)]; }
 
+  CallNumbers numbers{};
+
  private:
   std::array<const at::Tensor*, gpu::role_count> tensors_{};
 };
@@ -30,5 +32,6 @@ Operands operands_of(const QuantizeProblem& problem, const std::tuple<at::Tensor
 // sum: undefined where nothing is added.
 Operands operands_of(const NormProblem& problem, const at::Tensor& y, const at::Tensor& sum);
 Operands operands_of(const RopeIntoCacheProblem& problem, const at::Tensor& queries);
+Operands operands_of(const SampleProblem& problem, const at::Tensor& tokens);
 
 }  // namespace quantization_mlx::metal

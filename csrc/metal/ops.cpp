@@ -90,4 +90,10 @@ Tensor run(const RopeIntoCacheProblem& problem) {
   return queries;
 }
 
+Tensor run(const SampleProblem& problem) {
+  const Tensor tokens = at::empty(problem.output, problem.logits.tensor.options().dtype(at::kLong));
+  encode_problem(problem, operands_of(problem, tokens));
+  return tokens;
+}
+
 }  // namespace quantization_mlx::metal

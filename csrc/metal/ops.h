@@ -26,4 +26,7 @@ std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 
 at::Tensor run(const RopeIntoCacheProblem& problem);
 
+// A row that the CPU would raise for has the token -1.
+at::Tensor run(const SampleProblem& problem);
+
 }  // namespace quantization_mlx::metal

@@ -50,13 +50,20 @@ Excluded exclusion(const RopeCacheFacts& facts, Family family) {
 }
 template <typename Facts>
 Excluded exclusion(const Facts& facts, Family family) {
-  return {current_gpu(), facts.format, static_cast<int32_t>(family), facts.dtype, 0};
+  Format format{};
+  if constexpr (requires { facts.format; }) {
+    format = facts.format;
+  }
+  return {current_gpu(), format, static_cast<int32_t>(family), facts.dtype, 0};
 }
 
 // What of a problem decides whether a family is used: " and affine of 4 bits with transpose=True".
 template <typename Facts>
 std::string described(const Facts& facts) {
-  return c10::str(" and ", name_of(facts.format.mode), " of ", facts.format.bits, " bits");
+  if constexpr (requires { facts.format; }) {
+    return c10::str(" and ", name_of(facts.format.mode), " of ", facts.format.bits, " bits");
+  }
+  return {};
 }
 std::string described(const NormFacts& facts) {
   return facts.kind == static_cast<int32_t>(NormProblem::Kind::layer) ? " and layer_norm" : " and rms_norm";

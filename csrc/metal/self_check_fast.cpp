@@ -88,4 +88,46 @@ Reason failure(const RopeCacheFacts& facts, const Launch&, const Target& target)
   return std::nullopt;
 }
 
+// Tokens are the CPU's exactly. Rows that keep all threads busy, the last one in part where the kernel takes such.
+Reason failure(const SampleFacts& facts, const Launch& launch, const Target& target) {
+  constexpr int64_t rows = 3;
+  struct Rules {
+    double temperature;
+    int64_t top_k;
+    double top_p;
+    double min_p;
+  };
+  constexpr Rules all_rules[] = {{0.0, 0, 1.0, 0.0}, {1.5, 0, 1.0, 0.0}, {0.8, 40, 0.7, 0.01}, {1.0, 0, 0.5, 0.0}};
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const int64_t at_once = int64_t{launch.kernel.threads} * sample_elements();
+  const int64_t vocabulary = at_once - (is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X) ? 0 : 3);
+  Maker make{at::Device(at::kCPU)};
+  const auto integers = [&](c10::IntArrayRef sizes) {
+    return make.tensor<int64_t>(sizes, at::kLong, at::kLong, [&] { return make.bits() % vocabulary; });
+  };
+  const Tensor logits = make.uniform({rows, vocabulary}, dtype, -8.0f, 8.0f);
+  const OptionalTensor seeds = facts.has_seeds ? OptionalTensor(integers({rows})) : std::nullopt;
+  const OptionalTensor previous = facts.previous > 0 ? OptionalTensor(integers({rows, 50})) : std::nullopt;
+  for (const auto& [temperature, top_k, top_p, min_p] : all_rules) {
+    constexpr int64_t seed = 7;
+    constexpr int64_t offset = 3;
+    constexpr double penalty = 1.25;
+    const Tensor expected =
+        ops::sample(logits, seeds, seed, offset, temperature, top_k, top_p, min_p, penalty, previous);
+    const SampleProblem problem = SampleProblem::check(
+        logits.to(mps), on_mps(seeds), seed, offset, temperature, top_k, top_p, min_p, penalty, on_mps(previous));
+    const Tensor tokens = at::empty(problem.output, problem.logits.tensor.options().dtype(at::kLong));
+    run(gpu::plan(problem, target), operands_of(problem, tokens));
+    const Tensor ours = tokens.cpu();
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t mine = ours.const_data_ptr<int64_t>()[row];
+      const int64_t theirs = expected.const_data_ptr<int64_t>()[row];
+      if (mine != theirs) {
+        return c10::str("it draws token ", mine, " where the CPU draws ", theirs, ".");
+      }
+    }
+  }
+  return std::nullopt;
+}
+
 }  // namespace quantization_mlx::metal

@@ -12,12 +12,15 @@
   FILE(format, "csrc/format.h")                                      \
   FILE(formats, "csrc/formats.h")                                    \
   FILE(launch, "csrc/gpu/launch.h")                                  \
+  FILE(sampling, "csrc/sampling.h")                                  \
   FILE(load, "metal/common/load.h")                                  \
   FILE(metal, "metal/common/metal.h")                                \
   FILE(norm, "metal/fast/norm.h")                                    \
   FILE(norm_kernels, "metal/fast/norm.metal")                        \
   FILE(rope_into_cache, "metal/fast/rope_into_cache.h")              \
   FILE(rope_into_cache_kernels, "metal/fast/rope_into_cache.metal")  \
+  FILE(sample, "metal/fast/sample.h")                                \
+  FILE(sample_kernels, "metal/fast/sample.metal")                    \
   FILE(dequantize, "metal/quantized/dequantize.h")                   \
   FILE(matmul, "metal/quantized/matmul.h")                           \
   FILE(matmul_kernels, "metal/quantized/matmul.metal")               \

@@ -66,7 +66,53 @@ struct AddRmsNormProblem : NormProblem {
   static Schema<std::tuple<at::Tensor, at::Tensor>> meta;
 };
 
+// What narrows the choice of a token, as kernels take it: see sampling.h.
+struct SampleRules {
+  float scale;  // of distances; 0 for the most probable token
+  float penalty;  // 1 for none
+  int64_t top_k;  // 0 for all
+  int64_t top_p;  // in 2^-32; 2^32 for all
+  int64_t farthest;  // the greatest distance that min_p leaves
+};
+
+// A token for every row of logits.
+struct SampleProblem {
+  Vectors logits;
+  at::Tensor seeds;  // int64, contiguous: one, or one for each row; undefined where `seed` is it
+  bool has_row_seeds;  // then the number of a row is 0, and its token the same in any batch
+  at::Tensor previous;  // int64 [rows, any number], contiguous; undefined where nothing is penalised
+  int64_t seed;
+  int64_t offset;
+  SampleRules rules;
+  int64_t vocabulary;
+  Sizes<int64_t> output;
+
+  at::Device device() const { return logits.tensor.device(); }
+  int64_t previous_count() const { return previous.defined() ? previous.size(-1) : 0; }
+
+  static constexpr const char* name = "sample";
+  // The numbers that differ from call to call are symbols to a tracing compiler.
+  template <typename Result, typename Int>
+  using Schema = Result(
+      const at::Tensor& logits,
+      const std::optional<at::Tensor>& seeds,
+      Int seed,
+      Int offset,
+      double temperature,
+      int64_t top_k,
+      double top_p,
+      double min_p,
+      double repetition_penalty,
+      const std::optional<at::Tensor>& previous);
+  static Schema<SampleProblem, int64_t> check;
+  static Schema<at::Tensor, c10::SymInt> meta;
+};
+
 inline std::string_view op_of(const NormProblem& problem) { return problem.op; }
+inline std::string_view op_of(const SampleProblem& problem) { return problem.name; }
+
+// The vectors of a tensor, promoted to this dtype: copied only where they are not adjacent elements at one distance.
+Vectors vectors_of(const at::Tensor& given, at::ScalarType dtype);
 
 // Queries, keys and values of new tokens, side by side in x: a bias is added, queries and keys are normalised and
 // turned, keys and values go into a cache, and queries are returned.

@@ -63,17 +63,6 @@ ScalarType check_norm(const NormArguments& arguments) {
   return dtype;
 }
 
-Vectors vectors_of(const Tensor& given, ScalarType dtype) {
-  Tensor tensor = with_dtype(given, dtype);
-  const int64_t length = tensor.size(-1);
-  const int64_t count = product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 1));
-  const bool dense = tensor.stride(-1) == 1 || length <= 1;
-  if (const auto stride = dense ? leading_stride(tensor, 1) : std::nullopt) {
-    return {tensor, count, *stride};
-  }
-  return {tensor.contiguous(), count, length};
-}
-
 Tensor parameter_of(const OptionalTensor& given, ScalarType dtype) {
   return given.has_value() ? with_dtype(*given, dtype).contiguous() : Tensor();
 }
@@ -111,6 +100,17 @@ NormArguments add_rms(const Tensor& x, const Tensor& residual, const OptionalTen
 }
 
 }  // namespace
+
+Vectors vectors_of(const Tensor& given, ScalarType dtype) {
+  Tensor tensor = with_dtype(given, dtype);
+  const int64_t length = tensor.size(-1);
+  const int64_t count = product<int64_t>(tensor.sizes().slice(0, tensor.dim() - 1));
+  const bool dense = tensor.stride(-1) == 1 || length <= 1;
+  if (const auto stride = dense ? leading_stride(tensor, 1) : std::nullopt) {
+    return {tensor, count, *stride};
+  }
+  return {tensor.contiguous(), count, length};
+}
 
 RmsNormProblem RmsNormProblem::check(const Tensor& x, const OptionalTensor& weight, double eps) {
   return {checked_norm(rms(x, weight, eps))};

@@ -728,6 +728,9 @@ template [[host_name("unpack_3")]] kernel unpacked_t unpacked<3, block, unpack>;
 float total(const thread float4& v) { return v.x + v.y + v.z + v.w; }
 
 kernel void language(device float* y, device atomic_ulong* largest, uint i [[thread_position_in_grid]]) {
+  threadgroup atomic_uint counts[2];
+  threadgroup atomic_uint* count = counts + 1;
+  atomic_store_explicit(count, 5u, memory_order_relaxed);
   const float4 a = float4(1, 2, 3, 4);
   const half4 h = (half4)a * 2;
   const float4x4 m = float4x4(2.0);
@@ -742,8 +745,9 @@ kernel void language(device float* y, device atomic_ulong* largest, uint i [[thr
       select(a, -a, less).y, select(a, -a, less).z, float(pair.y), p.first[2], float(both[1]), clamp(a, 2, 3).w,
       fmax(2.5, a).x, float(1.5bf), 3 / 2. + 1e-1, float(extract_bits(0xABCDu, 4, 8)),
       float(insert_bits(0u, 5u, 3, 4)), float(popcount(255u)), float(clz(1u)), float(as_type<uint>(1.0f) >> 23),
-      precise::exp(0.0f), fast::rsqrt(4.0f), float(half(65504.0h)), float(MAXHALF), float(reverse_bits(1u) >> 31)};
-  for (int k = 0; k < 26; k++) { y[k] = results[k]; }
+      precise::exp(0.0f), fast::rsqrt(4.0f), float(half(65504.0h)), float(MAXHALF), float(reverse_bits(1u) >> 31),
+      float(atomic_fetch_add_explicit(count, 1u, memory_order_relaxed))};
+  for (int k = 0; k < 27; k++) { y[k] = results[k]; }
   atomic_max_explicit(largest, ulong(1) << 40, memory_order_relaxed);
   atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst, thread_scope_device);
 }
@@ -752,10 +756,10 @@ kernel void language(device float* y, device atomic_ulong* largest, uint i [[thr
 
 def test_language_on_numbers():
     library = softmetal.compile(HEADER + LANGUAGE, standard="metal3.2")
-    y, largest = np.empty(26, np.float32), np.zeros(1, np.uint64)
+    y, largest = np.empty(27, np.float32), np.zeros(1, np.uint64)
     assert library.launch("language", [y, largest], threads=(1,), uninitialized=[0]).errors == []
     expected = [10, 20, -4, 6, 2, 1, 0, -2, 3, 4, 14, 9, 3, 2.5, 1.5, 1.6, 0xBC, 40, 8, 31, 127, 1, 0.5]
-    expected += [65504, 65504, 1]
+    expected += [65504, 65504, 1, 5]
     np.testing.assert_allclose(y, expected, rtol=1e-6)
     assert largest[0] == 1 << 40
     blocks = np.zeros(3, [("d", np.float16), ("qs", np.uint8, 16)])

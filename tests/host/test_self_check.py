@@ -95,6 +95,17 @@ NORM_MUTANTS = {
 }
 
 
+# Likewise of sampling, whose text may be of a header that it has in common with the CPU.
+SAMPLE_MUTANTS = {
+    "weights": ("2.4022436e-1f", "2.4122436e-1f", {}),
+    "generator": ("first_key += 0x9E3779B9u", "first_key += 0x9E3779B8u", {}),
+    "threshold": ("in_upper < left", "in_upper <= left", {"top_k": 3}),
+    "order": ("sum > place", "sum >= place + own", {}),
+    "penalty": ("logit * penalty", "logit", {"previous": torch.zeros(3, 2).long(), "repetition_penalty": 2.0}),
+    "most probable": ("keys[i] > greatest ? first + i", "keys[i] > greatest ? first", {}),
+}
+
+
 @contextmanager
 def compiled_as(mutant: Mutant) -> Iterator[list[str]]:
     """For a while, the names of the kernels that were compiled as the mutant says."""
@@ -127,6 +138,20 @@ def test_wrong_norm_is_refused(name, monkeypatch, capfd):
         call(x.to("mps"), w.to("mps"))
     kind = "layer_norm" if name in ("elements past the end", "bias") else "rms_norm"
     assert f'family "norm" fails its self-check for Half and {kind} on' in capfd.readouterr().err
+    mps.clear()
+
+
+@pytest.mark.parametrize("name", SAMPLE_MUTANTS)
+def test_wrong_sampling_is_refused(name, monkeypatch, capfd):
+    old, new, rules = SAMPLE_MUTANTS[name]
+    monkeypatch.setenv("CI", "")
+    software_gpu.install()
+    rules = {key: rule.to("mps") if isinstance(rule, Tensor) else rule for key, rule in rules.items()}
+    logits = oracle.random_x(3, 48).to("mps")
+    gpu = f"applegpu_g{600 + list(SAMPLE_MUTANTS).index(name)}p"
+    with mps.gpu(gpu, 2600), compiled_as(Mutant("sample", old, new, 3)), pytest.raises(RuntimeError, match="sample"):
+        fast.sample(logits, 0, **rules)
+    assert 'family "sample" fails its self-check for Float on' in capfd.readouterr().err
     mps.clear()
 
 

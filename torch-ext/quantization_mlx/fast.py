@@ -2,7 +2,7 @@
 
 Tensors are float32, float16 or bfloat16, on any strides. Those of one call may differ in dtype, and the result has the
 one that they promote to. Every value is computed in float32 and rounded once, where MLX rounds before it multiplies by
-the weight, too. Gradients reach every tensor argument.
+the weight, too. Gradients reach every tensor argument, except where an op says that it has none.
 
 Every op raises ``ValueError`` for shapes and devices that do not fit, ``TypeError`` for dtypes, and on Apple GPUs
 ``NotImplementedError`` for more than 2**30 rows or elements of a row.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._ops import ops
 
-__all__ = ["add_rms_norm", "layer_norm", "rms_norm", "rope_into_cache"]
+__all__ = ["add_rms_norm", "layer_norm", "rms_norm", "rope_into_cache", "sample"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -97,3 +97,56 @@ def rope_into_cache(
         key_norm=key_norm,
         eps=eps,
     )
+
+
+def sample(
+    logits: Tensor,
+    seed: int | Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    previous: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """A token drawn for every row of logits; not in MLX. The same one on every device.
+
+    The steps are those of Transformers' generation, in this order: the penalty, the temperature, ``top_k``, ``top_p``
+    among what that leaves, ``min_p``, and the draw from what remains. Tokens whose logits equal that of the last one
+    kept are kept, too.
+
+    Args:
+        logits: ``[..., V]``; of -infinity for tokens that are not to be drawn.
+        seed: an int of 64 bits, or an int64 tensor on the device of ``logits``, which the host does not read: a scalar,
+            or one for each row, ``[...]``. A row with a seed of its own has the same token in any batch; else rows are
+            independent of one another.
+        temperature: what logits are divided by; 0 for the most probable token, of several the first.
+        top_k: how many of the most probable tokens to keep; 0 for all.
+        top_p: keeps the most probable tokens up to the one with which their probabilities reach this sum.
+        min_p: keeps tokens that are at least this many times as probable as the most probable one.
+        repetition_penalty: what the logits of ``previous`` tokens are divided by where they are positive and multiplied
+            by where they are not.
+        previous: int64 ``[..., P]``, in any order, as often as may be; negative ones are padding.
+        offset: which draw of this seed, such as the number of tokens before this one.
+
+    Returns:
+        int64 ``[...]``. It has no gradient.
+
+    A row with NaN or infinity, or of -infinity alone, has no distribution: ``ValueError`` on CPU, and on an Apple GPU
+    the token -1. The same holds where a previous token is not below V, which on CPU is an ``IndexError``.
+
+    Probabilities are integers in units of 2**-30 of the greatest one, so that less probable tokens are never drawn.
+    Their sum times a random number ``u`` is the place, in the order of tokens, of the one that is drawn. ``u`` is the
+    first 64 bits of Philox-4x32-10 (Salmon et al., 2011) for the key ``seed`` and the counter ``(offset, row)``, the
+    row being 0 where it has a seed of its own.
+
+    >>> from quantization_mlx import fast
+    >>> logits = torch.tensor([[0.0, 1.0, 3.0], [0.0, 1.0, 3.0]])
+    >>> fast.sample(logits, 0, temperature=0.0)
+    tensor([2, 2])
+    """
+    seeds = seed if isinstance(seed, Tensor) else None
+    number = 0 if isinstance(seed, Tensor) else seed
+    return ops.sample(logits, seeds, number, offset, temperature, top_k, top_p, min_p, repetition_penalty, previous)

@@ -3,6 +3,7 @@
 
 #include "../fast/attention.h"
 #include "../fast/rows.h"
+#include "../fast/sample.h"
 #include "../product/broadcast.h"
 #include "../product/plain.h"
 #include "../product/streamed.h"
@@ -19,7 +20,7 @@ int64_t workspace(const Product& product) {
   return tiled > plain ? tiled : plain;
 }
 
-constexpr DecoderKernels decoder_table = {rms_norm, layer_norm, gate, rotate, attend};
+constexpr DecoderKernels decoder_table = {rms_norm, layer_norm, gate, rotate, attend, logit_keys, token_weights};
 
 constexpr ProductKernels exact_table{
     broadcast_is_faster,

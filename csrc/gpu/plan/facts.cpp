@@ -193,4 +193,17 @@ c10::SmallVector<RopeCacheFacts, 1> facts_of(const RopeIntoCacheProblem& problem
   return {facts};
 }
 
+c10::SmallVector<SampleFacts, 1> facts_of(const SampleProblem& problem) {
+  const Vectors& logits = problem.logits;
+  if (logits.count == 0) {
+    return {};
+  }
+  const SampleRules& rules = problem.rules;
+  return {SampleFacts{
+      static_cast<int32_t>(logits.tensor.scalar_type()), misalignment_of(logits.tensor) != 0, logits.count,
+      problem.vocabulary, logits.stride, problem.previous_count(), problem.seeds.defined(), problem.has_row_seeds,
+      rules.top_k, rules.top_p, rules.farthest, std::bit_cast<int32_t>(rules.scale),
+      std::bit_cast<int32_t>(rules.penalty)}};
+}
+
 }  // namespace quantization_mlx::gpu

@@ -778,7 +778,7 @@ class _Rewriter:
         for number, declarator in enumerate(declarators):
             name = self._declared_name(declarator)
             if number == 0:
-                kind = self._join(declarator[0], name)
+                kind = self._written(declarator[0], name)
             dimensions = self._join(name + 1, declarator[-1] + 1)
             self.variable_count += 1
             pointer = f"(__local {kind}(*){dimensions})" if dimensions else f"(__local {kind}*)"
