@@ -55,6 +55,8 @@ inline constexpr Op<LayerNormProblem> layer_norm;
 inline constexpr Op<AddRmsNormProblem> add_rms_norm;
 inline constexpr Op<RopeIntoCacheProblem> rope_into_cache;
 inline constexpr Op<SampleProblem> sample;
+inline constexpr Op<RouterProblem> moe_router;
+inline constexpr Op<CombineProblem> moe_combine;
 
 template <typename Visitor>
 void for_each(const Visitor& visit) {
@@ -67,6 +69,8 @@ void for_each(const Visitor& visit) {
   visit(add_rms_norm);
   visit(rope_into_cache);
   visit(sample);
+  visit(moe_router);
+  visit(moe_combine);
 }
 
 }  // namespace ops

@@ -196,6 +196,11 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "Tensor logits, Tensor? seeds, SymInt seed, SymInt offset, float temperature, int top_k, float top_p, "
       "float min_p, float repetition_penalty, Tensor? previous",
       "Tensor");
+  define_with_twin(
+      "moe_router",
+      "Tensor logits, int k, str scoring, Tensor? bias, int groups, int groups_used, bool normalise, float scale",
+      "(Tensor, Tensor)");
+  define_with_twin("moe_combine", "Tensor y, Tensor weights, Tensor? residual", "Tensor");
 
   [&m]<size_t... index>(std::index_sequence<index...>) {
     (define_explicit<index>(m), ...);
@@ -242,6 +247,8 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("add_rms_norm", autograd::add_rms_norm);
   m.impl("rope_into_cache", torch::autograd::autogradNotImplementedFallback());
   m.impl("sample", autograd::sample);
+  m.impl("moe_router", autograd::moe_router);
+  m.impl("moe_combine", autograd::moe_combine);
   for (const char* op : generation_ops) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }

@@ -309,6 +309,10 @@ std::string describe(const RopeIntoCacheProblem&) { return described(nullptr); }
 
 std::string describe(const SampleProblem&) { return described(nullptr); }
 
+std::string describe(const RouterProblem&) { return described(nullptr); }
+
+std::string describe(const CombineProblem&) { return described(nullptr); }
+
 Tensor run(const MatmulProblem& problem) {
   Tensor y = empty_result(problem);
   if (y.numel() == 0) {

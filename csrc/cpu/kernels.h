@@ -96,6 +96,11 @@ struct DecoderKernels {
   // Rotary position embedding of one head; cosines and sines have dim elements, a multiple of 32; y may be x.
   void (*rotate)(const float* x, const float* cosines, const float* sines, int64_t dim, float* y);
   void (*attend)(const Attention&);
+  // e^(x - greatest), and the sum of the n; to whole vectors, as the next two.
+  float (*exponentials)(const float* x, float greatest, int64_t n, float* y);
+  // 1 / (1 + e^-x)
+  void (*sigmoids)(const float* x, int64_t n, float* y);
+  void (*add_multiple)(const float* x, float factor, int64_t n, float* sum);
   // The greatest of the keys.
   uint32_t (*logit_keys)(const float* logits, int64_t n, uint32_t* keys);
   // The sum of the weights, of which those that are not kept are 0.

@@ -34,6 +34,10 @@ at::Tensor run(const RopeIntoCacheProblem& problem);
 
 at::Tensor run(const SampleProblem& problem);
 
+std::tuple<at::Tensor, at::Tensor> run(const RouterProblem& problem);
+
+at::Tensor run(const CombineProblem& problem);
+
 // silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
 at::Tensor silu_mul(const at::Tensor& x);
 
@@ -99,5 +103,7 @@ std::string describe(const DequantizeProblem& problem);
 std::string describe(const NormProblem& problem);
 std::string describe(const RopeIntoCacheProblem& problem);
 std::string describe(const SampleProblem& problem);
+std::string describe(const RouterProblem& problem);
+std::string describe(const CombineProblem& problem);
 
 }  // namespace quantization_mlx::cpu

@@ -132,9 +132,38 @@ struct SampleFacts {
   int32_t penalty;
 };
 
+struct RouterFacts {
+  int32_t dtype;  // of logits and weights
+  int32_t scoring;  // RouterProblem::Scoring
+  int64_t tokens;
+  int64_t experts;
+  int64_t row_stride;
+  int64_t k;
+  int64_t groups;
+  int64_t groups_used;
+  int32_t has_bias;
+  int32_t chooses_by_score;
+  int32_t normalise;
+  int32_t scale;  // the bits of a float
+};
+
+struct CombineFacts {
+  int32_t dtype;  // of y, residual and result
+  int32_t has_wide_weights;  // float32 where dtype is another one
+  int64_t tokens;
+  int64_t k;
+  int64_t length;
+  int64_t y_stride;
+  int64_t residual_stride;
+  int32_t has_residual;
+  int32_t is_misaligned;  // whether a tensor begins elsewhere than at a multiple of 16 bytes
+};
+
 // EACH(facts), for what is there once for each kind of them.
-#define QUANTIZATION_MLX_FACTS(EACH) \
-  EACH(ProductFacts) EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts) EACH(RopeCacheFacts) EACH(SampleFacts)
+#define QUANTIZATION_MLX_FACTS(EACH)                                                                                 \
+  EACH(ProductFacts)                                                                                                 \
+  EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts) EACH(RopeCacheFacts) EACH(SampleFacts) EACH(RouterFacts) \
+      EACH(CombineFacts)
 
 // Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
 c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
@@ -144,6 +173,8 @@ c10::SmallVector<QuantizeFacts, 1> facts_of(const QuantizeProblem& problem);
 c10::SmallVector<NormFacts, 1> facts_of(const NormProblem& problem);
 c10::SmallVector<RopeCacheFacts, 1> facts_of(const RopeIntoCacheProblem& problem);
 c10::SmallVector<SampleFacts, 1> facts_of(const SampleProblem& problem);
+c10::SmallVector<RouterFacts, 1> facts_of(const RouterProblem& problem);
+c10::SmallVector<CombineFacts, 1> facts_of(const CombineProblem& problem);
 
 // Compares and hashes plain data without gaps as bytes.
 struct Bytewise {

@@ -66,6 +66,17 @@
 
 #define SAMPLE_KERNELS(KERNEL, after, T) KERNEL("sample" after, sample<T>)
 
+// --- Mixtures of experts, of a type alone ---------------------------------------------------------------------------
+
+#define MOE_KERNELS(KERNEL, after, T)               \
+  KERNEL("moe_router_32" after, moe_router<T, 1>)   \
+  KERNEL("moe_router_64" after, moe_router<T, 2>)   \
+  KERNEL("moe_router_128" after, moe_router<T, 4>)  \
+  KERNEL("moe_router_256" after, moe_router<T, 8>)  \
+  KERNEL("moe_router_512" after, moe_router<T, 16>) \
+  KERNEL("moe_combine" after, moe_combine<T, T>)    \
+  KERNEL("moe_combine_float32_weights" after, moe_combine<T, float>)
+
 // --- Tiles ---------------------------------------------------------------------------------------------------------
 
 #define MATMUL_KERNELS_inference(KERNEL, before, after, T, ...) \

@@ -24,6 +24,11 @@
 #define QUANTIZATION_MLX_HAS_PREVIOUS 12
 #define QUANTIZATION_MLX_CONSTANTS 13  // how many there are
 
+// How moe_router scores experts.
+#define ROUTER_SOFTMAX 0
+#define ROUTER_SIGMOID 1
+#define ROUTER_SOFTMAX_OF_SELECTED 2
+
 namespace quantization_mlx {
 
 // --- Sizes that the shaders are written for and the plans count with ------------------------------------------------
@@ -98,6 +103,16 @@ inline constexpr int rope_cache_simdgroups() { return 4; }
 inline constexpr int sample_elements() { return 8; }
 inline constexpr int sample_step() { return 32 * sample_elements(); }
 inline constexpr int sample_max_threads() { return 1024; }
+
+// moe_router: tokens of a threadgroup, and the most of what it takes; what is added to a sum of weights.
+inline constexpr int router_simdgroups() { return 4; }
+inline constexpr int router_max_experts() { return 512; }
+inline constexpr int router_max_selected() { return 32; }
+inline constexpr int router_max_groups() { return 32; }
+inline constexpr float router_epsilon() { return 1e-20f; }
+
+// moe_combine: adjacent columns of a thread.
+inline constexpr int combine_elements() { return 4; }
 
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
@@ -187,6 +202,28 @@ struct SampleParams {
   int farthest;
   float scale;
   float penalty;
+};
+
+// The experts of each row of logits, row_stride elements apart.
+struct RouterParams {
+  int64_t row_stride;
+  int tokens;
+  int experts;
+  int k;
+  int groups;
+  int groups_used;
+  int scoring;
+  int chooses_by_score;  // and the bias; else by logits
+  int normalise;
+  float scale;
+};
+
+// A row of length elements for each k rows of x, y_stride elements apart, and one residual.
+struct CombineParams {
+  int64_t y_stride;
+  int64_t residual_stride;
+  int k;
+  int length;
 };
 
 // The numbers of a call that its plan does not depend on: they change from call to call.

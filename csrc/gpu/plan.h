@@ -19,9 +19,21 @@
 namespace quantization_mlx::gpu {
 
 // Kernels that can stand in for one another, the fastest first. A plan takes the first one that serves the problem.
-enum class Family : uint8_t { tensor, tile, matvec, quantize, dequantize, norm, rope_into_cache, sample };
-inline constexpr std::array all_families{Family::tensor,     Family::tile, Family::matvec,          Family::quantize,
-                                         Family::dequantize, Family::norm, Family::rope_into_cache, Family::sample};
+enum class Family : uint8_t {
+  tensor,
+  tile,
+  matvec,
+  quantize,
+  dequantize,
+  norm,
+  rope_into_cache,
+  sample,
+  router,
+  combine
+};
+inline constexpr std::array all_families{Family::tensor,     Family::tile,   Family::matvec,          Family::quantize,
+                                         Family::dequantize, Family::norm,   Family::rope_into_cache, Family::sample,
+                                         Family::router,     Family::combine};
 
 const char* name_of(Family family);
 
@@ -65,8 +77,9 @@ enum class Role : uint8_t {
   seeds,
   previous,  // tokens
   numbers,  // CallNumbers, no tensor
+  experts,  // indices
 };
-inline constexpr int role_count = 23;
+inline constexpr int role_count = 24;
 
 const char* name_of(Role role);
 
@@ -116,6 +129,8 @@ inline const QuantizeProblem& with_kernel_dtype(const QuantizeProblem& problem) 
 inline const NormProblem& with_kernel_dtype(const NormProblem& problem) { return problem; }
 inline const RopeIntoCacheProblem& with_kernel_dtype(const RopeIntoCacheProblem& problem) { return problem; }
 inline const SampleProblem& with_kernel_dtype(const SampleProblem& problem) { return problem; }
+inline const RouterProblem& with_kernel_dtype(const RouterProblem& problem) { return problem; }
+inline const CombineProblem& with_kernel_dtype(const CombineProblem& problem) { return problem; }
 
 // Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and RuntimeError where every family is
 // excluded; op: the name that errors carry.
@@ -125,6 +140,8 @@ Plan plan(const QuantizeFacts& facts, std::string_view op, const Target& target)
 Plan plan(const NormFacts& facts, std::string_view op, const Target& target);
 Plan plan(const RopeCacheFacts& facts, std::string_view op, const Target& target);
 Plan plan(const SampleFacts& facts, std::string_view op, const Target& target);
+Plan plan(const RouterFacts& facts, std::string_view op, const Target& target);
+Plan plan(const CombineFacts& facts, std::string_view op, const Target& target);
 
 // Of a problem with_kernel_dtype.
 template <typename Problem>

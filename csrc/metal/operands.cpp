@@ -79,4 +79,22 @@ Operands operands_of(const SampleProblem& problem, const Tensor& tokens) {
   return operands;
 }
 
+Operands operands_of(const RouterProblem& problem, const std::tuple<Tensor, Tensor>& results) {
+  Operands operands;
+  operands[Role::x] = &problem.logits.tensor;
+  operands[Role::bias] = &problem.bias;
+  operands[Role::experts] = &std::get<0>(results);
+  operands[Role::y] = &std::get<1>(results);
+  return operands;
+}
+
+Operands operands_of(const CombineProblem& problem, const Tensor& y) {
+  Operands operands;
+  operands[Role::x] = &problem.y.tensor;
+  operands[Role::weight] = &problem.weights;
+  operands[Role::residual] = &problem.residual.tensor;
+  operands[Role::y] = &y;
+  return operands;
+}
+
 }  // namespace quantization_mlx::metal

@@ -33,5 +33,7 @@ Operands operands_of(const QuantizeProblem& problem, const std::tuple<at::Tensor
 Operands operands_of(const NormProblem& problem, const at::Tensor& y, const at::Tensor& sum);
 Operands operands_of(const RopeIntoCacheProblem& problem, const at::Tensor& queries);
 Operands operands_of(const SampleProblem& problem, const at::Tensor& tokens);
+Operands operands_of(const RouterProblem& problem, const std::tuple<at::Tensor, at::Tensor>& results);
+Operands operands_of(const CombineProblem& problem, const at::Tensor& y);
 
 }  // namespace quantization_mlx::metal

@@ -96,4 +96,16 @@ Tensor run(const SampleProblem& problem) {
   return tokens;
 }
 
+std::tuple<Tensor, Tensor> run(const RouterProblem& problem) {
+  auto results = empty_routed(problem);
+  encode_problem(problem, operands_of(problem, results));
+  return results;
+}
+
+Tensor run(const CombineProblem& problem) {
+  const Tensor y = at::empty(problem.output, problem.y.tensor.options());
+  encode_problem(problem, operands_of(problem, y));
+  return y;
+}
+
 }  // namespace quantization_mlx::metal

@@ -29,4 +29,8 @@ at::Tensor run(const RopeIntoCacheProblem& problem);
 // A row that the CPU would raise for has the token -1.
 at::Tensor run(const SampleProblem& problem);
 
+std::tuple<at::Tensor, at::Tensor> run(const RouterProblem& problem);
+
+at::Tensor run(const CombineProblem& problem);
+
 }  // namespace quantization_mlx::metal

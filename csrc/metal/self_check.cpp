@@ -45,9 +45,6 @@ Excluded exclusion(const ProductFacts& facts, Family family) {
 Excluded exclusion(const NormFacts& facts, Family family) {
   return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, facts.kind};
 }
-Excluded exclusion(const RopeCacheFacts& facts, Family family) {
-  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, 0};
-}
 template <typename Facts>
 Excluded exclusion(const Facts& facts, Family family) {
   Format format{};
@@ -68,7 +65,6 @@ std::string described(const Facts& facts) {
 std::string described(const NormFacts& facts) {
   return facts.kind == static_cast<int32_t>(NormProblem::Kind::layer) ? " and layer_norm" : " and rms_norm";
 }
-std::string described(const RopeCacheFacts&) { return ""; }
 std::string described(const ProductFacts& facts) {
   return described<ProductFacts>(facts) + " with transpose=" + (facts.transpose != 0 ? "True" : "False");
 }

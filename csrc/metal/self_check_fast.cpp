@@ -3,6 +3,8 @@
 
 #include <utility>
 
+#include <bit>
+
 #include "../ops.h"
 #include "self_check_examples.h"
 
@@ -105,13 +107,13 @@ Reason failure(const SampleFacts& facts, const Launch& launch, const Target& tar
   const auto integers = [&](c10::IntArrayRef sizes) {
     return make.tensor<int64_t>(sizes, at::kLong, at::kLong, [&] { return make.bits() % vocabulary; });
   };
-  const Tensor logits = make.uniform({rows, vocabulary}, dtype, -8.0f, 8.0f);
+  const Tensor logits = make.uniform({rows, vocabulary}, dtype, -2.0f, 2.0f);
   const OptionalTensor seeds = facts.has_seeds ? OptionalTensor(integers({rows})) : std::nullopt;
-  const OptionalTensor previous = facts.previous > 0 ? OptionalTensor(integers({rows, 50})) : std::nullopt;
+  const OptionalTensor previous = facts.previous > 0 ? OptionalTensor(integers({rows, vocabulary / 2})) : std::nullopt;
   for (const auto& [temperature, top_k, top_p, min_p] : all_rules) {
     constexpr int64_t seed = 7;
     constexpr int64_t offset = 3;
-    constexpr double penalty = 1.25;
+    constexpr double penalty = 4.0;
     const Tensor expected =
         ops::sample(logits, seeds, seed, offset, temperature, top_k, top_p, min_p, penalty, previous);
     const SampleProblem problem = SampleProblem::check(
@@ -128,6 +130,60 @@ Reason failure(const SampleFacts& facts, const Launch& launch, const Target& tar
     }
   }
   return std::nullopt;
+}
+
+// Tokens that do not fill the last threadgroup, with a lane that has fewer experts than others.
+Reason failure(const RouterFacts& facts, const Launch&, const Target& target) {
+  constexpr int64_t tokens = 9;
+  constexpr int64_t k = 6;
+  constexpr double scale = 2.5;
+  struct Rules {
+    const char* scoring;
+    int64_t groups;
+    int64_t groups_used;
+    bool normalise;
+  };
+  constexpr Rules all_rules[] = {
+      {"softmax", 1, 1, false}, {"sigmoid", 4, 2, true}, {"softmax_of_selected", 1, 1, false}, {"softmax", 2, 1, true}};
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const int64_t experts = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(facts.experts + 31) / 32)) * 32 - 4;
+  Maker make{at::Device(at::kCPU)};
+  const Tensor logits = make.uniform({tokens, experts}, dtype, -3.0f, 3.0f);
+  const OptionalTensor bias =
+      facts.has_bias ? OptionalTensor(make.uniform({experts}, at::kFloat, -0.1f, 0.1f)) : std::nullopt;
+  for (const auto& [scoring, groups, groups_used, normalise] : all_rules) {
+    const auto [expected_experts, expected] =
+        ops::moe_router(logits, k, scoring, bias, groups, groups_used, normalise, scale);
+    const RouterProblem problem =
+        RouterProblem::check(logits.to(mps), k, scoring, on_mps(bias), groups, groups_used, normalise, scale);
+    const auto results = empty_routed(problem);
+    run(gpu::plan(problem, target), operands_of(problem, results));
+    if (!std::get<0>(results).cpu().equal(expected_experts)) {
+      return c10::str("with scoring=", scoring, " it chooses other experts than the CPU.");
+    }
+    if (Reason reason = judged(std::get<1>(results), expected, dtype)) {
+      return reason;
+    }
+  }
+  return std::nullopt;
+}
+
+// Columns of several threadgroups, the last of which is not full.
+Reason failure(const CombineFacts& facts, const Launch& launch, const Target& target) {
+  constexpr int64_t tokens = 3;
+  constexpr int64_t k = 5;
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const int64_t length = is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X) ? 304 : 299;
+  Maker make{at::Device(at::kCPU)};
+  const Tensor y = make.uniform({tokens, k, length}, dtype, -1.0f, 2.0f);
+  const Tensor weights = make.uniform({tokens, k}, facts.has_wide_weights ? at::kFloat : dtype, 0.0f, 1.0f);
+  const OptionalTensor residual =
+      facts.has_residual ? OptionalTensor(make.uniform({tokens, length}, dtype, -1.0f, 1.0f)) : std::nullopt;
+  const Tensor expected = ops::moe_combine(y, weights, residual);
+  const CombineProblem problem = CombineProblem::check(y.to(mps), weights.to(mps), on_mps(residual));
+  const Tensor result = at::empty(problem.output, problem.y.tensor.options());
+  run(gpu::plan(problem, target), operands_of(problem, result));
+  return judged(result, expected, dtype);
 }
 
 }  // namespace quantization_mlx::metal

@@ -15,6 +15,8 @@
   FILE(sampling, "csrc/sampling.h")                                  \
   FILE(load, "metal/common/load.h")                                  \
   FILE(metal, "metal/common/metal.h")                                \
+  FILE(moe, "metal/fast/moe.h")                                      \
+  FILE(moe_kernels, "metal/fast/moe.metal")                          \
   FILE(norm, "metal/fast/norm.h")                                    \
   FILE(norm_kernels, "metal/fast/norm.metal")                        \
   FILE(rope_into_cache, "metal/fast/rope_into_cache.h")              \

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "../gpu/launch.h"
 #include "sizes.h"
 
 namespace quantization_mlx {
@@ -108,8 +109,70 @@ struct SampleProblem {
   static Schema<at::Tensor, c10::SymInt> meta;
 };
 
+// The k experts of every token, the best first, and their weights.
+struct RouterProblem {
+  enum class Scoring : uint8_t {
+    softmax = ROUTER_SOFTMAX,
+    sigmoid = ROUTER_SIGMOID,
+    softmax_of_selected = ROUTER_SOFTMAX_OF_SELECTED,
+  };
+
+  Vectors logits;
+  at::Tensor bias;  // float32 [experts], contiguous; undefined for 0
+  Scoring scoring;
+  int64_t experts;
+  int64_t k;
+  int64_t groups;
+  int64_t groups_used;
+  bool normalise;
+  float scale;
+  Sizes<int64_t> output;
+
+  at::Device device() const { return logits.tensor.device(); }
+  // Else logits are in the same order.
+  bool chooses_by_score() const { return bias.defined() || groups > 1; }
+
+  static constexpr const char* name = "moe_router";
+  template <typename Result>
+  using Schema = Result(
+      const at::Tensor& logits,
+      int64_t k,
+      std::string_view scoring,
+      const std::optional<at::Tensor>& bias,
+      int64_t groups,
+      int64_t groups_used,
+      bool normalise,
+      double scale);
+  static Schema<RouterProblem> check;
+  static Schema<std::tuple<at::Tensor, at::Tensor>> meta;
+};
+
+// The weighted sum of k results for each token, and a residual.
+struct CombineProblem {
+  Vectors y;  // k for each token; of the result's dtype, as the residual
+  at::Tensor weights;  // contiguous, of that dtype or float32
+  Vectors residual;  // an undefined tensor where nothing is added
+  int64_t k;
+  int64_t length;
+  Sizes<int64_t> output;
+
+  at::Device device() const { return y.tensor.device(); }
+  int64_t tokens() const { return product<int64_t>(c10::ArrayRef<int64_t>(output).slice(0, output.size() - 1)); }
+
+  static constexpr const char* name = "moe_combine";
+  template <typename Result>
+  using Schema = Result(const at::Tensor& y, const at::Tensor& weights, const std::optional<at::Tensor>& residual);
+  static Schema<CombineProblem> check;
+  static Schema<at::Tensor> meta;
+};
+
 inline std::string_view op_of(const NormProblem& problem) { return problem.op; }
 inline std::string_view op_of(const SampleProblem& problem) { return problem.name; }
+inline std::string_view op_of(const RouterProblem& problem) { return problem.name; }
+inline std::string_view op_of(const CombineProblem& problem) { return problem.name; }
+
+// The two results of moe_router, uninitialised: indices and weights.
+std::tuple<at::Tensor, at::Tensor> empty_routed(const RouterProblem& problem);
 
 // The vectors of a tensor, promoted to this dtype: copied only where they are not adjacent elements at one distance.
 Vectors vectors_of(const at::Tensor& given, at::ScalarType dtype);

@@ -13,7 +13,7 @@ from repository import ROOT
 
 VARIABLE = "QUANTIZATION_MLX_CPU"
 CALL = "import torch, quantization_mlx as q; q.quantized_matmul(torch.ones(64), *q.quantize(torch.ones(2, 64)))"
-OPS = ("matmul", "gather", "norm", "sample")
+OPS = ("matmul", "gather", "norm", "sample", "moe")
 FILES = (*(f"ops/test_{op}.py" for op in OPS), "models/test_generation.py")
 WANTED = (
     "(test_generation.py and (silu_mul or decode_attention)) or not "

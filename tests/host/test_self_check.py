@@ -99,10 +99,24 @@ NORM_MUTANTS = {
 SAMPLE_MUTANTS = {
     "weights": ("2.4022436e-1f", "2.4122436e-1f", {}),
     "generator": ("first_key += 0x9E3779B9u", "first_key += 0x9E3779B8u", {}),
-    "threshold": ("in_upper < left", "in_upper <= left", {"top_k": 3}),
+    "threshold": ("in_upper < left", "in_upper > left", {"top_k": 3}),
     "order": ("sum > place", "sum >= place + own", {}),
     "penalty": ("logit * penalty", "logit", {"previous": torch.zeros(3, 2).long(), "repetition_penalty": 2.0}),
     "most probable": ("keys[i] > greatest ? first + i", "keys[i] > greatest ? first", {}),
+}
+
+
+# Likewise of mixtures of experts: a family, a text of its kernels and another.
+MOE_MUTANTS = {
+    "other experts": ("router", "best_of_simdgroup({own, lane})", "best_of_simdgroup({own, 31 - lane})"),
+    "bias": ("router", "choice += expert", "choice -= expert"),
+    "sum of two": ("router", "logit_of_key(first.key) + logit_of_key(second.key)", "logit_of_key(first.key)"),
+    "sigmoid": ("router", "exp(-logits[i])", "exp(logits[i])"),
+    "scale": ("router", "own * params.scale", "own"),
+    "last experts": ("router", "i < width; ++i) {\n    if (keys", "i < width - 1; ++i) {\n    if (keys"),
+    "weights": ("combine", "static_cast<float>(weight[row])", "static_cast<float>(weight[0])"),
+    "sum": ("combine", "fma(factor, values[j], sums[j])", "factor * values[j]"),
+    "residual": ("combine", "token * params.residual_stride", "params.residual_stride"),
 }
 
 
@@ -152,6 +166,22 @@ def test_wrong_sampling_is_refused(name, monkeypatch, capfd):
     with mps.gpu(gpu, 2600), compiled_as(Mutant("sample", old, new, 3)), pytest.raises(RuntimeError, match="sample"):
         fast.sample(logits, 0, **rules)
     assert 'family "sample" fails its self-check for Float on' in capfd.readouterr().err
+    mps.clear()
+
+
+@pytest.mark.parametrize("name", MOE_MUTANTS)
+def test_wrong_mixture_is_refused(name, monkeypatch, capfd):
+    family, old, new = MOE_MUTANTS[name]
+    monkeypatch.setenv("CI", "")
+    software_gpu.install()
+    x = oracle.random_x(3, 40).to("mps")
+    gpu = f"applegpu_g{700 + list(MOE_MUTANTS).index(name)}p"
+    with mps.gpu(gpu, 2600), compiled_as(Mutant("moe", old, new, 3)), pytest.raises(RuntimeError, match="moe"):
+        if family == "router":
+            fast.moe_router(x, 2, bias=x[0])
+        else:
+            fast.moe_combine(x[:, None], x[:, :1], residual=x)
+    assert f'family "{family}" fails its self-check for Float on' in capfd.readouterr().err
     mps.clear()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._ops import ops
 
-__all__ = ["add_rms_norm", "layer_norm", "rms_norm", "rope_into_cache", "sample"]
+__all__ = ["add_rms_norm", "layer_norm", "moe_combine", "moe_router", "rms_norm", "rope_into_cache", "sample"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -150,3 +150,54 @@ def sample(
     seeds = seed if isinstance(seed, Tensor) else None
     number = 0 if isinstance(seed, Tensor) else seed
     return ops.sample(logits, seeds, number, offset, temperature, top_k, top_p, min_p, repetition_penalty, previous)
+
+
+def moe_router(
+    logits: Tensor,
+    k: int,
+    *,
+    scoring: str = "softmax",
+    bias: Tensor | None = None,
+    groups: int = 1,
+    groups_used: int = 1,
+    normalise: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The experts of every token in a mixture, and their weights, in one pass; not in MLX.
+
+    ============================  =======================================================================
+    Mixtral                       ``moe_router(logits, k, normalise=True)``
+    Qwen3-MoE                     ``moe_router(logits, k, normalise=norm_topk_prob)``
+    gpt-oss                       ``moe_router(logits, k, scoring="softmax_of_selected")``
+    DeepSeek-V3, GLM-4.7          ``moe_router(logits, k, scoring="sigmoid", bias=e_score_correction_bias,
+                                  groups=n_group, groups_used=topk_group, normalise=norm_topk_prob,
+                                  scale=routed_scaling_factor)``
+    Llama 4                       ``moe_router(logits, k, scoring="sigmoid")``
+    ============================  =======================================================================
+
+    Args:
+        logits: ``[..., E]``, of up to 512 experts, with the bias of the router's own product, if it has one.
+        k: experts of a token, up to 32.
+        scoring: how logits become scores: "softmax" of all, "sigmoid", or "softmax_of_selected", the k chosen ones.
+        bias: ``[E]``, added to scores for choosing alone (in "softmax_of_selected", to logits).
+        groups: of experts, of equal size, side by side; up to 32. A group's score is the sum of its two best.
+        groups_used: of so many best groups the experts are chosen.
+        normalise: divides the weights of a token by their sum, to which 1e-20 is added.
+        scale: what weights are multiplied by in the end.
+
+    Returns:
+        Indices, int64 ``[..., k]``, by descending score, of equal ones the lower index first (NaN is above all), and
+        weights ``[..., k]``, of the dtype of `logits`. Gradients go from the weights to `logits` alone.
+    """
+    return ops.moe_router(logits, k, scoring, bias, groups, groups_used, normalise, scale)
+
+
+def moe_combine(y: Tensor, weights: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    """``(weights[..., None] * y).sum(-2) + residual``, in float32 and rounded once; not in MLX.
+
+    Args:
+        y: ``[..., k, H]``, what the k experts of a token give.
+        weights: ``[..., k]``; their dtype does not widen the result.
+        residual: ``[..., H]``, such as the result of a shared expert; None for 0.
+    """
+    return ops.moe_combine(y, weights, residual)

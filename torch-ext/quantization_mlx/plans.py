@@ -22,6 +22,8 @@ _OPS = (
     "add_rms_norm",
     "rope_into_cache",
     "sample",
+    "moe_router",
+    "moe_combine",
 )
 
 

@@ -12,9 +12,6 @@ namespace {
 
 using at::Tensor;
 
-// Kernels work on whole vectors.
-Floats whole_floats(int64_t length) { return floats((length + 15) / 16 * 16); }
-
 class Norm {
  public:
   explicit Norm(const NormProblem& problem)

@@ -55,7 +55,7 @@ class Sampler {
     const Vectors& all = problem_.logits;
     const auto* source = static_cast<const uint8_t*>(all.tensor.const_data_ptr()) +
         row * all.stride * static_cast<int64_t>(all.tensor.element_size());
-    Floats values = floats((problem_.vocabulary + 15) / 16 * 16);
+    Floats values = whole_floats(problem_.vocabulary);
     kernels().to_float32(type_, source, problem_.vocabulary, values.data());
     if (problem_.previous.defined()) {
       const int64_t count = problem_.previous_count();

@@ -23,6 +23,9 @@ inline Floats floats(int64_t count) {
   return result;
 }
 
+// Kernels work on whole vectors.
+inline Floats whole_floats(int64_t length) { return floats((length + 15) / 16 * 16); }
+
 // Calls function(row) for all rows, on several threads where each gets enough of them.
 template <typename Function>
 void for_rows(int64_t rows, int64_t length, const Function& function) {

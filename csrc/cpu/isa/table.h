@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../fast/attention.h"
+#include "../fast/moe.h"
 #include "../fast/rows.h"
 #include "../fast/sample.h"
 #include "../product/broadcast.h"
@@ -20,7 +21,7 @@ int64_t workspace(const Product& product) {
   return tiled > plain ? tiled : plain;
 }
 
-constexpr DecoderKernels decoder_table = {rms_norm, layer_norm, gate, rotate, attend, logit_keys, token_weights};
+constexpr DecoderKernels decoder_table = {rms_norm, layer_norm, gate, rotate, attend, exponentials, sigmoids, add_multiple, logit_keys, token_weights};
 
 constexpr ProductKernels exact_table{
     broadcast_is_faster,

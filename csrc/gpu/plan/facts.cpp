@@ -206,4 +206,28 @@ c10::SmallVector<SampleFacts, 1> facts_of(const SampleProblem& problem) {
       std::bit_cast<int32_t>(rules.penalty)}};
 }
 
+c10::SmallVector<RouterFacts, 1> facts_of(const RouterProblem& problem) {
+  const Vectors& logits = problem.logits;
+  if (logits.count == 0) {
+    return {};
+  }
+  return {RouterFacts{
+      static_cast<int32_t>(logits.tensor.scalar_type()), static_cast<int32_t>(problem.scoring), logits.count,
+      problem.experts, logits.stride, problem.k, problem.groups, problem.groups_used, problem.bias.defined(),
+      problem.chooses_by_score(), problem.normalise, std::bit_cast<int32_t>(problem.scale)}};
+}
+
+c10::SmallVector<CombineFacts, 1> facts_of(const CombineProblem& problem) {
+  const auto dtype = problem.y.tensor.scalar_type();
+  const at::Tensor& residual = problem.residual.tensor;
+  if (is_empty(problem.output)) {
+    return {};
+  }
+  const bool is_misaligned =
+      misalignment_of(problem.y.tensor) != 0 || (residual.defined() && misalignment_of(residual) != 0);
+  return {CombineFacts{
+      static_cast<int32_t>(dtype), problem.weights.scalar_type() != dtype, problem.tokens(), problem.k, problem.length,
+      problem.y.stride, problem.residual.stride, residual.defined(), is_misaligned}};
+}
+
 }  // namespace quantization_mlx::gpu

@@ -41,7 +41,8 @@ const std::vector<KernelTable>& kernel_tables() {
       {"sum_parts", std::nullopt, {SUM_KERNELS(ROW, "%", TYPE)}},
       {"norm", std::nullopt, {NORM_KERNELS(ROW, "%", TYPE)}},
       {"rope_into_cache", std::nullopt, {ROPE_CACHE_KERNELS(ROW, "%", TYPE)}},
-      {"sample", std::nullopt, {SAMPLE_KERNELS(ROW, "%", TYPE)}}};
+      {"sample", std::nullopt, {SAMPLE_KERNELS(ROW, "%", TYPE)}},
+      {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE)}}};
   return all;
 }
 
@@ -103,8 +104,8 @@ Launch launch_of(Family family, const std::string& op, int rows, Format format, 
 }
 
 const char* name_of(Family family) {
-  constexpr const char* names[] = {"tensor",     "tile", "matvec",          "quantize",
-                                   "dequantize", "norm", "rope_into_cache", "sample"};
+  constexpr const char* names[] = {"tensor",          "tile",   "matvec", "quantize", "dequantize", "norm",
+                                   "rope_into_cache", "sample", "router", "combine"};
   return names[static_cast<int>(family)];
 }
 
@@ -112,7 +113,7 @@ const char* name_of(Role role) {
   constexpr const char* names[role_count] = {
       "none",        "x",           "w",        "scales", "biases", "global_scale", "y",          "partial_sums",
       "lhs_indices", "rhs_indices", "residual", "weight", "bias",   "sum",          "query_norm", "key_norm",
-      "cosines",     "sines",       "keys",     "values", "seeds",  "previous",     "numbers"};
+      "cosines",     "sines",       "keys",     "values", "seeds",  "previous",     "numbers",    "experts"};
   return names[static_cast<int>(role)];
 }
 
