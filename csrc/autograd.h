@@ -1,6 +1,6 @@
 // Gradients of the products with respect to x and, in affine mode, to scales and biases, as in MLX; of dequantize with
 // respect to scales and biases. The packed codes have none, and quantize is a constant to its input's gradient. Of the
-// norms, with respect to all their tensors.
+// norms and of attention, with respect to all their tensors.
 #pragma once
 
 #include "ops.h"
@@ -14,5 +14,6 @@ decltype(QuantizeProblem::meta) quantize;
 decltype(RmsNormProblem::meta) rms_norm;
 decltype(LayerNormProblem::meta) layer_norm;
 decltype(AddRmsNormProblem::meta) add_rms_norm;
+decltype(AttentionProblem::meta) scaled_dot_product_attention;
 
 }  // namespace quantization_mlx::autograd

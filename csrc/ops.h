@@ -54,6 +54,7 @@ inline constexpr Op<RmsNormProblem> rms_norm;
 inline constexpr Op<LayerNormProblem> layer_norm;
 inline constexpr Op<AddRmsNormProblem> add_rms_norm;
 inline constexpr Op<RopeIntoCacheProblem> rope_into_cache;
+inline constexpr Op<AttentionProblem> scaled_dot_product_attention;
 
 template <typename Visitor>
 void for_each(const Visitor& visit) {
@@ -65,6 +66,7 @@ void for_each(const Visitor& visit) {
   visit(layer_norm);
   visit(add_rms_norm);
   visit(rope_into_cache);
+  visit(scaled_dot_product_attention);
 }
 
 }  // namespace ops

@@ -191,6 +191,11 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "Tensor x, Tensor? cosines, Tensor? sines, Tensor(a!) keys, Tensor(b!) values, SymInt position, *, "
       "Tensor? bias=None, Tensor? query_norm=None, Tensor? key_norm=None, float eps=1e-6",
       "Tensor");
+  define_with_twin(
+      "scaled_dot_product_attention",
+      "Tensor q, Tensor k, Tensor v, *, float scale, Tensor? mask=None, bool causal=False, Tensor? sinks=None, "
+      "int? window=None",
+      "Tensor");
 
   [&m]<size_t... index>(std::index_sequence<index...>) {
     (define_explicit<index>(m), ...);
@@ -236,6 +241,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("layer_norm", autograd::layer_norm);
   m.impl("add_rms_norm", autograd::add_rms_norm);
   m.impl("rope_into_cache", torch::autograd::autogradNotImplementedFallback());
+  m.impl("scaled_dot_product_attention", autograd::scaled_dot_product_attention);
   for (const char* op : generation_ops) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }

@@ -32,6 +32,8 @@ std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 // The queries; keys and values are in their caches.
 at::Tensor run(const RopeIntoCacheProblem& problem);
 
+at::Tensor run(const AttentionProblem& problem);
+
 // silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
 at::Tensor silu_mul(const at::Tensor& x);
 
@@ -96,5 +98,6 @@ std::string describe(const QuantizeProblem& problem);
 std::string describe(const DequantizeProblem& problem);
 std::string describe(const NormProblem& problem);
 std::string describe(const RopeIntoCacheProblem& problem);
+std::string describe(const AttentionProblem& problem);
 
 }  // namespace quantization_mlx::cpu

@@ -34,7 +34,12 @@ std::string describe(const Plan& plan, const Target& target) {
       {QUANTIZATION_MLX_HAS_RESIDUAL, "has_residual"},
       {QUANTIZATION_MLX_HAS_QUERY_NORM, "has_query_norm"},
       {QUANTIZATION_MLX_HAS_KEY_NORM, "has_key_norm"},
-      {QUANTIZATION_MLX_HAS_ANGLES, "has_angles"}};
+      {QUANTIZATION_MLX_HAS_ANGLES, "has_angles"},
+      {QUANTIZATION_MLX_CAUSAL, "causal"},
+      {QUANTIZATION_MLX_HAS_BOOL_MASK, "has_bool_mask"},
+      {QUANTIZATION_MLX_HAS_ADDED_MASK, "has_added_mask"},
+      {QUANTIZATION_MLX_HAS_SINKS, "has_sinks"},
+      {QUANTIZATION_MLX_SPLIT_KEYS, "split_keys"}};
   static_assert(std::size(constants) == QUANTIZATION_MLX_CONSTANTS);
   std::ostringstream out;
   const auto list = [&](const auto& items, const auto& write) {

@@ -116,9 +116,33 @@ struct RopeCacheFacts {
   int64_t epsilon;  // the bits of a double
 };
 
+struct AttentionFacts {
+  int64_t batch;
+  int64_t query_heads;
+  int64_t key_heads;
+  int64_t queries;
+  int64_t keys;
+  int64_t dim;
+  int64_t value_dim;
+  int64_t q_strides[3];  // of batch, heads and positions; 0 where there is one
+  int64_t k_strides[3];
+  int64_t v_strides[3];
+  int64_t mask_strides[4];
+  int64_t window;
+  int64_t scale;  // the bits of a double
+  int32_t dtype;  // of all tensors but a mask of bool
+  int32_t causal;
+  int32_t has_window;
+  int32_t has_bool_mask;
+  int32_t has_added_mask;
+  int32_t has_sinks;
+  int32_t is_misaligned;  // whether q, k or v begins elsewhere than at a multiple of 16 bytes
+  int32_t reserved;  // without gaps
+};
+
 // EACH(facts), for what is there once for each kind of them.
 #define QUANTIZATION_MLX_FACTS(EACH) \
-  EACH(ProductFacts) EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts) EACH(RopeCacheFacts)
+  EACH(ProductFacts) EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts) EACH(RopeCacheFacts) EACH(AttentionFacts)
 
 // Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
 c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
@@ -127,6 +151,7 @@ c10::SmallVector<DequantizeFacts, 1> facts_of(const DequantizeProblem& problem);
 c10::SmallVector<QuantizeFacts, 1> facts_of(const QuantizeProblem& problem);
 c10::SmallVector<NormFacts, 1> facts_of(const NormProblem& problem);
 c10::SmallVector<RopeCacheFacts, 1> facts_of(const RopeIntoCacheProblem& problem);
+c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem);
 
 // Compares and hashes plain data without gaps as bytes.
 struct Bytewise {

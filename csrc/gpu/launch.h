@@ -20,7 +20,12 @@
 #define QUANTIZATION_MLX_HAS_QUERY_NORM 8  // rope_into_cache
 #define QUANTIZATION_MLX_HAS_KEY_NORM 9
 #define QUANTIZATION_MLX_HAS_ANGLES 10
-#define QUANTIZATION_MLX_CONSTANTS 11  // how many there are
+#define QUANTIZATION_MLX_CAUSAL 11  // attention: queries see no later keys
+#define QUANTIZATION_MLX_HAS_BOOL_MASK 12
+#define QUANTIZATION_MLX_HAS_ADDED_MASK 13
+#define QUANTIZATION_MLX_HAS_SINKS 14
+#define QUANTIZATION_MLX_SPLIT_KEYS 15  // parts of the keys are put together by another launch
+#define QUANTIZATION_MLX_CONSTANTS 16  // how many there are
 
 namespace quantization_mlx {
 
@@ -91,6 +96,15 @@ inline constexpr int norm_max_threads() { return 1024; }
 
 // rope_into_cache: a simdgroup for each head.
 inline constexpr int rope_cache_simdgroups() { return 4; }
+
+// Attention of few queries: simdgroups of a threadgroup; of what puts parts together, threads.
+inline constexpr int attention_simdgroups() { return 4; }
+inline constexpr int attention_combine_threads() { return 64; }
+
+// Attention of many queries: rows of a block, simdgroups of a threadgroup, and keys of a step, by the bytes of a head.
+inline constexpr int attention_tile_rows() { return 32; }
+inline constexpr int attention_tile_simdgroups() { return 4; }
+inline constexpr int attention_tile_keys(int head_bytes) { return head_bytes <= 256 ? 32 : 16; }
 
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
@@ -167,6 +181,42 @@ struct RopeCacheParams {
   int position;
   int has_angles_of_sequences;  // cosines and sines [batch, tokens, rotated]; else [tokens, rotated]
   float epsilon;
+};
+
+// Of [batch, heads, positions, ...], in elements.
+struct HeadStrides {
+  int64_t batch;
+  int64_t head;
+  int64_t position;
+};
+
+// y [batch, heads, queries, value_dim], contiguous. A head of keys serves `group` heads of queries.
+struct AttentionParams {
+  HeadStrides q;
+  HeadStrides k;
+  HeadStrides v;
+  HeadStrides mask;  // positions: queries
+  int64_t mask_key_stride;
+  int key_heads;
+  int group;
+  int queries;
+  int keys;
+  int dim;
+  int value_dim;
+  int window;  // keys that a causal query sees at most
+  int first_key;  // where the first part begins
+  int parts;
+  int part_keys;
+  float scale;
+};
+
+// y of partial sums float32 [batch, heads, queries, parts, value_dim + 2]: of weights times values, and behind them the
+// largest score and the sum of weights.
+struct AttentionCombineParams {
+  int parts;
+  int value_dim;
+  int queries;
+  int heads;
 };
 
 }  // namespace quantization_mlx

@@ -69,4 +69,15 @@ Operands operands_of(const RopeIntoCacheProblem& problem, const Tensor& queries)
   return operands;
 }
 
+Operands operands_of(const AttentionProblem& problem, const Tensor& y) {
+  Operands operands;
+  operands[Role::queries] = &problem.q;
+  operands[Role::keys] = &problem.k;
+  operands[Role::values] = &problem.v;
+  operands[Role::mask] = &problem.mask;
+  operands[Role::sinks] = &problem.sinks;
+  operands[Role::y] = &y;
+  return operands;
+}
+
 }  // namespace quantization_mlx::metal

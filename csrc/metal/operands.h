@@ -30,5 +30,6 @@ Operands operands_of(const QuantizeProblem& problem, const std::tuple<at::Tensor
 // sum: undefined where nothing is added.
 Operands operands_of(const NormProblem& problem, const at::Tensor& y, const at::Tensor& sum);
 Operands operands_of(const RopeIntoCacheProblem& problem, const at::Tensor& queries);
+Operands operands_of(const AttentionProblem& problem, const at::Tensor& y);
 
 }  // namespace quantization_mlx::metal

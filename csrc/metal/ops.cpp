@@ -1,6 +1,7 @@
 #include "ops.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <string_view>
 #include <utility>
@@ -88,6 +89,15 @@ Tensor run(const RopeIntoCacheProblem& problem) {
   const Tensor queries = at::empty(problem.output(), problem.x.options());
   encode_problem(problem, operands_of(problem, queries));
   return queries;
+}
+
+Tensor run(const AttentionProblem& problem) {
+  if (problem.is_empty()) {
+    return at::zeros(problem.output(), problem.q.options());
+  }
+  const Tensor y = at::empty(problem.output(), problem.q.options());
+  encode_problem(problem, operands_of(problem, y));
+  return y;
 }
 
 }  // namespace quantization_mlx::metal

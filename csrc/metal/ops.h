@@ -26,4 +26,6 @@ std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 
 at::Tensor run(const RopeIntoCacheProblem& problem);
 
+at::Tensor run(const AttentionProblem& problem);
+
 }  // namespace quantization_mlx::metal

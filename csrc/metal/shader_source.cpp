@@ -14,6 +14,10 @@
   FILE(launch, "csrc/gpu/launch.h")                                  \
   FILE(load, "metal/common/load.h")                                  \
   FILE(metal, "metal/common/metal.h")                                \
+  FILE(attention, "metal/fast/attention.h")                          \
+  FILE(attention_kernels, "metal/fast/attention.metal")              \
+  FILE(attention_tile, "metal/fast/attention_tile.h")                \
+  FILE(attention_tile_kernels, "metal/fast/attention_tile.metal")    \
   FILE(norm, "metal/fast/norm.h")                                    \
   FILE(norm_kernels, "metal/fast/norm.metal")                        \
   FILE(rope_into_cache, "metal/fast/rope_into_cache.h")              \

@@ -21,6 +21,7 @@ _OPS = (
     "layer_norm",
     "add_rms_norm",
     "rope_into_cache",
+    "scaled_dot_product_attention",
 )
 
 
