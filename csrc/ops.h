@@ -57,6 +57,7 @@ inline constexpr Op<RopeIntoCacheProblem> rope_into_cache;
 inline constexpr Op<SampleProblem> sample;
 inline constexpr Op<RouterProblem> moe_router;
 inline constexpr Op<CombineProblem> moe_combine;
+inline constexpr Op<AttentionProblem> scaled_dot_product_attention;
 
 template <typename Visitor>
 void for_each(const Visitor& visit) {
@@ -71,6 +72,7 @@ void for_each(const Visitor& visit) {
   visit(sample);
   visit(moe_router);
   visit(moe_combine);
+  visit(scaled_dot_product_attention);
 }
 
 }  // namespace ops

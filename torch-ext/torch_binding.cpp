@@ -201,6 +201,11 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "Tensor logits, int k, str scoring, Tensor? bias, int groups, int groups_used, bool normalise, float scale",
       "(Tensor, Tensor)");
   define_with_twin("moe_combine", "Tensor y, Tensor weights, Tensor? residual", "Tensor");
+  define_with_twin(
+      "scaled_dot_product_attention",
+      "Tensor q, Tensor k, Tensor v, *, float scale, Tensor? mask=None, bool causal=False, Tensor? sinks=None, "
+      "int? window=None",
+      "Tensor");
 
   [&m]<size_t... index>(std::index_sequence<index...>) {
     (define_explicit<index>(m), ...);
@@ -221,7 +226,8 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "_decode_attention(Tensor x, Tensor cosines, Tensor sines, Tensor(a!) keys, Tensor(b!) values, int position, "
       "float scaling, Tensor? query_norm=None, Tensor? key_norm=None, float epsilon=0.0) -> Tensor");
   m.def(
-      "_decoder_steps(Tensor x, Tensor cosines, Tensor sines, Tensor(a!)[] keys, Tensor(b!)[] values, int position, "
+      "_decoder_steps(Tensor x, Tensor cosines, Tensor sines, Tensor(a!)[] keys, Tensor(b!)[] values, int "
+      "position, "
       "Tensor[] norms, Tensor?[] products, int[] formats, float scaling, float epsilon) -> Tensor");
 }
 
@@ -249,6 +255,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("sample", autograd::sample);
   m.impl("moe_router", autograd::moe_router);
   m.impl("moe_combine", autograd::moe_combine);
+  m.impl("scaled_dot_product_attention", autograd::scaled_dot_product_attention);
   for (const char* op : generation_ops) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }

@@ -312,6 +312,7 @@ std::string describe(const SampleProblem&) { return described(nullptr); }
 std::string describe(const RouterProblem&) { return described(nullptr); }
 
 std::string describe(const CombineProblem&) { return described(nullptr); }
+std::string describe(const AttentionProblem&) { return described(nullptr); }
 
 Tensor run(const MatmulProblem& problem) {
   Tensor y = empty_result(problem);

@@ -63,18 +63,42 @@ struct Product {
   bool has_offset() const { return biases != nullptr || format.zero != 0.0f; }
 };
 
-// One query position of the heads that share keys and values, against all positions up to it.
+// What is added to scores, or which of them count, by row of an Attention.
+struct AttentionMask {
+  enum class Kind : uint8_t { none, visible, added };  // visible: bytes, 0 for what is hidden
+
+  Kind kind = Kind::none;
+  Real type = Real::float32;  // of what is added
+  const void* const* rows = nullptr;  // where key 0 of each row is
+  int64_t stride = 0;  // elements from one key to the next
+};
+
+// How many rows one call takes, and how many keys it takes at a time at most.
+constexpr int64_t attention_rows = 96;
+constexpr int64_t attention_keys = 128;
+
+// Queries of heads that share keys and values, against keys [begin, end). A row's result is the sum of its weights,
+// exp(score - maximum), times values, yet to be divided by the sum of the weights; maximum is that of its scores, and
+// the lowest finite number where it sees nothing, with sums and a result of 0. Strides count elements.
 struct Attention {
   Real type;  // of keys and values
-  int64_t heads;
-  int64_t dim;  // a multiple of 32
-  int64_t length;
-  const float* queries;  // [heads, dim]
-  const void* keys;  // [length, dim]
-  const void* values;  // [length, dim]
-  float* scores;  // working memory: [heads, score_stride]
-  int64_t score_stride;  // at least length, and a multiple of 16
-  float* result;  // [heads, dim]
+  int64_t rows;  // 1 to attention_rows
+  int64_t dim;
+  int64_t value_dim;
+  int64_t begin;
+  int64_t end;
+  const float* queries;  // [rows, dim], times the scale
+  const void* keys;
+  int64_t key_stride;
+  const void* values;
+  int64_t value_stride;
+  const int64_t* first;  // each row sees keys [first, last); null where it sees all
+  const int64_t* last;
+  AttentionMask mask;
+  float* workspace;  // attention_workspace(dim, value_dim)
+  float* maxima;  // [rows]
+  float* sums;  // [rows]
+  float* result;  // [rows, value_dim]
 };
 
 // The tokens of a row that may be drawn, as sampling.h describes them.
@@ -84,6 +108,10 @@ struct Sampling {
   uint32_t farthest;  // distance
   float scale;
 };
+constexpr int64_t attention_workspace(int64_t dim, int64_t value_dim) {
+  const int64_t of_keys = attention_keys * (dim + value_dim + 2 * 16 + attention_rows);
+  return of_keys + attention_rows * (dim + value_dim + 2) + 16 * 16;
+}
 
 // What stands between the products of a decoder.
 struct DecoderKernels {

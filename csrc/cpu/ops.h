@@ -37,6 +37,7 @@ at::Tensor run(const SampleProblem& problem);
 std::tuple<at::Tensor, at::Tensor> run(const RouterProblem& problem);
 
 at::Tensor run(const CombineProblem& problem);
+at::Tensor run(const AttentionProblem& problem);
 
 // silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
 at::Tensor silu_mul(const at::Tensor& x);
@@ -105,5 +106,6 @@ std::string describe(const RopeIntoCacheProblem& problem);
 std::string describe(const SampleProblem& problem);
 std::string describe(const RouterProblem& problem);
 std::string describe(const CombineProblem& problem);
+std::string describe(const AttentionProblem& problem);
 
 }  // namespace quantization_mlx::cpu

@@ -36,7 +36,12 @@ std::string describe(const Plan& plan, const Target& target) {
       {QUANTIZATION_MLX_HAS_KEY_NORM, "has_key_norm"},
       {QUANTIZATION_MLX_HAS_ANGLES, "has_angles"},
       {QUANTIZATION_MLX_HAS_SEEDS, "has_seeds"},
-      {QUANTIZATION_MLX_HAS_PREVIOUS, "has_previous"}};
+      {QUANTIZATION_MLX_HAS_PREVIOUS, "has_previous"},
+      {QUANTIZATION_MLX_CAUSAL, "causal"},
+      {QUANTIZATION_MLX_HAS_BOOL_MASK, "has_bool_mask"},
+      {QUANTIZATION_MLX_HAS_ADDED_MASK, "has_added_mask"},
+      {QUANTIZATION_MLX_HAS_SINKS, "has_sinks"},
+      {QUANTIZATION_MLX_SPLIT_KEYS, "split_keys"}};
   static_assert(std::size(constants) == QUANTIZATION_MLX_CONSTANTS);
   std::ostringstream out;
   const auto list = [&](const auto& items, const auto& write) {
@@ -51,7 +56,7 @@ std::string describe(const Plan& plan, const Target& target) {
   };
   const auto quoted = [&](std::string_view text) { out << '"' << text << '"'; };
   std::vector<Family> excluded;
-  std::copy_if(all_families.begin(), all_families.end(), std::back_inserter(excluded), [&](Family family) {
+  std::copy_if(std::begin(all_families), std::end(all_families), std::back_inserter(excluded), [&](Family family) {
     return target.excluded.contains(family);
   });
   out << "{\"device\": \"mps\", \"gpu\": \"" << target.gpu.architecture << "\", \"excluded\": ";

@@ -159,11 +159,41 @@ struct CombineFacts {
   int32_t is_misaligned;  // whether a tensor begins elsewhere than at a multiple of 16 bytes
 };
 
+struct AttentionFacts {
+  int64_t batch;
+  int64_t query_heads;
+  int64_t key_heads;
+  int64_t queries;
+  int64_t keys;
+  int64_t dim;
+  int64_t value_dim;
+  int64_t q_strides[3];  // of batch, heads and positions; 0 where there is one
+  int64_t k_strides[3];
+  int64_t v_strides[3];
+  int64_t mask_strides[4];
+  int64_t window;
+  int64_t scale;  // the bits of a double
+  int32_t dtype;  // of all tensors but a mask of bool
+  int32_t causal;
+  int32_t has_window;
+  int32_t has_bool_mask;
+  int32_t has_added_mask;
+  int32_t has_sinks;
+  int32_t is_misaligned;  // whether q, k or v begins elsewhere than at a multiple of 16 bytes
+  int32_t reserved;  // without gaps
+};
+
 // EACH(facts), for what is there once for each kind of them.
-#define QUANTIZATION_MLX_FACTS(EACH)                                                                                 \
-  EACH(ProductFacts)                                                                                                 \
-  EACH(DequantizeFacts) EACH(QuantizeFacts) EACH(NormFacts) EACH(RopeCacheFacts) EACH(SampleFacts) EACH(RouterFacts) \
-      EACH(CombineFacts)
+#define QUANTIZATION_MLX_FACTS(EACH) \
+  EACH(ProductFacts)                 \
+  EACH(DequantizeFacts)              \
+  EACH(QuantizeFacts)                \
+  EACH(NormFacts)                    \
+  EACH(RopeCacheFacts)               \
+  EACH(SampleFacts)                  \
+  EACH(RouterFacts)                  \
+  EACH(CombineFacts)                 \
+  EACH(AttentionFacts)
 
 // Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
 c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
@@ -175,6 +205,7 @@ c10::SmallVector<RopeCacheFacts, 1> facts_of(const RopeIntoCacheProblem& problem
 c10::SmallVector<SampleFacts, 1> facts_of(const SampleProblem& problem);
 c10::SmallVector<RouterFacts, 1> facts_of(const RouterProblem& problem);
 c10::SmallVector<CombineFacts, 1> facts_of(const CombineProblem& problem);
+c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem);
 
 // Compares and hashes plain data without gaps as bytes.
 struct Bytewise {

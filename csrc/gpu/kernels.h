@@ -76,6 +76,33 @@
   KERNEL("moe_router_512" after, moe_router<T, 16>) \
   KERNEL("moe_combine" after, moe_combine<T, T>)    \
   KERNEL("moe_combine_float32_weights" after, moe_combine<T, float>)
+// --- Attention, of a type alone
+// ---------------------------------------------------------------------------------------
+
+// By the largest head size, which the elements of a lane are for. More rows hold too many of them.
+#define ATTENTION_KERNELS(KERNEL, after, T)                                \
+  ATTENTION_ROWS_4(KERNEL, "attention_64" after, T, 2, 1, 1)               \
+  KERNEL("attention_64" after "_rows_8", attention_vector<T, 2, 1, 1, 8>)  \
+  ATTENTION_ROWS_4(KERNEL, "attention_128" after, T, 4, 1, 1)              \
+  KERNEL("attention_128" after "_rows_8", attention_vector<T, 4, 1, 1, 8>) \
+  ATTENTION_ROWS_4(KERNEL, "attention_256" after, T, 8, 1, 1)              \
+  ATTENTION_ROWS_2(KERNEL, "attention_576" after, T, 4, 5, 4)              \
+  KERNEL("attention_combine" after, attention_combine<T>)
+
+#define ATTENTION_ROWS_4(KERNEL, name, T, ...)   \
+  ATTENTION_ROWS_2(KERNEL, name, T, __VA_ARGS__) \
+  KERNEL(name "_rows_4", attention_vector<T, __VA_ARGS__, 4>)
+
+#define ATTENTION_ROWS_2(KERNEL, name, T, ...)      \
+  KERNEL(name, attention_vector<T, __VA_ARGS__, 1>) \
+  KERNEL(name "_rows_2", attention_vector<T, __VA_ARGS__, 2>)
+
+// By the largest head size; of float32, whose blocks take twice the memory, up to 128.
+#define ATTENTION_TILE_KERNELS(KERNEL, after, T)           \
+  KERNEL("attention_tile_64" after, attention_tile<T, 64>) \
+  KERNEL("attention_tile_128" after, attention_tile<T, 128>)
+
+#define ATTENTION_TILE_HALF_KERNELS(KERNEL, after, T) KERNEL("attention_tile_256" after, attention_tile<T, 256>)
 
 // --- Tiles ---------------------------------------------------------------------------------------------------------
 

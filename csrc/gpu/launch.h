@@ -22,7 +22,12 @@
 #define QUANTIZATION_MLX_HAS_ANGLES 10
 #define QUANTIZATION_MLX_HAS_SEEDS 11  // sample: those that are given
 #define QUANTIZATION_MLX_HAS_PREVIOUS 12
-#define QUANTIZATION_MLX_CONSTANTS 13  // how many there are
+#define QUANTIZATION_MLX_CAUSAL 13  // attention: queries see no later keys
+#define QUANTIZATION_MLX_HAS_BOOL_MASK 14
+#define QUANTIZATION_MLX_HAS_ADDED_MASK 15
+#define QUANTIZATION_MLX_HAS_SINKS 16
+#define QUANTIZATION_MLX_SPLIT_KEYS 17  // parts of the keys are put together by another launch
+#define QUANTIZATION_MLX_CONSTANTS 18  // how many there are
 
 // How moe_router scores experts.
 #define ROUTER_SOFTMAX 0
@@ -113,6 +118,14 @@ inline constexpr float router_epsilon() { return 1e-20f; }
 
 // moe_combine: adjacent columns of a thread.
 inline constexpr int combine_elements() { return 4; }
+// Attention of few queries: simdgroups of a threadgroup; of what puts parts together, threads.
+inline constexpr int attention_simdgroups() { return 4; }
+inline constexpr int attention_combine_threads() { return 64; }
+
+// Attention of many queries: rows of a block, simdgroups of a threadgroup, and keys of a step, by the bytes of a head.
+inline constexpr int attention_tile_rows() { return 32; }
+inline constexpr int attention_tile_simdgroups() { return 4; }
+inline constexpr int attention_tile_keys(int head_bytes) { return head_bytes <= 256 ? 32 : 16; }
 
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
@@ -230,6 +243,42 @@ struct CombineParams {
 struct CallNumbers {
   int64_t seed;
   int64_t offset;
+};
+
+// Of [batch, heads, positions, ...], in elements.
+struct HeadStrides {
+  int64_t batch;
+  int64_t head;
+  int64_t position;
+};
+
+// y [batch, heads, queries, value_dim], contiguous. A head of keys serves `group` heads of queries.
+struct AttentionParams {
+  HeadStrides q;
+  HeadStrides k;
+  HeadStrides v;
+  HeadStrides mask;  // positions: queries
+  int64_t mask_key_stride;
+  int key_heads;
+  int group;
+  int queries;
+  int keys;
+  int dim;
+  int value_dim;
+  int window;  // keys that a causal query sees at most
+  int first_key;  // where the first part begins
+  int parts;
+  int part_keys;
+  float scale;
+};
+
+// y of partial sums float32 [batch, heads, queries, parts, value_dim + 2]: of weights times values, and behind them
+// the largest score and the sum of weights.
+struct AttentionCombineParams {
+  int parts;
+  int value_dim;
+  int queries;
+  int heads;
 };
 
 }  // namespace quantization_mlx

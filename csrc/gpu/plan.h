@@ -19,21 +19,26 @@
 namespace quantization_mlx::gpu {
 
 // Kernels that can stand in for one another, the fastest first. A plan takes the first one that serves the problem.
-enum class Family : uint8_t {
-  tensor,
-  tile,
-  matvec,
-  quantize,
-  dequantize,
-  norm,
-  rope_into_cache,
-  sample,
-  router,
-  combine
-};
-inline constexpr std::array all_families{Family::tensor,     Family::tile,   Family::matvec,          Family::quantize,
-                                         Family::dequantize, Family::norm,   Family::rope_into_cache, Family::sample,
-                                         Family::router,     Family::combine};
+#define QUANTIZATION_MLX_FAMILIES(EACH) \
+  EACH(tensor)                          \
+  EACH(tile)                            \
+  EACH(matvec)                          \
+  EACH(quantize)                        \
+  EACH(dequantize)                      \
+  EACH(norm)                            \
+  EACH(rope_into_cache)                 \
+  EACH(attention)                       \
+  EACH(sample)                          \
+  EACH(router)                          \
+  EACH(combine)
+
+#define ENUMERATOR(name) name,
+enum class Family : uint8_t { QUANTIZATION_MLX_FAMILIES(ENUMERATOR) };
+#undef ENUMERATOR
+
+#define FAMILY(name) Family::name,
+inline constexpr Family all_families[] = {QUANTIZATION_MLX_FAMILIES(FAMILY)};
+#undef FAMILY
 
 const char* name_of(Family family);
 
@@ -52,34 +57,45 @@ struct Target {
   Families excluded;
 };
 
-// The tensors that kernels take, by the part they play.
-enum class Role : uint8_t {
-  none,  // an argument that this kernel does not use
-  x,  // also what quantize reads
-  w,  // packed words, read or written
-  scales,
-  biases,
-  global_scale,
-  y,
-  partial_sums,  // float32 workspace
-  lhs_indices,
-  rhs_indices,
-  residual,  // what is added to x
-  weight,
-  bias,
-  sum,  // of x and residual
-  query_norm,
-  key_norm,
-  cosines,
-  sines,
-  keys,
-  values,
-  seeds,
-  previous,  // tokens
-  numbers,  // CallNumbers, no tensor
-  experts,  // indices
-};
-inline constexpr int role_count = 24;
+// What kernels take, by the part that it plays. "none": an argument that this kernel does not use; x: also what
+// quantize reads; w: packed words, read or written; partial_sums: the float32 workspace; residual: what is added to x,
+// and sum both together; numbers: CallNumbers, no tensor; experts: indices.
+#define QUANTIZATION_MLX_ROLES(EACH) \
+  EACH(none)                         \
+  EACH(x)                            \
+  EACH(w)                            \
+  EACH(scales)                       \
+  EACH(biases)                       \
+  EACH(global_scale)                 \
+  EACH(y)                            \
+  EACH(partial_sums)                 \
+  EACH(lhs_indices)                  \
+  EACH(rhs_indices)                  \
+  EACH(residual)                     \
+  EACH(weight)                       \
+  EACH(bias)                         \
+  EACH(sum)                          \
+  EACH(query_norm)                   \
+  EACH(key_norm)                     \
+  EACH(cosines)                      \
+  EACH(sines)                        \
+  EACH(queries)                      \
+  EACH(keys)                         \
+  EACH(values)                       \
+  EACH(mask)                         \
+  EACH(sinks)                        \
+  EACH(seeds)                        \
+  EACH(previous)                     \
+  EACH(numbers)                      \
+  EACH(experts)
+
+#define ENUMERATOR(name) name,
+enum class Role : uint8_t { QUANTIZATION_MLX_ROLES(ENUMERATOR) };
+#undef ENUMERATOR
+
+#define ONE(name) +1
+inline constexpr int role_count = 0 QUANTIZATION_MLX_ROLES(ONE);
+#undef ONE
 
 const char* name_of(Role role);
 
@@ -110,7 +126,7 @@ struct Launch {
   std::array<Argument, 10> arguments;  // by buffer index; params_index is left out
   int argument_count = 0;
   int params_index = 0;
-  std::array<std::byte, sizeof(GatherParams)> params;
+  std::array<std::byte, std::max({sizeof(GatherParams), sizeof(AttentionParams)})> params;
   int params_size = 0;
   std::array<uint32_t, 3> threadgroups;
 };
@@ -131,6 +147,7 @@ inline const RopeIntoCacheProblem& with_kernel_dtype(const RopeIntoCacheProblem&
 inline const SampleProblem& with_kernel_dtype(const SampleProblem& problem) { return problem; }
 inline const RouterProblem& with_kernel_dtype(const RouterProblem& problem) { return problem; }
 inline const CombineProblem& with_kernel_dtype(const CombineProblem& problem) { return problem; }
+inline const AttentionProblem& with_kernel_dtype(const AttentionProblem& problem) { return problem; }
 
 // Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and RuntimeError where every family is
 // excluded; op: the name that errors carry.
@@ -142,6 +159,7 @@ Plan plan(const RopeCacheFacts& facts, std::string_view op, const Target& target
 Plan plan(const SampleFacts& facts, std::string_view op, const Target& target);
 Plan plan(const RouterFacts& facts, std::string_view op, const Target& target);
 Plan plan(const CombineFacts& facts, std::string_view op, const Target& target);
+Plan plan(const AttentionFacts& facts, std::string_view op, const Target& target);
 
 // Of a problem with_kernel_dtype.
 template <typename Problem>

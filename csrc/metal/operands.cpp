@@ -93,6 +93,15 @@ Operands operands_of(const CombineProblem& problem, const Tensor& y) {
   operands[Role::x] = &problem.y.tensor;
   operands[Role::weight] = &problem.weights;
   operands[Role::residual] = &problem.residual.tensor;
+}
+
+Operands operands_of(const AttentionProblem& problem, const Tensor& y) {
+  Operands operands;
+  operands[Role::queries] = &problem.q;
+  operands[Role::keys] = &problem.k;
+  operands[Role::values] = &problem.v;
+  operands[Role::mask] = &problem.mask;
+  operands[Role::sinks] = &problem.sinks;
   operands[Role::y] = &y;
   return operands;
 }

@@ -35,5 +35,6 @@ Operands operands_of(const RopeIntoCacheProblem& problem, const at::Tensor& quer
 Operands operands_of(const SampleProblem& problem, const at::Tensor& tokens);
 Operands operands_of(const RouterProblem& problem, const std::tuple<at::Tensor, at::Tensor>& results);
 Operands operands_of(const CombineProblem& problem, const at::Tensor& y);
+Operands operands_of(const AttentionProblem& problem, const at::Tensor& y);
 
 }  // namespace quantization_mlx::metal

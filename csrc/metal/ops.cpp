@@ -1,6 +1,7 @@
 #include "ops.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <string_view>
 #include <utility>
@@ -104,6 +105,15 @@ std::tuple<Tensor, Tensor> run(const RouterProblem& problem) {
 
 Tensor run(const CombineProblem& problem) {
   const Tensor y = at::empty(problem.output, problem.y.tensor.options());
+  encode_problem(problem, operands_of(problem, y));
+  return y;
+}
+
+Tensor run(const AttentionProblem& problem) {
+  if (problem.is_empty()) {
+    return at::zeros(problem.output(), problem.q.options());
+  }
+  const Tensor y = at::empty(problem.output(), problem.q.options());
   encode_problem(problem, operands_of(problem, y));
   return y;
 }

@@ -32,5 +32,6 @@ at::Tensor run(const SampleProblem& problem);
 std::tuple<at::Tensor, at::Tensor> run(const RouterProblem& problem);
 
 at::Tensor run(const CombineProblem& problem);
+at::Tensor run(const AttentionProblem& problem);
 
 }  // namespace quantization_mlx::metal

@@ -45,6 +45,12 @@ Excluded exclusion(const ProductFacts& facts, Family family) {
 Excluded exclusion(const NormFacts& facts, Family family) {
   return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, facts.kind};
 }
+Excluded exclusion(const RopeCacheFacts& facts, Family family) {
+  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, 0};
+}
+Excluded exclusion(const AttentionFacts& facts, Family family) {
+  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, 0};
+}
 template <typename Facts>
 Excluded exclusion(const Facts& facts, Family family) {
   Format format{};
@@ -65,6 +71,8 @@ std::string described(const Facts& facts) {
 std::string described(const NormFacts& facts) {
   return facts.kind == static_cast<int32_t>(NormProblem::Kind::layer) ? " and layer_norm" : " and rms_norm";
 }
+std::string described(const RopeCacheFacts&) { return ""; }
+std::string described(const AttentionFacts&) { return {}; }
 std::string described(const ProductFacts& facts) {
   return described<ProductFacts>(facts) + " with transpose=" + (facts.transpose != 0 ? "True" : "False");
 }
@@ -123,7 +131,8 @@ bool passes(const Facts& facts, const Launch& launch, const Target& target) {
 }
 
 // The plan with its pipelines; nothing where Metal makes none and another family may serve.
-std::optional<PreparedPlan> prepared_or_excluded(const ProductFacts& facts, Plan plan, const Target& target) {
+template <typename Facts>
+std::optional<PreparedPlan> prepared_of_several(const Facts& facts, Plan plan, const Target& target) {
   for (const Launch& launch : plan.launches) {
     try {
       prepared({{launch}, 0});
@@ -134,6 +143,13 @@ std::optional<PreparedPlan> prepared_or_excluded(const ProductFacts& facts, Plan
     }
   }
   return prepared(std::move(plan));
+}
+
+std::optional<PreparedPlan> prepared_or_excluded(const ProductFacts& facts, Plan plan, const Target& target) {
+  return prepared_of_several(facts, std::move(plan), target);
+}
+std::optional<PreparedPlan> prepared_or_excluded(const AttentionFacts& facts, Plan plan, const Target& target) {
+  return prepared_of_several(facts, std::move(plan), target);
 }
 
 // Nothing stands in for other kernels: Metal's own error is what helps.

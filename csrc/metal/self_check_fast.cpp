@@ -1,6 +1,8 @@
 // Examples of the ops between products.
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include <bit>
@@ -184,6 +186,48 @@ Reason failure(const CombineFacts& facts, const Launch& launch, const Target& ta
   const Tensor result = at::empty(problem.output, problem.y.tensor.options());
   run(gpu::plan(problem, target), operands_of(problem, result));
   return judged(result, expected, dtype);
+}
+
+// The heads and, up to a few, the queries of the call; keys that end within what a simdgroup takes at once, and enough
+// of them where they are cut up.
+Reason failure(const AttentionFacts& facts, const Launch& launch, const Target& target) {
+  constexpr int64_t most_rows = 70;
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const int64_t group = facts.query_heads / facts.key_heads;
+  const int64_t queries = std::min(facts.queries, std::max<int64_t>(most_rows / group, 1));
+  const bool is_split = is_set(launch.kernel, QUANTIZATION_MLX_SPLIT_KEYS) || launch.argument_count == 3;
+  const int64_t key_heads = is_split ? 1 : 2;
+  const int64_t keys = is_split ? 1033 : 203;
+  const int64_t shift = is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X) ? 0 : 1;
+  Maker make{at::Device(at::kCPU)};
+  const auto heads = [&](int64_t count, int64_t length, int64_t dim) {
+    return make.uniform({1, count, length, dim + shift}, dtype, -1.0f, 1.0f);
+  };
+  // A view that begins as it does on the other device.
+  const auto shifted = [&](const Tensor& tensor) { return tensor.narrow(-1, shift, tensor.size(-1) - shift); };
+  const Tensor q = heads(key_heads * group, queries, facts.dim);
+  const Tensor k = heads(key_heads, keys, facts.dim);
+  const Tensor v = heads(key_heads, keys, facts.value_dim);
+  OptionalTensor mask;
+  if (facts.has_bool_mask) {
+    mask = make.tensor<bool>({queries, keys}, at::kBool, at::kBool, [&] { return make.bits() % 4 != 0; });
+  } else if (facts.has_added_mask) {
+    mask = make.uniform({queries, keys}, dtype, -2.0f, 2.0f);
+  }
+  OptionalTensor sinks;
+  if (facts.has_sinks) {
+    sinks = make.uniform({key_heads * group}, dtype, 2.0f, 4.0f);
+  }
+  const std::optional<int64_t> window = facts.has_window ? std::optional(keys - 40) : std::nullopt;
+  const double scale = 2.0 / std::sqrt(static_cast<double>(facts.dim));
+  const Tensor expected =
+      ops::scaled_dot_product_attention(shifted(q), shifted(k), shifted(v), scale, mask, facts.causal, sinks, window);
+  const AttentionProblem problem = AttentionProblem::check(
+      shifted(q.to(mps)), shifted(k.to(mps)), shifted(v.to(mps)), scale, on_mps(mask), facts.causal, on_mps(sinks),
+      window);
+  const Tensor y = at::empty(problem.output(), problem.q.options());
+  run(gpu::plan(problem, target), operands_of(problem, y));
+  return judged(y, expected, dtype);
 }
 
 }  // namespace quantization_mlx::metal

@@ -17,6 +17,10 @@
   FILE(metal, "metal/common/metal.h")                                \
   FILE(moe, "metal/fast/moe.h")                                      \
   FILE(moe_kernels, "metal/fast/moe.metal")                          \
+  FILE(attention, "metal/fast/attention.h")                          \
+  FILE(attention_kernels, "metal/fast/attention.metal")              \
+  FILE(attention_tile, "metal/fast/attention_tile.h")                \
+  FILE(attention_tile_kernels, "metal/fast/attention_tile.metal")    \
   FILE(norm, "metal/fast/norm.h")                                    \
   FILE(norm_kernels, "metal/fast/norm.metal")                        \
   FILE(rope_into_cache, "metal/fast/rope_into_cache.h")              \

@@ -223,4 +223,47 @@ struct RopeIntoCacheProblem {
 
 inline std::string_view op_of(const RopeIntoCacheProblem&) { return RopeIntoCacheProblem::name; }
 
+// softmax(scale * q @ k.T + mask) @ v, the heads of q sharing those of k and v.
+struct AttentionProblem {
+  static constexpr const char* name = "scaled_dot_product_attention";
+  static constexpr int64_t most_dim = 576;  // DeepSeek's latent attention has these two
+  static constexpr int64_t most_value_dim = 512;
+  // causal: query i sees keys up to keys - queries + i, and with a window only that many of them.
+  template <typename Result>
+  using Schema = Result(
+      const at::Tensor& q,
+      const at::Tensor& k,
+      const at::Tensor& v,
+      double scale,
+      const std::optional<at::Tensor>& mask,
+      bool causal,
+      const std::optional<at::Tensor>& sinks,
+      std::optional<int64_t> window);
+  static Schema<AttentionProblem> check;
+  static Schema<at::Tensor> meta;
+
+  // All of the result's dtype but for a mask of bool; the elements of a head of q, k and v are side by side.
+  at::Tensor q;  // [batch, query heads, queries, dim]
+  at::Tensor k;  // [batch, key heads, keys, dim]
+  at::Tensor v;  // [batch, key heads, keys, value_dim]
+  at::Tensor mask;  // [batch, query heads, queries, keys], of any strides; undefined where there is none
+  at::Tensor sinks;  // [query heads], contiguous; or undefined
+  double scale;
+  bool causal;
+  std::optional<int64_t> window;
+
+  at::Device device() const { return q.device(); }
+  int64_t batch() const { return q.size(0); }
+  int64_t query_heads() const { return q.size(1); }
+  int64_t key_heads() const { return k.size(1); }
+  int64_t queries() const { return q.size(2); }
+  int64_t keys() const { return k.size(2); }
+  int64_t dim() const { return q.size(3); }
+  int64_t value_dim() const { return v.size(3); }
+  Sizes<int64_t> output() const { return {batch(), query_heads(), queries(), value_dim()}; }
+  bool is_empty() const { return batch() == 0 || queries() == 0 || keys() == 0; }  // the result is zeros
+};
+
+inline std::string_view op_of(const AttentionProblem&) { return AttentionProblem::name; }
+
 }  // namespace quantization_mlx

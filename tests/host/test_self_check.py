@@ -119,6 +119,55 @@ MOE_MUTANTS = {
     "residual": ("combine", "token * params.residual_stride", "params.residual_stride"),
 }
 
+# Of attention: part of a kernel's name, a text of it and another, the family, and the queries, keys and options of a
+# call that needs it.
+ATTENTION_MUTANTS = {
+    "the last key": ("_64_float16", "key < mask.last", "key < mask.last - 1", "attention", (1, 50), {}),
+    "the window": ("_64_float16", "key >= mask.first", "key > mask.first", "attention", (2, 50), {"window": 9}),
+    "the last row": (
+        "_64_float16",
+        "first_row + row < row_count",
+        "first_row + row + 1 < row_count",
+        "attention",
+        (3, 50),
+        {},
+    ),
+    "parts of the keys": (
+        "_64_float16",
+        "part_begin + params.part_keys,",
+        "part_begin + params.part_keys - 1,",
+        "attention",
+        (1, 2000),
+        {},
+    ),
+    "parts put together": (
+        "_combine_",
+        "fma(factor, own[element], sum)",
+        "own[element] + sum",
+        "attention",
+        (1, 2000),
+        {},
+    ),
+    "sinks": (
+        "_64_float16",
+        "has_sinks ? max(maximum, sink) : maximum",
+        "max(maximum, sink + 1.0f)",
+        "attention",
+        (1, 50),
+        {},
+    ),
+    "blocks that hide nothing": (
+        "_tile_",
+        "begin + keys > seen_end",
+        "begin + keys > seen_end + 1",
+        "tile",
+        (40, 40),
+        {"mask": "causal"},
+    ),
+    "weights of a tile": ("_tile_", "weights *= factor;", "", "tile", (40, 90), {}),
+    "values of a tile": ("_tile_", "left > 0 ? row * stride", "left > 0 ? (row & 15) * stride", "tile", (40, 90), {}),
+}
+
 
 @contextmanager
 def compiled_as(mutant: Mutant) -> Iterator[list[str]]:
@@ -182,6 +231,38 @@ def test_wrong_mixture_is_refused(name, monkeypatch, capfd):
         else:
             fast.moe_combine(x[:, None], x[:, :1], residual=x)
     assert f'family "{family}" fails its self-check for Float on' in capfd.readouterr().err
+    mps.clear()
+
+
+@pytest.mark.parametrize("name", ATTENTION_MUTANTS)
+def test_wrong_attention_is_found(name, monkeypatch, capfd):
+    kernel, old, new, family, (queries, keys), options = ATTENTION_MUTANTS[name]
+    monkeypatch.setenv("CI", "")  # where the check itself would be an error
+    software_gpu.install()
+    q, k = (
+        oracle.random_x(1, 4, queries, 64).to(torch.float16),
+        oracle.random_x(1, 2, keys, 64, seed=2).to(torch.float16),
+    )
+    if name == "sinks":
+        options = {"sinks": torch.full((4,), 3.0, dtype=torch.float16)}
+    if "window" in options:
+        options = {**options, "mask": "causal"}
+
+    def call(device: str) -> Tensor:
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+        q_, k_ = q.to(device), k.to(device)
+        return fast.scaled_dot_product_attention(q_, k_, k_.flip(3), scale=0.125, **moved).cpu()
+
+    gpu = f"applegpu_g{800 + list(ATTENTION_MUTANTS).index(name)}p"
+    with mps.gpu(gpu, 2600), compiled_as(Mutant(kernel, old, new, queries)) as changed:
+        if family == "tile":  # the other form takes its place
+            torch.testing.assert_close(call("mps"), call("cpu"), rtol=1e-2, atol=1e-2)
+        else:
+            with pytest.raises(RuntimeError, match="every kernel family that could serve failed"):
+                call("mps")
+    found = capfd.readouterr().err
+    assert changed and f'family "{family}" fails its self-check for Half on' in found and changed[0] in found
+    assert not mps.errors()
     mps.clear()
 
 

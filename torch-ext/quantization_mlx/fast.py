@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ._ops import ops
 
-__all__ = ["add_rms_norm", "layer_norm", "moe_combine", "moe_router", "rms_norm", "rope_into_cache", "sample"]
+__all__ = [
+    *("add_rms_norm", "layer_norm", "moe_combine", "moe_router", "rms_norm", "rope_into_cache", "sample"),
+    "scaled_dot_product_attention",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -201,3 +204,47 @@ def moe_combine(y: Tensor, weights: Tensor, *, residual: Tensor | None = None) -
         residual: ``[..., H]``, such as the result of a shared expert; None for 0.
     """
     return ops.moe_combine(y, weights, residual)
+
+
+def scaled_dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: str | Tensor | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """``softmax(scale * q @ k.T + mask) @ v`` for each head; scores and weights are float32.
+
+    Adjacent heads of q share a head of k and v: Hq is a multiple of Hk, and k and v are not repeated for it. k and v
+    may be parts of larger tensors, such as a cache with room for more positions, and any of the three may be
+    transposed views: only where the elements of a head do not lie side by side is anything copied.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``.
+        k: ``[B, Hk, Tk, D]``; D at most 576.
+        v: ``[B, Hk, Tk, Dv]``; Dv at most 512.
+        scale: of the scores, mostly ``D ** -0.5``.
+        mask: None; ``"causal"``, by which query i sees keys up to ``Tk - Tq + i``, so that the last query is that of
+            the last key; or what broadcasts to ``[B, Hq, Tq, Tk]``: of bool, True for the keys that a query sees, else
+            added to the scores, of a dtype that promotes to the result's.
+        sinks: ``[Hq]``, a score for each head that takes part in the softmax and has no value; of a dtype that promotes
+            to the result's. As in gpt-oss.
+        window: with ``"causal"``, a query sees the last so many keys up to its own. Not in MLX; as Transformers'
+            ``sliding_window``.
+
+    Returns:
+        ``[B, Hq, Tq, Dv]``, contiguous. A query that sees no key has zeros, as in torch, where MLX has the mean of v
+        for a mask of bool and NaN for -inf that are added.
+    """
+    is_name = isinstance(mask, str)
+    if is_name and mask != "causal":
+        raise ValueError(
+            f'[scaled_dot_product_attention] mask is "{mask}"; it must be "causal", a tensor of bool or of what is '
+            "added to the scores, or None."
+        )
+    return ops.scaled_dot_product_attention(
+        q, k, v, scale=scale, mask=None if is_name else mask, causal=is_name, sinks=sinks, window=window
+    )

@@ -24,6 +24,7 @@ _OPS = (
     "sample",
     "moe_router",
     "moe_combine",
+    "scaled_dot_product_attention",
 )
 
 

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "../kernels.h"
+#include "../memory.h"
 #include "../ops.h"
 #include "../parallel.h"
 #include "scratch.h"
@@ -127,19 +128,21 @@ Tensor decode_attention(
   const Real type = real_of(x.scalar_type());
   const int64_t heads = query_heads / key_heads;
   const int64_t length = position + 1;
-  const int64_t stride = (length + 15) / 16 * 16;
 
   // One task for each head of keys.
   const auto attend = [&](int64_t task, int) {
     const int64_t sequence = task / key_heads;
     const int64_t key_head = task % key_heads;
     const int64_t angles = cosines.numel() == dim ? 0 : sequence;
-    Floats memory = floats(dim * (3 + heads) + heads * stride);
+    Floats memory = floats(dim * (3 + 2 * heads) + 2 * heads);
+    WorkingMemory workspace(WorkingMemory::Use::written_by_each);
     float* const cosine = memory.data();
     float* const sine = cosine + dim;
     float* const row = sine + dim;
     float* const queries = row + dim;
-    float* const scores = queries + heads * dim;
+    float* const results = queries + heads * dim;
+    float* const maxima = results + heads * dim;
+    float* const sums = maxima + heads;
     load_row(cosines, angles, dim, cosine);
     load_row(sines, angles, dim, sine);
 
@@ -165,10 +168,24 @@ Tensor decode_attention(
         query[d] *= static_cast<float>(scaling);
       }
     }
-    kernel.attend(
-        {type, heads, dim, length, queries, row_of(keys, task * capacity, dim), row_of(values, task * capacity, dim),
-         scores, stride, queries});
-    store_row(queries, y, task, heads * dim);
+    for (int64_t head = 0; head < heads; head += attention_rows) {
+      Attention attention{};
+      attention.type = type;
+      attention.rows = std::min(heads - head, attention_rows);
+      attention.dim = attention.value_dim = attention.key_stride = attention.value_stride = dim;
+      attention.end = length;
+      attention.queries = queries + head * dim;
+      attention.keys = row_of(keys, task * capacity, dim);
+      attention.values = row_of(values, task * capacity, dim);
+      attention.workspace = workspace.floats(attention_workspace(dim, dim));
+      attention.maxima = maxima + head;
+      attention.sums = sums + head;
+      attention.result = results + head * dim;
+      kernel.attend(attention);
+    }
+    for (int64_t head = 0; head < heads; ++head) {
+      all.from_float32(results + head * dim, 1.0f / sums[head], dim, type, mutable_row_of(y, task * heads + head, dim));
+    }
   };
   parallel_tasks(batch * key_heads, attend, batch * query_heads * length * dim >= task_multiplications);
   return y;

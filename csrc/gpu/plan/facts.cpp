@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
 #include <utility>
 
 namespace quantization_mlx::gpu {
@@ -228,6 +229,44 @@ c10::SmallVector<CombineFacts, 1> facts_of(const CombineProblem& problem) {
   return {CombineFacts{
       static_cast<int32_t>(dtype), problem.weights.scalar_type() != dtype, problem.tokens(), problem.k, problem.length,
       problem.y.stride, problem.residual.stride, residual.defined(), is_misaligned}};
+}
+
+c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem) {
+  if (problem.is_empty()) {
+    return {};
+  }
+  AttentionFacts facts{};
+  facts.batch = problem.batch();
+  facts.query_heads = problem.query_heads();
+  facts.key_heads = problem.key_heads();
+  facts.queries = problem.queries();
+  facts.keys = problem.keys();
+  facts.dim = problem.dim();
+  facts.value_dim = problem.value_dim();
+  // A stride that leads nowhere is whatever its tensor was made with.
+  const auto copy_strides = [](const at::Tensor& tensor, auto& strides) {
+    for (size_t i = 0; i < std::size(strides); ++i) {
+      strides[i] = tensor.size(i) > 1 ? tensor.stride(i) : 0;
+    }
+  };
+  copy_strides(problem.q, facts.q_strides);
+  copy_strides(problem.k, facts.k_strides);
+  copy_strides(problem.v, facts.v_strides);
+  if (problem.mask.defined()) {
+    copy_strides(problem.mask, facts.mask_strides);
+    facts.has_bool_mask = problem.mask.scalar_type() == at::kBool;
+    facts.has_added_mask = !facts.has_bool_mask;
+  }
+  facts.window = problem.window.value_or(0);
+  facts.scale = std::bit_cast<int64_t>(problem.scale);
+  facts.dtype = static_cast<int32_t>(problem.q.scalar_type());
+  facts.causal = problem.causal;
+  facts.has_window = problem.window.has_value();
+  facts.has_sinks = problem.sinks.defined();
+  for (const at::Tensor* tensor : {&problem.q, &problem.k, &problem.v}) {
+    facts.is_misaligned |= static_cast<int32_t>(misalignment_of(*tensor) != 0);
+  }
+  return {facts};
 }
 
 }  // namespace quantization_mlx::gpu

@@ -42,7 +42,11 @@ const std::vector<KernelTable>& kernel_tables() {
       {"norm", std::nullopt, {NORM_KERNELS(ROW, "%", TYPE)}},
       {"rope_into_cache", std::nullopt, {ROPE_CACHE_KERNELS(ROW, "%", TYPE)}},
       {"sample", std::nullopt, {SAMPLE_KERNELS(ROW, "%", TYPE)}},
-      {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE)}}};
+      {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE)}},
+      {"attention", std::nullopt, {ATTENTION_KERNELS(ROW, "%", TYPE)}},
+      {"attention_tile",
+       std::nullopt,
+       {ATTENTION_TILE_KERNELS(ROW, "%", TYPE) ATTENTION_TILE_HALF_KERNELS(ROW, "%", TYPE)}}};
   return all;
 }
 
@@ -103,19 +107,19 @@ Launch launch_of(Family family, const std::string& op, int rows, Format format, 
   TORCH_INTERNAL_ASSERT(false, "kernels.h has no ", name);
 }
 
+#define NAME(name) #name,
+
 const char* name_of(Family family) {
-  constexpr const char* names[] = {"tensor",          "tile",   "matvec", "quantize", "dequantize", "norm",
-                                   "rope_into_cache", "sample", "router", "combine"};
+  constexpr const char* names[] = {QUANTIZATION_MLX_FAMILIES(NAME)};
   return names[static_cast<int>(family)];
 }
 
 const char* name_of(Role role) {
-  constexpr const char* names[role_count] = {
-      "none",        "x",           "w",        "scales", "biases", "global_scale", "y",          "partial_sums",
-      "lhs_indices", "rhs_indices", "residual", "weight", "bias",   "sum",          "query_norm", "key_norm",
-      "cosines",     "sines",       "keys",     "values", "seeds",  "previous",     "numbers",    "experts"};
+  constexpr const char* names[role_count] = {QUANTIZATION_MLX_ROLES(NAME)};
   return names[static_cast<int>(role)];
 }
+
+#undef NAME
 
 std::string no_family_left(std::string_view op, const Target& target) {
   return c10::str(

@@ -32,13 +32,13 @@ _KNOWN_MODELS = {
 _HEAD_MULTIPLE = 32  # of head sizes, in the attention op
 _ROW_MULTIPLE = 16  # of row sizes, in the other ops
 _SPARE_POSITIONS = 256  # added when a cache grows
-_QUERY_BLOCK = 256  # queries of a prompt that are masked together
 _MODES = list(MODES)  # the op for all layers takes a mode's index
 # Keyword arguments that request further outputs; False is the same as None.
 _REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 # The overloads: the fastest way from Python into the dispatcher.
 _add_rms_norm = ops.add_rms_norm.default
+_attention = ops.scaled_dot_product_attention.default
 _decode_attention = ops._decode_attention.default
 _decoder_steps = ops._decoder_steps.default
 _quantized_matmul = ops.quantized_matmul.default
@@ -314,7 +314,8 @@ class _FastLayer(_Forward):
         query, key = (_rotated(states, cosines.unsqueeze(1), sines.unsqueeze(1)) for states in (query, key))
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)
-        return _causal_attention(query, key, value, attention.scaling).transpose(1, 2).flatten(2)
+        y = _attention(query, key, value, scale=attention.scaling, causal=True)
+        return y.transpose(1, 2).flatten(2)
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -334,18 +335,6 @@ def _is_plain_prompt(attention: nn.Module, cache: Any, x: Tensor) -> bool:
         and not attention._forward_pre_hooks
         and not (attention.training and attention.attention_dropout > 0)
     )
-
-
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Of queries [batch, heads, length, head_dim] block by block: torch multiplies with keys that its mask hides."""
-    length = query.shape[2]
-    blocks = []
-    for begin in range(0, length, _QUERY_BLOCK):
-        end = min(begin + _QUERY_BLOCK, length)
-        mask = torch.ones(end - begin, end, dtype=torch.bool).tril_(begin)
-        operands = query[:, :, begin:end], key[:, :, :end], value[:, :, :end], mask
-        blocks.append(F.scaled_dot_product_attention(*operands, scale=scaling, enable_gqa=True))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
 class _FastStack(_Forward):
