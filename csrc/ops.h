@@ -54,6 +54,9 @@ inline constexpr Op<RmsNormProblem> rms_norm;
 inline constexpr Op<LayerNormProblem> layer_norm;
 inline constexpr Op<AddRmsNormProblem> add_rms_norm;
 inline constexpr Op<RopeIntoCacheProblem> rope_into_cache;
+inline constexpr Op<RopeProblem> rope;
+inline constexpr Op<SwigluProblem> swiglu;
+inline constexpr Op<GegluProblem> geglu;
 
 template <typename Visitor>
 void for_each(const Visitor& visit) {
@@ -65,6 +68,9 @@ void for_each(const Visitor& visit) {
   visit(layer_norm);
   visit(add_rms_norm);
   visit(rope_into_cache);
+  visit(rope);
+  visit(swiglu);
+  visit(geglu);
 }
 
 }  // namespace ops

@@ -307,6 +307,10 @@ std::string describe(const NormProblem&) { return described(nullptr); }
 
 std::string describe(const RopeIntoCacheProblem&) { return described(nullptr); }
 
+std::string describe(const RopeProblem&) { return described(nullptr); }
+
+std::string describe(const GateProblem&) { return described(nullptr); }
+
 Tensor run(const MatmulProblem& problem) {
   Tensor y = empty_result(problem);
   if (y.numel() == 0) {

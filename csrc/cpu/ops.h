@@ -32,8 +32,9 @@ std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 // The queries; keys and values are in their caches.
 at::Tensor run(const RopeIntoCacheProblem& problem);
 
-// silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
-at::Tensor silu_mul(const at::Tensor& x);
+at::Tensor run(const RopeProblem& problem);
+
+at::Tensor run(const GateProblem& problem);
 
 // Self-attention of one new token for each sequence. x [batch, 1, (query heads + 2 * key heads) * dim] is its queries,
 // keys and values; queries and keys are normalised if a weight is given, rotated by the angle whose cosines and sines
@@ -96,5 +97,7 @@ std::string describe(const QuantizeProblem& problem);
 std::string describe(const DequantizeProblem& problem);
 std::string describe(const NormProblem& problem);
 std::string describe(const RopeIntoCacheProblem& problem);
+std::string describe(const RopeProblem& problem);
+std::string describe(const GateProblem& problem);
 
 }  // namespace quantization_mlx::cpu

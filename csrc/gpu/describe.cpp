@@ -34,7 +34,9 @@ std::string describe(const Plan& plan, const Target& target) {
       {QUANTIZATION_MLX_HAS_RESIDUAL, "has_residual"},
       {QUANTIZATION_MLX_HAS_QUERY_NORM, "has_query_norm"},
       {QUANTIZATION_MLX_HAS_KEY_NORM, "has_key_norm"},
-      {QUANTIZATION_MLX_HAS_ANGLES, "has_angles"}};
+      {QUANTIZATION_MLX_HAS_ANGLES, "has_angles"},
+      {QUANTIZATION_MLX_HAS_OFFSETS, "has_offsets"},
+      {QUANTIZATION_MLX_HAS_FREQS, "has_freqs"}};
   static_assert(std::size(constants) == QUANTIZATION_MLX_CONSTANTS);
   std::ostringstream out;
   const auto list = [&](const auto& items, const auto& write) {

@@ -20,7 +20,9 @@
 #define QUANTIZATION_MLX_HAS_QUERY_NORM 8  // rope_into_cache
 #define QUANTIZATION_MLX_HAS_KEY_NORM 9
 #define QUANTIZATION_MLX_HAS_ANGLES 10
-#define QUANTIZATION_MLX_CONSTANTS 11  // how many there are
+#define QUANTIZATION_MLX_HAS_OFFSETS 11  // rope
+#define QUANTIZATION_MLX_HAS_FREQS 12
+#define QUANTIZATION_MLX_CONSTANTS 13  // how many there are
 
 namespace quantization_mlx {
 
@@ -91,6 +93,15 @@ inline constexpr int norm_max_threads() { return 1024; }
 
 // rope_into_cache: a simdgroup for each head.
 inline constexpr int rope_cache_simdgroups() { return 4; }
+
+// rope: adjacent pairs of a thread, as many other elements, the most heads that share its angles, and the bits that
+// count pairs where their frequencies follow from a base.
+inline constexpr int rope_pairs() { return 4; }
+inline constexpr int rope_max_heads() { return 8; }
+inline constexpr int rope_max_bits() { return 12; }
+
+// Gates: elements of a thread.
+inline constexpr int gate_elements() { return 8; }
 
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
@@ -167,6 +178,36 @@ struct RopeCacheParams {
   int position;
   int has_angles_of_sequences;  // cosines and sines [batch, tokens, rotated]; else [tokens, rotated]
   float epsilon;
+};
+
+// y [sequences, heads, length, width], contiguous, from x. Values of two floats, whose sum they are, hold what pairs
+// turn by for one position, in turns: `first` those of pair 0, times powers[i] for each bit i of another pair's number;
+// with freqs, `first` over them.
+struct RopeParams {
+  int64_t sequence_stride;  // of x
+  int64_t head_stride;
+  int64_t position_stride;
+  float first[2];
+  float powers[rope_max_bits()][2];
+  int length;
+  int heads;
+  int width;
+  int pairs;
+  int thread_heads;  // that share a thread's angles
+  int offset_words;  // of 32 bits to an offset, 1 or 2
+  int offset_stride;  // words from one sequence's to the next
+};
+
+// y [rows, length], contiguous.
+struct GateParams {
+  int64_t gates_row_stride;
+  int64_t gates_stride;
+  int64_t values_row_stride;
+  int64_t values_stride;
+  int length;
+  float alpha;
+  float limit;
+  float offset;
 };
 
 }  // namespace quantization_mlx

@@ -19,9 +19,10 @@
 namespace quantization_mlx::gpu {
 
 // Kernels that can stand in for one another, the fastest first. A plan takes the first one that serves the problem.
-enum class Family : uint8_t { tensor, tile, matvec, quantize, dequantize, norm, rope_into_cache };
-inline constexpr std::array all_families{Family::tensor,     Family::tile, Family::matvec,         Family::quantize,
-                                         Family::dequantize, Family::norm, Family::rope_into_cache};
+enum class Family : uint8_t { tensor, tile, matvec, quantize, dequantize, norm, rope_into_cache, rope, gate };
+inline constexpr std::array all_families{Family::tensor,          Family::tile,       Family::matvec,
+                                         Family::quantize,        Family::dequantize, Family::norm,
+                                         Family::rope_into_cache, Family::rope,       Family::gate};
 
 const char* name_of(Family family);
 
@@ -62,8 +63,12 @@ enum class Role : uint8_t {
   sines,
   keys,
   values,
+  gates,
+  offsets,  // of sequences
+  freqs,
+  first_position,  // a number of the call's, not a tensor
 };
-inline constexpr int role_count = 20;
+inline constexpr int role_count = 24;
 
 const char* name_of(Role role);
 
@@ -94,7 +99,7 @@ struct Launch {
   std::array<Argument, 10> arguments;  // by buffer index; params_index is left out
   int argument_count = 0;
   int params_index = 0;
-  std::array<std::byte, sizeof(GatherParams)> params;
+  std::array<std::byte, std::max(sizeof(GatherParams), sizeof(RopeParams))> params;
   int params_size = 0;
   std::array<uint32_t, 3> threadgroups;
 };
@@ -112,6 +117,8 @@ DequantizeProblem with_kernel_dtype(DequantizeProblem problem);
 inline const QuantizeProblem& with_kernel_dtype(const QuantizeProblem& problem) { return problem; }
 inline const NormProblem& with_kernel_dtype(const NormProblem& problem) { return problem; }
 inline const RopeIntoCacheProblem& with_kernel_dtype(const RopeIntoCacheProblem& problem) { return problem; }
+inline const RopeProblem& with_kernel_dtype(const RopeProblem& problem) { return problem; }
+inline const GateProblem& with_kernel_dtype(const GateProblem& problem) { return problem; }
 
 // Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and RuntimeError where every family is
 // excluded; op: the name that errors carry.
@@ -120,6 +127,8 @@ Plan plan(const DequantizeFacts& facts, std::string_view op, const Target& targe
 Plan plan(const QuantizeFacts& facts, std::string_view op, const Target& target);
 Plan plan(const NormFacts& facts, std::string_view op, const Target& target);
 Plan plan(const RopeCacheFacts& facts, std::string_view op, const Target& target);
+Plan plan(const RopeFacts& facts, std::string_view op, const Target& target);
+Plan plan(const GateFacts& facts, std::string_view op, const Target& target);
 
 // Of a problem with_kernel_dtype.
 template <typename Problem>

@@ -69,4 +69,22 @@ Operands operands_of(const RopeIntoCacheProblem& problem, const Tensor& queries)
   return operands;
 }
 
+Operands operands_of(const RopeProblem& problem, const Tensor& y) {
+  Operands operands;
+  operands[Role::x] = &problem.x;
+  operands[Role::offsets] = &problem.offsets;
+  operands[Role::freqs] = &problem.freqs;
+  operands[Role::y] = &y;
+  operands.first_position = problem.offset;
+  return operands;
+}
+
+Operands operands_of(const GateProblem& problem, const Tensor& y) {
+  Operands operands;
+  operands[Role::gates] = &problem.gates.tensor;
+  operands[Role::values] = &problem.values.tensor;
+  operands[Role::y] = &y;
+  return operands;
+}
+
 }  // namespace quantization_mlx::metal

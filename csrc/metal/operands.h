@@ -15,6 +15,8 @@ namespace quantization_mlx::metal {
 // Tensors by Role; null, or undefined, where no launch of the plan names them. partial_sums is made by encode.
 class Operands {
  public:
+  int64_t first_position = 0;  // the value of that role
+
   const at::Tensor*& operator[](gpu::Role role) { return tensors_[static_cast<size_t>(role)]; }
   const at::Tensor* operator[](gpu::Role role) const { return tensors_[static_cast<size_t>(role)]; }
 
@@ -30,5 +32,7 @@ Operands operands_of(const QuantizeProblem& problem, const std::tuple<at::Tensor
 // sum: undefined where nothing is added.
 Operands operands_of(const NormProblem& problem, const at::Tensor& y, const at::Tensor& sum);
 Operands operands_of(const RopeIntoCacheProblem& problem, const at::Tensor& queries);
+Operands operands_of(const RopeProblem& problem, const at::Tensor& y);
+Operands operands_of(const GateProblem& problem, const at::Tensor& y);
 
 }  // namespace quantization_mlx::metal

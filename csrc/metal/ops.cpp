@@ -90,4 +90,16 @@ Tensor run(const RopeIntoCacheProblem& problem) {
   return queries;
 }
 
+Tensor run(const RopeProblem& problem) {
+  const Tensor y = at::empty(problem.output, problem.x.options());
+  encode_problem(problem, operands_of(problem, y));
+  return y;
+}
+
+Tensor run(const GateProblem& problem) {
+  const Tensor y = at::empty(problem.output, problem.gates.tensor.options());
+  encode_problem(problem, operands_of(problem, y));
+  return y;
+}
+
 }  // namespace quantization_mlx::metal

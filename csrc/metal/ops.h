@@ -25,5 +25,8 @@ at::Tensor run(const NormProblem& problem);
 std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 
 at::Tensor run(const RopeIntoCacheProblem& problem);
+at::Tensor run(const RopeProblem& problem);
+
+at::Tensor run(const GateProblem& problem);
 
 }  // namespace quantization_mlx::metal

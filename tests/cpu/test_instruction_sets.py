@@ -13,9 +13,12 @@ from repository import ROOT
 
 VARIABLE = "QUANTIZATION_MLX_CPU"
 CALL = "import torch, quantization_mlx as q; q.quantized_matmul(torch.ones(64), *q.quantize(torch.ones(2, 64)))"
-FILES = ("ops/test_matmul.py", "ops/test_gather.py", "ops/test_norm.py", "models/test_generation.py")
+FILES = (
+    *("ops/test_matmul.py", "ops/test_gather.py", "ops/test_norm.py", "ops/test_rope.py", "ops/test_gates.py"),
+    "models/test_generation.py",
+)
 WANTED = (
-    "(test_generation.py and (silu_mul or decode_attention)) or not "
+    "(test_generation.py and decode_attention) or not "
     "(test_generation.py or mps or usage_example or explicit or 6-bit-720 or wide-n)"
 )
 

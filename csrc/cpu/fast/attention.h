@@ -2,7 +2,8 @@
 // is loaded once for up to 4 heads. Lanes run along the head's dimension.
 #pragma once
 
-#include "rows.h"
+#include "../isa/real.h"
+#include "functions.h"
 
 namespace quantization_mlx::cpu {
 namespace {

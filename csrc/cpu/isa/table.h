@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../fast/attention.h"
+#include "../fast/gates.h"
+#include "../fast/rotation.h"
 #include "../fast/rows.h"
 #include "../product/broadcast.h"
 #include "../product/plain.h"
@@ -19,7 +21,7 @@ int64_t workspace(const Product& product) {
   return tiled > plain ? tiled : plain;
 }
 
-constexpr DecoderKernels decoder_table = {rms_norm, layer_norm, gate, rotate, attend};
+constexpr DecoderKernels decoder_table = {rms_norm, layer_norm, gate, angles, rotate_heads, rotate, attend};
 
 constexpr ProductKernels exact_table{
     broadcast_is_faster,

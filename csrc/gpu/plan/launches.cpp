@@ -40,7 +40,9 @@ const std::vector<KernelTable>& kernel_tables() {
       {"quantize", true, {ROWS(QUANTIZE_KERNELS_columns)}},
       {"sum_parts", std::nullopt, {SUM_KERNELS(ROW, "%", TYPE)}},
       {"norm", std::nullopt, {NORM_KERNELS(ROW, "%", TYPE)}},
-      {"rope_into_cache", std::nullopt, {ROPE_CACHE_KERNELS(ROW, "%", TYPE)}}};
+      {"rope_into_cache", std::nullopt, {ROPE_CACHE_KERNELS(ROW, "%", TYPE)}},
+      {"rope", std::nullopt, {ROPE_KERNELS(ROW, "%", TYPE)}},
+      {"gates", std::nullopt, {GATE_KERNELS(ROW, "%", TYPE)}}};
   return all;
 }
 
@@ -102,15 +104,16 @@ Launch launch_of(Family family, const std::string& op, int rows, Format format, 
 }
 
 const char* name_of(Family family) {
-  constexpr const char* names[] = {"tensor", "tile", "matvec", "quantize", "dequantize", "norm", "rope_into_cache"};
+  constexpr const char* names[] = {"tensor",          "tile", "matvec", "quantize", "dequantize", "norm",
+                                   "rope_into_cache", "rope", "gate"};
   return names[static_cast<int>(family)];
 }
 
 const char* name_of(Role role) {
   constexpr const char* names[role_count] = {
-      "none",         "x",           "w",           "scales",   "biases", "global_scale", "y",
-      "partial_sums", "lhs_indices", "rhs_indices", "residual", "weight", "bias",         "sum",
-      "query_norm",   "key_norm",    "cosines",     "sines",    "keys",   "values"};
+      "none",        "x",           "w",        "scales", "biases", "global_scale", "y",          "partial_sums",
+      "lhs_indices", "rhs_indices", "residual", "weight", "bias",   "sum",          "query_norm", "key_norm",
+      "cosines",     "sines",       "keys",     "values", "gates",  "offsets",      "freqs",      "first_position"};
   return names[static_cast<int>(role)];
 }
 
