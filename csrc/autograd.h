@@ -1,6 +1,6 @@
 // Gradients of the products with respect to x and, in affine mode, to scales and biases, as in MLX; of dequantize with
 // respect to scales and biases. The packed codes have none, and quantize is a constant to its input's gradient. Of the
-// norms, of attention and of moe_combine, with respect to all their tensors; of moe_router's weights, with respect to
+// ops between products, with respect to all their tensors, but of rope to x alone, and of moe_router's weights to its
 // logits. A sampled token has none.
 #pragma once
 
@@ -19,5 +19,8 @@ decltype(SampleProblem::meta) sample;
 decltype(RouterProblem::meta) moe_router;
 decltype(CombineProblem::meta) moe_combine;
 decltype(AttentionProblem::meta) scaled_dot_product_attention;
+decltype(RopeProblem::meta) rope;
+decltype(SwigluProblem::meta) swiglu;
+decltype(GegluProblem::meta) geglu;
 
 }  // namespace quantization_mlx::autograd

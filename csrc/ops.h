@@ -58,6 +58,9 @@ inline constexpr Op<SampleProblem> sample;
 inline constexpr Op<RouterProblem> moe_router;
 inline constexpr Op<CombineProblem> moe_combine;
 inline constexpr Op<AttentionProblem> scaled_dot_product_attention;
+inline constexpr Op<RopeProblem> rope;
+inline constexpr Op<SwigluProblem> swiglu;
+inline constexpr Op<GegluProblem> geglu;
 
 template <typename Visitor>
 void for_each(const Visitor& visit) {
@@ -73,6 +76,9 @@ void for_each(const Visitor& visit) {
   visit(moe_router);
   visit(moe_combine);
   visit(scaled_dot_product_attention);
+  visit(rope);
+  visit(swiglu);
+  visit(geglu);
 }
 
 }  // namespace ops

@@ -133,7 +133,7 @@ Tensor affine_gather_qmm_rhs_nax(
 }
 
 // They have no gradients, and whoever calls them sees to it that none are wanted.
-constexpr const char* generation_ops[] = {"_silu_mul", "_decode_attention", "_decoder_steps"};
+constexpr const char* generation_ops[] = {"_decode_attention", "_decoder_steps"};
 
 // Of a twin, which changes no tensor.
 std::string without_aliases(std::string arguments) {
@@ -206,6 +206,15 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "Tensor q, Tensor k, Tensor v, *, float scale, Tensor? mask=None, bool causal=False, Tensor? sinks=None, "
       "int? window=None",
       "Tensor");
+  // The first position of a sequence is offset and, where there are offsets, its own of these besides.
+  define_with_twin(
+      "rope",
+      "Tensor x, int dims, bool traditional, float? base, float scale, SymInt offset=0, Tensor? offsets=None, "
+      "Tensor? freqs=None",
+      "Tensor");
+  define_with_twin(
+      "swiglu", "Tensor gates, Tensor values, float alpha=1.0, float? limit=None, float offset=0.0", "Tensor");
+  define_with_twin("geglu", "Tensor gates, Tensor values, str approximate='tanh'", "Tensor");
 
   [&m]<size_t... index>(std::index_sequence<index...>) {
     (define_explicit<index>(m), ...);
@@ -221,7 +230,6 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
   m.def("_get_cpu_activations() -> str", cpu::get_activations);
 
   // For one step of generation, by generation.py: on CPU alone, without gradients.
-  m.def("_silu_mul(Tensor x) -> Tensor");
   m.def(
       "_decode_attention(Tensor x, Tensor cosines, Tensor sines, Tensor(a!) keys, Tensor(b!) values, int position, "
       "float scaling, Tensor? query_norm=None, Tensor? key_norm=None, float epsilon=0.0) -> Tensor");
@@ -233,7 +241,6 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
   implement<Cpu>(m);
-  m.impl("_silu_mul", cpu::silu_mul);
   m.impl("_decode_attention", cpu::decode_attention);
   m.impl("_decoder_steps", cpu::decoder_steps);
 }
@@ -256,6 +263,9 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("moe_router", autograd::moe_router);
   m.impl("moe_combine", autograd::moe_combine);
   m.impl("scaled_dot_product_attention", autograd::scaled_dot_product_attention);
+  m.impl("rope", autograd::rope);
+  m.impl("swiglu", autograd::swiglu);
+  m.impl("geglu", autograd::geglu);
   for (const char* op : generation_ops) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }

@@ -313,6 +313,9 @@ std::string describe(const RouterProblem&) { return described(nullptr); }
 
 std::string describe(const CombineProblem&) { return described(nullptr); }
 std::string describe(const AttentionProblem&) { return described(nullptr); }
+std::string describe(const RopeProblem&) { return described(nullptr); }
+
+std::string describe(const GateProblem&) { return described(nullptr); }
 
 Tensor run(const MatmulProblem& problem) {
   Tensor y = empty_result(problem);

@@ -6,6 +6,7 @@
 
 #include "../format.h"
 #include "../sampling.h"
+#include "../functions.h"
 
 namespace quantization_mlx::cpu {
 
@@ -112,6 +113,34 @@ constexpr int64_t attention_workspace(int64_t dim, int64_t value_dim) {
   const int64_t of_keys = attention_keys * (dim + value_dim + 2 * 16 + attention_rows);
   return of_keys + attention_rows * (dim + value_dim + 2) + 16 * 16;
 }
+// A row of gates and values; strides count elements.
+struct GatedRow {
+  Gate kind;
+  Real type;
+  const uint8_t* gates;
+  const uint8_t* values;
+  int64_t gates_stride;
+  int64_t values_stride;
+  int64_t count;
+  float alpha;  // of swiglu
+  float limit;  // of gates from above, of values from both sides; infinity for none
+  float offset;  // added to values
+  uint8_t* y;
+};
+
+// The elements of several heads that are turned by the angles of one position; strides count elements.
+struct Rotation {
+  Real type;
+  bool traditional;  // pairs are neighbours; else they are `pairs` elements apart
+  int64_t pairs;
+  int64_t heads;
+  const uint8_t* x;
+  int64_t x_stride;
+  uint8_t* y;
+  int64_t y_stride;
+  const float* cosines;  // of each pair or, where traditional, of each element
+  const float* sines;  // likewise, and there negative for the first of a pair; both go on to whole vectors
+};
 
 // What stands between the products of a decoder.
 struct DecoderKernels {
@@ -119,8 +148,11 @@ struct DecoderKernels {
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* y);
   // (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, likewise.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* y);
-  // silu(gates) * values; y may be either; n is a multiple of 16.
-  void (*gate)(const float* gates, const float* values, int64_t n, float* y);
+  // activation(gates) * (values + offset), rounded once.
+  void (*gate)(const GatedRow&);
+  // Of position * turns, each turns a fraction of 2^64; all of them go on to whole vectors.
+  void (*angles)(const uint64_t* turns, int64_t position, int64_t pairs, float* cosines, float* sines);
+  void (*rotate_heads)(const Rotation&);
   // Rotary position embedding of one head; cosines and sines have dim elements, a multiple of 32; y may be x.
   void (*rotate)(const float* x, const float* cosines, const float* sines, int64_t dim, float* y);
   void (*attend)(const Attention&);

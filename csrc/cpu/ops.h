@@ -41,6 +41,9 @@ at::Tensor run(const AttentionProblem& problem);
 
 // silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
 at::Tensor silu_mul(const at::Tensor& x);
+at::Tensor run(const RopeProblem& problem);
+
+at::Tensor run(const GateProblem& problem);
 
 // Self-attention of one new token for each sequence. x [batch, 1, (query heads + 2 * key heads) * dim] is its queries,
 // keys and values; queries and keys are normalised if a weight is given, rotated by the angle whose cosines and sines
@@ -107,5 +110,7 @@ std::string describe(const SampleProblem& problem);
 std::string describe(const RouterProblem& problem);
 std::string describe(const CombineProblem& problem);
 std::string describe(const AttentionProblem& problem);
+std::string describe(const RopeProblem& problem);
+std::string describe(const GateProblem& problem);
 
 }  // namespace quantization_mlx::cpu

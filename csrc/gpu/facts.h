@@ -183,6 +183,44 @@ struct AttentionFacts {
   int32_t reserved;  // without gaps
 };
 
+// But for the first position, which differs from call to call.
+struct RopeFacts {
+  int32_t dtype;
+  int32_t traditional;
+  int64_t sequences;
+  int64_t heads;
+  int64_t length;
+  int64_t width;
+  int64_t pairs;
+  int64_t sequence_stride;
+  int64_t head_stride;
+  int64_t position_stride;
+  int64_t offset_stride;  // in elements
+  int32_t offset_size;  // bytes of an element; 0 without offsets
+  int32_t has_freqs;
+  int64_t base;  // the bits of a double, as scale
+  int64_t scale;
+  int64_t misalignment;
+};
+
+struct GateFacts {
+  int32_t kind;  // Gate
+  int32_t dtype;
+  int64_t rows;
+  int64_t length;
+  int64_t gates_row_stride;
+  int64_t gates_stride;
+  int64_t values_row_stride;
+  int64_t values_stride;
+  int64_t alpha;  // the bits of a double, as limit and offset
+  int64_t limit;
+  int64_t offset;
+  int64_t is_misaligned;
+};
+
+EACH(RopeFacts)
+EACH(GateFacts)
+
 // EACH(facts), for what is there once for each kind of them.
 #define QUANTIZATION_MLX_FACTS(EACH) \
   EACH(ProductFacts)                 \
@@ -193,7 +231,9 @@ struct AttentionFacts {
   EACH(SampleFacts)                  \
   EACH(RouterFacts)                  \
   EACH(CombineFacts)                 \
-  EACH(AttentionFacts)
+  EACH(AttentionFacts)               \
+  EACH(RopeFacts)                    \
+  EACH(GateFacts)
 
 // Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
 c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
@@ -206,6 +246,8 @@ c10::SmallVector<SampleFacts, 1> facts_of(const SampleProblem& problem);
 c10::SmallVector<RouterFacts, 1> facts_of(const RouterProblem& problem);
 c10::SmallVector<CombineFacts, 1> facts_of(const CombineProblem& problem);
 c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem);
+c10::SmallVector<RopeFacts, 1> facts_of(const RopeProblem& problem);
+c10::SmallVector<GateFacts, 1> facts_of(const GateProblem& problem);
 
 // Compares and hashes plain data without gaps as bytes.
 struct Bytewise {

@@ -61,6 +61,16 @@
   KERNEL("layer_norm_long" after, norm<T, true, false>)
 
 #define ROPE_CACHE_KERNELS(KERNEL, after, T) KERNEL("rope_into_cache" after, rope_into_cache<T>)
+// --- What else stands between products, of a type alone --------------------------------------------------------------
+
+#define ROPE_KERNELS(KERNEL, after, T) \
+  KERNEL("rope" after, rope<T, false>) \
+  KERNEL("rope_traditional" after, rope<T, true>)
+
+#define GATE_KERNELS(KERNEL, after, T)          \
+  KERNEL("swiglu" after, gate<T, Gate::swiglu>) \
+  KERNEL("geglu" after, gate<T, Gate::geglu>)   \
+  KERNEL("geglu_tanh" after, gate<T, Gate::geglu_tanh>)
 
 // --- Sampling, of a type alone --------------------------------------------------------------------------------------
 

@@ -27,7 +27,9 @@
 #define QUANTIZATION_MLX_HAS_ADDED_MASK 15
 #define QUANTIZATION_MLX_HAS_SINKS 16
 #define QUANTIZATION_MLX_SPLIT_KEYS 17  // parts of the keys are put together by another launch
-#define QUANTIZATION_MLX_CONSTANTS 18  // how many there are
+#define QUANTIZATION_MLX_HAS_OFFSETS 18  // rope
+#define QUANTIZATION_MLX_HAS_FREQS 19
+#define QUANTIZATION_MLX_CONSTANTS 20  // how many there are
 
 // How moe_router scores experts.
 #define ROUTER_SOFTMAX 0
@@ -126,6 +128,14 @@ inline constexpr int attention_combine_threads() { return 64; }
 inline constexpr int attention_tile_rows() { return 32; }
 inline constexpr int attention_tile_simdgroups() { return 4; }
 inline constexpr int attention_tile_keys(int head_bytes) { return head_bytes <= 256 ? 32 : 16; }
+// rope: adjacent pairs of a thread, as many other elements, the most heads that share its angles, and the bits that
+// count pairs where their frequencies follow from a base.
+inline constexpr int rope_pairs() { return 4; }
+inline constexpr int rope_max_heads() { return 8; }
+inline constexpr int rope_max_bits() { return 12; }
+
+// Gates: elements of a thread.
+inline constexpr int gate_elements() { return 8; }
 
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
@@ -279,6 +289,36 @@ struct AttentionCombineParams {
   int value_dim;
   int queries;
   int heads;
+};
+
+// y [sequences, heads, length, width], contiguous, from x. Values of two floats, whose sum they are, hold what pairs
+// turn by for one position, in turns: `first` those of pair 0, times powers[i] for each bit i of another pair's number;
+// with freqs, `first` over them.
+struct RopeParams {
+  int64_t sequence_stride;  // of x
+  int64_t head_stride;
+  int64_t position_stride;
+  float first[2];
+  float powers[rope_max_bits()][2];
+  int length;
+  int heads;
+  int width;
+  int pairs;
+  int thread_heads;  // that share a thread's angles
+  int offset_words;  // of 32 bits to an offset, 1 or 2
+  int offset_stride;  // words from one sequence's to the next
+};
+
+// y [rows, length], contiguous.
+struct GateParams {
+  int64_t gates_row_stride;
+  int64_t gates_stride;
+  int64_t values_row_stride;
+  int64_t values_stride;
+  int length;
+  float alpha;
+  float limit;
+  float offset;
 };
 
 }  // namespace quantization_mlx

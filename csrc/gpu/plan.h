@@ -27,6 +27,8 @@ namespace quantization_mlx::gpu {
   EACH(dequantize)                      \
   EACH(norm)                            \
   EACH(rope_into_cache)                 \
+  EACH(rope)                            \
+  EACH(gate)                            \
   EACH(attention)                       \
   EACH(sample)                          \
   EACH(router)                          \
@@ -96,6 +98,50 @@ enum class Role : uint8_t { QUANTIZATION_MLX_ROLES(ENUMERATOR) };
 #define ONE(name) +1
 inline constexpr int role_count = 0 QUANTIZATION_MLX_ROLES(ONE);
 #undef ONE
+// What kernels take, by the part that it plays. "none": an argument that this kernel does not use; x: also what
+// quantize reads; w: packed words, read or written; partial_sums: the float32 workspace; residual: what is added to x,
+// and sum both together; first_position: a number of the call, no tensor; numbers: CallNumbers, no tensor; experts:
+// indices.
+#define QUANTIZATION_MLX_ROLES(EACH) \
+  EACH(none)                         \
+  EACH(x)                            \
+  EACH(w)                            \
+  EACH(scales)                       \
+  EACH(biases)                       \
+  EACH(global_scale)                 \
+  EACH(y)                            \
+  EACH(partial_sums)                 \
+  EACH(lhs_indices)                  \
+  EACH(rhs_indices)                  \
+  EACH(residual)                     \
+  EACH(weight)                       \
+  EACH(bias)                         \
+  EACH(sum)                          \
+  EACH(query_norm)                   \
+  EACH(key_norm)                     \
+  EACH(cosines)                      \
+  EACH(sines)                        \
+  EACH(queries)                      \
+  EACH(keys)                         \
+  EACH(values)                       \
+  EACH(mask)                         \
+  EACH(sinks)                        \
+  EACH(gates)                        \
+  EACH(offsets)                      \
+  EACH(freqs)                        \
+  EACH(first_position)               \
+  EACH(seeds)                        \
+  EACH(previous)                     \
+  EACH(numbers)                      \
+  EACH(experts)
+
+#define ENUMERATOR(name) name,
+enum class Role : uint8_t { QUANTIZATION_MLX_ROLES(ENUMERATOR) };
+#undef ENUMERATOR
+
+#define ONE(name) +1
+inline constexpr int role_count = 0 QUANTIZATION_MLX_ROLES(ONE);
+#undef ONE
 
 const char* name_of(Role role);
 
@@ -126,7 +172,7 @@ struct Launch {
   std::array<Argument, 10> arguments;  // by buffer index; params_index is left out
   int argument_count = 0;
   int params_index = 0;
-  std::array<std::byte, std::max({sizeof(GatherParams), sizeof(AttentionParams)})> params;
+  std::array<std::byte, std::max({sizeof(GatherParams), sizeof(AttentionParams), sizeof(RopeParams)})> params;
   int params_size = 0;
   std::array<uint32_t, 3> threadgroups;
 };
@@ -148,6 +194,8 @@ inline const SampleProblem& with_kernel_dtype(const SampleProblem& problem) { re
 inline const RouterProblem& with_kernel_dtype(const RouterProblem& problem) { return problem; }
 inline const CombineProblem& with_kernel_dtype(const CombineProblem& problem) { return problem; }
 inline const AttentionProblem& with_kernel_dtype(const AttentionProblem& problem) { return problem; }
+inline const RopeProblem& with_kernel_dtype(const RopeProblem& problem) { return problem; }
+inline const GateProblem& with_kernel_dtype(const GateProblem& problem) { return problem; }
 
 // Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and RuntimeError where every family is
 // excluded; op: the name that errors carry.
@@ -160,6 +208,8 @@ Plan plan(const SampleFacts& facts, std::string_view op, const Target& target);
 Plan plan(const RouterFacts& facts, std::string_view op, const Target& target);
 Plan plan(const CombineFacts& facts, std::string_view op, const Target& target);
 Plan plan(const AttentionFacts& facts, std::string_view op, const Target& target);
+Plan plan(const RopeFacts& facts, std::string_view op, const Target& target);
+Plan plan(const GateFacts& facts, std::string_view op, const Target& target);
 
 // Of a problem with_kernel_dtype.
 template <typename Problem>

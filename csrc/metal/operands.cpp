@@ -102,6 +102,22 @@ Operands operands_of(const AttentionProblem& problem, const Tensor& y) {
   operands[Role::values] = &problem.v;
   operands[Role::mask] = &problem.mask;
   operands[Role::sinks] = &problem.sinks;
+}
+
+Operands operands_of(const RopeProblem& problem, const Tensor& y) {
+  Operands operands;
+  operands[Role::x] = &problem.x;
+  operands[Role::offsets] = &problem.offsets;
+  operands[Role::freqs] = &problem.freqs;
+  operands[Role::y] = &y;
+  operands.first_position = problem.offset;
+  return operands;
+}
+
+Operands operands_of(const GateProblem& problem, const Tensor& y) {
+  Operands operands;
+  operands[Role::gates] = &problem.gates.tensor;
+  operands[Role::values] = &problem.values.tensor;
   operands[Role::y] = &y;
   return operands;
 }

@@ -15,6 +15,8 @@ namespace quantization_mlx::metal {
 // Tensors by Role; null, or undefined, where no launch of the plan names them. partial_sums is made by encode.
 class Operands {
  public:
+  int64_t first_position = 0;  // the value of that role
+
   const at::Tensor*& operator[](gpu::Role role) { return tensors_[static_cast<size_t>(role)]; }
   const at::Tensor* operator[](gpu::Role role) const { return tensors_[static_cast<size_t>(role)]; }
 
@@ -36,5 +38,7 @@ Operands operands_of(const SampleProblem& problem, const at::Tensor& tokens);
 Operands operands_of(const RouterProblem& problem, const std::tuple<at::Tensor, at::Tensor>& results);
 Operands operands_of(const CombineProblem& problem, const at::Tensor& y);
 Operands operands_of(const AttentionProblem& problem, const at::Tensor& y);
+Operands operands_of(const RopeProblem& problem, const at::Tensor& y);
+Operands operands_of(const GateProblem& problem, const at::Tensor& y);
 
 }  // namespace quantization_mlx::metal

@@ -91,6 +91,27 @@ Tensor run(const RopeIntoCacheProblem& problem) {
   return queries;
 }
 
+Tensor run(const RopeProblem& problem) {
+  const Tensor y = at::empty(problem.output, problem.x.options());
+  encode_problem(problem, operands_of(problem, y));
+  return y;
+}
+
+Tensor run(const GateProblem& problem) {
+  const Tensor y = at::empty(problem.output, problem.gates.tensor.options());
+  encode_problem(problem, operands_of(problem, y));
+  return y;
+}
+
+Tensor run(const AttentionProblem& problem) {
+  if (problem.is_empty()) {
+    return at::zeros(problem.output(), problem.q.options());
+  }
+  const Tensor y = at::empty(problem.output(), problem.q.options());
+  encode_problem(problem, operands_of(problem, y));
+  return y;
+}
+
 Tensor run(const SampleProblem& problem) {
   const Tensor tokens = at::empty(problem.output, problem.logits.tensor.options().dtype(at::kLong));
   encode_problem(problem, operands_of(problem, tokens));
@@ -105,15 +126,6 @@ std::tuple<Tensor, Tensor> run(const RouterProblem& problem) {
 
 Tensor run(const CombineProblem& problem) {
   const Tensor y = at::empty(problem.output, problem.y.tensor.options());
-  encode_problem(problem, operands_of(problem, y));
-  return y;
-}
-
-Tensor run(const AttentionProblem& problem) {
-  if (problem.is_empty()) {
-    return at::zeros(problem.output(), problem.q.options());
-  }
-  const Tensor y = at::empty(problem.output(), problem.q.options());
   encode_problem(problem, operands_of(problem, y));
   return y;
 }

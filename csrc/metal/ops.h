@@ -25,6 +25,9 @@ at::Tensor run(const NormProblem& problem);
 std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 
 at::Tensor run(const RopeIntoCacheProblem& problem);
+at::Tensor run(const RopeProblem& problem);
+
+at::Tensor run(const GateProblem& problem);
 
 // A row that the CPU would raise for has the token -1.
 at::Tensor run(const SampleProblem& problem);

@@ -30,7 +30,7 @@ struct Excluded {
   Format format;
   int32_t family;
   int32_t dtype;
-  int32_t side;  // transpose, or the kind of norm
+  int32_t side;  // transpose, the kind of norm or gate, or traditional
 };
 
 // Held while a check runs: it is short, and nothing else may use kernels that are being checked.
@@ -50,6 +50,13 @@ Excluded exclusion(const RopeCacheFacts& facts, Family family) {
 }
 Excluded exclusion(const AttentionFacts& facts, Family family) {
   return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, 0};
+}
+
+Excluded exclusion(const RopeFacts& facts, Family family) {
+  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, facts.traditional};
+}
+Excluded exclusion(const GateFacts& facts, Family family) {
+  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, facts.kind};
 }
 template <typename Facts>
 Excluded exclusion(const Facts& facts, Family family) {
@@ -73,6 +80,12 @@ std::string described(const NormFacts& facts) {
 }
 std::string described(const RopeCacheFacts&) { return ""; }
 std::string described(const AttentionFacts&) { return {}; }
+std::string described(const RopeFacts& facts) {
+  return c10::str(" and rope with traditional=", facts.traditional != 0 ? "True" : "False");
+}
+std::string described(const GateFacts& facts) {
+  return facts.kind == static_cast<int32_t>(Gate::swiglu) ? " and swiglu" : " and geglu";
+}
 std::string described(const ProductFacts& facts) {
   return described<ProductFacts>(facts) + " with transpose=" + (facts.transpose != 0 ? "True" : "False");
 }

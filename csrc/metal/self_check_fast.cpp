@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string_view>
 #include <utility>
 
 #include <bit>
@@ -226,6 +227,69 @@ Reason failure(const AttentionFacts& facts, const Launch& launch, const Target& 
       shifted(q.to(mps)), shifted(k.to(mps)), shifted(v.to(mps)), scale, on_mps(mask), facts.causal, on_mps(sinks),
       window);
   const Tensor y = at::empty(problem.output(), problem.q.options());
+}
+
+// Several threadgroups and heads that do not divide, at a position whose angle float32 does not hold.
+Reason failure(const RopeFacts& facts, const Launch& launch, const Target& given) {
+  constexpr int64_t sequences = 2;
+  constexpr int64_t heads = 9;
+  constexpr int64_t length = 5;
+  constexpr int64_t position = 1000003;
+  constexpr double scale = 0.75;
+  Target target = given;
+  target.gpu.cores = 1;  // so that heads share angles
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const bool is_aligned = is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X);
+  const int64_t dims = is_aligned ? 136 : 134;
+  const int64_t width = dims + (is_aligned ? 8 : 5);
+  const bool traditional = facts.traditional != 0;
+  Maker make{at::Device(at::kCPU)};
+  const Tensor x = make.uniform({sequences, heads, length, width}, dtype, -1.0f, 1.0f);
+  const auto base = facts.has_freqs != 0 ? std::nullopt : std::optional(10000.0);
+  OptionalTensor freqs;
+  if (facts.has_freqs != 0) {
+    freqs = make.uniform({dims / 2}, at::kFloat, 1.0f, 1000.0f);
+  }
+  OptionalTensor offsets;
+  if (facts.offset_size > 0) {
+    const auto integers = facts.offset_size == 4 ? at::kInt : at::kLong;
+    offsets = make.tensor<int64_t>({sequences}, at::kLong, integers, [&] { return make.bits() % 4096; });
+  }
+  const Tensor expected = ops::rope(x, dims, traditional, base, scale, position, offsets, freqs);
+  const RopeProblem problem =
+      RopeProblem::check(x.to(mps), dims, traditional, base, scale, position, on_mps(offsets), on_mps(freqs));
+  const Tensor y = at::empty(problem.output, problem.x.options());
+  run(gpu::plan(problem, target), operands_of(problem, y));
+  return judged(y, expected, dtype);
+}
+
+// Several threadgroups to a row, the last one not full; halves of wider rows or, where the kernel takes such, their
+// even and odd columns.
+Reason failure(const GateFacts& facts, const Launch& launch, const Target& target) {
+  constexpr int64_t rows = 3;
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const auto kind = static_cast<Gate>(facts.kind);
+  const bool is_aligned = is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X);
+  const int64_t at_once = int64_t{launch.kernel.threads} * gate_elements();
+  const int64_t several = launch.kernel.threads == elementwise_threads_per_threadgroup() ? 2 : 1;
+  const int64_t length = several * at_once - (is_aligned ? 8 : 3);
+  Maker make{at::Device(at::kCPU)};
+  const Tensor both = make.uniform({rows, 2 * length}, dtype, -3.0f, 3.0f);
+  const auto parts = [&](const Tensor& all) {
+    return is_aligned ? std::pair(all.narrow(-1, 0, length), all.narrow(-1, length, length))
+                      : std::pair(all.slice(-1, 0, 2 * length, 2), all.slice(-1, 1, 2 * length, 2));
+  };
+  const std::string_view approximate = kind == Gate::geglu_tanh ? "tanh" : "none";
+  const auto gated = [&](const auto& swiglu, const auto& geglu, const Tensor& all) {
+    const auto [gates, values] = parts(all);
+    return kind == Gate::swiglu ? swiglu(gates, values, 1.702, 2.0, 1.0) : geglu(gates, values, approximate);
+  };
+  const Tensor expected = gated(ops::swiglu, ops::geglu, both);
+  const auto check = [](const auto& function) {
+    return [&](auto&&... arguments) -> GateProblem { return function(arguments...); };
+  };
+  const GateProblem problem = gated(check(SwigluProblem::check), check(GegluProblem::check), both.to(mps));
+  const Tensor y = at::empty(problem.output, problem.gates.tensor.options());
   run(gpu::plan(problem, target), operands_of(problem, y));
   return judged(y, expected, dtype);
 }

@@ -11,6 +11,7 @@
 #define SHADER_FILES(FILE)                                           \
   FILE(format, "csrc/format.h")                                      \
   FILE(formats, "csrc/formats.h")                                    \
+  FILE(functions, "csrc/functions.h")                                \
   FILE(launch, "csrc/gpu/launch.h")                                  \
   FILE(sampling, "csrc/sampling.h")                                  \
   FILE(load, "metal/common/load.h")                                  \
@@ -21,12 +22,17 @@
   FILE(attention_kernels, "metal/fast/attention.metal")              \
   FILE(attention_tile, "metal/fast/attention_tile.h")                \
   FILE(attention_tile_kernels, "metal/fast/attention_tile.metal")    \
+  FILE(gates, "metal/fast/gates.h")                                  \
+  FILE(gates_kernels, "metal/fast/gates.metal")                      \
   FILE(norm, "metal/fast/norm.h")                                    \
   FILE(norm_kernels, "metal/fast/norm.metal")                        \
   FILE(rope_into_cache, "metal/fast/rope_into_cache.h")              \
   FILE(rope_into_cache_kernels, "metal/fast/rope_into_cache.metal")  \
   FILE(sample, "metal/fast/sample.h")                                \
   FILE(sample_kernels, "metal/fast/sample.metal")                    \
+  FILE(polynomial, "metal/fast/polynomial.h")                        \
+  FILE(rope, "metal/fast/rope.h")                                    \
+  FILE(rope_kernels, "metal/fast/rope.metal")                        \
   FILE(dequantize, "metal/quantized/dequantize.h")                   \
   FILE(matmul, "metal/quantized/matmul.h")                           \
   FILE(matmul_kernels, "metal/quantized/matmul.metal")               \

@@ -3,11 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <string_view>
 #include <tuple>
 
 #include "../gpu/launch.h"
+#include "../functions.h"
 #include "sizes.h"
 
 namespace quantization_mlx {
@@ -222,6 +224,99 @@ struct RopeIntoCacheProblem {
 };
 
 inline std::string_view op_of(const RopeIntoCacheProblem&) { return RopeIntoCacheProblem::name; }
+// x [sequences, heads, length, width] with the first `dims` elements of each vector turned, in pairs, by angles that
+// grow with the position; what lies between the first and the last two dimensions of a tensor counts as heads.
+struct RopeProblem {
+  static constexpr const char* name = "rope";
+  template <typename Result, typename Int>
+  using Schema = Result(
+      const at::Tensor& x,
+      int64_t dims,
+      bool traditional,
+      std::optional<double> base,
+      double scale,
+      Int offset,
+      const std::optional<at::Tensor>& offsets,
+      const std::optional<at::Tensor>& freqs);
+  static Schema<RopeProblem, int64_t> check;
+  static Schema<at::Tensor, c10::SymInt> meta;
+
+  at::Tensor x;  // elements of a vector are adjacent
+  int64_t sequences;
+  int64_t heads;
+  int64_t length;
+  int64_t width;
+  int64_t sequence_stride;  // of x, in elements
+  int64_t head_stride;
+  int64_t position_stride;
+  int64_t dims;
+  bool traditional;  // pairs are neighbours; else they are half of dims apart
+  double base;  // where freqs are undefined
+  double scale;
+  int64_t offset;  // the position of the first vector of a sequence, added to what is in offsets
+  at::Tensor offsets;  // int32 or int64, [1] or [sequences] with any stride; undefined for 0
+  at::Tensor freqs;  // float32 [dims / 2], contiguous: the inverse of what the pairs turn by for each position
+  Sizes<int64_t> output;
+
+  int64_t pairs() const { return dims / 2; }
+  int64_t offset_stride() const { return offsets.defined() && offsets.numel() > 1 ? offsets.stride(0) : 0; }
+  at::Device device() const { return x.device(); }
+  bool is_empty() const { return sequences == 0 || heads == 0 || length == 0; }
+};
+
+inline std::string_view op_of(const RopeProblem&) { return RopeProblem::name; }
+
+// Pair i turns by base^(-i / pairs) radians for each unit of a position: the product of these for the bits of i.
+inline double rope_power(double base, int64_t pairs, int bit) {
+  return std::pow(base, -static_cast<double>(int64_t{1} << bit) / static_cast<double>(pairs));
+}
+
+// Rows of elements; strides count elements.
+struct StridedRows {
+  at::Tensor tensor;
+  int64_t row_stride = 0;
+  int64_t stride = 1;
+};
+
+// activation(gates) * (values + offset) for `rows` rows of `length` elements.
+struct GateProblem {
+  std::string_view op;
+  Gate kind;
+  StridedRows gates;  // of the result's dtype, as values
+  StridedRows values;
+  double alpha;
+  double limit;  // of gates from above, of values from both sides; infinity for none
+  double offset;
+  int64_t rows;
+  int64_t length;
+  Sizes<int64_t> output;
+
+  at::Device device() const { return gates.tensor.device(); }
+  bool is_empty() const { return rows == 0 || length == 0; }
+};
+
+struct SwigluProblem : GateProblem {
+  static constexpr const char* name = "swiglu";
+  template <typename Result>
+  using Schema = Result(
+      const at::Tensor& gates,
+      const at::Tensor& values,
+      double alpha,
+      std::optional<double> limit,
+      double offset);
+  static Schema<SwigluProblem> check;
+  static Schema<at::Tensor> meta;
+};
+
+struct GegluProblem : GateProblem {
+  static constexpr const char* name = "geglu";
+  template <typename Result>
+  using Schema = Result(const at::Tensor& gates, const at::Tensor& values, std::string_view approximate);
+  static Schema<GegluProblem> check;
+  static Schema<at::Tensor> meta;
+};
+
+inline std::string_view op_of(const GateProblem& problem) { return problem.op; }
 
 // softmax(scale * q @ k.T + mask) @ v, the heads of q sharing those of k and v.
 struct AttentionProblem {

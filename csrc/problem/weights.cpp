@@ -52,10 +52,10 @@ Matrices weight_matrices(const Tensor& tensor) {
 
 }  // namespace
 
-std::optional<int64_t> leading_stride(const Tensor& tensor, int64_t trailing) {
+std::optional<int64_t> leading_stride(const Tensor& tensor, int64_t trailing, int64_t first) {
   int64_t count = 1;
   int64_t stride = 0;
-  for (int64_t i = tensor.dim() - trailing - 1; i >= 0; --i) {
+  for (int64_t i = tensor.dim() - trailing - 1; i >= first; --i) {
     if (tensor.size(i) == 1) {
       continue;
     }

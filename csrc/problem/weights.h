@@ -51,8 +51,8 @@ at::ScalarType scale_dtype(const WeightArguments& arguments);
 
 at::Tensor with_dtype(const at::Tensor& tensor, at::ScalarType dtype);
 
-// The stride of all sizes but `trailing` ones seen as one; nothing where they have no common one.
-std::optional<int64_t> leading_stride(const at::Tensor& tensor, int64_t trailing);
+// The stride of all sizes from `first` on but `trailing` ones seen as one; nothing where they have no common one.
+std::optional<int64_t> leading_stride(const at::Tensor& tensor, int64_t trailing, int64_t first = 0);
 
 QuantizedMatrices matrices_of(const WeightArguments& arguments, Format format);
 

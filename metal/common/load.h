@@ -1,4 +1,4 @@
-// Loads from device memory in the widest pieces that are aligned.
+// Loads from device memory, and stores, in the widest pieces that are aligned.
 #pragma once
 
 #include "metal.h"
@@ -78,6 +78,13 @@ METAL_FUNC void load_values(const device bfloat* source, bool aligned, thread fl
       values[i] = static_cast<float>(source[i]);
     }
   }
+}
+
+// Four values, rounded; destination is a multiple of their size.
+template <typename T>
+METAL_FUNC void store_four(thread const float* values, device T* destination) {
+  *(device vec<T, 4>*)destination = vec<T, 4>(
+      static_cast<T>(values[0]), static_cast<T>(values[1]), static_cast<T>(values[2]), static_cast<T>(values[3]));
 }
 
 METAL_FUNC float quiet_nan() { return as_type<float>(0x7FC00000u); }

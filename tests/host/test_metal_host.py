@@ -517,6 +517,10 @@ for gpu in ("applegpu_g14s", "applegpu_g17s"):
         for rows in (1, 40):
             product(x[:rows], packed)
         q.fast.rms_norm(x, None, 1e-5)
+        q.fast.swiglu(x, x)
+        q.fast.rope(x[None], 128, traditional=False, base=1e4, scale=1.0, offset=0)
+        cache = torch.zeros(1, 1, 40, 32, dtype=torch.float16, device="mps")
+        q.fast.rope_into_cache(x[None], None, None, cache, cache.clone(), 0)
         product(long, q.quantize(long, 64, 4))  # its K is split
 print(json.dumps([record["source"] for record in mps.logs()["compiles"]]))
 """

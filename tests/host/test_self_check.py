@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -169,6 +169,56 @@ ATTENTION_MUTANTS = {
 }
 
 
+@dataclass(frozen=True)
+class FastMutant:
+    """Part of the kernel's name, its family, what the warning says of it, a text and another, and a call."""
+
+    kernel: str
+    family: str
+    described: str
+    old: str
+    new: str
+    call: Callable[[Tensor], Tensor]
+
+
+def to_mps(options: dict[str, object]) -> dict[str, object]:
+    return {name: each.to("mps") if isinstance(each, Tensor) else each for name, each in options.items()}
+
+
+def rope_mutant(old: str, new: str, dims: int = 48, traditional: bool = False, **given: object) -> FastMutant:
+    options = {"traditional": traditional, "base": 10000.0, "scale": 1.0, "offset": 0, **given}
+    described = f"rope with traditional={traditional}"
+    return FastMutant("rope_", "rope", described, old, new, lambda x: fast.rope(x[None], dims, **to_mps(options)))
+
+
+def gate_mutant(kernel: str, old: str, new: str, call: Callable[[Tensor], Tensor]) -> FastMutant:
+    return FastMutant(f"{kernel}_float16", "gate", kernel.removesuffix("_tanh"), old, new, call)
+
+
+OFFSETS = {"offset": torch.tensor([3])}
+FREQS = {"base": None, "freqs": torch.ones(24)}
+FAST_MUTANTS = {
+    "rope, quadrants": rope_mutant("cosine = (quadrant & 1u) != 0 ? s : c", "cosine = c"),
+    "rope, high bits of pairs": rope_mutant("bit = 2; first >> bit", "bit = 2; bit < 5 && first >> bit"),
+    "rope, low bits of pairs": rope_mutant("(i & 2) != 0", "(i & 4) != 0"),
+    "rope, the lower float": rope_mutant("turns.y - rint(turns.y)", "0.0f"),
+    "rope, heads": rope_mutant("head + params.thread_heads, params.heads", "head + 1, params.heads"),
+    "rope, the rest": rope_mutant("load_some<1>(source + begin, params", "load_some<1>(source, params", dims=32),
+    "rope, neighbours": rope_mutant("next = traditional ? 2 : 1", "next = traditional ? 1 : 1", traditional=True),
+    "rope, offsets": rope_mutant("sequence * params.offset_stride", "0 * params.offset_stride", **OFFSETS),
+    "rope, freqs": rope_mutant("quotient(common, freq)", "product(common, float2(freq, 0.0f))", **FREQS),
+    "swiglu, limit": gate_mutant("swiglu", "? -params.limit : high", "? high : high", lambda x: fast.swiglu(x, x)),
+    "swiglu, alpha": gate_mutant("swiglu", "alpha * x", "x", lambda x: fast.swiglu(x, x)),
+    "swiglu, stride": gate_mutant(
+        "swiglu", "row[(first + i) * stride]", "row[first + i]", lambda x: fast.swiglu(x[:, ::2], x[:, 1::2])
+    ),
+    "geglu, tail": gate_mutant(
+        "geglu", "? tail : 1.0f - tail", "? tail : 1.0f", lambda x: fast.geglu(x, x, approximate="none")
+    ),
+    "geglu, tanh": gate_mutant("geglu_tanh", "x * x, tanh_third", "x, tanh_third", lambda x: fast.geglu(x, x)),
+}
+
+
 @contextmanager
 def compiled_as(mutant: Mutant) -> Iterator[list[str]]:
     """For a while, the names of the kernels that were compiled as the mutant says."""
@@ -263,6 +313,21 @@ def test_wrong_attention_is_found(name, monkeypatch, capfd):
     found = capfd.readouterr().err
     assert changed and f'family "{family}" fails its self-check for Half on' in found and changed[0] in found
     assert not mps.errors()
+    mps.clear()
+
+
+@pytest.mark.parametrize("name", FAST_MUTANTS)
+def test_wrong_fast_kernel_is_refused(name, monkeypatch, capfd):
+    mutant = FAST_MUTANTS[name]
+    monkeypatch.setenv("CI", "")  # where the check itself would be an error
+    software_gpu.install()
+    x = oracle.random_x(3, 48).to(torch.float16)
+    changed = Mutant(mutant.kernel, mutant.old, mutant.new, 3)
+    gpu = f"applegpu_g{850 + list(FAST_MUTANTS).index(name)}p"
+    with mps.gpu(gpu, 2600), compiled_as(changed), pytest.raises(RuntimeError, match="self-check"):
+        mutant.call(x.to("mps"))
+    warning = f'family "{mutant.family}" fails its self-check for Half and {mutant.described} on'
+    assert warning in capfd.readouterr().err
     mps.clear()
 
 

@@ -63,23 +63,6 @@ def exact_rotation(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 @DTYPE
-@pytest.mark.parametrize("shape", [(32,), (1, 1, 3072), (2, 0, 32), (500, 96)], ids=str)
-def test_silu_mul(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    x = 8 * oracle.random_x(*shape, dtype=dtype)
-    gate, value = x.double().chunk(2, -1)
-    reference = F.silu(gate) * value
-    oracle.assert_within(ops._silu_mul(x), reference, bound(reference, dtype))
-
-
-def test_silu_mul_at_the_ends() -> None:
-    gate = torch.tensor([-torch.inf, -1e4, -100, -88, -1e-30, -0.0, 0.0, 1e-30, 88, 100, 1e4, 3e38, torch.nan, 1, 2, 3])
-    y = ops._silu_mul(torch.cat((gate, torch.ones(16))))
-    assert y[gate.isnan()].isnan().all()
-    finite = gate.isfinite()
-    oracle.assert_within(y[finite], F.silu(gate[finite].double()), 1e-35 + bound(gate[finite], torch.float32))
-
-
-@DTYPE
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize(
     "batch, key_heads, heads, dim, position",
@@ -129,7 +112,6 @@ def test_decode_attention(
 
 
 OP_ERRORS = {
-    "gate": (lambda x, w: ops._silu_mul(x[:, :48]), ValueError, r"\[silu_mul\] x of shape .* multiple of 32"),
     "position": (
         lambda x, w: ops._decode_attention(x, w[:32], w[:32], *torch.zeros(2, 1, 1, 4, 32), 4, 1.0),
         ValueError,

@@ -13,7 +13,7 @@ from softmetal.cache import digest
 ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_12PreparedPlanENS0_8OperandsE"
 # The installed extension has these: schemas, gradients and the CPU's kernels.
 INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto")
-SHADER_HEADERS = ("format.h", "formats.h", "sampling.h", "gpu/launch.h")
+SHADER_HEADERS = ("format.h", "formats.h", "functions.h", "sampling.h", "gpu/launch.h")
 FLAGS = (
     *("-DTORCH_EXTENSION_NAME=_C", "-DQUANTIZATION_MLX_NAMESPACE=quantization_mlx"),
     *(f"-I{ROOT}", f"-I{ROOT / 'csrc'}", f'-DSOFTMETAL_ENCODE="{ENCODE}"'),

@@ -2,7 +2,7 @@
 
 Tensors are float32, float16 or bfloat16, on any strides. Those of one call may differ in dtype, and the result has the
 one that they promote to. Every value is computed in float32 and rounded once, where MLX rounds before it multiplies by
-the weight, too. Gradients reach every tensor argument, except where an op says that it has none.
+a norm's weight, too. Gradients reach every tensor argument, except where an op says that it has none.
 
 Every op raises ``ValueError`` for shapes and devices that do not fit, ``TypeError`` for dtypes, and on Apple GPUs
 ``NotImplementedError`` for more than 2**30 rows or elements of a row.
@@ -13,8 +13,8 @@ from torch import Tensor
 from ._ops import ops
 
 __all__ = [
-    *("add_rms_norm", "layer_norm", "moe_combine", "moe_router", "rms_norm", "rope_into_cache", "sample"),
-    "scaled_dot_product_attention",
+    *("add_rms_norm", "geglu", "layer_norm", "moe_combine", "moe_router", "rms_norm", "rope", "rope_into_cache"),
+    *("sample", "scaled_dot_product_attention", "swiglu"),
 ]
 
 
@@ -248,3 +248,68 @@ def scaled_dot_product_attention(
     return ops.scaled_dot_product_attention(
         q, k, v, scale=scale, mask=None if is_name else mask, causal=is_name, sinks=sinks, window=window
     )
+
+
+def rope(
+    x: Tensor,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: int | Tensor,
+    freqs: Tensor | None = None,
+) -> Tensor:
+    """Rotary position embedding (Su et al., arXiv:2104.09864): pairs of elements turned by angles that grow with their
+    position.
+
+    With t the index along T, pair i of the first dims elements turns by ``(offset + t) * scale`` times
+    ``base**(-2 * i / dims)`` or ``1 / freqs[i]``, in radians: ``(a, b)`` becomes
+    ``(a * cos - b * sin, a * sin + b * cos)``. The other elements are copied.
+
+    Sines and cosines are within 2e-7 of the exact ones at positions of up to 2**24, and up to 2**31 on CPU and within
+    2e-5 on Apple GPUs; MLX, which multiplies in float32, is off by about 1e-7 times the angle.
+
+    Args:
+        x: ``[B, ..., T, D]``, at least three dimensions. Only elements that are not adjacent, and dimensions between B
+            and T without a common stride, are copied first: the heads of a joint product are read where they are.
+        dims: how many elements of each vector turn; even, at most D.
+        traditional: whether pairs are neighbours, ``(x[2 * i], x[2 * i + 1])``, or ``(x[i], x[dims / 2 + i])``.
+        base: of the frequencies, positive; None with freqs.
+        scale: of the positions.
+        offset: the first position, or a tensor of integers, a scalar or ``[B]``, which stays on its device.
+        freqs: ``[dims / 2]``, what positions are divided by; infinity leaves a pair as it is.
+
+    Raises:
+        NotImplementedError: freqs require a gradient; on Apple GPUs, dims are above 8192 with base.
+    """
+    first, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+    return ops.rope(x, dims, traditional, base, scale, first, offsets, freqs)
+
+
+def swiglu(
+    gates: Tensor, values: Tensor, *, alpha: float = 1.0, limit: float | None = None, offset: float = 0.0
+) -> Tensor:
+    """``gates * sigmoid(alpha * gates) * (values + offset)`` (Shazeer, arXiv:2002.05202); not in MLX.
+
+    The defaults are SiLU's; gpt-oss has alpha 1.702, limit 7 and offset 1.
+
+    Args:
+        gates, values: of one shape, on any strides: parts of one product's result, its halves or its even and odd
+            columns, are read where they are.
+        alpha: what gates are multiplied by within the sigmoid.
+        limit: the most that gates may be, and values of either sign; beyond it their gradient is zero. None for none.
+        offset: added to values.
+    """
+    return ops.swiglu(gates, values, alpha, limit, offset)
+
+
+def geglu(gates: Tensor, values: Tensor, *, approximate: str = "tanh") -> Tensor:
+    """``gelu(gates) * values`` (Shazeer, arXiv:2002.05202); not in MLX.
+
+    Args:
+        gates, values: as those of ``swiglu``.
+        approximate: of GELU (Hendrycks and Gimpel, arXiv:1606.08415), "tanh" or, for the normal distribution itself,
+            "none", as in ``torch.nn.functional.gelu``.
+    """
+    return ops.geglu(gates, values, approximate)

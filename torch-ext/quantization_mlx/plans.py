@@ -13,18 +13,9 @@ from ._ops import ops
 __all__ = ["Launch", "Plan", "explain"]
 
 _OPS = (
-    "quantize",
-    "dequantize",
-    "quantized_matmul",
-    "gather_qmm",
-    "rms_norm",
-    "layer_norm",
-    "add_rms_norm",
-    "rope_into_cache",
-    "sample",
-    "moe_router",
-    "moe_combine",
-    "scaled_dot_product_attention",
+    *("quantize", "dequantize", "quantized_matmul", "gather_qmm"),
+    *("rms_norm", "layer_norm", "add_rms_norm", "rope", "rope_into_cache", "swiglu", "geglu"),
+    *("scaled_dot_product_attention", "moe_router", "moe_combine", "sample"),
 )
 
 
@@ -35,7 +26,8 @@ class Launch:
     kernel: its name, which is its specification; file: the stem of the .metal file that it is in.
     instance: the template of that file, with its arguments, that the kernel is.
     family: "tensor" (Metal 4 tensor operations, "NAX"), "tile" (8x8 simdgroup matrices), "matvec", "quantize",
-        "dequantize", "norm" or "sample".
+        "dequantize"; between products "norm", "rope", "rope_into_cache", "gate", "attention", "sample", "router" and
+        "combine".
     constants: the facts about shapes and alignment that the kernel is specialised for.
     threadgroups: of the grid, by x, y and z; threads: of one threadgroup.
     arguments: by buffer index, the operand's role ("none": left unbound) and the element that it begins with.

@@ -18,7 +18,8 @@
 // 3 vectors.
 #pragma once
 
-#include "rows.h"
+#include "../isa/real.h"
+#include "functions.h"
 
 namespace quantization_mlx::cpu {
 namespace {

@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
-#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <cstring>
@@ -59,24 +58,6 @@ void store_row(const float* source, const Tensor& tensor, int64_t row, int64_t l
 }
 
 }  // namespace
-
-Tensor silu_mul(const Tensor& x) {
-  constexpr const char* op = "silu_mul";
-  check_row(op, "x", x, 32);
-  const int64_t length = x.size(-1) / 2;
-  const Tensor input = x.contiguous();
-  c10::SmallVector<int64_t, 4> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = length;
-  const Tensor y = at::empty(sizes, x.options());
-  const DecoderKernels& kernel = kernels().decoder;
-  for_rows(y.numel() / length, 8 * length, [&](int64_t row) {
-    Floats values = floats(2 * length);
-    load_row(input, row, 2 * length, values.data());
-    kernel.gate(values.data(), values.data() + length, length, values.data());
-    store_row(values.data(), y, row, length);
-  });
-  return y;
-}
 
 Tensor decode_attention(
     const Tensor& x,
@@ -253,6 +234,10 @@ Tensor decoder_steps(
   const auto add_rms_norm = [&](const Tensor& y, const Tensor& weight) {
     return run(AddRmsNormProblem::check(y, sum, weight, epsilon));
   };
+  const auto gated = [](const Tensor& y) {
+    const int64_t length = y.size(-1) / 2;
+    return run(SwigluProblem::check(y.narrow(-1, 0, length), y.narrow(-1, length, length), 1.0, std::nullopt, 0.0));
+  };
   for (int64_t layer = 0; layer < layers; ++layer) {
     const auto own = norms.slice(layer * norms_of_layer, norms_of_layer);
     const LayerLists lists{products, formats, layer};
@@ -261,7 +246,7 @@ Tensor decoder_steps(
         lists.product(normal, 0), cosines, sines, keys[layer], values[layer], position, scaling, norm(2), norm(3),
         epsilon);
     std::tie(sum, normal) = add_rms_norm(lists.product(normal, 1), own[1]);
-    normal = lists.product(silu_mul(lists.product(normal, 2)), 3);
+    normal = lists.product(gated(lists.product(normal, 2)), 3);
     if (layer + 1 < layers) {
       std::tie(sum, normal) = add_rms_norm(normal, norms[(layer + 1) * norms_of_layer]);
     }

@@ -1,31 +1,11 @@
-// What a decoder does to one row between its products. Lengths of gate, and half of those of rotate, are multiples of
-// 16, which every `lanes` divides. Those of norms are any: there x goes on to whole vectors with zeros, the others with
-// anything.
+// What a decoder does to one row between its products. Half of the lengths of rotate are multiples of 16, which every
+// `lanes` divides. Those of norms are any: there x goes on to whole vectors with zeros, the others with anything.
 #pragma once
 
 #include "../isa/real.h"
 
 namespace quantization_mlx::cpu {
 namespace {
-
-// exp within 2 units in the last place between -87 and 88; arguments beyond are clamped.
-ALWAYS_INLINE F exponential(F value) {
-  const Floats low = (Floats)Vector::set(-87.0f);
-  const Floats high = (Floats)Vector::set(88.0f);
-  Floats x = (Floats)value;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
-  const Floats shifted = (Floats)Vector::fma((F)x, Vector::set(1.44269504f), Vector::set(12582912.0f));
-  const F whole = (F)(shifted - 12582912.0f);
-  const F rest = Vector::fma(whole, Vector::set(-1.42860677e-6f), Vector::fma(whole, Vector::set(-0.693145752f), (F)x));
-  constexpr float coefficients[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  F power = Vector::set(1.0f / 720);
-  for (const float coefficient : coefficients) {
-    power = Vector::fma(power, rest, Vector::set(coefficient));
-  }
-  return (F)((Integers)power + ((Integers)shifted << 23));
-}
 
 // The sum over a row of what term(i, sum) adds to the sum for the vector at i. Several sums at once, so that none waits
 // for another, and of short parts of the row, so that they stay small beside what is added to them.
@@ -86,15 +66,6 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
   for (int64_t i = 0; i < n; i += lanes) {
     const F deviation = Vector::add(Vector::add(Vector::load(x + i), minus_mean), Vector::set(-rest));
     Vector::store(y + i, Vector::fma(Vector::mul(deviation, factor), Vector::load(weight + i), Vector::load(bias + i)));
-  }
-}
-
-void gate(const float* gates, const float* values, int64_t n, float* y) {
-  const F one = Vector::set(1.0f);
-  for (int64_t i = 0; i < n; i += lanes) {
-    const F x = Vector::load(gates + i);
-    const Floats denominator = (Floats)Vector::add(one, exponential((F) - (Floats)x));
-    Vector::store(y + i, Vector::mul((F)((Floats)x / denominator), Vector::load(values + i)));
   }
 }
 

@@ -35,6 +35,50 @@ ALWAYS_INLINE void store_real(Real type, void* destination, F value) {
   }
 }
 
+// Calls function with the type as a constant.
+template <typename Function>
+ALWAYS_INLINE void with_type(Real type, Function&& function) {
+  switch (type) {
+    case Real::float32: return function(std::integral_constant<Real, Real::float32>());
+    case Real::float16: return function(std::integral_constant<Real, Real::float16>());
+    case Real::bfloat16: return function(std::integral_constant<Real, Real::bfloat16>());
+  }
+}
+
+// Calls function(i, count as a constant or, of the last values, as a number) for `lanes` values at a time.
+template <typename Function>
+ALWAYS_INLINE void for_vectors(int64_t count, Function&& function) {
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    function(i, std::integral_constant<int, lanes>());
+  }
+  if (i < count) {
+    function(i, static_cast<int>(count - i));
+  }
+}
+
+// `lanes` values or, where count is a number, so many and zeros.
+template <typename Count>
+ALWAYS_INLINE F load_some(Real type, const uint8_t* source, Count count) {
+  if constexpr (std::is_same_v<Count, int>) {
+    alignas(64) uint8_t padded[64] = {};
+    copy_bytes(padded, source, count * real_bytes(type));
+    return load_real(type, padded, 0);
+  }
+  return load_real(type, source, 0);
+}
+
+template <typename Count>
+ALWAYS_INLINE void store_some(Real type, uint8_t* destination, F value, Count count) {
+  if constexpr (std::is_same_v<Count, int>) {
+    alignas(64) uint8_t whole[lanes * sizeof(float)];
+    store_real(type, whole, value);
+    std::memcpy(destination, whole, static_cast<size_t>(count * real_bytes(type)));
+    return;
+  }
+  store_real(type, destination, value);
+}
+
 // Writes zeros behind the row, up to a multiple of the lanes.
 void to_float32(Real type, const void* source, int64_t count, float* destination) {
   int64_t i = 0;
@@ -42,9 +86,8 @@ void to_float32(Real type, const void* source, int64_t count, float* destination
     Vector::store(destination + i, load_real(type, source, i));
   }
   if (i < count) {
-    alignas(64) uint8_t padded[64] = {};
-    copy_bytes(padded, static_cast<const uint8_t*>(source) + i * real_bytes(type), (count - i) * real_bytes(type));
-    Vector::store(destination + i, load_real(type, padded, 0));
+    const uint8_t* rest = static_cast<const uint8_t*>(source) + i * real_bytes(type);
+    Vector::store(destination + i, load_some(type, rest, static_cast<int>(count - i)));
   }
 }
 
@@ -58,10 +101,9 @@ void from_float32(const float* source, float factor, int64_t count, Real type, v
   }
   if (i < count) {
     alignas(64) float padded[lanes] = {};
-    alignas(64) uint8_t result[lanes * sizeof(float)];
     std::memcpy(padded, source + i, static_cast<size_t>(count - i) * sizeof(float));
-    store_real(type, result, Vector::mul(Vector::load(padded), factors));
-    std::memcpy(to + i * real_bytes(type), result, static_cast<size_t>((count - i) * real_bytes(type)));
+    const F values = Vector::mul(Vector::load(padded), factors);
+    store_some(type, to + i * real_bytes(type), values, static_cast<int>(count - i));
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <iterator>
+#include <tuple>
 #include <utility>
 
 namespace quantization_mlx::gpu {
@@ -267,6 +268,31 @@ c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem) {
     facts.is_misaligned |= static_cast<int32_t>(misalignment_of(*tensor) != 0);
   }
   return {facts};
+}
+
+c10::SmallVector<RopeFacts, 1> facts_of(const RopeProblem& problem) {
+  if (problem.is_empty()) {
+    return {};
+  }
+  return {RopeFacts{
+      static_cast<int32_t>(problem.x.scalar_type()), problem.traditional, problem.sequences, problem.heads,
+      problem.length, problem.width, problem.pairs(), problem.sequence_stride, problem.head_stride,
+      problem.position_stride, problem.offset_stride(),
+      problem.offsets.defined() ? static_cast<int32_t>(problem.offsets.element_size()) : 0, problem.freqs.defined(),
+      std::bit_cast<int64_t>(problem.base), std::bit_cast<int64_t>(problem.scale), misalignment_of(problem.x)}};
+}
+
+c10::SmallVector<GateFacts, 1> facts_of(const GateProblem& problem) {
+  if (problem.is_empty()) {
+    return {};
+  }
+  const auto& [gates, values] = std::tie(problem.gates, problem.values);
+  return {GateFacts{
+      static_cast<int32_t>(problem.kind), static_cast<int32_t>(gates.tensor.scalar_type()), problem.rows,
+      problem.length, gates.row_stride, gates.stride, values.row_stride, values.stride,
+      std::bit_cast<int64_t>(problem.alpha), std::bit_cast<int64_t>(problem.limit),
+      std::bit_cast<int64_t>(problem.offset),
+      misalignment_of(gates.tensor) != 0 || misalignment_of(values.tensor) != 0}};
 }
 
 }  // namespace quantization_mlx::gpu

@@ -41,12 +41,14 @@ const std::vector<KernelTable>& kernel_tables() {
       {"sum_parts", std::nullopt, {SUM_KERNELS(ROW, "%", TYPE)}},
       {"norm", std::nullopt, {NORM_KERNELS(ROW, "%", TYPE)}},
       {"rope_into_cache", std::nullopt, {ROPE_CACHE_KERNELS(ROW, "%", TYPE)}},
-      {"sample", std::nullopt, {SAMPLE_KERNELS(ROW, "%", TYPE)}},
-      {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE)}},
+      {"rope", std::nullopt, {ROPE_KERNELS(ROW, "%", TYPE)}},
+      {"gates", std::nullopt, {GATE_KERNELS(ROW, "%", TYPE)}},
       {"attention", std::nullopt, {ATTENTION_KERNELS(ROW, "%", TYPE)}},
       {"attention_tile",
        std::nullopt,
-       {ATTENTION_TILE_KERNELS(ROW, "%", TYPE) ATTENTION_TILE_HALF_KERNELS(ROW, "%", TYPE)}}};
+       {ATTENTION_TILE_KERNELS(ROW, "%", TYPE) ATTENTION_TILE_HALF_KERNELS(ROW, "%", TYPE)}},
+      {"sample", std::nullopt, {SAMPLE_KERNELS(ROW, "%", TYPE)}},
+      {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE)}}};
   return all;
 }
 
@@ -106,6 +108,8 @@ Launch launch_of(Family family, const std::string& op, int rows, Format format, 
   }
   TORCH_INTERNAL_ASSERT(false, "kernels.h has no ", name);
 }
+
+#define NAME(name) #name,
 
 #define NAME(name) #name,
 

@@ -43,7 +43,7 @@ _decode_attention = ops._decode_attention.default
 _decoder_steps = ops._decoder_steps.default
 _quantized_matmul = ops.quantized_matmul.default
 _rms_norm = ops.rms_norm.default
-_silu_mul = ops._silu_mul.default
+_swiglu = ops.swiglu.default
 
 
 def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
@@ -298,7 +298,7 @@ class _FastLayer(_Forward):
             held.length += 1
             x = project_out(y)
         hidden_states, x = _add_rms_norm(x, hidden_states, second_norm.weight, second_norm.variance_epsilon)
-        return hidden_states + down(_silu_mul(gate_and_up(x)))
+        return hidden_states + down(_swiglu(*gate_and_up(x).chunk(2, -1)))
 
     def _attend_prompt(self, x: Tensor, cosines: Tensor, sines: Tensor, cache: Any) -> Tensor:
         """Attention of tokens to those before them, from their queries, keys and values side by side."""

@@ -1,0 +1,96 @@
+// Gated activations: y [rows, length] = activation(gates) * (values + offset), gates and values on any strides.
+//
+//   threadgroups along y       rows
+//   threads along x            elements [0, 8), [8, 16), ... of a row
+//
+// Elements that are adjacent, on rows of whole 16 bytes, come and go in the widest loads and stores; the even and the
+// odd columns of one product come one by one, from lines that the threads beside read, too.
+#pragma once
+
+#include "../../csrc/functions.h"
+#include "../../csrc/gpu/launch.h"
+#include "../common/load.h"
+#include "../common/metal.h"
+#include "polynomial.h"
+
+namespace quantization_mlx {
+
+constant bool aligned_x [[function_constant(QUANTIZATION_MLX_ALIGNED_X)]];
+
+static constant constexpr const int gate_threads = elementwise_threads_per_threadgroup();
+static constant constexpr const int gate_step = gate_elements();
+
+METAL_FUNC float times_sigmoid(float x, float argument) { return x / (1.0f + exp(-argument)); }
+
+// x times the standard normal distribution, of which the tail on the side of zero is known.
+METAL_FUNC float times_normal(float x) {
+  const float distance = fabs(x);
+  const float t = 1.0f / fma(distance, tail_rate, 1.0f);
+  const float tail = exp(distance * distance * -0.5f) * t * polynomial(t, tail_coefficients);
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+template <Gate kind>
+METAL_FUNC float activated(float x, float alpha) {
+  if (kind == Gate::swiglu) {
+    return times_sigmoid(x, alpha * x);
+  }
+  if (kind == Gate::geglu_tanh) {
+    return times_sigmoid(x, x * fma(x * x, tanh_third, tanh_first));
+  }
+  return times_normal(x);
+}
+
+template <typename T>
+METAL_FUNC void load_step(const device T* row, long stride, int first, int length, thread float* values) {
+  if (aligned_x) {
+    load_values<gate_step>(row + first, true, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < gate_step; ++i) {
+      values[i] = first + i < length ? static_cast<float>(row[(first + i) * stride]) : 0.0f;
+    }
+  }
+}
+
+template <typename T, Gate kind>
+[[kernel, max_total_threads_per_threadgroup(gate_threads)]] void gate(
+    const device T* gates [[buffer(0)]],
+    const device T* values [[buffer(1)]],
+    device T* y [[buffer(2)]],
+    constant GateParams& params [[buffer(3)]],
+    uint2 threadgroup_index [[threadgroup_position_in_grid]],
+    uint2 threads [[threads_per_threadgroup]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const int length = params.length;
+  const int first = (threadgroup_index.x * threads.x + thread_index) * gate_step;
+  if (first >= length) {
+    return;
+  }
+  const long row = threadgroup_index.y;
+  float results[gate_step];
+  float factors[gate_step];
+  load_step(gates + row * params.gates_row_stride, params.gates_stride, first, length, results);
+  load_step(values + row * params.values_row_stride, params.values_stride, first, length, factors);
+#pragma unroll
+  for (int i = 0; i < gate_step; ++i) {  // NaN passes every comparison by
+    const float x = results[i] > params.limit ? params.limit : results[i];
+    const float high = factors[i] > params.limit ? params.limit : factors[i];
+    const float value = high < -params.limit ? -params.limit : high;
+    results[i] = activated<kind>(x, params.alpha) * (value + params.offset);
+  }
+  device T* destination = y + row * length + first;
+  if (aligned_x) {
+    store_four(results, destination);
+    store_four(results + 4, destination + 4);
+  } else {
+#pragma unroll
+    for (int i = 0; i < gate_step; ++i) {
+      if (first + i < length) {
+        destination[i] = static_cast<T>(results[i]);
+      }
+    }
+  }
+}
+
+}  // namespace quantization_mlx
