@@ -7,8 +7,9 @@ The product is the smallest there is, one row of 32 values, so that next to noth
 called the way a model calls them. Medians of interleaved turns on one thread; without a compiler, the no-op is left
 out.
 
---host: of the ops on device "mps", what the host does before the GPU begins. On Linux, with the package's Objective-C++
-on the software Metal device, whose commands are encoded and not run; its Objective-C is not Apple's.
+--host: of the ops on device "mps", what the host does before the GPU begins, and of a decoder for one token, for which
+transformers is needed. On Linux, with the package's Objective-C++ on the software Metal device, whose commands are
+encoded and not run; its Objective-C is not Apple's.
 """
 
 from __future__ import annotations
@@ -110,11 +111,37 @@ def host_contenders() -> dict[str, Callable[[], object]]:
     return result if nothing is not None else {name: call for name, call in result.items() if "no-op" not in name}
 
 
-def microseconds(call: Callable[[], object]) -> float:
+LAYERS = 28
+
+
+def decoder_step() -> tuple[Callable[[], object], int]:
+    """One token through all layers of a small prepared model on "mps", and the launches that this takes."""
+    from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(**sizes, head_dim=32, num_hidden_layers=LAYERS, vocab_size=64)
+    model = quantization_mlx.quantize_model(Qwen3ForCausalLM(config).half().eval(), group_size=64).to("mps")
+    stack = quantization_mlx.prepare_for_generation(model).model
+    cache = DynamicCache(config=config)
+    token = torch.zeros(1, 1, dtype=torch.long, device="mps")
+    x = stack.embed_tokens(token)
+    with torch.no_grad():
+        stack(token, cache=cache)
+        angles = stack.rotary_emb(x, token)
+    keys, values = zip(*(layer.buffers for layer in cache.layers), strict=True)
+    arguments = (stack._decoder(), x, *([each] for each in angles), list(keys), list(values), 1)
+
+    def call() -> torch.Tensor:
+        return ops.decoder_step(*arguments)
+
+    return call, sum(len(plan.launches) for plan in quantization_mlx.explain(call))
+
+
+def microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
     start = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         call()
-    return (time.perf_counter() - start) / CALLS * 1e6
+    return (time.perf_counter() - start) / calls * 1e6
 
 
 def measure(made: dict[str, Callable[[], object]]) -> None:
@@ -151,6 +178,13 @@ def main() -> None:
         print(f"\n{context.__name__}")
         with context(), idle():
             measure(made)
+    if host:
+        call, launches = decoder_step()
+        with torch.inference_mode(), idle():
+            of_call = statistics.median(microseconds(call, 20) for _ in range(TURNS))
+        print(
+            f"\none token through {LAYERS} layers: {launches} launches, {of_call / launches:.2f} microseconds for each"
+        )
 
 
 if __name__ == "__main__":

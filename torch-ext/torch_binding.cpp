@@ -8,6 +8,7 @@
 #include "../csrc/autocast.h"
 #include "../csrc/autograd.h"
 #include "../csrc/cpu/ops.h"
+#include "../csrc/decoder.h"
 #include "../csrc/gpu/describe.h"
 #include "../csrc/ops.h"
 
@@ -132,9 +133,6 @@ Tensor affine_gather_qmm_rhs_nax(
       .squeeze(1);
 }
 
-// They have no gradients, and whoever calls them sees to it that none are wanted.
-constexpr const char* generation_ops[] = {"_decode_attention", "_decoder_steps"};
-
 // Of a twin, which changes no tensor.
 std::string without_aliases(std::string arguments) {
   for (const std::string_view alias : {"(a!)", "(b!)"}) {
@@ -229,21 +227,13 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
   m.def("_set_cpu_activations(str activations) -> ()", cpu::set_activations);
   m.def("_get_cpu_activations() -> str", cpu::get_activations);
 
-  // For one step of generation, by generation.py: on CPU alone, without gradients.
-  m.def(
-      "_decode_attention(Tensor x, Tensor cosines, Tensor sines, Tensor(a!) keys, Tensor(b!) values, int position, "
-      "float scaling, Tensor? query_norm=None, Tensor? key_norm=None, float epsilon=0.0) -> Tensor");
-  m.def(
-      "_decoder_steps(Tensor x, Tensor cosines, Tensor sines, Tensor(a!)[] keys, Tensor(b!)[] values, int "
-      "position, "
-      "Tensor[] norms, Tensor?[] products, int[] formats, float scaling, float epsilon) -> Tensor");
+  define_decoder(m);
 }
 
-TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
-  implement<Cpu>(m);
-  m.impl("_decode_attention", cpu::decode_attention);
-  m.impl("_decoder_steps", cpu::decoder_steps);
-}
+TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) { implement<Cpu>(m); }
+
+// Made of other ops, on any device.
+TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CompositeExplicitAutograd, m) { implement_decoder(m); }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Meta, m) {
   ops::for_each([&]<typename Problem>(ops::Op<Problem>) { m.impl(Problem::name, Problem::meta); });
@@ -266,9 +256,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("rope", autograd::rope);
   m.impl("swiglu", autograd::swiglu);
   m.impl("geglu", autograd::geglu);
-  for (const char* op : generation_ops) {
-    m.impl(op, torch::CppFunction::makeFallthrough());
-  }
+  m.impl("decoder_step", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, AutocastCPU, m) { implement_autocast(m); }

@@ -153,8 +153,6 @@ struct DecoderKernels {
   // Of position * turns, each turns a fraction of 2^64; all of them go on to whole vectors.
   void (*angles)(const uint64_t* turns, int64_t position, int64_t pairs, float* cosines, float* sines);
   void (*rotate_heads)(const Rotation&);
-  // Rotary position embedding of one head; cosines and sines have dim elements, a multiple of 32; y may be x.
-  void (*rotate)(const float* x, const float* cosines, const float* sines, int64_t dim, float* y);
   void (*attend)(const Attention&);
   // e^(x - greatest), and the sum of the n; to whole vectors, as the next two.
   float (*exponentials)(const float* x, float greatest, int64_t n, float* y);

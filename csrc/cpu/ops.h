@@ -45,40 +45,6 @@ at::Tensor run(const RopeProblem& problem);
 
 at::Tensor run(const GateProblem& problem);
 
-// Self-attention of one new token for each sequence. x [batch, 1, (query heads + 2 * key heads) * dim] is its queries,
-// keys and values; queries and keys are normalised if a weight is given, rotated by the angle whose cosines and sines
-// [1 or batch, 1, dim] these are, and keys and values are written into theirs [batch, key heads, capacity, dim] at
-// `position`. The result is [batch, 1, query heads * dim].
-at::Tensor decode_attention(
-    const at::Tensor& x,
-    const at::Tensor& cosines,
-    const at::Tensor& sines,
-    const at::Tensor& keys,
-    const at::Tensor& values,
-    int64_t position,
-    double scaling,
-    const std::optional<at::Tensor>& query_norm,
-    const std::optional<at::Tensor>& key_norm,
-    double epsilon);
-
-// One new token for each sequence through all decoder layers: x [batch, 1, hidden size] into the residual stream behind
-// the last one. A list has as many entries for each layer: one each of `keys` and `values`, as in decode_attention;
-// `norms`, the weights before attention and before the gated MLP, and of queries and keys where they are normalised;
-// `products`, weight, scales, biases and bias, or None, of queries with keys with values, of attention's output, of
-// gates with their values, and of the MLP's output; `formats`, group_size, bits and the number of the mode of each.
-at::Tensor decoder_steps(
-    const at::Tensor& x,
-    const at::Tensor& cosines,
-    const at::Tensor& sines,
-    at::TensorList keys,
-    at::TensorList values,
-    int64_t position,
-    at::TensorList norms,
-    const c10::List<std::optional<at::Tensor>>& products,
-    at::IntArrayRef formats,
-    double scaling,
-    double epsilon);
-
 // What a product multiplies: the activations that it is given, or those quantized to int8 group by group.
 enum class Activations : uint8_t { exact, int8 };
 

@@ -218,9 +218,6 @@ struct GateFacts {
   int64_t is_misaligned;
 };
 
-EACH(RopeFacts)
-EACH(GateFacts)
-
 // EACH(facts), for what is there once for each kind of them.
 #define QUANTIZATION_MLX_FACTS(EACH) \
   EACH(ProductFacts)                 \

@@ -61,45 +61,6 @@ struct Target {
 
 // What kernels take, by the part that it plays. "none": an argument that this kernel does not use; x: also what
 // quantize reads; w: packed words, read or written; partial_sums: the float32 workspace; residual: what is added to x,
-// and sum both together; numbers: CallNumbers, no tensor; experts: indices.
-#define QUANTIZATION_MLX_ROLES(EACH) \
-  EACH(none)                         \
-  EACH(x)                            \
-  EACH(w)                            \
-  EACH(scales)                       \
-  EACH(biases)                       \
-  EACH(global_scale)                 \
-  EACH(y)                            \
-  EACH(partial_sums)                 \
-  EACH(lhs_indices)                  \
-  EACH(rhs_indices)                  \
-  EACH(residual)                     \
-  EACH(weight)                       \
-  EACH(bias)                         \
-  EACH(sum)                          \
-  EACH(query_norm)                   \
-  EACH(key_norm)                     \
-  EACH(cosines)                      \
-  EACH(sines)                        \
-  EACH(queries)                      \
-  EACH(keys)                         \
-  EACH(values)                       \
-  EACH(mask)                         \
-  EACH(sinks)                        \
-  EACH(seeds)                        \
-  EACH(previous)                     \
-  EACH(numbers)                      \
-  EACH(experts)
-
-#define ENUMERATOR(name) name,
-enum class Role : uint8_t { QUANTIZATION_MLX_ROLES(ENUMERATOR) };
-#undef ENUMERATOR
-
-#define ONE(name) +1
-inline constexpr int role_count = 0 QUANTIZATION_MLX_ROLES(ONE);
-#undef ONE
-// What kernels take, by the part that it plays. "none": an argument that this kernel does not use; x: also what
-// quantize reads; w: packed words, read or written; partial_sums: the float32 workspace; residual: what is added to x,
 // and sum both together; first_position: a number of the call, no tensor; numbers: CallNumbers, no tensor; experts:
 // indices.
 #define QUANTIZATION_MLX_ROLES(EACH) \

@@ -43,6 +43,9 @@ void check_cache(const Arguments<Int>& arguments) {
   };
   check("keys", arguments.keys);
   check("values", arguments.values);
+  TORCH_CHECK_VALUE(
+      !arguments.keys.is_alias_of(arguments.values), "[", op,
+      "] keys and values share memory; each must be a tensor of its own.");
 }
 
 template <typename Int>

@@ -196,7 +196,7 @@ def test_generate_streams_the_greedy_text(converted: Path, run: Run, monkeypatch
     # The text, and what ended it if that was a token.
     words = len(expected.split())
     assert re.search(rf"^Generation: ({words}|{words + 1}) tokens, \d+\.\d+ tokens-per-sec$", err, re.M)
-    assert re.search(r"^Decoder: fused ops of prepare_for_generation$", err, re.M)
+    assert re.search(r"^Decoder: one op for all layers, of prepare_for_generation$", err, re.M)
     assert re.search(r"^Peak resident memory: \d+\.\d+ GB$", err, re.M)
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w17 w3"))

@@ -1,8 +1,9 @@
-"""prepare_for_generation against the unprepared model, and its ops against float64 arithmetic."""
+"""prepare_for_generation against the unprepared model, on CPU and GPU."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,25 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import oracle
 import tiny
-from cases import DTYPES
 from oracle import name_of
-from quantization_mlx import dequantize_model, load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
-from quantization_mlx._ops import ops
+from quantization_mlx import (
+    dequantize_model,
+    explain,
+    load_checkpoint,
+    prepare_for_generation,
+    quantize_model,
+    save_checkpoint,
+)
 from quantization_mlx.hf import decoder
 from quantization_mlx.hf.compat import cache_name
 from repository import load_demo
 from tiny import VOCABULARY
 
-DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 SIZES = {**tiny.SIZES, "num_hidden_layers": 3, **IDS}
 FAMILIES = {
@@ -37,98 +41,21 @@ FAMILIES = {
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "mistral-sliding": MistralConfig(**SIZES, sliding_window=8),
     "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen2-sliding": transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1, layer_types=None
+    ),
     "qwen3": Qwen3Config(**SIZES, head_dim=64),
+    # One layer in three does not rotate.
+    "smollm3": transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1]),
+    "phi3": transformers.Phi3Config(**SIZES, partial_rotary_factor=0.5, resid_pdrop=0.1, sliding_window=9),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SIZES, head_dim=64, sliding_window=7, query_pre_attn_scalar=40, sliding_window_pattern=2
+    ),
+    "granite": transformers.GraniteConfig(
+        **SIZES, residual_multiplier=0.3, embedding_multiplier=4.0, attention_multiplier=0.1, logits_scaling=2.0
+    ),
 }
 FAMILY = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
-
-
-# --- Ops --------------------------------------------------------------------------------------------------------------
-
-
-def bound(reference: Tensor, dtype: torch.dtype, sums: float = 0.0) -> Tensor:
-    """One rounding of each value, and what float32 loses in sums of this size."""
-    info = torch.finfo(dtype)
-    rounding = info.eps * torch.clamp(reference.abs(), min=info.smallest_normal)
-    return rounding + 16 * torch.finfo(torch.float32).eps * (reference.abs() + sums)
-
-
-def exact_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    x = x.double()
-    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight.double()
-
-
-def exact_rotation(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cosines.double() + torch.cat((-second, first), -1) * sines.double()
-
-
-@DTYPE
-@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
-@pytest.mark.parametrize(
-    "batch, key_heads, heads, dim, position",
-    [
-        (1, 1, 1, 32, 0),
-        (1, 3, 3, 64, 17),
-        (2, 2, 4, 96, 40),
-        (1, 2, 7, 128, 31),
-        (3, 1, 5, 32, 700),
-        (1, 1, 6, 256, 15),
-    ],
-)
-def test_decode_attention(
-    dtype: torch.dtype, normed: bool, batch: int, key_heads: int, heads: int, dim: int, position: int
-) -> None:
-    x = oracle.random_x(batch, 1, (heads * key_heads + 2 * key_heads) * dim, dtype=dtype)
-    angles = oracle.random_x(batch, 1, dim // 2, seed=1).repeat(1, 1, 2)
-    cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
-    # What lies behind the position is not to be read.
-    keys, values = (torch.full((batch, key_heads, position + 3, dim), torch.nan, dtype=dtype) for _ in range(2))
-    keys[:, :, :position] = oracle.random_x(batch, key_heads, position, dim, seed=2, dtype=dtype)
-    values[:, :, :position] = oracle.random_x(batch, key_heads, position, dim, seed=3, dtype=dtype)
-    norms = [oracle.random_x(dim, seed=4 + i, dtype=dtype) for i in range(2)] if normed else [None, None]
-    before = keys.clone(), values.clone()
-
-    y = ops._decode_attention(x, cosines, sines, keys, values, position, dim**-0.5, *norms, 1e-6)
-
-    split = x.double().view(batch, -1, 1, dim).split([heads * key_heads, key_heads, key_heads], 1)
-    query, key = (
-        exact_rotation(each if norm is None else exact_rms_norm(each, norm, 1e-6), cosines[:, None], sines[:, None])
-        for each, norm in zip(split, norms, strict=False)
-    )
-    oracle.assert_within(keys[:, :, position], key[:, :, 0], 2 * bound(key[:, :, 0], dtype, 2 * key.abs().max()))
-    oracle.assert_identical(values[:, :, position], x.view(batch, -1, 1, dim)[:, -key_heads:, 0])
-    for now, then in zip((keys, values), before, strict=True):
-        now[:, :, position] = then[:, :, position]
-        oracle.assert_identical(now, then, "other positions")
-
-    all_keys = torch.cat((keys[:, :, :position].double(), key.to(dtype).double()), 2)
-    all_values = torch.cat((values[:, :, :position].double(), split[2]), 2)
-    reference = F.scaled_dot_product_attention(query, all_keys, all_values, enable_gqa=True)
-    reference = reference.transpose(1, 2).reshape(batch, 1, -1)
-    # A rounding of the new key moves a score by as much; a weight, relatively, as far as a score.
-    spread = query.norm(dim=-1).max() * key.norm(dim=-1).max() * dim**-0.5 if normed else 4.0
-    slack = (torch.finfo(dtype).eps + 1e-5) * spread * all_values.abs().max()
-    oracle.assert_within(y, reference, bound(reference, dtype) + slack)
-
-
-OP_ERRORS = {
-    "position": (
-        lambda x, w: ops._decode_attention(x, w[:32], w[:32], *torch.zeros(2, 1, 1, 4, 32), 4, 1.0),
-        ValueError,
-        r"capacity above the position 4",
-    ),
-    "heads": (
-        lambda x, w: ops._decode_attention(x[:1], w[:32], w[:32], *torch.zeros(2, 1, 1, 4, 32), 0, 1.0),
-        ValueError,
-        r"x of shape \[1, 64\] does not fit keys",
-    ),
-}
-
-
-@pytest.mark.parametrize("call, error, message", OP_ERRORS.values(), ids=OP_ERRORS.keys())
-def test_ops_refuse_what_does_not_fit(call, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call(torch.ones(2, 64), torch.ones(64))
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -162,25 +89,16 @@ def logits_of(model: PreTrainedModel, ids: Tensor, prompt: int, **options: Any) 
 
 
 class Steps:
-    """Counts the calls of the ops for attention of one layer and for all layers."""
+    """Counts the calls of the op."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.counts = {"_decode_attention": 0, "_decoder_steps": 0}
-        for name in self.counts:
-            monkeypatch.setattr(decoder, name, self.counted(name, getattr(decoder, name)))
+        self.count = 0
+        self.op = decoder._decoder_step
+        monkeypatch.setattr(decoder, "_decoder_step", self)
 
-    def counted(self, name: str, op: Any) -> Any:
-        def call(*arguments: Any) -> Tensor:
-            self.counts[name] += 1
-            return op(*arguments)
-
-        return call
-
-    def of_layers(self) -> int:
-        return self.counts["_decode_attention"]
-
-    def of_stacks(self) -> int:
-        return self.counts["_decoder_steps"]
+    def __call__(self, *arguments: Any) -> Tensor:
+        self.count += 1
+        return self.op(*arguments)
 
 
 @pytest.fixture
@@ -188,17 +106,54 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps(monkeypatch)
 
 
+def assert_same(logits: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(logits.cpu(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 @FAMILY
 @pytest.mark.parametrize("quantized", [True, False], ids=["quantized", "dense"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_same_logits(config, quantized: bool, batch: int, steps: Steps) -> None:
+def test_same_logits(device: str, config, quantized: bool, batch: int, steps: Steps) -> None:
     model, prepared = pair(config, quantized=quantized)
     ids = tokens(batch, 24)
-    expected, logits = (logits_of(each, ids, 5) for each in (model, prepared))
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    fast = config is not FAMILIES["mistral-sliding"]
-    assert steps.of_stacks() == (19 if fast and quantized else 0)
-    assert steps.of_layers() == (19 * config.num_hidden_layers if fast and not quantized else 0)
+    expected = logits_of(model, ids, 5)
+    assert steps.count == 0
+    assert_same(logits_of(prepared.to(device), ids.to(device), 5), expected)
+    assert steps.count == 20
+
+
+@pytest.mark.parametrize("config", [FAMILIES[name] for name in ("llama", "mistral-sliding")], ids=("all", "window"))
+def test_same_logits_of_padded_batches(device: str, config, steps: Steps) -> None:
+    """Single tokens and several, of sequences that begin at other positions."""
+    model, prepared = pair(config)
+    ids = tokens(3, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, :1] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    results = []
+    for each, where in ((model, "cpu"), (prepared.to(device), device)):
+        cache = DynamicCache(config=each.config)
+        logits = []
+        for begin, end in itertools.pairwise((0, 7, 8, 9, 13, 14, 20)):
+            inputs = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]}
+            inputs["position_ids"] = positions[:, begin:end]
+            inputs = {name: tensor.to(where) for name, tensor in inputs.items()}
+            with torch.no_grad():
+                logits.append(each(**inputs, **{cache_name(): cache}).logits.cpu())
+        results.append(torch.cat(logits, 1)[mask.bool()])
+    assert_same(results[1], results[0])
+    assert steps.count == 6
+
+
+def test_without_a_cache(device: str, steps: Steps) -> None:
+    model, prepared = pair(FAMILIES["qwen3"])
+    ids = tokens(2, 11)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        assert_same(prepared.to(device)(ids.to(device), use_cache=False).logits, expected)
+        embeddings = prepared.model.embed_tokens(ids.to(device))
+        assert_same(prepared(inputs_embeds=embeddings, use_cache=False).logits, expected)
+    assert steps.count == 2
 
 
 @FAMILY
@@ -217,7 +172,7 @@ def test_no_further_from_float32_than_the_unprepared_model(dtype: torch.dtype, s
     ids = tokens(2, 60)
     exact = logits_of(copy.deepcopy(model).float(), ids, 20)
     errors = [(logits_of(each, ids, 20).float() - exact).square().mean().sqrt() for each in (model, prepared)]
-    assert steps.of_stacks() > 0
+    assert steps.count > 0
     assert errors[1] <= 1.25 * errors[0]
 
 
@@ -229,7 +184,7 @@ def test_mixed_formats_of_one_input(steps: Steps) -> None:
     prepared = prepare_for_generation(copy.deepcopy(model))
     ids = tokens(1, 12)
     torch.testing.assert_close(logits_of(prepared, ids, 5), logits_of(model, ids, 5), rtol=1e-4, atol=1e-3)
-    assert steps.of_layers() > 0
+    assert steps.count > 0
 
 
 GENERATE = {
@@ -285,7 +240,19 @@ def test_a_cache_that_others_change(steps: Steps) -> None:
             assert cache.get_seq_length() == 14 and twin.get_seq_length() == 13
             results.append(torch.cat(logits, 1))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-3)
-    assert steps.of_stacks() == 7
+    assert steps.count == 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "smollm3")], ids=str)
+def test_launches_of_one_token(config) -> None:
+    """Beside those of all layers: embedding, first norm and the product with the vocabulary."""
+    _, prepared = pair(config, dtype=torch.float16)
+    cache = DynamicCache(config=config)
+    prepared(tokens(1, 5), **{cache_name(): cache})
+    plans = explain(prepared, tokens(1, 1), **{cache_name(): cache}, gpu="applegpu_g15s")
+    assert {"rope_into_cache", "scaled_dot_product_attention", "swiglu"} < {plan.op for plan in plans}
+    assert sum(len(plan.launches) for plan in plans) == 9 * config.num_hidden_layers + 3
 
 
 def test_parameters_keep_names_and_values_and_share_memory() -> None:
@@ -326,7 +293,7 @@ def test_change_of_dtype(steps: Steps) -> None:
     ids = tokens(1, 12)
     expected = logits_of(model, ids, 5)
     logits = logits_of(prepared.bfloat16(), ids, 5)
-    assert logits.dtype == torch.bfloat16 and steps.of_stacks() > 0
+    assert logits.dtype == torch.bfloat16 and steps.count > 0
     assert (logits.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
@@ -393,15 +360,12 @@ def test_refuses_unknown_models() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", ["layer", "stack", "prompt", "gradients"])
+@pytest.mark.parametrize("part", ["token", "prompt", "gradients"])
 def test_unknown_keyword_arguments_are_refused(part: str) -> None:
     """A name that another version of Transformers gives to something is not one to drop."""
     _, prepared = pair(FAMILIES["llama"])
-    stack, ids = prepared.model, tokens(1, 1 if part == "stack" else 5)
+    stack, ids = prepared.model, tokens(1, 1 if part == "token" else 5)
     call = partial(stack, ids)
-    if part == "layer":
-        x = torch.ones(1, 5, SIZES["hidden_size"])
-        call = partial(stack.layers[0], x, position_embeddings=stack.rotary_emb(x, torch.arange(5)[None]))
     cache = DynamicCache(config=prepared.config)
     with torch.set_grad_enabled(part == "gradients"):
         call(**{cache_name(): cache})
@@ -470,14 +434,14 @@ def test_known_keyword_arguments_count(options: dict[str, Any]) -> None:
 
 
 def test_another_signature_is_refused() -> None:
-    """What another version of Transformers passes to its layers, prepared ones would not know."""
+    """What another version of Transformers passes to its models, prepared ones would not know."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, kv: Any = None) -> Tensor:
-        return hidden_states
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, kv: Any = None) -> Tensor:
+        return input_ids
 
-    names = {"__module__": LlamaDecoderLayer.__module__, "forward": forward}
+    names = {"__module__": LlamaModel.__module__, "forward": forward}
     model = tiny_model(FAMILIES["llama"])
-    model.model.layers[0].__class__ = type("LlamaDecoderLayer", (LlamaDecoderLayer,), names)
+    model.model.__class__ = type("LlamaModel", (LlamaModel,), names)
     with pytest.raises(TypeError, match=r"forward has none of the parameters cache, past_key_values; it takes .* kv"):
         prepare_for_generation(model)
 

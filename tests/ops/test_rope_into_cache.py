@@ -226,6 +226,13 @@ def test_refuses_what_does_not_fit(where: str, changes: dict, error: type[Except
         fast.rope_into_cache(**arguments)
 
 
+def test_refuses_keys_and_values_of_one_memory() -> None:
+    arguments = arguments_of(CALLS["all of it"], torch.float32)
+    arguments["keys"], arguments["values"] = torch.zeros(2, *arguments["keys"].shape)
+    with pytest.raises(ValueError, match=r"\[rope_into_cache\] keys and values share memory"):
+        fast.rope_into_cache(**arguments)
+
+
 def test_refuses_tensors_of_two_devices() -> None:
     arguments = arguments_of(CALLS["all of it"], torch.float32)
     arguments["query_norm"] = arguments["query_norm"].to("meta")

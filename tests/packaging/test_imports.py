@@ -15,7 +15,9 @@ PACKAGE = ROOT / "torch-ext" / "quantization_mlx"
 # Each wing may import those before it. "" stands for the modules beside the wings, "__init__" for the package itself.
 WINGS = ("", "nn", "quantization", "checkpoint", "families", "hf", "convert", "marlin", "cli", "__init__")
 GENERATED = "_ops"  # by each build; the names of some ops in it begin with an underscore
-GIVEN = {"_apply_gate"}  # by Transformers, to a method of its experts, which one of ours takes the place of
+# By Transformers, to a method of its experts, which one of ours takes the place of; by torch, to the number of a
+# tensor's changes.
+GIVEN = {"_apply_gate", "_version"}
 
 
 class Source:

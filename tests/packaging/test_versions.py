@@ -254,9 +254,9 @@ def test_weight_files_are_found_however_the_resolver_is_called(tmp_path: Path) -
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", ["self_attn", "mlp"])
-def test_parts_without_a_known_attribute_are_not_prepared(part: str) -> None:
+@pytest.mark.parametrize("attribute", ["head_dim", "scaling"])
+def test_parts_without_a_known_attribute_are_not_prepared(attribute: str) -> None:
     model = tiny_model()
-    del getattr(model.model.layers[0], part).__dict__["head_dim" if part == "self_attn" else "intermediate_size"]
+    del model.model.layers[0].self_attn.__dict__[attribute]
     with pytest.raises(ValueError, match="no decoder layer of a known kind"):
         qm.prepare_for_generation(model)

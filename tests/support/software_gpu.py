@@ -12,7 +12,7 @@ from softmetal.cache import digest
 # quantization_mlx::metal::encode: plan_check.cpp comes between its callers and it.
 ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_12PreparedPlanENS0_8OperandsE"
 # The installed extension has these: schemas, gradients and the CPU's kernels.
-INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto")
+INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto", "csrc/decoder")
 SHADER_HEADERS = ("format.h", "formats.h", "functions.h", "sampling.h", "gpu/launch.h")
 FLAGS = (
     *("-DTORCH_EXTENSION_NAME=_C", "-DQUANTIZATION_MLX_NAMESPACE=quantization_mlx"),

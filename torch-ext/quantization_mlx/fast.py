@@ -79,7 +79,7 @@ def rope_into_cache(
         cosines, sines: ``[1 or B, T, R]`` of the angles of every token, R even and at most D: as Transformers' rotary
             embeddings give them. Element i and ``i + R / 2`` of a head are rotated together, and those behind R not at
             all. None for heads that are not rotated.
-        keys, values: ``[B, Hk, capacity, D]``, contiguous; changed.
+        keys, values: ``[B, Hk, capacity, D]``, contiguous, of memory of their own; changed.
         position: of the first token in the caches; ``position + T <= capacity``.
         bias: ``[(Hq + 2 * Hk) * D]``.
         query_norm, key_norm: ``[D]``, the weights of these norms.

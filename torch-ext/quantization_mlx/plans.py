@@ -97,10 +97,15 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.plans: list[Plan] = []
         self._named = {"gpu": gpu, "macos": macos}
+        self._decoder_step = ops.decoder_step.default
+        self._composite = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
         self._twins = {getattr(ops, name).default: getattr(ops, f"explain_{name}").default for name in _OPS}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is self._decoder_step:  # the ops that it is made of are those that have plans
+            with self:
+                return func.redispatch(self._composite, *args, **kwargs)
         result = func(*args, **kwargs)
         if func in self._twins:  # after the call: a kernel's first use may have excluded it
             name = kwargs.get("op", func._schema.name.split("::")[-1])

@@ -1,5 +1,4 @@
-// What a decoder does to one row between its products. Half of the lengths of rotate are multiples of 16, which every
-// `lanes` divides. Those of norms are any: there x goes on to whole vectors with zeros, the others with anything.
+// Norms of one row, of any length: x goes on to whole vectors with zeros, the others with anything.
 #pragma once
 
 #include "../isa/real.h"
@@ -66,20 +65,6 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
   for (int64_t i = 0; i < n; i += lanes) {
     const F deviation = Vector::add(Vector::add(Vector::load(x + i), minus_mean), Vector::set(-rest));
     Vector::store(y + i, Vector::fma(Vector::mul(deviation, factor), Vector::load(weight + i), Vector::load(bias + i)));
-  }
-}
-
-// The halves of a head are the real and the imaginary parts of a complex vector.
-void rotate(const float* x, const float* cosines, const float* sines, int64_t dim, float* y) {
-  const int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; i += lanes) {
-    const F real = Vector::load(x + i);
-    const F imaginary = Vector::load(x + half + i);
-    const F minus = (F) - (Floats)imaginary;
-    Vector::store(y + i, Vector::fma(minus, Vector::load(sines + i), Vector::mul(real, Vector::load(cosines + i))));
-    Vector::store(
-        y + half + i,
-        Vector::fma(real, Vector::load(sines + half + i), Vector::mul(imaginary, Vector::load(cosines + half + i))));
   }
 }
 

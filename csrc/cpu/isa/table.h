@@ -23,8 +23,8 @@ int64_t workspace(const Product& product) {
   return tiled > plain ? tiled : plain;
 }
 
-constexpr DecoderKernels decoder_table = {rms_norm, layer_norm,   gate,     angles,       rotate_heads, rotate,
-                                          attend,   exponentials, sigmoids, add_multiple, logit_keys,   token_weights};
+constexpr DecoderKernels decoder_table = {rms_norm,     layer_norm, gate,         angles,     rotate_heads, attend,
+                                          exponentials, sigmoids,   add_multiple, logit_keys, token_weights};
 
 constexpr ProductKernels exact_table{
     broadcast_is_faster,

@@ -22,6 +22,10 @@ class Family:
     projections: MLX's names of the projections of an expert, by those in checkpoints that store each expert by itself.
     decoders: what the names of Transformers' classes begin with, in small letters the model_types, where
         `prepare_for_generation` knows the layers.
+    decoder_norms: of these layers, the names of the norms before attention and the MLP ("attention", "mlp") and of what
+        these give ("attention_out", "mlp_out").
+    norm_offset: what the model adds to the weights of its norms.
+    rotates_by_type: whether its rotary embedding depends on the type of a layer.
     stand_in: what takes the place of its modules of experts, if their forward pass reads fused parameters.
     """
 
@@ -32,6 +36,9 @@ class Family:
         **{"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
     }
     decoders: tuple[str, ...] = ()
+    decoder_norms: Mapping[str, str] = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
+    norm_offset: float = 0.0
+    rotates_by_type: bool = False
     stand_in: type[StandIn] | None = None
 
     def __init_subclass__(cls) -> None:

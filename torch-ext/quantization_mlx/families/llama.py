@@ -4,5 +4,5 @@ from .family import Family
 
 
 class Llama(Family):
-    also = ("mistral", "qwen2", "qwen3")
-    decoders = ("Llama", "Mistral", "Qwen2", "Qwen3")
+    also = ("mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite")
+    decoders = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Granite")

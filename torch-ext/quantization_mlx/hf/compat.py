@@ -123,9 +123,8 @@ save_quantized
     PreTrainedConfig._auto_class: whether it did
 prepare_for_generation
   transformers.models.llama.modeling_llama
-    LlamaDecoderLayer.forward(hidden_states, attention_mask, position_ids, use_cache): overridden, as in other families
-    LlamaDecoderLayer.forward(position_embeddings): one more; `forward_options` compares all of them
-    LlamaModel.forward(input_ids, attention_mask, position_ids, inputs_embeds, use_cache): overridden likewise
+    LlamaModel.forward(input_ids, attention_mask, position_ids, use_cache): overridden, as in other families
+    LlamaModel.forward(inputs_embeds): one more; `forward_options` compares all of them
   transformers.utils
     TransformersKwargs(is_causal, position_ids): documented options of forward
   transformers.generation.continuous_batching.input_outputs
@@ -133,10 +132,11 @@ prepare_for_generation
   transformers.modeling_outputs
     BaseModelOutputWithPast(last_hidden_state): the output
   transformers.cache_utils
-    Cache.update(key_states, value_states, layer_idx): takes a prompt's
-    Cache.get_seq_length(layer_idx): how many positions are taken
-    DynamicLayer.get_seq_length: overridden: the same of one layer
+    DynamicLayer.get_seq_length: overridden: how many positions are taken
+    DynamicLayer.crop(tokens_to_remove): overridden: forgets the last ones
     DynamicLayer.update(key_states, value_states): assigns keys and values
+    DynamicSlidingWindowLayer.get_seq_length: whether it is empty, and may become a DynamicLayer
+    DynamicSlidingWindowLayer.activate_past_recording: sets record_past, and then it may not
   transformers
     MistralConfig(sliding_window): the keys that attention sees
 offload
@@ -179,12 +179,24 @@ bounded_cache
 # missing, but there may be no others: they would be left out of the computation.
 DECODERS = {
     "model": (("embed_tokens", "layers", "norm", "rotary_emb"), ("config",)),
-    "layer": (("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"), ("hidden_size",)),
-    "attention": (
-        ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),
-        ("attention_dropout", "config", "head_dim", "is_causal", "layer_idx", "num_key_value_groups", "scaling"),
+    "layer": (
+        (
+            "self_attn",
+            "mlp",
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "resid_attn_dropout",
+            "resid_mlp_dropout",
+        ),
+        (),
     ),
-    "mlp": (("gate_proj", "up_proj", "down_proj", "act_fn"), ("intermediate_size",)),
+    "attention": (
+        ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"),
+        ("attention_dropout", "config", "head_dim", "is_causal", "layer_idx", "scaling"),
+    ),
+    "mlp": (("gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"), ()),
 }
 # Attributes of a cache's layer that holds all positions. Others would not be updated.
 CACHE_STATE = ("keys", "values", "is_initialized", "device", "dtype")
@@ -282,13 +294,24 @@ def paged_cache_name(options: Mapping[str, Any]) -> str | None:
     return "cache" if "read_index" in options else None
 
 
+def holds_all_positions(layer: Any) -> type | None:
+    """The class of cache layers that hold all positions, if this is one, or could be, being yet empty."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if type(layer) is DynamicLayer and all(name in CACHE_STATE for name in vars(layer)):
+        return DynamicLayer
+    if type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() == 0 and not layer.record_past:
+        return DynamicLayer
+    return None
+
+
 def cache_name(forward: Callable[..., Any] | None = None) -> str:
     """The name of the keyword argument by which `forward`, of a model of Transformers or of a part of one, takes the
-    cache; None stands for Llama's decoder layers. Raises TypeError if it has none of the known names."""
+    cache; None stands for Llama's models. Raises TypeError if it has none of the known names."""
     if forward is None:
-        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+        from transformers.models.llama.modeling_llama import LlamaModel
 
-        forward = LlamaDecoderLayer.forward
+        forward = LlamaModel.forward
     parameters = inspect.signature(forward).parameters
     for name in _CACHE_NAMES:
         if name in parameters:

@@ -1,0 +1,71 @@
+// A transformer decoder as data, and one op for new tokens through all of its layers.
+#pragma once
+
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace quantization_mlx {
+
+// x @ w.T + bias, for packed rows of w or, without scales, for rows of x's dtype.
+struct Projection : torch::CustomClassHolder {
+  Projection(
+      at::Tensor weight,
+      std::optional<at::Tensor> scales,
+      std::optional<at::Tensor> biases,
+      std::optional<at::Tensor> bias,
+      int64_t group_size,
+      int64_t bits,
+      std::string mode);
+
+  // Without the bias, which another op may add in passing.
+  at::Tensor product(const at::Tensor& x) const;
+
+  at::Tensor weight;
+  std::optional<at::Tensor> scales;
+  std::optional<at::Tensor> biases;
+  std::optional<at::Tensor> bias;
+  int64_t group_size;
+  int64_t bits;
+  std::string mode;
+};
+
+// Projections of one input, whose outputs lie side by side.
+using Projections = std::vector<c10::intrusive_ptr<Projection>>;
+
+// y = norm_out(attention(norm(x))) * residual_scale + x, then the same with the gated MLP. Norms that are not given are
+// left out.
+struct DecoderLayer : torch::CustomClassHolder {
+  Projections attention_in;  // queries, keys and values
+  Projections attention_out;
+  Projections mlp_in;  // gates and values
+  Projections mlp_out;
+  std::optional<at::Tensor> attention_norm;
+  std::optional<at::Tensor> attention_norm_out;
+  std::optional<at::Tensor> mlp_norm;
+  std::optional<at::Tensor> mlp_norm_out;
+  std::optional<at::Tensor> query_norm;  // of each head
+  std::optional<at::Tensor> key_norm;
+  std::optional<at::Tensor> sinks;
+  double epsilon = 1e-6;
+  double scale = 1.0;  // of scores
+  std::optional<int64_t> window;
+  int64_t rotation = 0;  // which of the step's cosines and sines turn its heads; below 0: none
+  double residual_scale = 1.0;
+  std::string activation = "silu";
+};
+
+struct Decoder : torch::CustomClassHolder {
+  std::vector<c10::intrusive_ptr<DecoderLayer>> layers;
+  std::optional<at::Tensor> norm;  // behind the last layer
+  double epsilon = 1e-6;
+};
+
+// Registers these classes and the op decoder_step.
+void define_decoder(torch::Library& library);
+void implement_decoder(torch::Library& library);
+
+}  // namespace quantization_mlx

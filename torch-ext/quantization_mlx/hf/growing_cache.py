@@ -1,0 +1,88 @@
+"""A cache's layer in buffers with spare capacity, into which ops write keys and values of new tokens."""
+
+from functools import cache as memoized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compat
+
+_SPARE_POSITIONS = 256  # of a new buffer, beyond what it has to hold
+
+
+class GrowingLayer:
+    """What the class of a cache's layer has in front, to hold keys and values in buffers that grow by doubling.
+
+    While there are `buffers` [batch, heads, capacity, head_dim], of keys and of values, `length` of their positions are
+    taken, and `keys` and `values` are views of those. Who assigns to either ends that.
+    """
+
+    buffers: tuple[Tensor, Tensor] | None = None
+    length: int = 0
+
+    def reserve(self, tokens: int, heads: int, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        """The buffers, with room for so many more positions.
+
+        x: [batch, ...] of the dtype and on the device that new buffers have.
+        """
+        length = self.get_seq_length()
+        capacity = 0 if self.buffers is None else self.buffers[0].shape[2]
+        if self.buffers is None or length + tokens > capacity:
+            states = [self._state(0), self._state(1)] if length else []
+            sizes = (x.shape[0], heads, max(2 * capacity, length + tokens + _SPARE_POSITIONS), head_dim)
+            buffers = tuple(torch.empty(sizes, dtype=x.dtype, device=x.device) for _ in range(2))
+            for buffer, state in zip(buffers, states, strict=False):
+                buffer[:, :, :length] = state
+            self.buffers, self.length = buffers, length
+            self.dtype, self.device, self.is_initialized = x.dtype, x.device, True
+        return self.buffers
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether what is held is of the batch, the dtype and the device of x."""
+        states = self._state(0)
+        return self.get_seq_length() == 0 or (states.shape[0], states.dtype, states.device) == (
+            x.shape[0],
+            x.dtype,
+            x.device,
+        )
+
+    def _state(self, which: int) -> Tensor | None:
+        return self._states[which] if self.buffers is None else self.buffers[which].narrow(2, 0, self.length)
+
+    def _assign(self, which: int, state: Tensor | None) -> None:
+        if self.buffers is not None:
+            self._states = [self._state(0), self._state(1)]
+            self.buffers = None
+        self._states[which] = state
+
+    keys = property(lambda self: self._state(0), lambda self, state: self._assign(0, state))
+    values = property(lambda self: self._state(1), lambda self, state: self._assign(1, state))
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self.buffers is None else self.length
+
+
+@memoized
+def _growing(kind: type) -> type:
+    """The class of a layer that holds all positions, with GrowingLayer in front."""
+    return type(kind.__name__, (GrowingLayer, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+
+def growing_layer(cache: Any, index: int) -> GrowingLayer | None:
+    """The cache's layer, replaced by a growing one where it is not; None where it holds anything else than all
+    positions of a text in one piece."""
+    layers = getattr(cache, "layers", ())
+    if index >= len(layers):
+        return None
+    layer = layers[index]
+    if isinstance(layer, GrowingLayer):
+        return layer
+    kind = compat.holds_all_positions(layer)
+    if kind is None:
+        return None
+    growing = object.__new__(_growing(kind))
+    state = {name: value for name, value in vars(layer).items() if name in compat.CACHE_STATE}
+    growing.__dict__.update(state, _states=[layer.keys, layer.values])
+    layers[index] = growing
+    return growing
