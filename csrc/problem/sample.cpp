@@ -68,12 +68,20 @@ void check_sample(
       "] repetition_penalty is ", settings.repetition_penalty, "; it must be above 0, and finite.");
 }
 
+// std::log2 of doubles wants a newer glibc than Hub builds may have.
+double logarithm_2(double value) {
+  constexpr double ln_2 = 0.6931471805599453;
+  int exponent = 0;
+  const double mantissa = std::frexp(value, &exponent);
+  return exponent + std::log1p(mantissa - 1.0) / ln_2;
+}
+
 SampleRules rules_of(const Settings& settings, int64_t vocabulary) {
   constexpr double unit = 16777216.0;  // distances to one
   constexpr double log2_e = 1.4426950408889634;
   // Beyond these temperatures nothing changes, and within them no product overflows.
   const double scale = std::clamp(unit * log2_e / settings.temperature, 0x1p-60, 0x1p60);
-  const double farthest = settings.min_p > 0.0 ? std::round(-std::log2(settings.min_p) * unit) : far_distance();
+  const double farthest = settings.min_p > 0.0 ? std::round(-logarithm_2(settings.min_p) * unit) : far_distance();
   return {
       settings.temperature == 0.0 ? 0.0f : static_cast<float>(scale), static_cast<float>(settings.repetition_penalty),
       settings.top_k < vocabulary ? settings.top_k : 0, static_cast<int64_t>(std::round(settings.top_p * 0x1p32)),
