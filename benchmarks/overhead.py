@@ -129,7 +129,7 @@ def decoder_step() -> tuple[Callable[[], object], int]:
         stack(token, cache=cache)
         angles = stack.rotary_emb(x, token)
     keys, values = zip(*(layer.buffers for layer in cache.layers), strict=True)
-    arguments = (stack._decoder(), x, *([each] for each in angles), list(keys), list(values), 1)
+    arguments = (stack._decoder()[0], x, *([each] for each in angles), list(keys), list(values), 1)
 
     def call() -> torch.Tensor:
         return ops.decoder_step(*arguments)

@@ -456,6 +456,48 @@ def test_further_submodules_are_refused(part: str) -> None:
         prepare_for_generation(model)
 
 
+# --- The op -----------------------------------------------------------------------------------------------------------
+
+
+def op_arguments() -> dict[str, Any]:
+    """Those of two tokens of a prepared model, with an empty cache."""
+    stack = pair(FAMILIES["qwen3"])[1].model
+    x = torch.ones(1, 2, SIZES["hidden_size"])
+    cosines, sines = stack.rotary_emb(x, torch.arange(2)[None])
+    keys, values = ([torch.zeros(1, 2, 5, 64) for _ in stack.layers] for _ in range(2))
+    with torch.no_grad():
+        decoder_of_stack, _ = stack._decoder()
+    lists = {"cosines": [cosines], "sines": [sines], "keys": keys, "values": values}
+    return {"decoder": decoder_of_stack, "x": x, **lists, "position": 0, "mask": None}
+
+
+OP_ERRORS = {
+    "keys": ({"keys": lambda all: all[1:]}, r"2 keys and 3 values do not fit 3 layers"),
+    "rotations": ({"sines": lambda all: []}, r"a layer has rotation 0, and there are 1 cosines and 0 sines"),
+    "rank": ({"x": lambda x: x[0]}, r"x of shape \[2, 128\] must be \[batch, tokens, hidden size\]"),
+}
+
+
+@pytest.mark.parametrize("changes, message", OP_ERRORS.values(), ids=OP_ERRORS.keys())
+def test_op_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
+    arguments = op_arguments()
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    with pytest.raises(ValueError, match=rf"\[decoder_step\] {message}"):
+        decoder._decoder_step(**arguments)
+
+
+def test_op_has_no_gradients() -> None:
+    arguments = op_arguments()
+    y = decoder._decoder_step(**arguments | {"x": arguments["x"].requires_grad_()})
+    with pytest.raises(RuntimeError, match=r"decoder_step.* is not implemented"):
+        y.sum().backward()
+
+
+def test_unknown_norms_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[decoder_step\] norms has unknown names; known are attention, "):
+        decoder._classes.DecoderLayer(*[[]] * 4, {"other": torch.ones(8)}, None, 0.1, 1.0, None, 0, 1.0, "silu")
+
+
 # --- The demo's model -------------------------------------------------------------------------------------------------
 
 

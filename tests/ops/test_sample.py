@@ -330,11 +330,16 @@ def test_compiles_once_for_all_seeds_and_offsets() -> None:
     def draw(logits: Tensor, seed: int, offset: int) -> Tensor:
         return fast.sample(logits, seed, offset=offset, top_k=5)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager", dynamic=True)
+    graphs = []
+
+    def counted(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(draw, fullgraph=True, backend=counted, dynamic=True)
     for seed in range(5, 15):
         assert torch.equal(compiled(LOGITS, seed, 3 * seed), draw(LOGITS, seed, 3 * seed))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert len(graphs) <= 2
 
 
 def test_exports_with_sizes_that_depend_on_data() -> None:

@@ -132,6 +132,7 @@ prepare_for_generation
   transformers.modeling_outputs
     BaseModelOutputWithPast(last_hidden_state): the output
   transformers.cache_utils
+    Cache(offloading): whether its layers move to the CPU
     DynamicLayer.get_seq_length: overridden: how many positions are taken
     DynamicLayer.crop(tokens_to_remove): overridden: forgets the last ones
     DynamicLayer.update(key_states, value_states): assigns keys and values

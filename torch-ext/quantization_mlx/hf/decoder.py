@@ -344,7 +344,7 @@ class _FastStack(_Prepared):
             return None
         if config._attn_implementation not in _ATTENTION:
             return None
-        decoder = self._decoder()
+        decoder, rotations = self._decoder()
         if decoder is None:
             return None
         x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
@@ -358,7 +358,7 @@ class _FastStack(_Prepared):
         if cache is not None and held is None:
             return None
         length = held[0].get_seq_length() if held else 0
-        visible = _visible(mask, length + x.shape[1])
+        visible = _visible(mask, length + x.shape[1], x.device)
         if visible is False:
             return None
         if position_ids is None:
@@ -367,7 +367,7 @@ class _FastStack(_Prepared):
         x = _decoder_step(
             decoder,
             x * self.embedding_multiplier if hasattr(self, "embedding_multiplier") else x,
-            *self._angles(x, position_ids),
+            *self._angles(x, position_ids, rotations),
             [keys for keys, _ in buffers],
             [values for _, values in buffers],
             length,
@@ -379,24 +379,25 @@ class _FastStack(_Prepared):
 
         return BaseModelOutputWithPast(last_hidden_state=x, **{self.cache_name: cache})
 
-    def _decoder(self) -> Any:
-        """The description of all layers for the op; None if it does not take them as they are."""
+    def _decoder(self) -> tuple[Any, list[str | None]]:
+        """The description of all layers for the op, None if it does not take them as they are, and the kinds of their
+        rotations."""
         layers = self._layers()
         products = [layer.products() for layer in layers]
         if any(product is None for each in products for product in each):
-            return None
+            return None, []
         if not all(layer.is_plain() for layer in layers):
-            return None
+            return None, []
         made = self.__dict__.setdefault("_made", _Made())
         # New projections, which a layer makes of replaced parameters, are another list.
         key = [*map(id, products), *self._versions(layers)]
         if made.key != key:
-            made.key = key
-            rotations = self._rotations()
+            rotations = sorted({_rotation(layer) for layer in layers}, key=str)
             described = [_layer_for_op(layer, each, rotations) for layer, each in zip(layers, products, strict=True)]
             norm = _norm_weight(self.norm, _family(self).norm_offset)
-            made.value = _classes.Decoder(described, norm, _epsilon(self.norm)), products
-        return made.value[0]
+            described = _classes.Decoder(described, norm, _epsilon(self.norm))
+            made.key, made.value = key, (described, rotations, products)
+        return made.value[:2]
 
     def _versions(self, layers: list[nn.Module]) -> list[int]:
         """What changes with the weights of norms, where the op has others made of them."""
@@ -409,18 +410,16 @@ class _FastStack(_Prepared):
     def _layers(self) -> list[nn.Module]:
         return list(self.layers[: self.config.num_hidden_layers])
 
-    def _rotations(self) -> list[str | None]:
-        return sorted({_rotation(layer) for layer in self._layers()}, key=str)
-
-    def _angles(self, x: Tensor, position_ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _angles(self, x: Tensor, position_ids: Tensor, rotations: list[str | None]) -> list[list[Tensor]]:
         """Cosines, and sines, by kind of rotation."""
-        kinds = [[] if kind is None else [kind] for kind in self._rotations()]
+        kinds = [[] if kind is None else [kind] for kind in rotations]
         angles = [self.rotary_emb(x, position_ids, *kind) for kind in kinds]
-        cosines, sines = zip(*angles, strict=True)
-        return [each.to(x.dtype) for each in cosines], [each.to(x.dtype) for each in sines]
+        return [[each.to(x.dtype) for each in of_kinds] for of_kinds in zip(*angles, strict=True)]
 
     def _held(self, cache: Any, x: Tensor) -> list[GrowingLayer] | None:
         """The cache's layers, of one length; None if these are no such ones."""
+        if getattr(cache, "offloading", False):
+            return None
         held = [growing_layer(cache, layer.self_attn.layer_idx) for layer in self._layers()]
         if any(each is None or not each.fits(x) for each in held):
             return None
@@ -451,7 +450,7 @@ def _serves(x: Tensor, norm: nn.Module) -> bool:
     )
 
 
-def _visible(mask: Any, length: int) -> Tensor | bool | None:
+def _visible(mask: Any, length: int, device: torch.device) -> Tensor | bool | None:
     """A mask [batch, length] of positions for the op; None where it hides nothing, False where it is no such mask."""
     if mask is None:
         return None
@@ -460,4 +459,4 @@ def _visible(mask: Any, length: int) -> Tensor | bool | None:
     # What is on another device is not waited for.
     if mask.device.type == "cpu" and bool(mask.all()):
         return None
-    return mask.bool()[:, None, None]
+    return mask.to(device, torch.bool)[:, None, None]
