@@ -8,9 +8,10 @@
 #include <tuple>
 #include <utility>
 
-#include "ops.h"
-
 namespace quantization_mlx {
+
+using namespace classes;
+
 namespace {
 
 using at::Tensor;
@@ -26,16 +27,25 @@ struct Step {
   const OptionalTensor& mask;  // [batch, 1, 1, position + tokens], bool
 };
 
+// Without the bias, which another op may add in passing.
+Tensor product(const Projection& projection, const Tensor& x) {
+  return projection.scales.has_value()
+      ? ops::quantized_matmul(
+            x, projection.weight, *projection.scales, projection.biases, /*transpose=*/true, projection.group_size,
+            projection.bits, projection.mode, std::nullopt, op)
+      : at::linear(x, projection.weight);
+}
+
 Tensor plus_bias(const Tensor& y, const OptionalTensor& bias) { return bias.has_value() ? y.add(*bias) : y; }
 
 Tensor project(const Projections& projections, const Tensor& x) {
   if (projections.size() == 1) {
     const Projection& only = *projections.front();
-    return plus_bias(only.product(x), only.bias);
+    return plus_bias(product(only, x), only.bias);
   }
   std::vector<Tensor> parts;
   for (const auto& each : projections) {
-    parts.push_back(plus_bias(each->product(x), each->bias));
+    parts.push_back(plus_bias(product(*each, x), each->bias));
   }
   return at::cat(parts, -1);
 }
@@ -75,7 +85,7 @@ Tensor attention(
     const Tensor& values,
     const Step& step) {
   const bool is_single = layer.attention_in.size() == 1;
-  const Tensor heads = is_single ? layer.attention_in.front()->product(x) : project(layer.attention_in, x);
+  const Tensor heads = is_single ? product(*layer.attention_in.front(), x) : project(layer.attention_in, x);
   const OptionalTensor bias = is_single ? layer.attention_in.front()->bias : std::nullopt;
   const auto angles = [&](at::TensorList all) {
     return layer.rotation < 0 ? std::nullopt : OptionalTensor(all[layer.rotation]);
@@ -99,9 +109,9 @@ Tensor gated(const DecoderLayer& layer, const Tensor& x) {
   const int64_t length = y.size(-1) / 2;
   const Tensor gates = y.narrow(-1, 0, length);
   const Tensor values = y.narrow(-1, length, length);
-  const Tensor product = layer.activation == "silu" ? ops::swiglu(gates, values, 1.0, std::nullopt, 0.0)
-                                                    : ops::geglu(gates, values, layer.activation);
-  return project(layer.mlp_out, product);
+  const Tensor activated = layer.activation == "silu" ? ops::swiglu(gates, values, 1.0, std::nullopt, 0.0)
+                                                      : ops::geglu(gates, values, layer.activation);
+  return project(layer.mlp_out, activated);
 }
 
 void check_lists(
@@ -211,28 +221,6 @@ c10::intrusive_ptr<Decoder> make_decoder(
 }
 
 }  // namespace
-
-Projection::Projection(
-    Tensor weight,
-    OptionalTensor scales,
-    OptionalTensor biases,
-    OptionalTensor bias,
-    int64_t group_size,
-    int64_t bits,
-    std::string mode)
-    : weight(std::move(weight)),
-      scales(std::move(scales)),
-      biases(std::move(biases)),
-      bias(std::move(bias)),
-      group_size(group_size),
-      bits(bits),
-      mode(std::move(mode)) {}
-
-Tensor Projection::product(const Tensor& x) const {
-  return scales.has_value()
-      ? ops::quantized_matmul(x, weight, *scales, biases, /*transpose=*/true, group_size, bits, mode, std::nullopt, op)
-      : at::linear(x, weight);
-}
 
 void define_decoder(torch::Library& library) {
   library.class_<Projection>("Projection")

@@ -6,9 +6,14 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
-namespace quantization_mlx {
+#include "ops.h"
+
+// Torch knows a class by its C++ name, which has to be another one for each build that a process loads.
+namespace quantization_mlx::classes {
+inline namespace QUANTIZATION_MLX_NAMESPACE {
 
 // x @ w.T + bias, for packed rows of w or, without scales, for rows of x's dtype.
 struct Projection : torch::CustomClassHolder {
@@ -19,10 +24,14 @@ struct Projection : torch::CustomClassHolder {
       std::optional<at::Tensor> bias,
       int64_t group_size,
       int64_t bits,
-      std::string mode);
-
-  // Without the bias, which another op may add in passing.
-  at::Tensor product(const at::Tensor& x) const;
+      std::string mode)
+      : weight(std::move(weight)),
+        scales(std::move(scales)),
+        biases(std::move(biases)),
+        bias(std::move(bias)),
+        group_size(group_size),
+        bits(bits),
+        mode(std::move(mode)) {}
 
   at::Tensor weight;
   std::optional<at::Tensor> scales;
@@ -63,6 +72,11 @@ struct Decoder : torch::CustomClassHolder {
   std::optional<at::Tensor> norm;  // behind the last layer
   double epsilon = 1e-6;
 };
+
+}  // namespace QUANTIZATION_MLX_NAMESPACE
+}  // namespace quantization_mlx::classes
+
+namespace quantization_mlx {
 
 // Registers these classes and the op decoder_step.
 void define_decoder(torch::Library& library);
