@@ -156,12 +156,16 @@ Shaders& shaders() {
 }
 
 // A kernel ignores the constants that it does not use.
-id<MTLFunction> new_function(id<MTLLibrary> library, const KernelInstance& kernel, NSError** error) {
-  MTLFunctionConstantValues* values = [[MTLFunctionConstantValues new] autorelease];
+void set_constants(MTLFunctionConstantValues* values, uint32_t constants) {
   for (int i = 0; i < QUANTIZATION_MLX_CONSTANTS; ++i) {
-    const bool value = kernel.constants >> i & 1u;
+    const bool value = constants >> i & 1u;
     [values setConstantValue:&value type:MTLDataTypeBool atIndex:i];
   }
+}
+
+id<MTLFunction> new_function(id<MTLLibrary> library, const KernelInstance& kernel, NSError** error) {
+  MTLFunctionConstantValues* values = [[MTLFunctionConstantValues new] autorelease];
+  set_constants(values, kernel.constants);
   return [[library newFunctionWithName:[NSString stringWithUTF8String:kernel.name().c_str()]
                         constantValues:values
                                  error:error] autorelease];

@@ -268,7 +268,9 @@ inline std::string_view op_of(const RopeProblem&) { return RopeProblem::name; }
 
 // Pair i turns by base^(-i / pairs) radians for each unit of a position: the product of these for the bits of i.
 inline double rope_power(double base, int64_t pairs, int bit) {
-  return std::pow(base, -static_cast<double>(int64_t{1} << bit) / static_cast<double>(pairs));
+  // That of long doubles: std::pow of doubles wants a newer glibc than Hub builds may have.
+  const long double power = -static_cast<long double>(int64_t{1} << bit) / static_cast<long double>(pairs);
+  return static_cast<double>(std::pow(static_cast<long double>(base), power));
 }
 
 // Rows of elements; strides count elements.

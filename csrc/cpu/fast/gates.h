@@ -1,6 +1,7 @@
 // Gated activations: what becomes of gates, times what they gate.
 #pragma once
 
+#include "../isa/real.h"
 #include "functions.h"
 
 namespace quantization_mlx::cpu {

@@ -1,6 +1,7 @@
 // What mixtures of experts do to a row. Arrays go on to whole vectors, with anything.
 #pragma once
 
+#include "functions.h"
 #include "rows.h"
 
 namespace quantization_mlx::cpu {

@@ -1,6 +1,7 @@
 // Rotary position embedding of the heads at one position.
 #pragma once
 
+#include "../isa/real.h"
 #include "functions.h"
 
 namespace quantization_mlx::cpu {
