@@ -57,13 +57,11 @@ METAL_FUNC void move(thread DenseRows<T>& rows, int count) {
 template <int count, typename T>
 METAL_FUNC void load_elements(thread const DenseRows<T>& rows, int first, thread float* values) {
   if (aligned_x) {
-    if (first < rows.length) {
-      load_values<count>(rows.row + first, true, values);
-    } else {
+    const bool is_inside = first < rows.length;  // no branch, so that the loads of many rows are under way together
+    load_values<count>(rows.row + (is_inside ? first : 0), true, values);
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
-        values[i] = 0.0f;
-      }
+    for (int i = 0; i < count; ++i) {
+      values[i] = is_inside ? values[i] : 0.0f;
     }
   } else {
 #pragma unroll
@@ -136,9 +134,9 @@ METAL_FUNC float sum_to_own_lane(thread float* values, uint lane) {
     const bool upper = lane & half_count;
 #pragma unroll
     for (int i = 0; i < half_count; ++i) {
-      const float kept = upper ? values[i + half_count] : values[i];
-      const float given = upper ? values[i] : values[i + half_count];
-      values[i] = kept + simd_shuffle_xor(given, static_cast<ushort>(half_count));
+      const float low = values[i];  // loaded by name: a choice between elements is one between addresses
+      const float high = values[i + half_count];
+      values[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, static_cast<ushort>(half_count));
     }
   }
   return values[0];
@@ -455,37 +453,56 @@ template <typename T, int elements, int key_steps, int value_steps, int rows>
   }
 }
 
-// The parts of a row put together. One thread per element of y, x dimension: value_dim, y dimension: rows of y.
+// The parts of a row put together. One thread per element of y, x dimension: value_dim, y dimension: rows of y. A lane
+// has the weight of one of 32 parts, and hands it out; so many sums are loaded at once that their latency counts once.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(attention_combine_threads())]] void attention_combine(
     const device float* partial_sums [[buffer(0)]],
     const device T* sinks [[buffer(1), function_constant(has_sinks)]],
     device T* y [[buffer(2)]],
     constant AttentionCombineParams& params [[buffer(3)]],
-    uint2 position [[thread_position_in_grid]]) {
-  const int element = position.x;
-  if (element >= params.value_dim) {
-    return;
-  }
+    uint2 position [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int loads = 16;
+  const int element = min(static_cast<int>(position.x), params.value_dim - 1);
   const long row = position.y;
   const int part_size = params.value_dim + 2;
   const device float* parts = partial_sums + row * params.parts * part_size;
-  device T* result = y + row * params.value_dim + element;
   float maximum = lowest_score;
-  for (int part = 0; part < params.parts; ++part) {
+  for (int part = lane; part < params.parts; part += 32) {
     maximum = max(maximum, parts[part * part_size + params.value_dim]);
   }
+  maximum = max_of_row<1>(maximum);
   float weights = 0.0f;
   float sum = 0.0f;
-  for (int part = 0; part < params.parts; ++part) {
-    const device float* own = parts + part * part_size;
-    const float factor = weight_of(own[params.value_dim], maximum);
-    weights = fma(factor, own[params.value_dim + 1], weights);
-    sum = fma(factor, own[element], sum);
+  for (int begin = 0; begin < params.parts; begin += 32) {
+    const int part = begin + lane;
+    float factor = 0.0f;
+    if (part < params.parts) {
+      const device float* own = parts + part * part_size + params.value_dim;
+      factor = weight_of(own[0], maximum);
+      weights = fma(factor, own[1], weights);
+    }
+    const int end = min(32, params.parts - begin);
+    for (int first = 0; first < end; first += loads) {
+      float sums[loads];
+#pragma unroll
+      for (int i = 0; i < loads; ++i) {  // the last part again instead of what is not there
+        sums[i] = parts[min(begin + first + i, params.parts - 1) * part_size + element];
+      }
+#pragma unroll
+      for (int i = 0; i < loads; ++i) {
+        const float added = fma(simd_shuffle(factor, static_cast<ushort>(first + i)), sums[i], sum);
+        sum = first + i < end ? added : sum;
+      }
+    }
   }
   const int head = position.y / params.queries % params.heads;
   const float sink = has_sinks ? static_cast<float>(sinks[head]) : 0.0f;
-  *result = static_cast<T>(sum * final_factor(maximum, weights, sink));
+  const float result = sum * final_factor(maximum, sum_of_row<1>(weights), sink);
+  if (static_cast<int>(position.x) < params.value_dim) {
+    y[row * params.value_dim + element] = static_cast<T>(result);
+  }
 }
 
 }  // namespace quantization_mlx

@@ -39,9 +39,16 @@ METAL_FUNC void load_step(const device T* source, int first, int length, thread 
 template <typename T>
 METAL_FUNC void store_step(thread const float* values, device T* destination, int first, int length) {
 #pragma unroll
-  for (int i = 0; i < norm_step; ++i) {
-    if (aligned_x || first + i < length) {
-      destination[first + i] = static_cast<T>(values[i]);
+  for (int i = 0; i < norm_step; i += 4) {
+    if (aligned_x) {
+      store_four(values + i, destination + first + i);
+    } else {
+#pragma unroll
+      for (int j = i; j < i + 4; ++j) {
+        if (first + j < length) {
+          destination[first + j] = static_cast<T>(values[j]);
+        }
+      }
     }
   }
 }

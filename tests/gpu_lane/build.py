@@ -1,6 +1,7 @@
 """Compiles the shaders for NVIDIA GPUs: everything that run.py needs, into one folder. Needs no GPU.
 
-    python tests/gpu_lane/build.py [--suites check sanitize mutants time] [--output build/gpu_lane/bundle]
+    python tests/gpu_lane/build.py [--suites check sanitize mutants time] [--calls products fast]
+                                   [--output build/gpu_lane/bundle]
 
 Which kernels a call runs, with which grid and parameters, is asked of the plans that ship. Besides them it takes
 clang and ptxas, and the mlx wheel: for the codes that quantize is compared with, and for MLX's own kernels.
@@ -13,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -27,19 +29,30 @@ import numpy as np
 import mlx_peer
 import quantization_mlx as qm
 import suites
-from bundle import NUMPY
-from calls import Call
+from calls import NUMPY, Call
 from check import oracle, tensor
 from cubin import Entry, Resources, Source, buffers_of, compile_cubin, identity
-from mutants import METAL, MUTANTS
+from fast_calls import AnyCall
+from mutants import MUTANTS, shader
 from operands import random_operands
 from plans import plan_of
 from suites import Item
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpu_lane" / "cache"
-FILES = ("matvec", "matmul", "quantize", "sum_parts")  # of metal/, without tensor operations
-CONSTANTS = {"aligned_outputs": 0, "aligned_weights": 1, "aligned_x": 2, "aligned_k": 3, "has_global_scale": 4}
+# Without tensor operations, by the calls that run them.
+FILES = {
+    "products": ("matvec", "matmul", "quantize", "sum_parts"),
+    "fast": ("norm", "rope_into_cache", "rope", "gates", "attention", "attention_tile"),
+}
+# Of the function constants of launch.h, the indices by name.
+CONSTANTS = {
+    name.lower(): int(index)
+    for name, index in re.findall(
+        r"^#define QUANTIZATION_MLX_(\w+) (\d+)", (ROOT / "csrc/gpu/launch.h").read_text(), re.MULTILINE
+    )
+}
+FILLS_FRAGMENTS = ("attention_tile",)  # elements of matrices are written where Apple's GPUs have them
 ENTRIES = {True: 8, False: 24}  # of one cubin, by Source.optimised
 
 
@@ -115,8 +128,8 @@ def _cached(source: Source, entries: Sequence[Entry]) -> tuple[bytes, dict[str, 
 def source_of(file: str, build: str, change: str = "", lines: bool = False) -> Source:
     mutant = MUTANTS.get(change)
     edit = mutant if mutant and mutant.file == file else None
-    defines = (mlx_peer.EXCHANGED,) if build == "exchanged" else ()
-    return Source(METAL / f"{file}.metal", change=edit, defines=defines, optimised=build != "plain", lines=lines)
+    defines = (mlx_peer.EXCHANGED,) if build == "exchanged" or file in FILLS_FRAGMENTS else ()
+    return Source(shader(f"{file}.metal"), change=edit, defines=defines, optimised=build != "plain", lines=lines)
 
 
 def launches_of(item: Item, builder: Builder) -> list[dict[str, Any]]:
@@ -132,10 +145,15 @@ def _our_launches(item: Item, builder: Builder) -> list[dict[str, Any]]:
         threads = (launch.threads, 1, 1)
         constants = (CONSTANTS[name] for name in launch.constants)
         entry = builder.add(source, launch.kernel, constants, threads, known, item.tag)
-        arguments = dict(enumerate(launch.arguments))
+        arguments = {index: _passed(item.call, *argument) for index, argument in enumerate(launch.arguments)}
         arguments[launch.params_index] = ("bytes", launch.params.hex())
         launches.append(_launch(source, entry, launch.kernel, launch.threadgroups, arguments))
     return launches
+
+
+def _passed(call: AnyCall, role: str, element: int) -> tuple[str, int | str]:
+    """An argument as Buffers takes it: numbers that a plan leaves to the call are bytes."""
+    return ("bytes", call.numbers[role].hex()) if role == "first_position" else (role, element)
 
 
 def _mlx_launch(call: Call, builder: Builder) -> dict[str, Any]:
@@ -164,10 +182,12 @@ def expected(call: Call) -> dict[str, np.ndarray]:
     return results
 
 
-def not_checked(items: Iterable[Item]) -> list[str]:
+def not_checked(items: Iterable[Item], kinds: Iterable[str]) -> list[str]:
     """Kernels of the shaders that the suite `check` runs no call of: no plan chooses them, or suites.py is not told."""
     planned = {launch.kernel for item in items if item.suite == "check" for launch in plan_of(item.call).launches}
-    kernels = {kernel for file in FILES for kernel in source_of(file, "plain").program().kernels}
+    kernels = {
+        kernel for kind in kinds for file in FILES[kind] for kernel in source_of(file, "plain").program().kernels
+    }
     return sorted(kernels - planned)
 
 
@@ -199,10 +219,11 @@ def build(items: Sequence[Item], output: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suites", nargs="*", default=list(suites.SUITES), choices=suites.SUITES)
+    parser.add_argument("--calls", nargs="*", default=list(suites.KINDS), choices=suites.KINDS)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu_lane" / "bundle")
     arguments = parser.parse_args()
-    items = suites.items(arguments.suites)
-    missing = not_checked(items) if "check" in arguments.suites else []
+    items = suites.items(arguments.suites, arguments.calls)
+    missing = not_checked(items, arguments.calls) if "check" in arguments.suites else []
     if not mlx_peer.is_installed():
         print("mlx is not installed: MLX's own kernels and the check of quantize are left out", file=sys.stderr)
         items = [item for item in items if item.call.op != "quantize"]

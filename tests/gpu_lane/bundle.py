@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from calls import ITEM_BYTES, Call
+from calls import FILLING, ITEM_BYTES, NUMPY
 from driver import Kernel, Memory, Module
+from fast_calls import AnyCall, from_dict
 
-NUMPY = {"bfloat16": "uint16"}  # others have their own name there
-FILLING = 0xFF  # whatever the type, a NaN or a code of all ones
 MODULES = 64  # that stay loaded
 
 
@@ -30,8 +29,8 @@ class Item:
     data: dict[str, Any]
 
     @cached_property
-    def call(self) -> Call:
-        return Call(**self.data["call"])
+    def call(self) -> AnyCall:
+        return from_dict(self.data["call"])
 
     @property
     def suite(self) -> str:
@@ -102,7 +101,8 @@ class Buffers:
         self._item, self._guard = item, guard
         self._memory = {role: Memory.of(array) for role, array in operands.items()}
         self._item_bytes = {role: array.itemsize for role, array in operands.items()}
-        self._first = {role: item.call.offset * self._item_bytes[role] for role in ("x", "w") if role in operands}
+        first = item.call.first_elements
+        self._first = {role: first[role] * self._item_bytes[role] for role in first if role in operands}
         results = {**item.call.results, "partial_sums": ((item.data["workspace"],), "float32")}
         for role, (shape, dtype) in results.items():
             self._item_bytes[role] = ITEM_BYTES[dtype]

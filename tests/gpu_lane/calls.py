@@ -6,7 +6,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "uint32": 4, "int64": 8}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "uint8": 1, "int32": 4, "uint32": 4, "int64": 8}
+
+NUMPY = {"bfloat16": "uint16", "bool": "uint8"}  # others have their own name there
+FILLING = 0xFF  # whatever the type, a NaN or a code of all ones
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,20 @@ class Call:
     @property
     def weight_bytes(self) -> int:
         return self.matrix_bytes * math.prod(self.w_shape[:-2])
+
+    @property
+    def moved_bytes(self) -> int:
+        return self.weight_bytes
+
+    @property
+    def first_elements(self) -> dict[str, int]:
+        """Elements before the first one, by role."""
+        return {"x": self.offset, "w": self.offset}
+
+    @property
+    def rotating(self) -> tuple[str, ...]:
+        """What is not in the cache when a call is timed."""
+        return ("w", "scales", "biases")
 
     @property
     def format(self) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bundle import FILLING, NUMPY
-from calls import ITEM_BYTES, Call
+from calls import FILLING, ITEM_BYTES, NUMPY, Call
+from fast_calls import AnyCall, FastCall, LayerCall
+from fast_check import compare_fast, compare_layer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -27,11 +28,15 @@ def tensor(array: np.ndarray, dtype: str) -> Tensor:
     return torch.from_numpy(array)
 
 
-def compare(call: Call, operands: dict[str, np.ndarray], results: dict[str, np.ndarray], expected=None) -> float:
+def compare(call: AnyCall, operands: dict[str, np.ndarray], results: dict[str, np.ndarray], expected=None) -> float:
     """The largest error as a share of what is allowed. Raises AssertionError where something is wrong by itself.
 
     expected: of quantize, its results by role.
     """
+    if isinstance(call, FastCall):
+        return compare_fast(call, operands, results)
+    if isinstance(call, LayerCall):
+        return compare_layer(call, operands, results)
     if call.op == "quantize":
         for role, array in expected.items():
             differs = results[role].view(np.uint8) != array.view(np.uint8)

@@ -7,17 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calls import Call
+from fast_calls import AnyCall, attention, norm
 
-METAL = Path(__file__).resolve().parents[2] / "metal/quantized"
+METAL = Path(__file__).resolve().parents[2] / "metal"
 BARRIER = re.escape("threadgroup_barrier(mem_flags::mem_threadgroup);")
 LINE_MARKER = re.compile(r'^# \d+ "([^"]*)"', re.MULTILINE)  # of the preprocessor: what follows is from this file
 
 ROW_OF_W = r"row_(words|halves|bytes) = ([^;]+);"
 
 
+def shader(name: str) -> Path:
+    """A file of metal/, by its name, which is in one of the folders."""
+    [path] = METAL.glob(f"*/{name}")
+    return path
+
+
 @dataclass(frozen=True)
 class Mutant:
-    """An edit of the preprocessed text of metal/quantized/<file>.metal: what matches `old` becomes `new`.
+    """An edit of the preprocessed text of metal/*/<file>.metal: what matches `old` becomes `new`.
 
     header: the one whose text is edited; "" for all of them. only: the number of the match there that is edited; None
     for all.
@@ -27,7 +34,7 @@ class Mutant:
     file: str
     old: str
     new: str
-    calls: tuple[Call, ...]
+    calls: tuple[AnyCall, ...]
     header: str = ""
     only: int | None = None
 
@@ -49,9 +56,13 @@ SORTED = Call(op="gather_qmm", n=70, k=192, experts=4, pairs=40, sorted=True)
 COLUMNS = tuple(Call(mode="marlin_fp4", group_size=128, rows=rows, n=37, k=1152, transpose=False) for rows in (1, 4))
 SPLIT = Call(n=64, k=512, transpose=False)
 
+NORMS = (norm("rms_norm", 3, 2560), norm("layer_norm", 3, 2560))
+ATTENTION = attention(300, key_heads=2, group=2)
+MANY_QUERIES = attention(100, dim=64, queries=40, key_heads=1, group=2)
 
-def _barriers(file: str, header: str, *calls: Call) -> dict[str, Mutant]:
-    count = len(re.findall(BARRIER, (METAL / header).read_text()))
+
+def _barriers(file: str, header: str, *calls: AnyCall) -> dict[str, Mutant]:
+    count = len(re.findall(BARRIER, shader(header).read_text()))
     return {
         f"{header}: without barrier {i + 1} of {count}": Mutant("racecheck", file, BARRIER, "", calls, header, i)
         for i in range(count)
@@ -62,6 +73,9 @@ MUTANTS = {
     **_barriers("matvec", "matvec.h", *QMV, *QVM),
     **_barriers("matvec", "matvec_columns.h", *COLUMNS),
     **_barriers("matmul", "matmul.h", *TILES, SORTED),
+    **_barriers("norm", "norm.h", *NORMS),
+    **_barriers("attention", "attention.h", ATTENTION),
+    **_barriers("attention_tile", "attention_tile.h", MANY_QUERIES),
     "matmul: rows of x overlap in threadgroup memory": Mutant(
         "racecheck", "matmul", r"row \* padded<T>\(depth\)", "row * (padded<T>(depth) - 16)", (TILE,)
     ),

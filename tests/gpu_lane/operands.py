@@ -29,7 +29,7 @@ def random_operands(call: Call, seed: int = 0) -> dict[str, np.ndarray]:
     if call.op == "quantize":
         operands["x"] = _after(call.offset, encode(hard_values(*call.w_shape), call.dtype))
     else:
-        operands |= _weights(call, rng)
+        operands |= random_weights(call, rng)
     if call.global_scale:
         count = max(call.experts, 1)
         operands["global_scale"] = (GLOBAL_SCALE_UNIT * rng.uniform(0.5, 1.5, count)).astype(np.float32)
@@ -47,7 +47,8 @@ def random_operands(call: Call, seed: int = 0) -> dict[str, np.ndarray]:
     return operands
 
 
-def _weights(call: Call, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def random_weights(call: Call, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Of a quantized matrix, or of several."""
     words = rng.integers(0, 2**32, call.words_shape, np.uint32)
     if call.mode in ("mxfp8", "marlin_fp8"):
         words &= 0xFEFEFEFE  # no NaN

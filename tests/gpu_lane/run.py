@@ -22,12 +22,16 @@ from typing import Any
 import torch
 
 import driver
+import fast_tables
 import sanitizer
 import tables
 from bundle import Archive, Buffers, Item
+from calls import Call
 from check import compare
+from fast_calls import FastCall, LayerCall
+from fast_operands import operands_of
+from fast_peers import time_fast_peer
 from mutants import MUTANTS
-from operands import random_operands
 from shapes import SHAPES
 from timing import GUARD, Timer, copy_bandwidth, read_bytes, time_int4pack, time_linear
 
@@ -64,7 +68,7 @@ class Run:
         self.show(tables.checks(self.results["check"]))
 
     def _check(self, item: Item) -> dict[str, Any]:
-        operands = random_operands(item.call)
+        operands = operands_of(item.call)
         kernels = [launch["kernel"] for launch in item.launches]
         result = {"build": item.build, "kernels": kernels, "share": 0.0, "wrong": ""}
         try:
@@ -111,17 +115,33 @@ class Run:
         return report
 
     def time(self) -> None:
-        items = self.suite("time")
         self.results["copy"] = copy_bandwidth()
         timer = Timer()
-        self.results["times"] = [self._time(item, timer) for item in items]
-        known = (item.call for item in items if item.build == "known" and item.call.transpose)
-        products = dict.fromkeys(call for call in known if (call.n, call.k) in SHAPES)
-        self.results["peers"] = [self._peers(call) for call in products]
+        measured = [(item, self._time(item, timer)) for item in self.suite("time")]
+        products = [pair for pair in measured if isinstance(pair[0].call, Call)]
+        fast = [pair for pair in measured if not isinstance(pair[0].call, Call)]
+        self._peers_of_products([item for item, _ in products])
+        self.results["fast_peers"] = [self._fast_peer(call) for call in dict.fromkeys(item.call for item, _ in fast)]
         # Clocks that were still rising, or a neighbour, would show.
         self.results["copy"] = max(self.results["copy"], copy_bandwidth())
-        for text in tables.Times(self.results).tables():
+        self.results["times"] = [result for _, result in products]
+        self.results["fast_times"] = [result for _, result in fast]
+        for text in [
+            *(tables.Times(self.results).tables() if products else []),
+            *(fast_tables.FastTimes(self.results).tables() if fast else []),
+        ]:
             self.show(text)
+
+    def _peers_of_products(self, items: Sequence[Item]) -> None:
+        known = (item.call for item in items if item.build == "known" and item.call.transpose)
+        timed = dict.fromkeys(call for call in known if (call.n, call.k) in SHAPES)
+        self.results["peers"] = [self._peers(call) for call in timed]
+
+    @staticmethod
+    def _fast_peer(call: FastCall | LayerCall) -> dict[str, Any]:
+        result = {"call": call.as_dict(), "seconds": time_fast_peer(call)}
+        torch.cuda.empty_cache()
+        return result
 
     def _time(self, item: Item, timer: Timer) -> dict[str, Any]:
         try:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from bundle import Archive, Buffers
 from driver import DriverError, start, synchronize
+from fast_operands import operands_of
 from mutants import MUTANTS
-from operands import random_operands
 
 TWIN = "twin of "
 
@@ -29,7 +29,7 @@ def main(path: str, suite: str, which: str | None = None) -> None:
     # A mutant may take the context along; twins come before that.
     for item in sorted(items, key=lambda item: not item.data["tag"].startswith(TWIN)):
         try:
-            item.bind(Buffers(item, random_operands(item.call)))()
+            item.bind(Buffers(item, operands_of(item.call)))()
             synchronize()
         except DriverError as error:
             print(f"failed [{item.data['tag']}] {item}: {error}")

@@ -11,3 +11,8 @@ EXPERT = {"op": "gather_qmm", "n": 1024, "k": 2048}
 TILE_ROWS = (64, 512)
 SWEEP = range(1, 65)
 PLAIN_ROWS = (1, 2, 3, 4, 8, 16, 64, 512)
+# Of what stands between products: keys of one query, rows of norms, and the cores of the GPU that a decoder layer is
+# planned for, as it comes (0) and as many as an H200 has multiprocessors.
+CONTEXTS = (512, 4096, 32768)
+NORM_ROWS, NORM_LENGTH = (1, 64, 4096), 2560
+LAYER_CORES = (0, 132)

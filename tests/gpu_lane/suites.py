@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import fast_suites
 import mlx_peer
 from calls import Call
+from fast_calls import AnyCall
 from mutants import MUTANTS
 from plans import plan_of
 from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SMALL_KS, SMALL_N, SMALL_PAIRS, SWEEP, TILE_ROWS
@@ -43,7 +45,7 @@ class Item:
     """
 
     suite: str
-    call: Call
+    call: AnyCall
     build: str = "generic"
     change: str = ""
     tag: str = ""
@@ -111,7 +113,7 @@ def conversions(format: Format, dtype: str, shapes: Shapes) -> Iterator[Call]:
         yield call_of(format, op=op, dtype=dtype, n=n, k=k, offset=shapes.offset, transpose=transpose)
 
 
-def reaching(calls: Iterable[Call]) -> Iterator[Call]:
+def reaching(calls: Iterable[AnyCall]) -> Iterator[AnyCall]:
     """Those calls that run a kernel that none before them runs."""
     seen: set[str] = set()
     for call in calls:
@@ -147,7 +149,7 @@ def special() -> Iterator[Call]:
         yield call_of(FOUR_BIT, op="gather_qmm", experts=experts, pairs=pairs, sorted=True, n=72, k=128)
 
 
-def check() -> Iterator[Item]:
+def check_products() -> Iterator[Item]:
     for format, dtype in itertools.product(ALL_FORMATS, DTYPES):
         yield from (Item("check", call, "plain") for call in kernels_of(format, dtype))
     yield from (Item("check", call, "plain") for call in special())
@@ -157,6 +159,13 @@ def check() -> Iterator[Item]:
     for format, dtype in itertools.product(FORMATS, DTYPES):
         n, k = RAGGED.free_n, format.group_size * RAGGED.groups[format.group_size][0]
         yield from (Item("check", call_of(format, dtype=dtype, rows=rows, n=n, k=k)) for rows in (1, 29))
+
+
+def check_fast() -> Iterator[Item]:
+    for dtype, ragged in itertools.product(DTYPES, (True, False)):
+        yield from (Item("check", call, "plain") for call in fast_suites.candidates(dtype, ragged))
+    for ragged in (True, False):
+        yield from (Item("check", call) for call in reaching(fast_suites.candidates("float16", ragged)))
 
 
 # --- Sanitizers -------------------------------------------------------------------------------------------------------
@@ -176,13 +185,20 @@ def sanitized() -> Iterator[Call]:
     yield call_of(NVFP4, rows=20, n=64, k=2176, batch=3, batched_w=True, global_scale=True)
 
 
-def sanitize() -> Iterator[Item]:
+def sanitize_products() -> Iterator[Item]:
     yield from (Item("sanitize", call, "plain", tag="sanitize") for call in sanitized())
 
 
-def mutants() -> Iterator[Item]:
+def sanitize_fast() -> Iterator[Item]:
+    """Every kernel of float16 without a fast path, and every kernel of any type with all of them."""
+    ragged = reaching(fast_suites.candidates("float16", True))
+    aligned = reaching(call for dtype in DTYPES for call in fast_suites.candidates(dtype, False))
+    yield from (Item("sanitize", call, "plain", tag="sanitize") for call in (*ragged, *aligned))
+
+
+def _mutants(is_wanted: Callable[[AnyCall], bool]) -> Iterator[Item]:
     for name, mutant in MUTANTS.items():
-        for call in mutant.calls:
+        for call in filter(is_wanted, mutant.calls):
             yield Item("mutants", call, "plain", change=name, tag=name)
             yield Item("mutants", call, "plain", tag=f"twin of {name}")
 
@@ -196,7 +212,7 @@ def small_k() -> Iterator[Call]:
         yield Call(op="gather_qmm", n=EXPERT["n"], k=k, experts=SMALL_PAIRS, pairs=SMALL_PAIRS)
 
 
-def time() -> Iterator[Item]:
+def time_products() -> Iterator[Item]:
     for (n, k), rows in itertools.product(SHAPES, ROWS):
         builds = ("generic", "known", "mlx") if mlx_peer.is_installed() else ("generic", "known")
         yield from (Item("time", Call(rows=rows, n=n, k=k), build) for build in builds)
@@ -221,9 +237,27 @@ def time() -> Iterator[Item]:
         yield from (Item("time", replace(call, transpose=transpose)) for transpose in (True, False))
 
 
-SUITES = {"check": check, "sanitize": sanitize, "mutants": mutants, "time": time}
+def time_fast() -> Iterator[Item]:
+    yield from (Item("time", *timed) for timed in fast_suites.timed())
 
 
-def items(suites: Iterable[str]) -> list[Item]:
+def is_product(call: AnyCall) -> bool:
+    return isinstance(call, Call)
+
+
+# By suite and kind of calls.
+SUITES = {
+    "check": {"products": check_products, "fast": check_fast},
+    "sanitize": {"products": sanitize_products, "fast": sanitize_fast},
+    "mutants": {
+        "products": lambda: _mutants(is_product),
+        "fast": lambda: _mutants(lambda call: not is_product(call)),
+    },
+    "time": {"products": time_products, "fast": time_fast},
+}
+KINDS = ("products", "fast")
+
+
+def items(suites: Iterable[str], kinds: Iterable[str] = KINDS) -> list[Item]:
     """Each once: a call of several tables is timed for all of them."""
-    return list(dict.fromkeys(item for suite in suites for item in SUITES[suite]()))
+    return list(dict.fromkeys(item for suite in suites for kind in kinds for item in SUITES[suite][kind]()))

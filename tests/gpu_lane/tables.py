@@ -14,6 +14,7 @@ from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SMALL_KS, SWEEP, TIL
 KERNEL = re.compile(
     r"\w+?_(?P<op>(?:gather_q|q|dequantize)\w*?)_(?:float32|float16|bfloat16)_gs_\d+_b_\d+(?P<rows>\w*)"
 )
+TYPE = re.compile(r"_(?:float32|float16|bfloat16)\w*")  # and the rows of an instance, behind it
 NOTHING = ""
 OF_COPY = "Of copy: the rate at which packed weights, scales and biases are read, as a share of the copy bandwidth."
 
@@ -42,7 +43,7 @@ def checks(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         for kernel in result["kernels"]:
             match = KERNEL.fullmatch(kernel)
-            key = result["build"], match["op"] if match else kernel
+            key = result["build"], match["op"] if match else TYPE.sub("", kernel)
             kernels[key].add(kernel)
             calls[key] += 1
             wrong[key] += bool(result["wrong"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -15,17 +16,22 @@ from oracle import Format
 if sys.platform == "darwin":
     pytest.skip("the shaders are compiled with what the software Metal device needs", allow_module_level=True)
 
+import build
 import bundle
 import check
 import driver
+import fast_calls
+import fast_operands
+import fast_suites
+import fast_tables
 import mutants
 import operands
 import quantization_mlx as qm
 import sanitizer
 import suites
 import tables
-from calls import Call
-from plans import plan_of
+from calls import FILLING, NUMPY, Call
+from plans import FUNCTIONS, decoder_of, plan_of
 
 MARLIN = Format("marlin_int4", 64, 4)
 DTYPES = [oracle.name_of(dtype) for dtype in cases.DTYPES]
@@ -128,12 +134,114 @@ def test_calls_meet_and_miss_every_fast_path(format, dtype):
 @pytest.mark.parametrize("name", mutants.MUTANTS)
 def test_mutants_edit_their_shader(name):
     mutant = mutants.MUTANTS[name]
-    headers = ["operands.h", "tile.h", "dequantize.h", f"{mutant.file}.h"]
-    headers += ["matvec_columns.h"] if mutant.file == "matvec" else []
-    text = "".join(f'# 1 "{header}"\n' + (mutants.METAL / header).read_text() for header in headers)
+    headers = ["operands.h", "tile.h", "dequantize.h", f"{mutant.file}.h", *([mutant.header] if mutant.header else [])]
+    text = "".join(f'# 1 "{header}"\n' + mutants.shader(header).read_text() for header in dict.fromkeys(headers))
     assert mutant(text) != text
     kernels = {launch.file for call in mutant.calls for launch in plan_of(call).launches}
     assert mutant.file in kernels
+
+
+# --- Fast ops and decoder layers --------------------------------------------------------------------------------------
+
+
+def laid_out(call: fast_calls.FastCall, given: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The tensors of a call: what it reads, and filled memory for what it writes."""
+    tensors = {}
+    for role, layout in call.tensors:
+        dtype = np.dtype(NUMPY.get(layout.dtype, layout.dtype))
+        memory = given.get(role, np.full(layout.size * dtype.itemsize, FILLING, np.uint8).view(dtype)).copy()
+        flat = torch.from_numpy(memory).bool() if layout.dtype == "bool" else check.tensor(memory, layout.dtype)
+        tensors[role] = flat.as_strided(layout.shape, layout.strides, layout.offset)
+    return tensors
+
+
+def fast_results(call: fast_calls.FastCall, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By the CPU's kernels."""
+    tensors = laid_out(call, given)
+    y = FUNCTIONS[call.op](tensors, call.keywords)
+    names = [role for role in call.results if role not in call.written]
+    results = dict(zip(names, y if isinstance(y, tuple) else (y,), strict=True))
+    return {role: stored(each) for role, each in (results | {role: tensors[role] for role in call.written}).items()}
+
+
+FAST_CALLS = [
+    *(fast_calls.norm(op, 3, 37, "bfloat16", padding=3, before=1) for op in fast_suites.NORM_OPS),
+    *(fast_calls.gate(op, 3, 37, "float16", step=2, **options) for op, options in fast_suites.GATES),
+    fast_calls.rope(3, 5, 50, 36, "bfloat16", traditional=True, has_offsets=True),
+    fast_calls.rope(3, 5, 50, 36, "float32", has_freqs=True),
+    fast_calls.rope_into_cache(7, 1, 90, 20, tokens=3, dtype="float16"),
+    *(fast_calls.attention(77, queries=5, mask=mask, has_sinks=True, capacity=80) for mask in fast_suites.MASKS),
+    fast_calls.attention(77, queries=5, mask="causal", window=9, dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("call", FAST_CALLS, ids=str)
+def test_compare_fast(call):
+    """Right results are within what is allowed, and one wrong value in any result is not."""
+    assert fast_calls.from_dict(json.loads(json.dumps(call.as_dict()))) == call
+    given = fast_operands.operands_of(call)
+    results = fast_results(call, given)
+    assert check.compare(call, given, results) <= 1
+    for role, (_, dtype) in call.results.items():
+        values = fast_operands.decode(results[role], dtype)
+        place = np.unravel_index(np.nanargmax(np.abs(values)), values.shape)
+        for wrong in (values[place] * 1.02, np.nan):
+            broken = results[role].copy()
+            broken[place] = operands.encode(np.array([wrong]), dtype)[0] if wrong == wrong else stored_nan(dtype)
+            assert not check.compare(call, given, {**results, role: broken}) <= 1
+
+
+def stored_nan(dtype: str):
+    return np.uint16(0x7FC0) if dtype == "bfloat16" else np.nan
+
+
+def test_compare_fast_wants_the_rest_of_a_cache_left_alone():
+    call = next(call for call in FAST_CALLS if call.op == "rope_into_cache")
+    given = fast_operands.operands_of(call)
+    results = fast_results(call, given)
+    results["keys"][0, 0, 0, 0] = 0
+    with pytest.raises(AssertionError, match="left alone"):
+        check.compare(call, given, results)
+
+
+def test_fast_calls_reach_every_kernel():
+    """Of one type; those without a fast path, and those with all, reach them by themselves."""
+    kernels = {
+        kernel
+        for file in build.FILES["fast"]
+        for kernel in build.source_of(file, "plain").program().kernels
+        if "_float16" in kernel
+    }
+    for ragged in (True, False):
+        plans = map(plan_of, fast_suites.candidates("float16", ragged))
+        launches = [launch for plan in plans for launch in plan.launches]
+        assert {launch.kernel for launch in launches} == kernels
+        assert all(set(launch.constants) <= set(build.CONSTANTS) for launch in launches)
+
+
+def test_compare_layer():
+    """The wiring names what the op's plans take, and the reference is what the CPU's kernels give."""
+    call = fast_calls.LayerCall(20, hidden=128, query_heads=4, key_heads=2, dim=64, intermediate=192)
+    assert fast_calls.from_dict(json.loads(json.dumps(call.as_dict()))) == call
+    given = fast_operands.operands_of(call)
+    known = {*given, *call.results, "none", "partial_sums"}
+    for launch in plan_of(call).launches:
+        assert {name for name, _ in launch.arguments} <= known
+    y = decoder_of(call, lambda name, shape, dtype: check.tensor(given[name], dtype).view(shape))()
+    assert check.compare(call, given, {"y": stored(y.view(-1))}) <= 1
+    assert not check.compare(call, given, {"y": stored(y.view(-1) * 1.05)}) <= 1
+
+
+def test_fast_tables():
+    timed = list(fast_suites.timed())
+    launches = {"kernels": ["a", "b"], "registers": [100, 32]}
+    results = {"copy": 4e12, "fast_peers": [{"call": call.as_dict(), "seconds": 3e-5} for call, _ in timed]}
+    results["fast_times"] = [
+        {"call": call.as_dict(), "build": build, "seconds": 1e-5, **launches} for call, build in timed
+    ]
+    attention, norms, layers = fast_tables.FastTimes(results).tables()
+    assert "| 4096  | 2        | 100       | 10.0        | 42%     | 10.0      | 42%     | 30.0 " in attention
+    assert "add_rms_norm | 4096" in norms and "3.00" in layers
 
 
 def test_buffers(monkeypatch):

@@ -12,13 +12,14 @@ import torch
 from bundle import Buffers, Item
 from calls import Call
 from check import compare
+from fast_calls import AnyCall
+from fast_operands import operands_of
 from operands import random_operands
 
 # Weights rotate through more than the cache of 50 to 60 MB that an H100 or H200 has.
 ROTATION_BYTES = 400 * 2**20
 WARM_UPS, REPLAYS = 3, 7
 GUARD = 256
-WEIGHTS = ("w", "scales", "biases")
 
 
 def seconds(runs: Sequence[Callable[[int], None]]) -> float:
@@ -52,16 +53,16 @@ class Timer:
     """Times items; remembers the last operands, which the builds of one call have in common."""
 
     def __init__(self) -> None:
-        self._call: Call | None = None
+        self._call: AnyCall | None = None
         self._operands: dict[str, np.ndarray] = {}
 
     def __call__(self, item: Item) -> tuple[float, float]:
         """Seconds, and the largest error as a share of what is allowed. Raises AssertionError as compare does."""
         call = item.call
         if call != self._call:
-            self._call, self._operands = call, random_operands(call)
+            self._call, self._operands = call, operands_of(call)
         first = Buffers(item, self._operands, GUARD)
-        rotation = [first, *(first.moved(*WEIGHTS) for _ in range(copies_of(call.weight_bytes) - 1))]
+        rotation = [first, *(first.moved(*call.rotating) for _ in range(copies_of(call.moved_bytes) - 1))]
         runs = [item.bind(buffers) for buffers in rotation]
         taken = seconds(runs)
         first.clear()
@@ -70,10 +71,10 @@ class Timer:
         return taken, compare(call, self._operands, first.results())
 
 
-def read_bytes(call: Call) -> int:
-    """Of the weights that a call has to read."""
-    if not call.experts:
-        return call.weight_bytes
+def read_bytes(call: AnyCall) -> int:
+    """That a call has to move, of products the weights that it has to read."""
+    if not (isinstance(call, Call) and call.experts):
+        return call.moved_bytes
     return len(np.unique(random_operands(call)["rhs_indices"])) * call.matrix_bytes
 
 

@@ -40,7 +40,7 @@ constexpr int64_t vector_queries = 8;
 // A core hides the latency of memory with about so many threadgroups of 128 threads; with fewer, the keys are cut up.
 // Shorter parts than `least_part` cost more in partial sums than they gain.
 constexpr int64_t threadgroups_per_core = 4;
-constexpr int64_t least_part = 256;
+constexpr int64_t least_part = 64;
 constexpr int64_t part_multiple = 32;
 
 class AttentionPlanner {

@@ -79,4 +79,16 @@ GPU_LANE_DEFINED ulong __softmetal_simd_ballot(uint predicate) {
   return votes | (static_cast<ulong>(GPU_LANE_ALL_LANES) << 32);
 }
 
+// The GPU has a power of two, as Apple's have. What rounding leaves of the exponent is put right, as a precise exp
+// does.
+GPU_LANE_DEFINED float exp2f(float x) { return __nvvm_ex2_approx_f(x); }
+
+GPU_LANE_DEFINED float expf(float x) {
+  const float log2_e = 1.44269504f;
+  const float exponent = x * log2_e;
+  const float rest = __builtin_fmaf(x, 1.925963033e-8f, __builtin_fmaf(x, log2_e, -exponent));
+  const float power = __nvvm_ex2_approx_f(exponent);
+  return __builtin_fabsf(exponent) < 128.0f ? __builtin_fmaf(power, rest * 0.693147181f, power) : power;
+}
+
 }  // extern "C"

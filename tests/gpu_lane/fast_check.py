@@ -1,0 +1,241 @@
+"""Fast ops and a decoder layer in float64, and how far from that what their kernels wrote may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from calls import FILLING, Call
+from fast_calls import FastCall, LayerCall
+from fast_operands import decode, view
+from operands import random_weights
+
+Arrays = dict[str, np.ndarray]
+
+# Bits of a float's mantissa, and the smallest step of its subnormal ones.
+PRECISION = {"float32": (24, 2.0**-149), "float16": (11, 2.0**-24), "bfloat16": (8, 2.0**-133)}
+# float32 operations whose errors may add up, in units of its last place.
+ROUNDINGS = 32 * 2.0**-24
+# Of a layer, the error of y over y, as vectors: a dozen tensors between are rounded to bfloat16.
+LAYER_ERROR = 0.02
+
+
+def compare_fast(call: FastCall, operands: Arrays, results: Arrays) -> float:
+    """The largest error as a share of what is allowed. Raises AssertionError where something is wrong by itself."""
+    given = {
+        role: decode(view(operands[role], layout), layout.dtype) for role, layout in call.tensors if role in operands
+    }
+    written = {role: decode(results[role], dtype) for role, (_, dtype) in call.results.items()}
+    worst = 0.0
+    for role, (expected, slack) in REFERENCES[call.op](call, given, written).items():
+        bits, smallest = PRECISION[call.results[role][1]]
+        bound = 2.0**-bits * np.abs(expected) + smallest + slack
+        left_alone = np.isnan(expected) if role in call.written else np.zeros(expected.shape, bool)
+        if left_alone.any():
+            untouched = np.ascontiguousarray(results[role]).view(np.uint8).reshape(*expected.shape, -1) == FILLING
+            assert untouched[left_alone].all(), f"{role}: something is written that is to be left alone"
+        error = np.where(left_alone, 0.0, np.abs(written[role] - expected) / np.where(left_alone, 1.0, bound))
+        worst = max(worst, float("inf") if np.isnan(error).any() else float(error.max(initial=0.0)))
+    return worst
+
+
+# --- Norms ------------------------------------------------------------------------------------------------------------
+
+
+def _rms(x: np.ndarray, weight: np.ndarray | float, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def _rms_norm(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    y = _rms(given["x"], given.get("weight", 1.0), call.keywords["eps"])
+    return {"y": (y, ROUNDINGS * np.abs(y))}
+
+
+def _add_rms_norm(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    """The norm is of the sum as it is stored."""
+    sum = given["x"] + given["residual"]
+    y = _rms(written["sum"], given.get("weight", 1.0), call.keywords["eps"])
+    return {"sum": (sum, ROUNDINGS * np.abs(sum)), "y": (y, ROUNDINGS * np.abs(y))}
+
+
+def _layer_norm(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    x, weight, bias = given["x"], given.get("weight", 1.0), given.get("bias", 0.0)
+    mean = x.mean(-1, keepdims=True)
+    factor = weight / np.sqrt(x.var(-1, keepdims=True) + call.keywords["eps"])
+    y = (x - mean) * factor
+    return {"y": (y + bias, ROUNDINGS * ((np.abs(x) + np.abs(mean)) * np.abs(factor) + np.abs(bias)))}
+
+
+# --- Gates ------------------------------------------------------------------------------------------------------------
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def _gated(x: np.ndarray, values: np.ndarray) -> dict[str, tuple]:
+    y = x * values
+    return {"y": (y, ROUNDINGS * np.abs(y) + 2e-7 * np.abs(values))}
+
+
+def _swiglu(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    options = {"alpha": 1.0, "limit": None, "offset": 0.0} | call.keywords
+    limit = math.inf if options["limit"] is None else options["limit"]
+    x = np.minimum(given["gates"], limit)
+    return _gated(x * _sigmoid(options["alpha"] * x), np.clip(given["values"], -limit, limit) + options["offset"])
+
+
+def _geglu(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    x = given["gates"]
+    if call.keywords["approximate"] == "tanh":
+        share = _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    else:
+        share = np.vectorize(lambda z: math.erfc(-z / math.sqrt(2)) / 2)(x)
+    return _gated(x * share, given["values"])
+
+
+# --- Rotations --------------------------------------------------------------------------------------------------------
+
+
+def _rope(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    x, options = given["x"], call.keywords
+    pairs = options["dims"] // 2
+    numbers = np.arange(pairs)
+    rates = 1 / given["freqs"] if "freqs" in given else options["base"] ** (-2.0 * numbers / options["dims"])
+    begin = given["offsets"][:, None, None, None] if "offsets" in given else options["offset"]
+    angles = (begin + np.arange(x.shape[2])[:, None]) * options["scale"] * rates
+    first, second = (2 * numbers, 2 * numbers + 1) if options["traditional"] else (numbers, pairs + numbers)
+    a, b = x[..., first], x[..., second]
+    y, slack = x.copy(), np.zeros_like(x)
+    y[..., first], y[..., second] = a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)
+    slack[..., first] = slack[..., second] = 1e-6 * (np.abs(a) + np.abs(b))
+    return {"y": (y, slack)}
+
+
+def _turned(heads: np.ndarray, cosines: np.ndarray | None, sines: np.ndarray | None) -> np.ndarray:
+    """Heads [batch, heads, tokens, dim]."""
+    if cosines is None:
+        return heads
+    rotated = cosines.shape[-1]
+    a, b, rest = np.split(heads, [rotated // 2, rotated], -1)
+    swapped = np.concatenate([-b, a], -1)
+    turned = heads[..., :rotated] * cosines[:, None] + swapped * sines[:, None]
+    return np.concatenate([turned, rest], -1)
+
+
+def _rope_into_cache(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    shape = call.layouts["keys"].shape
+    key_heads, dim = shape[1], shape[3]
+    x = given["x"] + given.get("bias", 0.0)
+    heads = x.reshape(*x.shape[:2], -1, dim).swapaxes(1, 2)
+    count = heads.shape[1] - 2 * key_heads
+    parts = np.split(heads, [count, count + key_heads], 1)
+    for i, role in enumerate(("query_norm", "key_norm")):
+        if role in given:
+            parts[i] = _rms(parts[i], given[role], call.keywords["eps"])
+        parts[i] = _turned(parts[i], given.get("cosines"), given.get("sines"))
+    results = {"y": (parts[0], 4 * ROUNDINGS * np.abs(parts[0]).max())}
+    begin = call.keywords["position"]
+    for role, part in zip(("keys", "values"), parts[1:], strict=True):
+        cache = np.full(shape, np.nan)
+        cache[:, :, begin : begin + x.shape[1]] = part
+        results[role] = (cache, 4 * ROUNDINGS * np.abs(part).max())
+    return results
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+
+def _visible(call: FastCall, given: Arrays, queries: int, keys: int) -> np.ndarray:
+    """Which keys each query sees: [queries, keys], or with batch and heads in front."""
+    number, last = np.arange(keys), keys - queries + np.arange(queries)[:, None]
+    visible = np.ones((queries, keys), bool)
+    if call.keywords["causal"]:
+        visible = number <= last
+        if call.keywords["window"] is not None:
+            visible &= number > last - call.keywords["window"]
+    if "mask" in given and call.layouts["mask"].dtype == "bool":
+        visible = visible & (given["mask"] != 0)
+    return visible
+
+
+def _attention(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    keys, values = given["keys"], given["values"]
+    batch, heads, queries, _ = given["queries"].shape
+    shape = (batch, heads, queries, keys.shape[2])
+    q = call.keywords["scale"] * given["queries"].reshape(batch, keys.shape[1], -1, keys.shape[3])
+    scores = (q @ keys.swapaxes(-1, -2)).reshape(shape)
+    score_error = ROUNDINGS * (np.abs(q) @ np.abs(keys).swapaxes(-1, -2)).reshape(shape)
+    if "mask" in given and call.layouts["mask"].dtype != "bool":
+        scores = scores + given["mask"]
+    scores = np.where(_visible(call, given, queries, shape[3]), scores, -np.inf)
+    largest = scores.max(-1, keepdims=True)
+    if "sinks" in given:
+        sinks = given["sinks"][:, None, None]
+        largest = np.maximum(largest, sinks)
+    largest = np.where(np.isinf(largest), 0.0, largest)
+    weights = np.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True) + (np.exp(sinks - largest) if "sinks" in given else 0.0)
+    weights = (weights / np.where(total == 0, 1.0, total)).reshape(*q.shape[:3], -1)
+    y, size = ((weights @ v).reshape(*shape[:3], -1) for v in (values, np.abs(values)))
+    # A weight is off by the error of its score and of those that it is divided by; exp by that of its argument.
+    return {"y": (y, (2 * score_error.max(-1, keepdims=True) + ROUNDINGS * (4 + np.abs(largest))) * size)}
+
+
+REFERENCES: dict[str, Callable[[FastCall, Arrays, Arrays], dict[str, tuple]]] = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "layer_norm": _layer_norm,
+    "swiglu": _swiglu,
+    "geglu": _geglu,
+    "rope": _rope,
+    "rope_into_cache": _rope_into_cache,
+    "scaled_dot_product_attention": _attention,
+}
+
+
+# --- A decoder layer --------------------------------------------------------------------------------------------------
+
+
+@cache
+def _matrix(call: Call, name: str) -> np.ndarray:
+    """float64 w [n, k] of the operands that are drawn for a product of a layer, as its format says."""
+    weights = random_weights(call, np.random.default_rng([0, *name.encode()]))
+    codes = weights["w"].reshape(call.words_shape)[..., None] >> np.arange(0, 32, call.bits, dtype=np.uint32)
+    codes = (codes & (2**call.bits - 1)).reshape(call.n, -1, call.group_size)
+    scales, biases = (decode(weights[role], call.scale_dtype)[..., None] for role in ("scales", "biases"))
+    return (codes * scales + biases).reshape(call.n, call.k)
+
+
+def layer_output(call: LayerCall, operands: Arrays) -> np.ndarray:
+    """In float64, without roundings between."""
+    given = {name: decode(operands[name], dtype) for name, (_, dtype) in call.dense_operands.items()}
+    normal = _rms(given["x"], given["first_norm"], 1e-6)
+    heads = (_matrix(call.products["qkv"], "qkv") @ normal).reshape(-1, call.dim)
+    q, k, v = np.split(heads, [call.query_heads, call.query_heads + call.key_heads])
+
+    def turned(heads: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        angles = (given[name][None, None] for name in ("cosines", "sines"))
+        return _turned(_rms(heads, weight, 1e-6)[None, :, None], *angles)[0, :, 0]
+
+    keys, values = given["keys"][0], given["values"][0]
+    keys[:, -1], values[:, -1] = turned(k, given["key_norm"]), v
+    q = turned(q, given["query_norm"]).reshape(call.key_heads, -1, call.dim)
+    scores = q @ keys.swapaxes(1, 2) * call.dim**-0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    attended = (weights / weights.sum(-1, keepdims=True) @ values).reshape(-1)
+    middle = given["x"] + _matrix(call.products["out"], "out") @ attended
+    both = _matrix(call.products["gate_up"], "gate_up") @ _rms(middle, given["second_norm"], 1e-6)
+    gates, up = np.split(both, 2)
+    out = middle + _matrix(call.products["down"], "down") @ (gates * _sigmoid(gates) * up)
+    return _rms(out, given["last_norm"], 1e-6)
+
+
+def compare_layer(call: LayerCall, operands: Arrays, results: Arrays) -> float:
+    expected = layer_output(call, operands)
+    error: Any = np.linalg.norm(decode(results["y"], call.dtype) - expected) / np.linalg.norm(expected)
+    return float(error) / LAYER_ERROR if error == error else math.inf
