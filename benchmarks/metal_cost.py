@@ -36,6 +36,7 @@ from softmetal import mps
 # Buffers of all product kernels, by their index.
 X, WEIGHTS, SCALES, BIASES = range(4)
 THREE_TENSORS = ("affine", "marlin_int4")
+HELPERS = ("sum_parts", "sort_pairs")  # kernels that multiply nothing
 GPU = "applegpu_g14s"  # M2 Pro: no tensor operations
 MACOS = 2602
 
@@ -144,7 +145,7 @@ def _unused_expert_bytes(call: Call, operands: Sequence[Tensor]) -> int:
 
 def _cost(call: Call, launch: mps.Launch, operands: Sequence[Tensor], least_read: int, least_write: int) -> Cost:
     groups = launch.threadgroups[0] * launch.threadgroups[1] * launch.threadgroups[2]
-    is_product = call.op == "product" and not launch.kernel.startswith("sum_parts")
+    is_product = call.op == "product" and not launch.kernel.startswith(HELPERS)
     weights = scales = x = multiplies = None
     if is_product:
         used = _used_experts(call, operands) / call.experts if call.experts else 1

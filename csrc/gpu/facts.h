@@ -50,8 +50,7 @@ struct BatchPart {
 struct ProductFacts {
   Format format;
   int32_t dtype;  // at::ScalarType of x and y
-  int32_t transpose;
-  int32_t sorted_indices;
+  int64_t transpose;
   int64_t M;
   int64_t K;
   int64_t N;

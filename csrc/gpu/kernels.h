@@ -31,6 +31,7 @@
 
 #define MATVEC_KERNELS_training(KERNEL, before, after, T, ...)                     \
   QVM_KERNELS(KERNEL, before, after, qvm, gather_qvm, 1, T, __VA_ARGS__)           \
+  KERNEL(before "gather_qvm_splitk" after, gather_qvm<T, __VA_ARGS__, 1, float>)   \
   PLAIN_QVM_KERNELS(KERNEL, before, after "_rows_2", qvm, 2, T, __VA_ARGS__)       \
   QVM_KERNELS(KERNEL, before, after "_rows_4", qvm, gather_qvm, 4, T, __VA_ARGS__) \
   QVM_KERNELS(KERNEL, before, after "_rows_8", qvm, gather_qvm, 8, T, __VA_ARGS__)
@@ -43,7 +44,7 @@
 
 #define QVM_KERNELS(KERNEL, before, after, plain, gathered, rows, T, ...) \
   PLAIN_QVM_KERNELS(KERNEL, before, after, plain, rows, T, __VA_ARGS__)   \
-  KERNEL(before "gather_qvm" after, gathered<T, __VA_ARGS__, rows>)
+  KERNEL(before "gather_qvm" after, gathered<T, __VA_ARGS__, rows, T>)
 
 #define PLAIN_QVM_KERNELS(KERNEL, before, after, plain, rows, T, ...) \
   KERNEL(before "qvm" after, plain<T, __VA_ARGS__, rows, T>)          \
@@ -51,6 +52,9 @@
 
 // Of a type alone.
 #define SUM_KERNELS(KERNEL, after, T) KERNEL("sum_parts" after, sum_parts<T>)
+
+// Of neither: of 64-bit indices.
+#define PAIR_KERNELS(KERNEL) KERNEL("sort_pairs", sort_pairs<long>)
 
 // --- Between products, of a type alone ------------------------------------------------------------------------------
 
@@ -126,14 +130,15 @@
 #define MATMUL_KERNELS_columns(KERNEL, before, after, T, ...) \
   QMM_KERNELS(KERNEL, before, "_n", after, true, T, __VA_ARGS__)
 
-#define QMM_KERNELS(KERNEL, before, side, after, transpose, T, ...)                               \
-  KERNEL(before "qmm" side after "_rows_16", qmm<T, __VA_ARGS__, 16, transpose, T>)               \
-  KERNEL(before "qmm" side after "_rows_32", qmm<T, __VA_ARGS__, 32, transpose, T>)               \
-  KERNEL(before "qmm" side after "_rows_64", qmm<T, __VA_ARGS__, 64, transpose, T>)               \
-  KERNEL(before "qmm" side "_splitk" after "_rows_16", qmm<T, __VA_ARGS__, 16, transpose, float>) \
-  KERNEL(before "qmm" side "_splitk" after "_rows_32", qmm<T, __VA_ARGS__, 32, transpose, float>) \
-  KERNEL(before "qmm" side "_splitk" after "_rows_64", qmm<T, __VA_ARGS__, 64, transpose, float>) \
-  KERNEL(before "gather_qmm" side after "_rows_32", gather_qmm<T, __VA_ARGS__, 32, transpose>)    \
+#define QMM_KERNELS(KERNEL, before, side, after, transpose, T, ...)                                    \
+  KERNEL(before "qmm" side after "_rows_16", qmm<T, __VA_ARGS__, 16, transpose, T>)                    \
+  KERNEL(before "qmm" side after "_rows_32", qmm<T, __VA_ARGS__, 32, transpose, T>)                    \
+  KERNEL(before "qmm" side after "_rows_64", qmm<T, __VA_ARGS__, 64, transpose, T>)                    \
+  KERNEL(before "qmm" side "_splitk" after "_rows_16", qmm<T, __VA_ARGS__, 16, transpose, float>)      \
+  KERNEL(before "qmm" side "_splitk" after "_rows_32", qmm<T, __VA_ARGS__, 32, transpose, float>)      \
+  KERNEL(before "qmm" side "_splitk" after "_rows_64", qmm<T, __VA_ARGS__, 64, transpose, float>)      \
+  KERNEL(before "gather_qmm" side after "_rows_32", gather_qmm<T, __VA_ARGS__, 32, transpose>)         \
+  KERNEL(before "gather_qmm_rhs" side after "_rows_16", gather_qmm_rhs<T, __VA_ARGS__, 16, transpose>) \
   KERNEL(before "gather_qmm_rhs" side after "_rows_32", gather_qmm_rhs<T, __VA_ARGS__, 32, transpose>)
 
 // --- Tensor operations: not of float32 -----------------------------------------------------------------------------

@@ -91,6 +91,9 @@ inline constexpr int tile_columns() { return 64; }
 inline constexpr int tile_k(int rows, int element_size) { return rows < 64 && element_size == 2 ? 64 : 32; }
 inline constexpr int tile_simdgroups() { return 4; }
 
+// sort_pairs: one threadgroup, with a thread for each matrix of w and one for pairs that are of none.
+inline constexpr int sort_pairs_threads() { return 1024; }
+
 // The tensor-op products: tiles of 32, 64 or 128 rows.
 inline constexpr int tensor_tile_columns() { return 64; }
 inline constexpr int tensor_tile_k() { return 64; }
@@ -166,12 +169,33 @@ struct ProductParams {
 };
 
 // As ProductParams, for pairs of indices: z is the position in both lists. The outer strides lead from one matrix to
-// the next, y.outer from one pair to the next; the inner ones are unused. The sorted form has one row of x for each
-// pair, and rows counts the pairs.
+// the next, y.outer from one pair to the next; the inner ones are unused.
 struct GatherParams {
   ProductParams product;
   int lhs_count;  // matrices of x
   int rhs_count;  // matrices of w
+};
+
+// What sort_pairs makes of pairs with one row of x each, for a tiled product whose strides are those of GatherParams
+// and whose rows are the pairs. First the tiles: pairs of one matrix that follow one another in the list of pairs.
+struct PairTile {
+  int matrix;  // -1: an index of each of its pairs is out of range, or there are none
+  int first;
+  int count;  // at most the rows of a tile
+};
+
+// After the last tile, that list: the place of each pair in both lists of indices, and its row of x.
+struct SortedPair {
+  int pair;
+  int lhs;
+};
+
+struct SortPairsParams {
+  int pairs;
+  int lhs_count;
+  int rhs_count;
+  int tile_rows;
+  int tiles;  // of any pairs, so some are empty
 };
 
 // Sums the parts of a split-K product: y [batch, size] of partial sums float32 [batch, parts, size].

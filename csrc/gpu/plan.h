@@ -60,9 +60,9 @@ struct Target {
 };
 
 // What kernels take, by the part that it plays. "none": an argument that this kernel does not use; x: also what
-// quantize reads; w: packed words, read or written; partial_sums: the float32 workspace; residual: what is added to x,
-// and sum both together; first_position: a number of the call, no tensor; numbers: CallNumbers, no tensor; experts:
-// indices.
+// quantize reads; w: packed words, read or written; workspace: 32-bit values that launches hand on; residual: what is
+// added to x, and sum both together; first_position: a number of the call, no tensor; numbers: CallNumbers, no tensor;
+// experts: indices.
 #define QUANTIZATION_MLX_ROLES(EACH) \
   EACH(none)                         \
   EACH(x)                            \
@@ -71,7 +71,7 @@ struct Target {
   EACH(biases)                       \
   EACH(global_scale)                 \
   EACH(y)                            \
-  EACH(partial_sums)                 \
+  EACH(workspace)                    \
   EACH(lhs_indices)                  \
   EACH(rhs_indices)                  \
   EACH(residual)                     \
@@ -140,7 +140,7 @@ struct Launch {
 
 struct Plan {
   std::vector<Launch> launches;  // in order, each after the one before; none where there is nothing to compute
-  int64_t workspace = 0;  // float32 values of Role::partial_sums
+  int64_t workspace = 0;  // 32-bit values of Role::workspace
 };
 
 // Kernels read scales and biases of one dtype, in affine mode: these are the problems with theirs promoted to it, which

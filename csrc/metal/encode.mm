@@ -57,10 +57,10 @@ void encode_launch(
 
 void encode(const PreparedPlan& prepared, Operands operands) {
   const Plan& plan = prepared.plan;
-  at::Tensor partial_sums;
+  at::Tensor workspace;
   if (plan.workspace > 0) {
-    partial_sums = at::empty({plan.workspace}, operands[Role::y]->options().dtype(at::kFloat));
-    operands[Role::partial_sums] = &partial_sums;
+    workspace = at::empty({plan.workspace}, operands[Role::y]->options().dtype(at::kFloat));
+    operands[Role::workspace] = &workspace;
   }
   const auto& pipelines = prepared.pipelines;  // a block would copy what it captures by value
   const auto& launches = plan.launches;

@@ -12,7 +12,7 @@
 
 namespace quantization_mlx::metal {
 
-// Tensors by Role; null, or undefined, where no launch of the plan names them. partial_sums is made by encode.
+// Tensors by Role; null, or undefined, where no launch of the plan names them. The workspace is made by encode.
 class Operands {
  public:
   int64_t first_position = 0;  // the value of that role

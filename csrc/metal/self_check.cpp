@@ -120,13 +120,17 @@ void exclude(const Facts& facts, const Launch& launch, const Target& target, con
   }
 }
 
-bool is_sum(const Launch& launch) { return std::string_view(launch.kernel.file) == "sum_parts"; }
+// What comes before or after a product in its plan, and is checked with it.
+bool is_part_of_product(const Launch& launch) {
+  const std::string_view file = launch.kernel.file;
+  return file == "sum_parts" || file == "sort_pairs";
+}
 
 // Whether a kernel has passed its check, which the first caller makes.
 template <typename Facts>
 bool passes(const Facts& facts, const Launch& launch, const Target& target) {
   static const bool leaves_out = is_variable("QUANTIZATION_MLX_SELF_CHECK", "0");
-  if (leaves_out || is_sum(launch)) {  // it is checked with the product that it belongs to
+  if (leaves_out || is_part_of_product(launch)) {
     return true;
   }
   const CheckedKernel checked{current_gpu(), launch.kernel};

@@ -2,6 +2,7 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <string_view>
 #include <vector>
@@ -37,7 +38,6 @@ struct Example {
   OptionalTensor rhs_indices;
   Format format;
   bool transpose;
-  bool sorted;
 
   // What `check` or an op makes of it.
   template <typename Function>
@@ -51,7 +51,7 @@ struct Example {
   auto gathered(const Function& function) const {
     return function(
         x, w, scales, biases, lhs_indices, rhs_indices, transpose, format.group_size, format.bits, name_of(format.mode),
-        global_scale, sorted, "self-check");
+        global_scale, /*sorted_indices=*/false, "self-check");
   }
 
   template <typename Function>
@@ -62,14 +62,14 @@ struct Example {
 
 constexpr int64_t gathered_matrices = 3;
 
-// In an order that mixes the experts, or sorted: then with runs that end within tiles.
-std::vector<int64_t> expert_of_pair(bool sorted) {
-  if (!sorted) {
-    return {2, 0, 1, 2, 0};
+// In an order that mixes the experts. For tiles of pairs, one expert has more than a tile takes, and the others fewer.
+std::vector<int64_t> expert_of_pair(int tile_rows) {
+  std::vector<int64_t> experts{2, 0, 1, 2, 0};
+  if (tile_rows > 0) {
+    experts.insert(experts.end(), tile_rows / 4, 1);
+    experts.insert(experts.end(), tile_rows, 2);
+    experts.insert(experts.end(), tile_rows / 4, 0);
   }
-  std::vector<int64_t> experts(40, 2);
-  std::fill_n(experts.begin(), 13, 0);
-  std::fill_n(experts.begin() + 13, 7, 1);
   return experts;
 }
 
@@ -117,12 +117,12 @@ Example weights(Format format, bool transpose, bool gathered, const Shape& shape
   return example;
 }
 
-Example product_example(const ProductFacts& facts, bool sorted, const Shape& shape, at::Device device) {
+Example product_example(const ProductFacts& facts, int pair_tile_rows, const Shape& shape, at::Device device) {
   Maker make(device);
   const at::ScalarType dtype = facts.scalar_type();
   const bool gathered = facts.pairs > 0;
   Example example = weights(facts.format, facts.transpose != 0, gathered, shape, dtype, make);
-  const std::vector<int64_t> experts = expert_of_pair(sorted);
+  const std::vector<int64_t> experts = expert_of_pair(pair_tile_rows);
   // Whole rows of 16 bytes, or none.
   const int64_t row = shape.shifts_x ? shape.K + 1 : (shape.K + 7) / 8 * 8;
   std::vector<int64_t> sizes{shape.M, row};
@@ -137,7 +137,6 @@ Example product_example(const ProductFacts& facts, bool sorted, const Shape& sha
     std::generate(counting.begin(), counting.end(), [i = int64_t{0}]() mutable { return i++; });
     example.lhs_indices = indices(counting);
     example.rhs_indices = indices(experts);
-    example.sorted = sorted;
   }
   example.x = make.uniform(sizes, dtype, -1.0f, 1.0f).narrow(-1, shape.shifts_x, shape.K);
   if (facts.global_scales > 0) {
@@ -201,9 +200,16 @@ Candidates candidates(const ProductFacts& facts, const Launch& launch) {
   return result;
 }
 
+// Of a product of pairs in tiles; 0 of others.
+int pair_tile_rows(const KernelInstance& kernel) {
+  constexpr std::string_view rows = "_rows_";
+  const std::string_view name = kernel.name_pattern;
+  return name.find("gather_qmm_rhs") == 0 ? std::atoi(name.data() + name.find(rows) + rows.size()) : 0;
+}
+
 struct Found {
   Shape shape;
-  bool sorted;
+  int pair_tile_rows;
   Target target;  // that the shape is planned for
 };
 
@@ -215,7 +221,7 @@ std::optional<Found> find_shape(
   const KernelInstance& kernel = launch.kernel;
   const bool shifts_x = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_X);
   const bool shifts_w = !is_set(kernel, QUANTIZATION_MLX_ALIGNED_WEIGHTS);
-  const bool sorted = std::string_view(kernel.name_pattern).find("gather_qmm_rhs") == 0;
+  const int tile_rows = pair_tile_rows(kernel);
   // As for a GPU of one core: it is busy with few large tiles.
   for (const int cores : {target.gpu.cores, 1}) {
     target.gpu.cores = cores;
@@ -224,11 +230,11 @@ std::optional<Found> find_shape(
         for (const int64_t K : sizes.K) {
           for (const int64_t N : sizes.N) {
             const Shape shape{M, K, N, shifts_x, shifts_w};
-            const Example example = product_example(facts, sorted, shape, at::Device(at::kMeta));
+            const Example example = product_example(facts, tile_rows, shape, at::Device(at::kMeta));
             const Plan plan = gpu::plan(facts_of(example).front(), "self-check", target);
             const Launch* found = launch_in(plan, kernel);
             if (found != nullptr && found->threadgroups[0] >= least_threadgroups) {
-              return Found{shape, sorted, target};
+              return Found{shape, tile_rows, target};
             }
           }
         }
@@ -266,8 +272,8 @@ std::vector<Found> find_shapes(const ProductFacts& facts, const Launch& launch, 
 }
 
 Reason failure(const ProductFacts& facts, const Found& found) {
-  const Example host = product_example(facts, found.sorted, found.shape, at::Device(at::kCPU));
-  const Example device = product_example(facts, found.sorted, found.shape, mps);
+  const Example host = product_example(facts, found.pair_tile_rows, found.shape, at::Device(at::kCPU));
+  const Example device = product_example(facts, found.pair_tile_rows, found.shape, mps);
   const auto compared = [&](const Tensor& expected, const auto& problem) {
     const Tensor y = at::empty(expected.sizes(), device.x.options());
     run(gpu::plan(problem, found.target), operands_of(problem, y));

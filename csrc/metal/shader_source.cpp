@@ -44,6 +44,7 @@
   FILE(operands, "metal/quantized/operands.h")                       \
   FILE(quantize, "metal/quantized/quantize.h")                       \
   FILE(quantize_kernels, "metal/quantized/quantize.metal")           \
+  FILE(sort_pairs_kernels, "metal/quantized/sort_pairs.metal")       \
   FILE(sum_parts_kernels, "metal/quantized/sum_parts.metal")         \
   FILE(tile, "metal/quantized/tile.h")
 

@@ -25,8 +25,9 @@
 // on a core. A product is cut along K until every core has several threadgroups, whatever the tile, because unpacking
 // each weight once is worth more than a smaller tile.
 //
-// gather_qmm_rhs: a tile of 32 pairs is computed as its runs of equal matrices. Lane i of every simdgroup holds pair i,
-// so runs are found without memory; where pairs are sorted, most tiles are one run.
+// gather_qmm_rhs: a tile of pairs of one matrix, as sort_pairs has made them. Lane i of every simdgroup holds pair i,
+// which knows its row of x and of y. So a matrix is unpacked once for all of its pairs that fit into a tile, whatever
+// their order was, and experts with few pairs do not wait for one another.
 #pragma once
 
 #include "../common/metal.h"
@@ -89,14 +90,9 @@ inline constexpr int tile_elements(int rows, int element_size) {
 
 // --- One step ------------------------------------------------------------------------------------------------------
 
-// Multiplies fragments [begin, end) of rows, and with `all` every one, at `x` and `weights` in threadgroup memory.
+// Multiplies the first `end` fragments of rows, and with `all` every one, at `x` and `weights` in threadgroup memory.
 template <typename T, int rows, bool transpose, bool all>
-METAL_FUNC void multiply_step(
-    threadgroup const T* x,
-    threadgroup const T* weights,
-    int begin,
-    int end,
-    thread Accumulator* sums) {
+METAL_FUNC void multiply_step(threadgroup const T* x, threadgroup const T* weights, int end, thread Accumulator* sums) {
   constexpr int across = fragments_across(rows);
   constexpr int depth = tile_k(rows, sizeof(T));
   constexpr int x_stride = padded<T>(depth);
@@ -113,7 +109,7 @@ METAL_FUNC void multiply_step(
     }
 #pragma unroll
     for (int i = 0; i < fragments_down(rows); ++i) {
-      if (all || (i >= begin && i < end)) {
+      if (all || i < end) {
         simdgroup_matrix<T, 8, 8> left;
         simdgroup_load(left, x + i * fragment_size * x_stride + k, x_stride, ulong2(0, 0), false);
 #pragma unroll
@@ -142,7 +138,7 @@ METAL_FUNC void clear(thread Accumulator* sums) {
   }
 }
 
-// The sums of rows [first_row, end_row) of the tile, along K from k_begin to k_end. The pieces know which rows of x are
+// The sums of the first `end_row` rows of the tile, along K from k_begin to k_end. The pieces know which rows of x are
 // the tile's. True where each column of the sums is to be multiplied by a factor at `weights`: a weight was too large
 // for T.
 template <Mode mode, int group_size, int bits, int rows, bool transpose, typename T, typename Scale>
@@ -150,7 +146,6 @@ METAL_FUNC bool multiply_tile(
     thread const Operands<T, Scale>& operands,
     constant ProductParams& params,
     thread RowPieces<T, rows, tile_k(rows, sizeof(T)), tile_threads>& pieces,
-    int first_row,
     int end_row,
     int column,
     int k_begin,
@@ -164,9 +159,9 @@ METAL_FUNC bool multiply_tile(
   const int thread_index = position.thread_index;
   const int simdgroup_row = first_row_of(rows, position.simdgroup);
   const int simdgroup_column = first_column_of(rows, position.simdgroup);
-  const int begin = max(0, first_row - simdgroup_row) / fragment_size;
-  const int end = max(0, end_row - simdgroup_row + fragment_size - 1) / fragment_size;
-  const bool all = begin == 0 && end >= fragments_down(rows);
+  const int begun = max(0, end_row - simdgroup_row + fragment_size - 1) / fragment_size;
+  const int end = min(begun, fragments_down(rows));
+  const bool all = end == fragments_down(rows);
   threadgroup const T* left = x + simdgroup_row * padded<T>(depth);
   threadgroup const T* right = weights + (transpose ? simdgroup_column * padded<T>(depth) : simdgroup_column);
 
@@ -192,9 +187,9 @@ METAL_FUNC bool multiply_tile(
         fetch_rows(k + depth, thread_index, pieces);
       }
       if (all) {
-        multiply_step<T, rows, transpose, true>(left, right, 0, 0, sums);
+        multiply_step<T, rows, transpose, true>(left, right, 0, sums);
       } else {
-        multiply_step<T, rows, transpose, false>(left, right, begin, end, sums);
+        multiply_step<T, rows, transpose, false>(left, right, end, sums);
       }
     }
   } while (k_begin < k_end &&
@@ -202,14 +197,14 @@ METAL_FUNC bool multiply_tile(
   return scaled;
 }
 
-// Rows [first_row, end_row) of the tile to y, where row 0 of the tile begins, times `factor` and, with `scaled`, the
-// factor of each column.
-template <int rows, typename Y>
+// The first `end_row` rows of the tile to their rows of y, times `factor` and, with `scaled`, the factor of each
+// column.
+template <int rows, typename Rows, typename Y>
 METAL_FUNC void store_sums(
     thread Accumulator* sums,
     device Y* y,
     constant ProductParams& params,
-    int first_row,
+    Rows rows_of_y,
     int end_row,
     int column,
     float factor,
@@ -221,6 +216,7 @@ METAL_FUNC void store_sums(
 #pragma unroll
   for (int i = 0; i < fragments_down(rows); ++i) {
     const int row = first_row_of(rows, position.simdgroup) + i * fragment_size + place.row;
+    const int y_row = row_of_y(rows_of_y, row);
 #pragma unroll
     for (int j = 0; j < across; ++j) {
       const int tile_column = first_column_of(rows, position.simdgroup) + j * fragment_size + place.column;
@@ -233,8 +229,8 @@ METAL_FUNC void store_sums(
       }
       const Y first = static_cast<Y>(pair.x);
       const Y second = static_cast<Y>(pair.y);
-      device Y* target = y + row * static_cast<long>(params.n) + n;
-      if (row >= first_row && row < end_row) {
+      device Y* target = y + y_row * static_cast<long>(params.n) + n;
+      if (row < end_row) {
         if (aligned_outputs) {
           *(device vec<Y, 2>*)target = vec<Y, 2>(first, second);
         } else {
@@ -274,13 +270,13 @@ METAL_FUNC void matmul_tile(
     const int piece_row = row_of_piece<T, depth, tile_threads>(position.thread_index, i);
     pieces.source[i] = first_row + piece_row * params.x_row_stride;
   }
-  set_rows(0, end_row, params.k, position.thread_index, pieces);
+  set_rows(end_row, params.k, position.thread_index, pieces);
   Accumulator sums[fragments_down(rows) * fragments_across(rows)];
   const bool scaled = multiply_tile<mode, group_size, bits, rows, transpose>(
-      operands, params, pieces, 0, end_row, column, k_begin, min(params.k, k_begin + params.part_k), position,
+      operands, params, pieces, end_row, column, k_begin, min(params.k, k_begin + params.part_k), position,
       (threadgroup T*)weights, (threadgroup T*)x, sums);
   store_sums<rows>(
-      sums, y + row * static_cast<long>(params.n), params, 0, end_row, column, operands.factor, scaled,
+      sums, y + row * static_cast<long>(params.n), params, RowsInOrder{}, end_row, column, operands.factor, scaled,
       (threadgroup const float*)weights, position);
 }
 
@@ -302,7 +298,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
 
 // Each pair of indices with its own rows of x.
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void gather_qmm(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void gather_qmm(GATHER_ARGUMENTS(T, mode, T)) {
   threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
   const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
@@ -318,40 +314,31 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
   }
 }
 
-// Pairs of indices with one row of x each, in any order; fast where equal matrices follow one another.
+// A tile of pairs, which have a row of x each.
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void gather_qmm_rhs(GATHER_ARGUMENTS(T, mode)) {
-  static_assert(rows == 32, "a lane for each pair");
+[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void gather_qmm_rhs(PAIR_TILE_ARGUMENTS(T, mode)) {
+  static_assert(rows <= 32, "a lane for each pair");
   threadgroup uint4 shared_weights[weight_memory(sizeof(T), rows, transpose)];
   threadgroup uint4 shared_x[x_memory(sizeof(T), rows)];
-  constant ProductParams& product = params.product;
   const Position position = {static_cast<int>(32 * simdgroup + lane), simdgroup, lane};
-  const int row = threadgroup_index.y * rows;
   const int column = threadgroup_index.x * tile_columns();
-  const int pairs = min(rows, product.rows - row);
-
-  const Pair pair = pair_of_lane(lhs_indices, rhs_indices, params, row, pairs, lane);
-  RowPieces<T, rows, tile_k(rows, sizeof(T)), tile_threads> pieces;
-  gather_rows(x, product.x.outer, pair.lhs, position.thread_index, pieces);
-
-  for (int first = 0; first < pairs;) {
-    const int matrix = simd_shuffle(pair.rhs, static_cast<ushort>(first));
-    const int end = end_of_run(pair.rhs, first, pairs);
-    if (matrix < 0) {
-      write_nan(y, product, row + first, row + end, column, tile_columns(), position.thread_index, tile_threads);
-    } else {
-      set_rows(first, end, product.k, position.thread_index, pieces);
-      const Operands<T, ScaleType<mode, T>> operands = operands_of_matrix<mode>(TENSORS(T, mode), product, matrix);
-      Accumulator sums[fragments_down(rows) * fragments_across(rows)];
-      const bool scaled = multiply_tile<mode, group_size, bits, rows, transpose>(
-          operands, product, pieces, first, end, column, 0, product.k, position, (threadgroup T*)shared_weights,
-          (threadgroup T*)shared_x, sums);
-      store_sums<rows>(
-          sums, y + row * static_cast<long>(product.n), product, first, end, column, operands.factor, scaled,
-          (threadgroup const float*)shared_weights, position);
-    }
-    first = end;
+  const PairTile tile = tiles[threadgroup_index.y];
+  if (tile.matrix < 0) {
+    write_nan_of_pairs(y, params, tile, pairs, column, tile_columns(), position.thread_index, tile_threads);
+    return;
   }
+  const SortedPair pair = pair_of_lane(tile, pairs, lane);
+  RowPieces<T, rows, tile_k(rows, sizeof(T)), tile_threads> pieces;
+  gather_rows(x, params.x.outer, pair.lhs, position.thread_index, pieces);
+  set_rows(tile.count, params.k, position.thread_index, pieces);
+  const Operands<T, ScaleType<mode, T>> operands = operands_of_matrix<mode>(TENSORS(T, mode), params, tile.matrix);
+  Accumulator sums[fragments_down(rows) * fragments_across(rows)];
+  const bool scaled = multiply_tile<mode, group_size, bits, rows, transpose>(
+      operands, params, pieces, tile.count, column, 0, params.k, position, (threadgroup T*)shared_weights,
+      (threadgroup T*)shared_x, sums);
+  store_sums<rows>(
+      sums, y, params, pair, tile.count, column, operands.factor, scaled, (threadgroup const float*)shared_weights,
+      position);
 }
 
 }  // namespace quantization_mlx

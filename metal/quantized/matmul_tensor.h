@@ -23,9 +23,8 @@
 // Whole tiles have static sizes, so that no bounds are checked. Tiles at the edge of M, and a K that is no multiple of
 // 64, have sizes known at run time, and nothing beyond the last row or column of x is read.
 //
-// gather_qmm_rhs: a tile of 32 pairs is computed as its runs of equal matrices. For each run, all rows of the tile are
-// multiplied, and those of the run are written. Rows of x can be anywhere, so they are copied to threadgroup memory.
-// Where pairs are sorted, most tiles are one run.
+// gather_qmm_rhs: a tile of pairs of one matrix, as in matmul.h. All rows of the tile are multiplied, and those of
+// pairs are written. Rows of x can be anywhere, so they are copied to threadgroup memory.
 #pragma once
 
 #if __METAL_VERSION__ >= 400 && __has_include(<MetalPerformancePrimitives/MetalPerformancePrimitives.h>)
@@ -94,14 +93,14 @@ METAL_FUNC void clear(thread Sums& sums) {
   }
 }
 
-// Rows first_row to end_row - 1 of the tile, times `factor` and, with `scaled`, the factor of each column. Row 0 of the
-// tile is at y.
-template <typename T, typename Sums>
+// The first `end_row` rows of the tile to their rows of y, times `factor` and, with `scaled`, the factor of each
+// column.
+template <typename T, typename Rows, typename Sums>
 METAL_FUNC void store_sums(
     thread Sums& sums,
     device T* y,
     constant ProductParams& params,
-    int first_row,
+    Rows rows_of_y,
     int end_row,
     int column,
     float factor,
@@ -113,9 +112,9 @@ METAL_FUNC void store_sums(
       const auto place = sums.get_multidimensional_index(i);  // column, row
       const int row = place[1];
       const int n = column + place[0];
-      if (row >= first_row && row < end_row && (aligned_outputs || n < params.n)) {
+      if (row < end_row && (aligned_outputs || n < params.n)) {
         const float sum = scaled ? sums[i] * column_factors[place[0]] : sums[i];
-        y[static_cast<long>(row) * params.n + n] = static_cast<T>(sum * factor);
+        y[row_of_y(rows_of_y, row) * static_cast<long>(params.n) + n] = static_cast<T>(sum * factor);
       }
     }
   }
@@ -177,7 +176,8 @@ METAL_FUNC void tensor_product(
     }
   } while (
       needs_factors<transpose, tensor_columns, tensor_depth, mode, run_elements>(range, scaled, thread_index, weights));
-  store_sums(sums, y, params, 0, rows_left, column, operands.factor, scaled, (threadgroup const float*)weights);
+  store_sums(
+      sums, y, params, RowsInOrder{}, rows_left, column, operands.factor, scaled, (threadgroup const float*)weights);
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows, bool transpose, typename Y>
@@ -204,19 +204,19 @@ template <typename T, Mode mode, int group_size, int bits, int rows, bool transp
   }
 }
 
-// --- Gathered products of sorted pairs -----------------------------------------------------------------------------
+// --- Gathered products of pairs in tiles ---------------------------------------------------------------------------
 
-// One run of pairs with the same matrix: rows [first, last) of the tile, whose x is in `pieces`.
+// The first `end_row` rows of a tile, whose x is in `pieces`, to the rows of y of their pairs.
 template <bool transpose, Mode mode, int group_size, int bits, typename T, typename Scale>
-METAL_FUNC void tensor_gather_run(
+METAL_FUNC void tensor_pair_tile(
     thread const Operands<T, Scale>& operands,
     thread RowPieces<T, tensor_gather_rows, tensor_depth, tensor_threads>& pieces,
     constant ProductParams& params,
     device T* y,
     threadgroup T* weights,
     threadgroup T* activations,
-    int first,
-    int last,
+    const device SortedPair* pairs,
+    int end_row,
     int column,
     int thread_index) {
   constexpr auto descriptor = mpp::tensor_ops::matmul2d_descriptor(
@@ -253,38 +253,27 @@ METAL_FUNC void tensor_gather_run(
     }
   } while (
       needs_factors<transpose, tensor_columns, tensor_depth, mode, run_elements>(range, scaled, thread_index, weights));
-  store_sums(sums, y, params, first, last, column, operands.factor, scaled, (threadgroup const float*)weights);
+  store_sums(sums, y, params, pairs, end_row, column, operands.factor, scaled, (threadgroup const float*)weights);
 }
 
 template <typename T, Mode mode, int group_size, int bits, bool transpose>
-[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void gather_qmm_rhs_nax(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(tensor_threads)]] void gather_qmm_rhs_nax(PAIR_TILE_ARGUMENTS(T, mode)) {
   const int thread_index = 32 * simdgroup + lane;
   threadgroup uint4 weights[step_vectors<T>(64)];
   threadgroup uint4 activations[step_vectors<T>(tensor_gather_rows)];
-  constant ProductParams& product = params.product;
-  const int first_pair = threadgroup_index.y * tensor_gather_rows;
   const int column = threadgroup_index.x * tensor_columns;
-  const int pairs = min(tensor_gather_rows, product.rows - first_pair);
-  device T* out = y + static_cast<long>(first_pair) * product.n;
-
-  const Pair pair = pair_of_lane(lhs_indices, rhs_indices, params, first_pair, pairs, lane);
-  RowPieces<T, tensor_gather_rows, tensor_depth, tensor_threads> pieces;
-  gather_rows(x, product.x.outer, pair.lhs, thread_index, pieces);
-
-  for (int first = 0; first < pairs;) {
-    const int matrix = simd_shuffle(pair.rhs, static_cast<ushort>(first));
-    const int end = end_of_run(pair.rhs, first, pairs);
-    if (matrix < 0) {
-      write_nan(y, product, first_pair + first, first_pair + end, column, tensor_columns, thread_index, tensor_threads);
-    } else {
-      set_rows(first, end, product.k, thread_index, pieces);
-      const Operands<T, ScaleType<mode, T>> operands = operands_of_matrix<mode>(TENSORS(T, mode), product, matrix);
-      tensor_gather_run<transpose, mode, group_size, bits>(
-          operands, pieces, product, out, (threadgroup T*)weights, (threadgroup T*)activations, first, end, column,
-          thread_index);
-    }
-    first = end;
+  const PairTile tile = tiles[threadgroup_index.y];
+  if (tile.matrix < 0) {
+    write_nan_of_pairs(y, params, tile, pairs, column, tensor_columns, thread_index, tensor_threads);
+    return;
   }
+  RowPieces<T, tensor_gather_rows, tensor_depth, tensor_threads> pieces;
+  gather_rows(x, params.x.outer, pair_of_lane(tile, pairs, lane).lhs, thread_index, pieces);
+  set_rows(tile.count, params.k, thread_index, pieces);
+  const Operands<T, ScaleType<mode, T>> operands = operands_of_matrix<mode>(TENSORS(T, mode), params, tile.matrix);
+  tensor_pair_tile<transpose, mode, group_size, bits>(
+      operands, pieces, params, y, (threadgroup T*)weights, (threadgroup T*)activations, pairs + tile.first, tile.count,
+      column, thread_index);
 }
 
 }  // namespace quantization_mlx

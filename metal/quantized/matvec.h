@@ -37,7 +37,8 @@
 // So a lane has eight accumulators for each row of x, as many as fit its registers, and unpacks each weight once for
 // all of them; at 4 bits a simdgroup reads whole lines. All lanes load the same values of x, from one address.
 //
-// Split-K, of qvm: threadgroup p along y takes part p of K and writes float32 partial sums; sum_parts adds them up.
+// Split-K, of qvm, and of gather_qvm where there are few pairs: threadgroup p along y takes part p of K and writes
+// float32 partial sums; sum_parts adds them up.
 #pragma once
 
 #include "../common/metal.h"
@@ -235,7 +236,7 @@ template <typename T, Mode mode, int group_size, int bits, int rows>
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel, max_total_threads_per_threadgroup(qmv_threads)]] void gather_qmv(GATHER_ARGUMENTS(T, mode)) {
+[[kernel, max_total_threads_per_threadgroup(qmv_threads)]] void gather_qmv(GATHER_ARGUMENTS(T, mode, T)) {
   threadgroup float shared[qmv_memory(rows)];
   Operands<T, ScaleType<mode, T>> operands;
   const int along = simdgroups_along<rows, group_size, T>(params.product);
@@ -505,11 +506,11 @@ template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
       threadgroup_index.y, simdgroup, lane);
 }
 
-template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel, max_total_threads_per_threadgroup(qvm_threads)]] void gather_qvm(GATHER_ARGUMENTS(T, mode)) {
+template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
+[[kernel, max_total_threads_per_threadgroup(qvm_threads)]] void gather_qvm(GATHER_ARGUMENTS(T, mode, Y)) {
   threadgroup float shared[qvm_memory(rows)];
   Operands<T, ScaleType<mode, T>> operands;
-  device T* out = y + threadgroup_index.z * params.product.y.outer;
+  device Y* out = y + threadgroup_index.z * params.product.y.outer + threadgroup_index.y * params.product.y_part_stride;
   if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
     matvec_plain<mode, group_size, bits, rows>(
         operands, params.product, out, shared, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);

@@ -207,11 +207,11 @@ template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
       threadgroup_index.y, simdgroup, lane);
 }
 
-template <typename T, Mode mode, int group_size, int bits, int rows>
-[[kernel, max_total_threads_per_threadgroup(column_qvm_threads)]] void gather_column_qvm(GATHER_ARGUMENTS(T, mode)) {
+template <typename T, Mode mode, int group_size, int bits, int rows, typename Y>
+[[kernel, max_total_threads_per_threadgroup(column_qvm_threads)]] void gather_column_qvm(GATHER_ARGUMENTS(T, mode, Y)) {
   threadgroup float shared[column_qvm_memory(rows)];
   Operands<T, half> operands;
-  device T* out = y + threadgroup_index.z * params.product.y.outer;
+  device Y* out = y + threadgroup_index.z * params.product.y.outer;
   if (gather_operands<mode>(TENSORS(T, mode), lhs_indices, rhs_indices, params, threadgroup_index.z, operands)) {
     matvec_of_columns<mode, group_size, bits, rows>(
         operands, params.product, out, shared, threadgroup_index.x, threadgroup_index.y, simdgroup, lane);

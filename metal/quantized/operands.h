@@ -48,10 +48,14 @@ struct Operands {
     uint simdgroup [[simdgroup_index_in_threadgroup]],      \
     uint lane [[thread_index_in_simdgroup]]
 #define PRODUCT_ARGUMENTS(T, mode, Y) ARGUMENTS(T, mode, Y, ProductParams)
-#define GATHER_ARGUMENTS(T, mode)                    \
-    ARGUMENTS(T, mode, T, GatherParams),             \
+#define GATHER_ARGUMENTS(T, mode, Y)                 \
+    ARGUMENTS(T, mode, Y, GatherParams),             \
     const device long* lhs_indices [[buffer(7)]],    \
     const device long* rhs_indices [[buffer(8)]]
+#define PAIR_TILE_ARGUMENTS(T, mode)                 \
+    PRODUCT_ARGUMENTS(T, mode, T),                   \
+    const device PairTile* tiles [[buffer(7)]],      \
+    const device SortedPair* pairs [[buffer(8)]]
 #define TENSORS(T, mode) Tensors<T, ScaleType<mode, T>>{x, w, scales, biases, global_scale}
 // clang-format on
 
@@ -117,41 +121,16 @@ METAL_FUNC bool gather_operands(
   return true;
 }
 
-// A tile of pairs, of which lane i of every simdgroup holds pair i: a row of x, and a matrix or, where one of the two
-// indices is out of range, -1.
-struct Pair {
-  int lhs;
-  int rhs;
-};
+// The row of y that row `row` of a tile is: counted from the first, or that of a pair, which lane `row` has or which is
+// in memory.
+struct RowsInOrder {};
+METAL_FUNC int row_of_y(RowsInOrder, int row) { return row; }
+METAL_FUNC int row_of_y(SortedPair of_lane, int row) { return simd_shuffle(of_lane.pair, static_cast<ushort>(row)); }
+METAL_FUNC int row_of_y(const device SortedPair* pairs, int row) { return pairs[row].pair; }
 
-// Of the `pairs` pairs from `first` on.
-METAL_FUNC Pair pair_of_lane(
-    const device long* lhs_indices,
-    const device long* rhs_indices,
-    constant GatherParams& params,
-    int first,
-    int pairs,
-    uint lane) {
-  Pair pair = {0, -1};
-  if (static_cast<int>(lane) < pairs) {
-    const long lhs = lhs_indices[first + lane];
-    const long rhs = rhs_indices[first + lane];
-    if (is_valid_index(lhs, params.lhs_count) && is_valid_index(rhs, params.rhs_count)) {
-      pair.lhs = static_cast<int>(lhs);
-      pair.rhs = static_cast<int>(rhs);
-    }
-  }
-  return pair;
-}
-
-// Where the run of equal matrices ends that begins with pair `first`; rhs: this lane's.
-METAL_FUNC int end_of_run(int rhs, int first, int pairs) {
-  const int matrix = simd_shuffle(rhs, static_cast<ushort>(first));
-  int end = first + 1;
-  while (end < pairs && simd_shuffle(rhs, static_cast<ushort>(end)) == matrix) {
-    ++end;
-  }
-  return end;
+// The pair of this lane of a tile, the last one where there are fewer.
+METAL_FUNC SortedPair pair_of_lane(PairTile tile, const device SortedPair* pairs, uint lane) {
+  return pairs[tile.first + min(static_cast<int>(lane), tile.count - 1)];
 }
 
 // Each simdgroup of a threadgroup has sums of rows x columns of y in `shared`: the first `along` of them, a power of
@@ -200,6 +179,23 @@ METAL_FUNC void write_nan(
     for (int column = first + thread_index; column < min(first + columns, params.n); column += threads) {
       y[static_cast<long>(row) * params.n + column] = static_cast<Y>(quiet_nan());
     }
+  }
+}
+
+// The same for the rows of a tile's pairs.
+template <typename Y>
+METAL_FUNC void write_nan_of_pairs(
+    device Y* y,
+    constant ProductParams& params,
+    PairTile tile,
+    const device SortedPair* pairs,
+    int first,
+    int columns,
+    int thread_index,
+    int threads) {
+  for (int i = 0; i < tile.count; ++i) {
+    const int row = pairs[tile.first + i].pair;
+    write_nan(y, params, row, row + 1, first, columns, thread_index, threads);
   }
 }
 

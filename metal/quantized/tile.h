@@ -430,18 +430,13 @@ METAL_FUNC void gather_rows(
   }
 }
 
-// Rows [first, end) of the block have k elements, the others none.
+// The first `end` rows of the block have k elements, the others none.
 template <typename T, int rows, int depth, int threads>
-METAL_FUNC void set_rows(
-    int first,
-    int end,
-    int k,
-    int thread_index,
-    thread RowPieces<T, rows, depth, threads>& pieces) {
+METAL_FUNC void set_rows(int end, int k, int thread_index, thread RowPieces<T, rows, depth, threads>& pieces) {
 #pragma unroll
   for (int i = 0; i < pieces_per_thread(sizeof(T), rows, depth, threads); ++i) {
     const int row = row_of_piece<T, depth, threads>(thread_index, i);
-    pieces.exist[i] = row >= first && row < end ? k : 0;
+    pieces.exist[i] = row < end ? k : 0;
   }
 }
 

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpu_lane" / "cache"
 # Without tensor operations, by the calls that run them.
 FILES = {
-    "products": ("matvec", "matmul", "quantize", "sum_parts"),
+    "products": ("matvec", "matmul", "quantize", "sort_pairs", "sum_parts"),
     "fast": ("norm", "rope_into_cache", "rope", "gates", "attention", "attention_tile"),
 }
 # Of the function constants of launch.h, the indices by name.

@@ -93,7 +93,7 @@ class Archive:
 class Buffers:
     """The operands and results of an item on the GPU.
 
-    guard: bytes before and after each result and the partial sums, filled as those are, which nobody may touch.
+    guard: bytes before and after each result and the workspace, filled as those are, which nobody may touch.
     Without one nothing is filled, and no allocation is larger than what it holds.
     """
 
@@ -103,7 +103,7 @@ class Buffers:
         self._item_bytes = {role: array.itemsize for role, array in operands.items()}
         first = item.call.first_elements
         self._first = {role: first[role] * self._item_bytes[role] for role in first if role in operands}
-        results = {**item.call.results, "partial_sums": ((item.data["workspace"],), "float32")}
+        results = {**item.call.results, "workspace": ((item.data["workspace"],), "float32")}
         for role, (shape, dtype) in results.items():
             self._item_bytes[role] = ITEM_BYTES[dtype]
             self._memory[role] = Memory(math.prod(shape) * ITEM_BYTES[dtype] + 2 * guard)
@@ -112,7 +112,7 @@ class Buffers:
         self.clear()
 
     def clear(self) -> None:
-        """Fills results and partial sums, so that what is not written shows."""
+        """Fills results and the workspace, so that what is not written shows."""
         for role in self._results if self._guard else ():
             self._memory[role].fill(FILLING)
 

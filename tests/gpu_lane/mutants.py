@@ -73,6 +73,7 @@ MUTANTS = {
     **_barriers("matvec", "matvec.h", *QMV, *QVM),
     **_barriers("matvec", "matvec_columns.h", *COLUMNS),
     **_barriers("matmul", "matmul.h", *TILES, SORTED),
+    **_barriers("sort_pairs", "sort_pairs.metal", SORTED),
     **_barriers("norm", "norm.h", *NORMS),
     **_barriers("attention", "attention.h", ATTENTION),
     **_barriers("attention_tile", "attention_tile.h", MANY_QUERIES),

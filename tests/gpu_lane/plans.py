@@ -151,7 +151,7 @@ def _layer_plan(call: LayerCall) -> qm.Plan:
         for launch in plan.launches:
             arguments = []
             for role, element in launch.arguments:
-                name, first = wires[role] if role not in ("none", "partial_sums") else (role, 0)
+                name, first = wires[role] if role not in ("none", "workspace") else (role, 0)
                 arguments.append((name, first + element))
             launches.append(replace(launch, arguments=tuple(arguments)))
     return replace(plans[0], op=call.op, launches=tuple(launches), workspace=max(plan.workspace for plan in plans))

@@ -103,7 +103,10 @@ def products(format: Format, dtype: str, shapes: Shapes) -> Iterator[Call]:
     for size in sizes:
         if size["k"] <= max(grouped[0], shapes.free_k[0]):
             yield from (call_of(format, rows=rows, pairs=5, **size, **gathered) for rows in shapes.rows)
-            yield call_of(format, pairs=37 if shapes.invalid else 64, sorted=True, **size, **gathered)
+            for pairs in (37, 69) if shapes.invalid else (32, 96):  # few of each expert, and more
+                yield call_of(format, pairs=pairs, sorted=True, **size, **gathered)
+        elif not size["transpose"]:
+            yield call_of(format, pairs=5, **size, **gathered)
 
 
 def conversions(format: Format, dtype: str, shapes: Shapes) -> Iterator[Call]:

@@ -120,22 +120,25 @@ def test_calls_meet_and_miss_every_fast_path(format, dtype):
         plans = map(plan_of, suites.reaching(suites.products(format, dtype, layout)))
         launches = [launch for plan in plans for launch in plan.launches]
         seen[layout.offset] = {launch.kernel for launch in launches}
-        products = [launch for launch in launches if "sum_parts" not in launch.kernel]
+        products = [launch for launch in launches if launch.kernel.startswith(format.mode)]
         fast = {"aligned_outputs", "aligned_weights", "aligned_x"}
         assert all(bool(fast <= set(launch.constants)) == (layout is suites.ALIGNED) for launch in products)
     assert seen[0] == seen[1]
-    ops = {tables.KERNEL.fullmatch(kernel)["op"] for kernel in seen[0] if "sum_parts" not in kernel}
+    ops = {tables.KERNEL.fullmatch(kernel)["op"] for kernel in seen[0] if kernel.startswith(format.mode)}
     expected = {"qvm", "qvm_splitk", "gather_qvm", "qmm_n", "qmm_n_splitk", "gather_qmm_rhs_n"}
     if not format.is_column_packed:
-        expected |= {"qmv", "gather_qmv", "qmm_t", "gather_qmm_rhs_t"}
+        expected |= {"qmv", "gather_qmv", "gather_qvm_splitk", "qmm_t", "gather_qmm_rhs_t"}
     assert expected <= ops
 
 
 @pytest.mark.parametrize("name", mutants.MUTANTS)
 def test_mutants_edit_their_shader(name):
     mutant = mutants.MUTANTS[name]
-    headers = ["operands.h", "tile.h", "dequantize.h", f"{mutant.file}.h", *([mutant.header] if mutant.header else [])]
-    text = "".join(f'# 1 "{header}"\n' + mutants.shader(header).read_text() for header in dict.fromkeys(headers))
+    headers = ["operands.h", "tile.h", "dequantize.h", f"{mutant.file}.h", f"{mutant.file}.metal"]
+    headers = [
+        name for name in dict.fromkeys([*headers, mutant.header]) if name and any(mutants.METAL.glob(f"*/{name}"))
+    ]
+    text = "".join(f'# 1 "{header}"\n' + mutants.shader(header).read_text() for header in headers)
     assert mutant(text) != text
     kernels = {launch.file for call in mutant.calls for launch in plan_of(call).launches}
     assert mutant.file in kernels
@@ -224,7 +227,7 @@ def test_compare_layer():
     call = fast_calls.LayerCall(20, hidden=128, query_heads=4, key_heads=2, dim=64, intermediate=192)
     assert fast_calls.from_dict(json.loads(json.dumps(call.as_dict()))) == call
     given = fast_operands.operands_of(call)
-    known = {*given, *call.results, "none", "partial_sums"}
+    known = {*given, *call.results, "none", "workspace"}
     for launch in plan_of(call).launches:
         assert {name for name, _ in launch.arguments} <= known
     y = decoder_of(call, lambda name, shape, dtype: check.tensor(given[name], dtype).view(shape))()

@@ -522,6 +522,9 @@ for gpu in ("applegpu_g14s", "applegpu_g17s"):
         cache = torch.zeros(1, 1, 40, 32, dtype=torch.float16, device="mps")
         q.fast.rope_into_cache(x[None], None, None, cache, cache.clone(), 0)
         product(long, q.quantize(long, 64, 4))  # its K is split
+        experts = [part[None] for part in packed]
+        pairs = torch.zeros(40, dtype=torch.int64, device="mps")  # which are sorted
+        q.gather_qmm(x[:, None], *experts, None, pairs, True, 64, 4)
 print(json.dumps([record["source"] for record in mps.logs()["compiles"]]))
 """
 

@@ -33,13 +33,14 @@ class Mutant:
     experts: tuple[int, ...] = ()
 
 
-STORED_ROW = "row >= first_row && row < end_row"
+STORED_ROW = "(row < end_row"
 SPLIT_TILE = "min(params.k, k_begin + params.part_k)"
 SPLIT_ROW = "min(params.k, begin + params.part_k)"
 STORED, LOST = "if (row < params.rows &&", "if (row + 1 < params.rows &&"
-LOST_PAIR = ("set_rows(first, end, ", "set_rows(first, first > 0 ? end - 1 : end, ")
+LOST_PAIR = ("set_rows(tile.count, ", "set_rows(tile.count - (tile.first > 0 ? 1 : 0), ")
 PAIR = "rhs_indices, params, threadgroup_index.z"
-SORTED = (0,) * 9 + (1,) * 16 + (2,) * 15
+SORTED = (0,) * 9 + (1,) * 16 + (2,) * 30
+FEW = (2, 0, 1, 1) * 6
 
 
 def lost_row(kernel: str, rows: int, condition: str, **call: object) -> Mutant:
@@ -59,6 +60,10 @@ MUTANTS = {
     "tile, split": Mutant("qmm_t_splitk", SPLIT_TILE, f"({SPLIT_TILE} - (k_begin > 0 ? 64 : 0))", 20, K=4096, N=64),
     "tile, gathered": Mutant("gather_qmm_t_", PAIR, f"{PAIR} == 3 ? 2 : threadgroup_index.z", 20, experts=(0, 2, 1, 1)),
     "tile, sorted": Mutant("gather_qmm_rhs_t_", *LOST_PAIR, 1, experts=SORTED),
+    "tile, few of each expert": Mutant("gather_qmm_rhs_t_", *LOST_PAIR, 1, experts=FEW),
+    "tile, sorted by another expert": Mutant(
+        *("sort_pairs", "? matrix : -1", "? (matrix == 2 ? 0 : matrix) : -1", 1), experts=FEW
+    ),
     "tensor of 32, whole": lost_row("qmm_t_nax_float16_gs_64_b_4_rows_32", 32, "== 32"),
     "tensor of 32, partial": lost_row("qmm_t_nax_float16_gs_64_b_4_rows_32", 20, "< 32"),
     "tensor of 64, whole": lost_row("qmm_t_nax_float16_gs_64_b_4_rows_64", 64, "== 64"),
@@ -317,7 +322,9 @@ def test_wrong_kernel_is_found(name, monkeypatch, capfd):
     with mps.gpu(gpu, macos), compiled_as(mutant) as changed:
         result = call(mutant, x.to("mps"), moved).cpu()
     found = capfd.readouterr().err
-    assert "fails its self-check" in found and f"is not used: {changed[0]}: its result differs" in found
+    # What sorts pairs is checked with the product that follows it.
+    wrong = "affine_gather_qmm_rhs_t_float16_gs_64_b_4_rows_16" if mutant.kernel == "sort_pairs" else changed[0]
+    assert "fails its self-check" in found and f"is not used: {wrong}: its result differs" in found
     expected = call(mutant, x, packed)
     torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     assert not mps.errors()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import struct
+
 import numpy as np
 import torch
 from torch import Tensor
 
 import oracle
+import softmetal
 from oracle import Format, Quantized
+from repository import ROOT
 
 ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)  # csrc/gpu/launch.h
 FOUR_BIT = Format("affine", 64, 4)
@@ -45,3 +50,26 @@ def columns_of(weights: Quantized, transpose: bool) -> int:
 def expanded(weights: Quantized, outer: int = 1, inner: int = 1) -> Quantized:
     """The matrices [N, K] or [inner, N, K], broadcast to two batch dimensions."""
     return weights.map(lambda tensor: tensor.expand(outer, inner, -1, -1))
+
+
+SORT_PAIRS_PARAMS = "<5i"
+SORTING_THREADS = 1024
+
+
+@functools.cache
+def sorter() -> softmetal.Library:
+    return softmetal.compile(ROOT / "metal/quantized/sort_pairs.metal")
+
+
+def tiles_of_pairs(
+    lhs: Tensor, rhs: Tensor, rows_of_x: int, matrices: int, tile_rows: int, library: softmetal.Library | None = None
+) -> tuple[Tensor, Tensor]:
+    """By sort_pairs: tiles, each a matrix, the first one of its pairs and their count, and the pairs with their x."""
+    begun = min(len(rhs), matrices + 1)
+    tiles = begun + (len(rhs) - begun) // tile_rows
+    result = unwritten(3 * tiles + 2 * len(rhs), dtype=torch.int32)
+    params = struct.pack(SORT_PAIRS_PARAMS, len(rhs), rows_of_x, matrices, tile_rows, tiles)
+    buffers = [*map(memory, (lhs, rhs, result)), params]
+    report = (library or sorter()).launch("sort_pairs", buffers, (1, 1, 1), (SORTING_THREADS, 1, 1), seed=1)
+    assert not report.errors, "\n".join(report.errors)
+    return result[: 3 * tiles].clone().view(-1, 3), result[3 * tiles :].clone().view(-1, 2)

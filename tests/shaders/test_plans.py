@@ -219,7 +219,7 @@ def test_few_rows_of_untransposed_weights():
 # --- The library that is compiled beforehand -------------------------------------------------------------------------
 
 
-STEMS = ("matvec", "matmul", "matmul_tensor", "quantize", "sum_parts")
+STEMS = ("matvec", "matmul", "matmul_tensor", "quantize", "sort_pairs", "sum_parts")
 
 
 def is_in_library(plan) -> bool:
@@ -328,7 +328,7 @@ def test_packed_columns_run_as_any_other_untransposed_weights():
             plan = matmul_plan(gpu, rows, 8192, 1024, MARLIN, transpose=False)
             assert [launch.kernel.split("_float16")[0] for launch in plan.launches] == [f"marlin_fp4_{op}"], (gpu, rows)
     assert families(matmul_plan("applegpu_g17s", 64, 16384, 4096, MARLIN, transpose=False)) == ["tensor"]
-    assert "nax" in gather_plan("applegpu_g17s", 256, 1, 8, True, MARLIN, transpose=False).launches[0].kernel
+    assert "nax" in gather_plan("applegpu_g17s", 256, 1, 8, True, MARLIN, transpose=False).launches[1].kernel
     # What a threadgroup computes: 64 columns. K is cut where there are few of them, at whole groups.
     [whole] = matmul_plan("applegpu_g14s", 1, 8192, 1024, MARLIN, transpose=False).launches
     assert (whole.threadgroups, whole.threads) == ((128, 1, 1), 256)
@@ -357,12 +357,43 @@ def test_alignment_of_packed_columns():
         assert is_aligned(*given) == expected, (words, scales, n)
 
 
-def test_sorted_experts_share_a_tile():
-    sorted_plan, unsorted = (gather_plan("applegpu_g14s", 256, 1, 8, promise) for promise in (True, False))
-    assert "gather_qmm_rhs_t" in sorted_plan.launches[0].kernel
-    assert "gather_qmv" in unsorted.launches[0].kernel
-    assert "nax" in gather_plan("applegpu_g17s", 256, 1, 8, True).launches[0].kernel
+def test_pairs_of_an_expert_share_a_tile():
+    """Whether they are sorted or not; as many tiles as the worst distribution has."""
+    for promise in (True, False):
+        sorting, product = gather_plan("applegpu_g14s", 256, 1, 8, promise).launches
+        assert (sorting.kernel, sorting.threadgroups) == ("sort_pairs", (1, 1, 1))
+        assert "gather_qmm_rhs_t" in product.kernel and product.kernel.endswith("_rows_32")
+        assert product.threadgroups == (6, 9 + (256 - 9) // 32, 1)
+    assert "nax" in gather_plan("applegpu_g17s", 256, 1, 8, True).launches[1].kernel
+    assert gather_plan("applegpu_g14s", 64, 1, 8, True).launches[1].kernel.endswith("_rows_16"), "few for each expert"
     assert "gather_qmv" in gather_plan("applegpu_g14s", 24, 1, 8, True).launches[0].kernel, "too few for each expert"
+    assert "gather_qmv" in gather_plan("applegpu_g14s", 4096, 1, 1024, True).launches[0].kernel, "too many experts"
+
+
+def test_workspace_of_pairs_in_tiles():
+    """Three numbers for each tile, then two for each pair."""
+    plan = gather_plan("applegpu_g14s", 256, 1, 8, False)
+    sorting, product = plan.launches
+    pairs, rows_of_x, matrices, rows, tiles = struct.unpack("<5i", sorting.params)
+    assert (pairs, rows_of_x, matrices, rows, tiles) == (256, 256, 8, 32, product.threadgroups[1])
+    assert plan.workspace == 3 * tiles + 2 * pairs
+    assert sorting.arguments[2:] == (("workspace", 0),)
+    assert product.arguments[7:] == (("workspace", 0), ("workspace", 3 * tiles))
+
+
+def test_a_few_pairs_of_untransposed_weights_are_split():
+    multiplying, adding = gather_plan("applegpu_g14s", 2, 1, 8, False, transpose=False).launches
+    parts, part_k = struct.unpack_from("<2i", multiplying.params, 14 * 8 + 4 * 4)
+    assert multiplying.kernel.startswith("affine_gather_qvm_splitk_float16") and adding.kernel == "sum_parts_float16"
+    assert (multiplying.threadgroups, adding.threadgroups) == ((2, parts, 2), (384 // 64, 2, 1))
+    assert (parts, part_k) == (2, 128)
+    [whole] = gather_plan("applegpu_g14s", 200, 1, 128, False, transpose=False).launches
+    assert whole.kernel.startswith("affine_gather_qvm_float16")
+    for rows in (4, 8):
+        [whole] = gather_plan("applegpu_g14s", 2, rows, 8, False, transpose=False).launches
+        assert "splitk" not in whole.kernel
+    [columns] = gather_plan("applegpu_g14s", 2, 1, 8, False, MARLIN, transpose=False).launches
+    assert "splitk" not in columns.kernel
 
 
 def test_alignment_is_a_constant():

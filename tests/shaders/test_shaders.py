@@ -30,11 +30,14 @@ from launching import (
     FOUR_BIT,
     HAS_GLOBAL_SCALE,
     NVFP4,
+    SORT_PAIRS_PARAMS,
+    SORTING_THREADS,
     ceil,
     columns_of,
     expanded,
     kernel_name,
     memory,
+    tiles_of_pairs,
     unwritten,
 )
 from oracle import Format, Quantized
@@ -53,13 +56,16 @@ INSTANCES = {
     "gather_qmv": (1, 4, 8, 12),
     **dict.fromkeys(("qvm", "qvm_splitk"), (1, 2, 4, 8)),
     "gather_qvm": (1, 4, 8),
+    "gather_qvm_splitk": (1,),
     **dict.fromkeys(("qmm_t", "qmm_n", "qmm_t_splitk", "qmm_n_splitk"), (16, 32, 64)),
-    **dict.fromkeys(("gather_qmm_t", "gather_qmm_n", "gather_qmm_rhs_t", "gather_qmm_rhs_n"), (32,)),
+    **dict.fromkeys(("gather_qmm_t", "gather_qmm_n"), (32,)),
+    **dict.fromkeys(("gather_qmm_rhs_t", "gather_qmm_rhs_n"), (16, 32)),
 }
 SPLIT = [op for op in INSTANCES if op.endswith("_splitk")]
 GATHERED = [op for op in INSTANCES if op.startswith("gather_")]
 # Packed columns have the untransposed product alone.
 COLUMN_OPS = [op for op in INSTANCES if "qvm" in op or op.endswith(("_n", "_n_splitk"))]
+COLUMN_OPS.remove("gather_qvm_splitk")
 
 
 def instances_of(op: str, column_packed: bool) -> tuple[int, ...]:
@@ -187,34 +193,51 @@ def product(kernel: Kernel, x: Tensor, weights: Quantized, parts: int = 1, align
     name = kernel.name(weights.format, dtype)
     report = launch(kernel.stem, name, constants, buffers, threadgroups, kernel.threads)
     if kernel.op in SPLIT:
-        partial, y = y, unwritten(outer, inner, rows, n, dtype=dtype)
-        params = struct.pack(SUM_PARTS_PARAMS, parts, rows * n)
-        grid = (ceil(rows * n, 64), outer * inner, 1)
-        launch("sum_parts", f"sum_parts_{oracle.name_of(dtype)}", set(), [partial, y, params], grid, 64)
+        y = sum_of_parts(y.flatten(0, 1), dtype)
     return y.reshape(outer, inner, rows, n), report
 
 
-def gather(kernel: Kernel, x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tensor, aligned: bool = True) -> Tensor:
+def sum_of_parts(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """y [B, M, N] of the partial sums [B, parts, M, N]."""
+    batch, parts, rows, n = partial.shape
+    y = unwritten(batch, rows, n, dtype=dtype)
+    buffers = [partial, y, struct.pack(SUM_PARTS_PARAMS, parts, rows * n)]
+    launch("sum_parts", f"sum_parts_{oracle.name_of(dtype)}", set(), buffers, (ceil(rows * n, 64), batch, 1), 64)
+    return y
+
+
+def gather(
+    kernel: Kernel, x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tensor, aligned: bool = True, parts: int = 1
+) -> Tensor:
     """y [P, M, N] for indices [P] into x [A, M, K] and into the matrices [E, ..]."""
     dtype = x.dtype
     rows, k = x.shape[-2:]
     n = columns_of(weights, kernel.transpose)
-    y = unwritten(len(rhs), rows, n, dtype=dtype)
+    y = unwritten(len(rhs), parts, rows, n, dtype=torch.float32 if kernel.op in SPLIT else dtype)
     strides = [
         stride
         for tensor in (x, *weights.tensors, weights.global_scale, y)
         for stride in (0 if tensor is None or tensor.numel() == 1 else tensor.stride(0), 0)
     ]
-    counted, batch = (len(rhs), 1) if "rhs" in kernel.op else (rows, len(rhs))
+    in_tiles = "rhs" in kernel.op
+    counted, batch = (len(rhs), 1) if in_tiles else (rows, len(rhs))
     depth = kernel.depth(dtype, weights.format)
-    params = struct.pack(PRODUCT_PARAMS, *strides, x.stride(-2), 0, batch, counted, k, n, 1, depth * ceil(k, depth))
-    params += struct.pack(GATHER_TAIL, len(x), len(weights.w))
+    params = struct.pack(
+        *(PRODUCT_PARAMS, *strides, x.stride(-2), rows * n, batch, counted, k, n, parts),
+        depth * ceil(k, depth * parts),
+    )
+    threadgroups = kernel.threadgroups(counted, n, kernel.columns(k, dtype, weights.format), parts, batch)
+    if in_tiles:
+        lists = tiles_of_pairs(lhs, rhs, len(x), len(weights.w), kernel.instance)
+        threadgroups = (threadgroups[0], len(lists[0]), 1)
+    else:
+        lists = (lhs, rhs)
+        params += struct.pack(GATHER_TAIL, len(x), len(weights.w))
     constants = kernel.constants(x, weights, n) if aligned else set()
     constants |= {HAS_GLOBAL_SCALE} if weights.global_scale is not None else set()
-    buffers = [x, *weights.tensors, weights.global_scale, y, params, lhs, rhs]
-    threadgroups = kernel.threadgroups(counted, n, kernel.columns(k, dtype, weights.format), 1, batch)
+    buffers = [x, *weights.tensors, weights.global_scale, y, params, *lists]
     launch(kernel.stem, kernel.name(weights.format, dtype), constants, buffers, threadgroups, kernel.threads)
-    return y
+    return sum_of_parts(y, dtype) if kernel.op in SPLIT else y[:, 0]
 
 
 def assert_gathered(
@@ -243,12 +266,13 @@ def check(
     """One product of random numbers against float64; the report, if nothing is gathered.
 
     The stored matrices are free x grouped: K is grouped where they are transposed, and else N. Of packed columns, K is
-    grouped, and they are grouped x free. The gathered ops get five pairs, or in the sorted form `rows` pairs, of which
-    some are out of range.
+    grouped, and they are grouped x free. The gathered ops get five pairs, or those in tiles `rows` pairs, of which some
+    are out of range.
     """
     columns = format.is_column_packed
     kernel = Kernel.of(op, rows, columns) if instance is None else Kernel(op, instance, columns)
     what = f"{op} {format} {oracle.name_of(dtype)} {rows} rows, {free} x {grouped}"
+    parts = parts or (2 if op in SPLIT else 1)
     k = grouped if kernel.transpose or columns else free
     shape = (grouped, free) if columns else (free, grouped)
     if op in GATHERED:
@@ -260,18 +284,18 @@ def check(
             rhs = torch.arange(rows) * 5 // rows - 1  # one invalid
         else:
             lhs, rhs = torch.tensor([6, 0, 7, 1, 5]), torch.tensor([3, 0, 1, -1, 2])
-        assert_gathered(gather(kernel, x, weights, lhs, rhs, aligned), x, weights, lhs, rhs, kernel.transpose, what)
+        y = gather(kernel, x, weights, lhs, rhs, aligned, parts)
+        assert_gathered(y, x, weights, lhs, rhs, kernel.transpose, what)
         return None
     weights = oracle.random_quantized(format, *shape, dtype=dtype, seed=seed)
     x = oracle.random_x(1, 1, rows, k, dtype=dtype)
-    parts = parts or (2 if op in SPLIT else 1)
     y, report = product(kernel, x, expanded(weights), parts, aligned)
     oracle.assert_product(y[0, 0], x[0, 0], weights.matrix(kernel.transpose), dtype, what)
     return report
 
 
 def some_rows(op: str) -> int:
-    """Few, but enough for a tile that is not full and, in the sorted form, for a second one."""
+    """Few, but enough for a tile that is not full and, of pairs, for a second one."""
     return 37 if "rhs" in op else 5 if "qmm" in op else 1
 
 
@@ -285,6 +309,7 @@ def test_names():
         "matmul": set(),
         "quantize": set(),
         "sum_parts": {f"sum_parts_{oracle.name_of(dtype)}" for dtype in DTYPES},
+        "sort_pairs": {"sort_pairs"},
     }
     for dtype in DTYPES:
         for format in FORMATS:
@@ -304,11 +329,13 @@ def test_names():
         assert set(found) == names
 
 
-@pytest.mark.parametrize("stem", ("matvec", "matmul", "quantize"))
+@pytest.mark.parametrize("stem", ("matvec", "matmul", "quantize", "sort_pairs"))
 @pytest.mark.parametrize("standard", ("metal3.1", "metal4.0"))
 def test_language_versions(stem, standard):
     """C++14 and C++17, for each kind of packing."""
     compiled = softmetal.compile(METAL / f"{stem}.metal", defines=ALL_KERNELS, standard=standard)
+    if stem == "sort_pairs":
+        compiled.check(list(compiled.kernels))
     for format in (*SOME_FORMATS, *COLUMN_FORMATS[:3]):
         end = re.compile(rf"_gs_{format.group_size}_b_{format.bits}(_rows_\d+)?")
         names = [name for name in compiled.kernels if name.startswith(f"{format.mode}_") and end.search(name)]
@@ -321,6 +348,9 @@ def test_launch_structs(tmp_path):
         "ProductParams": struct.calcsize(PRODUCT_PARAMS),
         "GatherParams": struct.calcsize(PRODUCT_PARAMS) + struct.calcsize(GATHER_TAIL),
         "SumPartsParams": struct.calcsize(SUM_PARTS_PARAMS),
+        "SortPairsParams": struct.calcsize(SORT_PAIRS_PARAMS),
+        "PairTile": 12,
+        "SortedPair": 8,
         "QuantizeParams": struct.calcsize(QUANTIZE_PARAMS),
         "QuantizeColumnsParams": struct.calcsize(QUANTIZE_COLUMNS_PARAMS),
     }
@@ -457,7 +487,7 @@ def test_global_scale(op):
         oracle.assert_product(y[0, 0], x[0, 0], weights.matrix(kernel.transpose), torch.float32)
 
 
-# --- Sorted experts --------------------------------------------------------------------------------------------------
+# --- Pairs in tiles --------------------------------------------------------------------------------------------------
 
 PAIRS = {
     "sorted": torch.arange(70) // 18,
@@ -466,12 +496,47 @@ PAIRS = {
     "unsorted": torch.randint(0, 4, (40,), generator=oracle.generator(0)),
     "invalid": torch.tensor([4, 4, 0, 0, -1, 0, 1, 1, 2**32, 3, 3, 7, -(2**62)]),
     "a single pair": torch.tensor([3]),
+    "more than threads": torch.randint(-1, 5, (2 * SORTING_THREADS + 100,), generator=oracle.generator(2)),
 }
 
 
+def assert_in_tiles(tiles: Tensor, pairs: Tensor, lhs: Tensor, rhs: Tensor, rows_of_x: int, matrices: int, rows: int):
+    """Each pair once, with its row of x, in a tile of its matrix; no more tiles than that takes."""
+    valid = (lhs >= 0) & (lhs < rows_of_x) & (rhs >= 0) & (rhs < matrices)
+    wanted = torch.where(valid, rhs, -1)
+    used = tiles[tiles[:, 2] > 0]
+    places = [torch.arange(first, first + count) for _, first, count in used.tolist()]
+    assert torch.equal(torch.cat(places).sort().values, torch.arange(len(rhs)))
+    for (matrix, _, count), place in zip(used.tolist(), places, strict=True):
+        assert count <= rows
+        assert (wanted[pairs[place, 0].long()] == matrix).all()
+    assert torch.equal(pairs[:, 0].sort().values, torch.arange(len(rhs), dtype=torch.int32))
+    own = pairs[:, 0].long()
+    assert torch.equal(pairs[:, 1].long(), torch.where(valid, lhs, 0)[own])
+    counts = torch.bincount(wanted + 1, minlength=matrices + 1)
+    assert len(used) == sum(ceil(count, rows) for count in counts.tolist())
+    assert (tiles[tiles[:, 2] == 0, 0] == -1).all()
+
+
 @pytest.mark.parametrize("pairs", PAIRS)
+def test_pairs_are_sorted_into_tiles(pairs):
+    rhs = PAIRS[pairs]
+    lhs = torch.randint(-1, 31, (len(rhs),), generator=oracle.generator(1))
+    for rows, matrices in ((16, 4), (32, 4), (32, 1), (16, SORTING_THREADS - 1)):
+        tiles, order = tiles_of_pairs(lhs, rhs, 30, matrices, rows)
+        assert_in_tiles(tiles, order, lhs, rhs, 30, matrices, rows)
+
+
+def test_most_pairs_of_most_matrices():
+    rhs = torch.arange(SORTING_THREADS).repeat(3) * 7 % SORTING_THREADS  # the last matrix is none
+    lhs = torch.arange(len(rhs))
+    tiles, order = tiles_of_pairs(lhs, rhs, len(lhs), SORTING_THREADS - 1, 2)
+    assert_in_tiles(tiles, order, lhs, rhs, len(lhs), SORTING_THREADS - 1, 2)
+
+
+@pytest.mark.parametrize("pairs", [name for name in PAIRS if name != "more than threads"])
 @pytest.mark.parametrize("op", ("gather_qmm_rhs_t", "gather_qmm_rhs_n"))
-def test_sorted_experts(op, pairs):
+def test_products_of_pairs_in_tiles(op, pairs):
     """Any order is right; rows of x stand anywhere and may be asked for more than once."""
     rhs = PAIRS[pairs]
     kernel = Kernel.of(op, len(rhs))
@@ -517,6 +582,20 @@ BARRIER_USERS = {
 BARRIERS = [
     (header, number) for header in BARRIER_USERS for number in range((METAL / f"{header}.h").read_text().count(BARRIER))
 ]
+
+
+SORTER = (METAL / "sort_pairs.metal").read_text()
+
+
+@pytest.mark.parametrize("number", range(SORTER.count(BARRIER)))
+def test_every_barrier_of_sort_pairs_is_needed(number):
+    parts = SORTER.split(BARRIER)
+    without = softmetal.compile(
+        BARRIER.join(parts[: number + 1]) + BARRIER.join(parts[number + 1 :]), include_dirs=[METAL]
+    )
+    rhs = PAIRS["unsorted"]
+    with pytest.raises(AssertionError, match="threadgroup-race"):
+        tiles_of_pairs(torch.arange(len(rhs)), rhs, len(rhs), 4, 16, without)
 
 
 @pytest.mark.parametrize(("header", "number"), BARRIERS)

@@ -15,14 +15,25 @@ import launching
 import oracle
 import softmetal
 from cases import FORMATS
-from launching import BARRIER, FOUR_BIT, NVFP4, ceil, columns_of, expanded, kernel_name, memory, unwritten
+from launching import (
+    BARRIER,
+    FOUR_BIT,
+    NVFP4,
+    ceil,
+    columns_of,
+    expanded,
+    kernel_name,
+    memory,
+    tiles_of_pairs,
+    unwritten,
+)
 from oracle import Format, Quantized
 from repository import ROOT
 
 DTYPES = (torch.float16, torch.bfloat16)
 STANDARD = "metal4.0"
 ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
-PRODUCT_PARAMS, GATHER_PARAMS = "<14q6i", "<14q8i"
+PRODUCT_PARAMS = "<14q6i"
 SHADER = ROOT / "metal/quantized/matmul_tensor.metal"
 COLUMNS = DEPTH = 64
 GATHER_ROWS = 32
@@ -187,7 +198,7 @@ def test_qmm_reads_weights_once_for_each_tile_of_rows():
     assert report.counters["threadgroup_barriers"] == 2 * (k // DEPTH) * (n // COLUMNS)
 
 
-# --- Gathered products of sorted pairs -------------------------------------------------------------------------------
+# --- Gathered products of pairs in tiles -----------------------------------------------------------------------------
 
 
 def gather(x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tensor, transpose: bool, layout: int = 0) -> Tensor:
@@ -199,14 +210,14 @@ def gather(x: Tensor, weights: Quantized, lhs: Tensor, rhs: Tensor, transpose: b
     scale_each = int(weights.global_scale is not None and weights.global_scale.numel() > 1)
     y = unwritten(pairs, n, dtype=x.dtype)
     params = struct.pack(
-        GATHER_PARAMS, *strides, scale_each, 0, n, 0, x.stride(-2), 0, 1, pairs, k, n, 1, ceil(k, DEPTH) * DEPTH,
-        len(x), len(weights.w),
-    )  # fmt: skip
+        PRODUCT_PARAMS, *strides, scale_each, 0, n, 0, x.stride(-2), 0, 1, pairs, k, n, 1, ceil(k, DEPTH) * DEPTH
+    )
     aligned_x = x.stride(0) % 8 == 0
     constants = constants_for(weights, n, k, aligned_x, True)
-    buffers = [x, *weights.tensors, weights.global_scale, y, params, lhs, rhs]
+    tiles, order = tiles_of_pairs(lhs, rhs, len(x), len(weights.w), GATHER_ROWS)
+    buffers = [x, *weights.tensors, weights.global_scale, y, params, tiles, order]
     op = "gather_qmm_rhs_t_nax" if transpose else "gather_qmm_rhs_n_nax"
-    grid = (ceil(n, COLUMNS), ceil(pairs, GATHER_ROWS), 1)
+    grid = (ceil(n, COLUMNS), len(tiles), 1)
     launch(weights, x.dtype, op, GATHER_ROWS, constants, buffers, grid, layout)
     return y
 
@@ -303,11 +314,12 @@ def test_each_barrier_is_needed(barrier):
     x = oracle.random_x(32, 128, dtype=dtype)
     y = unwritten(32, 64, dtype=dtype)
     buffers = [memory(x), memory(weights.w), memory(weights.scales), None, None, memory(y)]
+    params = struct.pack(PRODUCT_PARAMS, *[0] * 12, 128, 0, 1, 32, 128, 64, 1, 128)
     if barrier < 2:
         name = kernel_name(format, "qmm_t_nax", dtype, 32)
-        buffers += [struct.pack(PRODUCT_PARAMS, *[0] * 12, 128, 0, 1, 32, 128, 64, 1, 128)]
+        buffers += [params]
     else:
         name = kernel_name(format, "gather_qmm_rhs_t_nax", dtype, 32)
-        buffers += [struct.pack(GATHER_PARAMS, *[0] * 12, 128, 0, 1, 32, 128, 64, 1, 128, 32, 1)]
-        buffers += [np.arange(32), np.zeros(32, np.int64)]
+        pairs = np.stack([np.arange(32), np.arange(32)], 1).astype(np.int32)
+        buffers += [params, np.array([[0, 0, 32]], np.int32), pairs]
     assert "threadgroup-race" in broken.launch(name, buffers, (1,), (128,)).kinds

@@ -173,8 +173,8 @@ def gather_qmm(
         lhs_indices, rhs_indices: integer tensors that broadcast, counting the matrices of ``x`` and of ``w`` in
             row-major order of their leading sizes. One that is missing counts through its operand.
         global_scale: nvfp4 only, float32, one element or one per matrix of ``w``.
-        sorted_indices: a promise that ``rhs_indices`` ascend; it may save time, and changes the result by rounding at
-            most, also where it is not kept.
+        sorted_indices: a promise that ``rhs_indices`` ascend, as MLX takes it. Nothing depends on it: pairs of a matrix
+            are brought together wherever they stand.
 
     Returns:
         ``[*indices, M, N]``. An index out of range raises ``IndexError`` on CPU. On "mps", where that would have to

@@ -55,7 +55,7 @@ class Plan:
     activations: of a product on CPU, "exact" or "int8" (see set_cpu_activations); else None.
     gpu: Metal's name of the architecture; None on "cpu". launches: its kernels, in order; empty on "cpu".
     excluded: kernel families that gave wrong results in their self-check on this GPU and are not used.
-    workspace: size of "partial_sums", which launches hand on, in float32 values.
+    workspace: size of "workspace", which launches hand on, in values of 32 bits.
     """
 
     op: str

@@ -133,7 +133,7 @@ class AttentionPlanner {
          given(facts_.has_added_mask, Role::mask),
          given(facts_.has_sinks, Role::sinks),
          {Role::y},
-         given(split, Role::partial_sums)});
+         given(split, Role::workspace)});
     set_params(launch, params, 8);
     plan_.launches.push_back(launch);
   }
@@ -147,7 +147,7 @@ class AttentionPlanner {
         static_cast<uint32_t>(ceil_div(facts_.value_dim, attention_combine_threads())),
         static_cast<uint32_t>(checked_int(op_, "batch times heads times queries", count)), 1};
     const Argument sinks = facts_.has_sinks ? Argument{Role::sinks} : Argument{};
-    set_arguments(launch, {{Role::partial_sums}, sinks, {Role::y}});
+    set_arguments(launch, {{Role::workspace}, sinks, {Role::y}});
     const AttentionCombineParams params{
         static_cast<int>(parts), static_cast<int>(facts_.value_dim), static_cast<int>(facts_.queries),
         static_cast<int>(facts_.query_heads)};

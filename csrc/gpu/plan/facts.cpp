@@ -133,7 +133,6 @@ c10::SmallVector<ProductFacts, 1> facts_of(const GatherProblem& problem) {
   }
   ProductFacts facts = product_facts(problem.matmul);
   facts.pairs = problem.lhs_indices.numel();
-  facts.sorted_indices = problem.sorted_indices;
   // Gathered matrices are chosen by their index, so all that a launch steps over is y.
   facts.batch.outer = {facts.pairs, 0, 0, 1};
   facts.batch.inner = {1, 0, 0, 0};

@@ -39,6 +39,7 @@ const std::vector<KernelTable>& kernel_tables() {
       {"quantize", false, {ROWS(QUANTIZE_KERNELS_rows)}},
       {"quantize", true, {ROWS(QUANTIZE_KERNELS_columns)}},
       {"sum_parts", std::nullopt, {SUM_KERNELS(ROW, "%", TYPE)}},
+      {"sort_pairs", std::nullopt, {PAIR_KERNELS(ROW)}},
       {"norm", std::nullopt, {NORM_KERNELS(ROW, "%", TYPE)}},
       {"rope_into_cache", std::nullopt, {ROPE_CACHE_KERNELS(ROW, "%", TYPE)}},
       {"rope", std::nullopt, {ROPE_KERNELS(ROW, "%", TYPE)}},
@@ -98,7 +99,8 @@ Launch launch_of(Family family, const std::string& op, int rows, Format format, 
   const std::string name = op + "%" + (rows > 1 ? "_rows_" + std::to_string(rows) : "");
   for (const KernelTable& table : kernel_tables()) {
     for (const KernelRow& row : table.kernels) {
-      if (table.column_packed.value_or(columns) == columns && row.name == name) {
+      // Of no type, a kernel has the name of its op alone.
+      if (table.column_packed.value_or(columns) == columns && (row.name == name || row.name == op)) {
         Launch launch;
         launch.kernel = {table.file, row.name, row.instance, format, dtype, 0, 0};
         launch.family = family;

@@ -24,7 +24,8 @@ constexpr int tensor_tile_rows[] = {32, 64};
 // llama.cpp's pull request 20962: 26 % faster than 64 rows on M5 Max.
 constexpr int large_tensor_tile_rows = 128;
 constexpr int large_tiles_per_core = 4;
-constexpr int gather_tile_rows[] = {32};
+constexpr int gather_tile_rows = 32;
+constexpr int pair_tile_rows[] = {16, 32};
 
 // The most rows of x for which qmv is chosen, from a generation of GPUs on, where K and N are at most 2048, at most
 // 4096, or more. MLX's limits, which were found on these GPUs (get_qmv_batch_limit in mlx/backend/metal/quantized.cpp),
@@ -59,14 +60,22 @@ constexpr SplitK tile_split{4, 512};  // of 128 threads, with 6 to 18 KiB of thr
 // many on one of 40 cores. The sums of a part, written and read again, are no more bytes than its weights at 4 bits.
 constexpr SplitK tensor_split(int rows) { return {12, 16 * rows}; }
 
+// Pairs per expert, up to which tiles of 16 rows are as fast as those of 32 or faster: most experts then fill one or
+// two of them, and a tile of 32 would be half idle. Measured on another GPU (docs/gpu-lane.md).
+constexpr int64_t few_pairs_per_expert = 16;
+
 // Parts are whole steps of a kernel along K.
 constexpr int qmv_step_k = 32;
 constexpr int qvm_step_k = 32;  // where columns are packed: a group
 
-// Minimum pairs for the sorted-expert form, in total and per expert: with fewer, most rows of a tile are idle, and a
-// matvec for each pair reads no more.
+// Minimum pairs for tiles of sorted pairs, in total and per expert: with fewer, most rows of a tile are idle, and a
+// matvec for each pair reads no more. sort_pairs has a thread for each expert, and one for pairs that are of none.
 constexpr int64_t sorted_pairs = 16;
 constexpr int64_t sorted_pairs_per_expert = 4;
+constexpr int64_t sorted_experts = sort_pairs_threads() - 1;
+// Of the workspace.
+constexpr int64_t tile_values = sizeof(PairTile) / sizeof(int);
+constexpr int64_t pair_values = sizeof(SortedPair) / sizeof(int);
 
 template <size_t count>
 int smallest_at_least(const int (&instances)[count], int64_t rows) {
@@ -91,6 +100,7 @@ struct Kernel {
   int64_t depth;  // of K that a threadgroup takes at a time
   uint32_t threads;
   SplitK split;
+  bool sorts_pairs = false;  // its tiles are those of sort_pairs
 };
 
 class ProductPlanner {
@@ -118,16 +128,15 @@ class ProductPlanner {
     checked_int(op_, "the number of matrices of w", facts_.words.count);
     require_any();
     const bool tiles = available(Family::tile);
-    if (is_sorted_product() && (has_tensor_ops() || tiles)) {
-      constexpr const char* op = "gather_qmm_rhs";
+    if (has_tiles_of_pairs() && (has_tensor_ops() || tiles)) {
+      const Kernel kernel = pair_kernel();
+      sort_pairs(kernel);
       batch_ = {};  // all pairs are the rows of one product
-      product(
-          {0, facts_.pairs},
-          has_tensor_ops() ? tensor_kernel(op, gather_tile_rows[0]) : tile_kernel(op, gather_tile_rows[0]));
+      product({0, facts_.pairs}, kernel);
     } else if (tiles && (facts_.M > matvec_rows() || !available(Family::matvec))) {
-      product({0, facts_.M}, tile_kernel("gather_qmm", gather_tile_rows[0]));
+      product({0, facts_.M}, unsplit(tile_kernel("gather_qmm", gather_tile_rows)));
     } else {
-      // Tensor operations alone are left for sorted pairs only.
+      // Tensor operations alone are left for tiles of pairs only.
       TORCH_CHECK(available(Family::matvec), no_family_left(op_, target_));
       matvecs();
     }
@@ -168,9 +177,10 @@ class ProductPlanner {
     return has_tensor_ops() ? Family::tensor : Family::tile;
   }
 
-  bool is_sorted_product() const {
-    return facts_.M == 1 && facts_.sorted_indices != 0 && facts_.pairs >= sorted_pairs &&
-        facts_.pairs >= sorted_pairs_per_expert * facts_.words.count;
+  bool has_tiles_of_pairs() const {
+    const int64_t experts = facts_.words.count;
+    return facts_.M == 1 && facts_.pairs >= sorted_pairs && facts_.pairs >= sorted_pairs_per_expert * experts &&
+        experts <= sorted_experts;
   }
 
   // --- Which kernel ---
@@ -207,9 +217,11 @@ class ProductPlanner {
     const char* op = gathered ? "gather_qvm" : "qvm";
     if (is_column_packed(format_.mode)) {
       const uint32_t threads = 32u * column_qvm_simdgroups();
-      return {Family::matvec, op, instance, column_qvm_columns(), format_.group_size, threads, column_qvm_split};
+      const SplitK split = gathered ? no_split : column_qvm_split;
+      return {Family::matvec, op, instance, column_qvm_columns(), format_.group_size, threads, split};
     }
-    return {Family::matvec, op, instance, qvm_columns(), qvm_step_k, 32u * qvm_simdgroups(), qvm_split};
+    const SplitK split = gathered && instance > 1 ? no_split : qvm_split;
+    return {Family::matvec, op, instance, qvm_columns(), qvm_step_k, 32u * qvm_simdgroups(), split};
   }
 
   // The larger tile reads and unpacks each weight for more rows; the smaller one computes fewer unused rows.
@@ -237,23 +249,45 @@ class ProductPlanner {
         2 * large == ceil_div(facts_.M, large_tensor_tile_rows / 2) &&
         tiles >= static_cast<int64_t>(target_.gpu.cores) * large_tiles_per_core;
     const int instance = fits ? large_tensor_tile_rows : rows;
-    const SplitK split = fits || is_gathered() ? no_split : tensor_split(rows);
+    const SplitK split = fits ? no_split : tensor_split(rows);
     const uint32_t threads = 32u * tensor_tile_simdgroups();
     return {Family::tensor, op + side() + "_nax", instance, tensor_tile_columns(), tensor_tile_k(), threads, split};
+  }
+
+  static Kernel unsplit(Kernel kernel) {
+    kernel.split = no_split;
+    return kernel;
+  }
+
+  Kernel pair_kernel() const {
+    constexpr const char* op = "gather_qmm_rhs";
+    const bool few = facts_.pairs <= few_pairs_per_expert * facts_.words.count;
+    Kernel kernel =
+        unsplit(has_tensor_ops() ? tensor_kernel(op, gather_tile_rows) : tile_kernel(op, pair_tile_rows[few ? 0 : 1]));
+    kernel.sorts_pairs = true;
+    return kernel;
   }
 
   std::string side() const { return facts_.transpose ? "_t" : "_n"; }
 
   // --- How a kernel is launched ---
 
-  static int64_t row_tiles(const Block& block, const Kernel& kernel) {
-    return kernel.family == Family::matvec ? 1 : ceil_div(block.rows, kernel.rows);
+  int64_t row_tiles(const Block& block, const Kernel& kernel) const {
+    return kernel.family == Family::matvec ? 1
+        : kernel.sorts_pairs               ? most_tiles_of_pairs(kernel)
+                                           : ceil_div(block.rows, kernel.rows);
+  }
+
+  // However the pairs are distributed: each matrix, and those that are of none, have one tile that may not be full.
+  int64_t most_tiles_of_pairs(const Kernel& kernel) const {
+    const int64_t begun = std::min(facts_.pairs, facts_.words.count + 1);
+    return begun + (facts_.pairs - begun) / kernel.rows;
   }
 
   // Of K.
   int64_t parts_of(const Block& block, const Kernel& kernel) const {
     const bool has_gaps = batch_.count() > 1 && block.rows < facts_.M;  // which sum_parts does not write
-    if (kernel.split.least_part == 0 || is_gathered() || has_gaps) {
+    if (kernel.split.least_part == 0 || has_gaps) {
       return 1;
     }
     const int64_t threadgroups = ceil_div(facts_.N, kernel.columns) * row_tiles(block, kernel) * batch_.count();
@@ -280,7 +314,7 @@ class ProductPlanner {
         static_cast<uint32_t>(row_tiles(block, kernel) * parts), static_cast<uint32_t>(batch_.count())};
 
     const ProductParams params = params_of(block, kernel, parts);
-    const Argument y = split ? Argument{Role::partial_sums, 0} : Argument{Role::y, y_offset};
+    const Argument y = split ? Argument{Role::workspace, 0} : Argument{Role::y, y_offset};
     const Argument unused{};
     const Argument biases =
         facts_.biases.is_given() ? Argument{Role::biases, batch_.w * facts_.biases.matrix_stride} : unused;
@@ -288,7 +322,12 @@ class ProductPlanner {
     const Argument w{Role::w, batch_.w * facts_.words.matrix_stride};
     const Argument scales{Role::scales, batch_.w * facts_.scales.matrix_stride};
     const Argument x{Role::x, x_offset};
-    if (is_gathered()) {
+    if (kernel.sorts_pairs) {
+      const Argument tiles{Role::workspace, 0};
+      const Argument pairs{Role::workspace, most_tiles_of_pairs(kernel) * tile_values};
+      set_arguments(launch, {x, w, scales, biases, global_scale, y, unused, tiles, pairs});
+      set_params(launch, params, 6);
+    } else if (is_gathered()) {
       const GatherParams gather{params, static_cast<int>(facts_.x.count), static_cast<int>(facts_.words.count)};
       set_arguments(launch, {x, w, scales, biases, global_scale, y, unused, {Role::lhs_indices}, {Role::rhs_indices}});
       set_params(launch, gather, 6);
@@ -300,6 +339,21 @@ class ProductPlanner {
     if (split) {
       sum_parts(kernel.family, block, parts, y_offset);
     }
+  }
+
+  void sort_pairs(const Kernel& kernel) {
+    const int64_t tiles = checked_int(op_, "the number of tiles", most_tiles_of_pairs(kernel));
+    // One kernel for all formats and types; part of the family's product.
+    Launch launch = launch_of(kernel.family, "sort_pairs", 1, {}, static_cast<int32_t>(at::kFloat));
+    launch.kernel.threads = sort_pairs_threads();
+    launch.threadgroups = {1, 1, 1};
+    set_arguments(launch, {{Role::lhs_indices}, {Role::rhs_indices}, {Role::workspace}});
+    const SortPairsParams params{
+        static_cast<int>(facts_.pairs), static_cast<int>(facts_.x.count), static_cast<int>(facts_.words.count),
+        kernel.rows, static_cast<int>(tiles)};
+    set_params(launch, params, 3);
+    plan_.launches.push_back(launch);
+    plan_.workspace = tiles * tile_values + facts_.pairs * pair_values;
   }
 
   // Of scales or zeros, whose rows are as long as those of words.
@@ -361,7 +415,7 @@ class ProductPlanner {
     launch.threadgroups = {
         static_cast<uint32_t>(ceil_div(size, elementwise_threads_per_threadgroup())),
         static_cast<uint32_t>(batch_.count()), 1};
-    set_arguments(launch, {{Role::partial_sums}, {Role::y, y_offset}});
+    set_arguments(launch, {{Role::workspace}, {Role::y, y_offset}});
     set_params(launch, SumPartsParams{static_cast<int>(parts), static_cast<int>(size)}, 2);
     plan_.launches.push_back(launch);
     plan_.workspace = std::max(plan_.workspace, batch_.count() * parts * size);

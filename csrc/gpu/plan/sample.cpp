@@ -34,7 +34,7 @@ Plan plan(const SampleFacts& facts, std::string_view op, const Target& target) {
       {{Role::x},
        given(facts.has_seeds, Role::seeds),
        given(penalises, Role::previous),
-       given(penalises, Role::partial_sums),
+       given(penalises, Role::workspace),
        {Role::y},
        {Role::numbers}});
   set_params(

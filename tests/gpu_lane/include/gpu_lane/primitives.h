@@ -91,4 +91,17 @@ GPU_LANE_DEFINED float expf(float x) {
   return __builtin_fabsf(exponent) < 128.0f ? __builtin_fmaf(power, rest * 0.693147181f, power) : power;
 }
 
+// Of int and uint in threadgroup memory, the only atomics there are; codes of the software device's runtime.
+GPU_LANE_DEFINED void __softmetal_atomic(int operation, int, ulong address, ulong operand, ulong result, uint) {
+  __local int* object = (__local int*)address;
+  const int value = *(const __private int*)operand;
+  __private int* old = (__private int*)result;
+  switch (operation) {
+    case 0: *old = __atomic_load_n(object, __ATOMIC_RELAXED); break;
+    case 1: __atomic_store_n(object, value, __ATOMIC_RELAXED); break;
+    case 3: *old = __atomic_fetch_add(object, value, __ATOMIC_RELAXED); break;
+    default: __builtin_trap();
+  }
+}
+
 }  // extern "C"
