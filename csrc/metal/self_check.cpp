@@ -40,7 +40,8 @@ std::unordered_set<Excluded, Bytewise, Bytewise> excluded;  // guarded by mutex
 std::atomic<uint64_t> failures{0};
 
 Excluded exclusion(const ProductFacts& facts, Family family) {
-  return {current_gpu(), facts.format, static_cast<int32_t>(family), facts.dtype, facts.transpose};
+  const auto side = static_cast<int32_t>(facts.transpose);
+  return {current_gpu(), facts.format, static_cast<int32_t>(family), facts.dtype, side};
 }
 Excluded exclusion(const NormFacts& facts, Family family) {
   return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, facts.kind};
