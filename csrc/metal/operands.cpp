@@ -93,6 +93,8 @@ Operands operands_of(const CombineProblem& problem, const Tensor& y) {
   operands[Role::x] = &problem.y.tensor;
   operands[Role::weight] = &problem.weights;
   operands[Role::residual] = &problem.residual.tensor;
+  operands[Role::y] = &y;
+  return operands;
 }
 
 Operands operands_of(const AttentionProblem& problem, const Tensor& y) {
@@ -102,6 +104,8 @@ Operands operands_of(const AttentionProblem& problem, const Tensor& y) {
   operands[Role::values] = &problem.v;
   operands[Role::mask] = &problem.mask;
   operands[Role::sinks] = &problem.sinks;
+  operands[Role::y] = &y;
+  return operands;
 }
 
 Operands operands_of(const RopeProblem& problem, const Tensor& y) {

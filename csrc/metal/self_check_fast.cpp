@@ -227,6 +227,8 @@ Reason failure(const AttentionFacts& facts, const Launch& launch, const Target& 
       shifted(q.to(mps)), shifted(k.to(mps)), shifted(v.to(mps)), scale, on_mps(mask), facts.causal, on_mps(sinks),
       window);
   const Tensor y = at::empty(problem.output(), problem.q.options());
+  run(gpu::plan(problem, target), operands_of(problem, y));
+  return judged(y, expected, dtype);
 }
 
 // Several threadgroups and heads that do not divide, at a position whose angle float32 does not hold.
