@@ -375,9 +375,9 @@ def test_exports_with_sizes_that_depend_on_data() -> None:
 
 PLANS = {
     "one query": ((1, 32, 1, 128), (1, 8, 4096, 128), ["attention_128_float16_rows_4", "attention_combine_float16"]),
-    "few keys": ((1, 32, 1, 128), (1, 8, 300, 128), ["attention_128_float16_rows_4"]),
+    "few keys": ((1, 32, 1, 128), (1, 8, 60, 128), ["attention_128_float16_rows_4"]),
     "a prompt": ((1, 32, 512, 96), (1, 8, 512, 96), ["attention_tile_128_float16"]),
-    "latent": ((1, 16, 1, 576), (1, 1, 300, 576), ["attention_576_float16_rows_2"]),
+    "latent": ((1, 16, 1, 576), (1, 1, 60, 576), ["attention_576_float16_rows_2"]),
 }
 
 
