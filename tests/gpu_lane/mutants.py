@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +62,13 @@ ATTENTION = attention(300, key_heads=2, group=2)
 MANY_QUERIES = attention(100, dim=64, queries=40, key_heads=1, group=2)
 
 
-def _barriers(file: str, header: str, *calls: AnyCall) -> dict[str, Mutant]:
+def _barriers(file: str, header: str, *calls: AnyCall, unseen: Sequence[int] = ()) -> dict[str, Mutant]:
+    """unseen: numbers of those that racecheck does not miss: no access beside an atomic one is a hazard to it."""
     count = len(re.findall(BARRIER, shader(header).read_text()))
     return {
         f"{header}: without barrier {i + 1} of {count}": Mutant("racecheck", file, BARRIER, "", calls, header, i)
         for i in range(count)
+        if i + 1 not in unseen
     }
 
 
@@ -73,7 +76,8 @@ MUTANTS = {
     **_barriers("matvec", "matvec.h", *QMV, *QVM),
     **_barriers("matvec", "matvec_columns.h", *COLUMNS),
     **_barriers("matmul", "matmul.h", *TILES, SORTED),
-    **_barriers("sort_pairs", "sort_pairs.metal", SORTED),
+    # Before and after the pairs are counted. The software device reports them (tests/shaders/test_shaders.py).
+    **_barriers("sort_pairs", "sort_pairs.metal", SORTED, unseen=(2, 3)),
     **_barriers("norm", "norm.h", *NORMS),
     **_barriers("attention", "attention.h", ATTENTION),
     **_barriers("attention_tile", "attention_tile.h", MANY_QUERIES),
