@@ -198,7 +198,8 @@ Reason failure(const AttentionFacts& facts, const Launch& launch, const Target& 
   const int64_t queries = std::min(facts.queries, std::max<int64_t>(most_rows / group, 1));
   const bool is_split = is_set(launch.kernel, QUANTIZATION_MLX_SPLIT_KEYS) || launch.argument_count == 3;
   const int64_t key_heads = is_split ? 1 : 2;
-  const int64_t keys = is_split ? 1033 : 203;
+  const bool is_tile = launch.family == Family::tile;
+  const int64_t keys = is_split ? 1033 : (is_tile ? 203 : 61);  // 61: so few that they are not cut up
   const int64_t shift = is_set(launch.kernel, QUANTIZATION_MLX_ALIGNED_X) ? 0 : 1;
   Maker make{at::Device(at::kCPU)};
   const auto heads = [&](int64_t count, int64_t length, int64_t dim) {

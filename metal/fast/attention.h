@@ -468,6 +468,7 @@ template <typename T>
   const long row = position.y;
   const int part_size = params.value_dim + 2;
   const device float* parts = partial_sums + row * params.parts * part_size;
+  device T* result = y + row * params.value_dim + element;
   float maximum = lowest_score;
   for (int part = lane; part < params.parts; part += 32) {
     maximum = max(maximum, parts[part * part_size + params.value_dim]);
@@ -499,9 +500,9 @@ template <typename T>
   }
   const int head = position.y / params.queries % params.heads;
   const float sink = has_sinks ? static_cast<float>(sinks[head]) : 0.0f;
-  const float result = sum * final_factor(maximum, sum_of_row<1>(weights), sink);
+  const float mean = sum * final_factor(maximum, sum_of_row<1>(weights), sink);
   if (static_cast<int>(position.x) < params.value_dim) {
-    y[row * params.value_dim + element] = static_cast<T>(result);
+    *result = static_cast<T>(mean);
   }
 }
 

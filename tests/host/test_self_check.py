@@ -132,7 +132,7 @@ ATTENTION_MUTANTS = {
     "the window": ("attention_64", "key >= mask.first", "key > mask.first", 2, 50, {"mask": "causal", "window": 9}),
     "the last row": ("attention_64", "row < row_count", "row + 1 < row_count", 3, 50, {}),
     "parts of the keys": ("attention_64", "part_begin + params.part_keys,", "part_begin + 200,", 1, 2000, {}),
-    "parts put together": ("_combine_", "fma(factor, own[element], sum)", "own[element] + sum", 1, 2000, {}),
+    "parts put together": ("_combine_", "(first + i)), sums[i], sum)", "(first + i)), sums[0], sum)", 1, 2000, {}),
     "sinks": ("attention_64", TOTAL, "0.0f", 1, 50, {"sinks": torch.full((4,), 3.0)}),
     "hidden keys": ("_tile_", "keys > seen_end", "keys > seen_end + 40", 40, 40, {"mask": "causal"}),
     "weights of a tile": ("_tile_", "weights *= factor;", "", 40, 90, {}),
