@@ -521,6 +521,11 @@ for gpu in ("applegpu_g14s", "applegpu_g17s"):
         q.fast.rope(x[None], 128, traditional=False, base=1e4, scale=1.0, offset=0)
         cache = torch.zeros(1, 1, 40, 32, dtype=torch.float16, device="mps")
         q.fast.rope_into_cache(x[None], None, None, cache, cache.clone(), 0)
+        for queries in (1, 40):
+            heads = x[None, None, :queries]
+            q.fast.scaled_dot_product_attention(heads, x[None, None], x[None, None], scale=0.1)
+        q.fast.moe_router(x, 2)
+        q.fast.sample(x, 0)
         product(long, q.quantize(long, 64, 4))  # its K is split
         experts = [part[None] for part in packed]
         pairs = torch.zeros(40, dtype=torch.int64, device="mps")  # which are sorted
