@@ -39,33 +39,22 @@ std::unordered_set<CheckedKernel, Bytewise, Bytewise> passed;  // guarded by mut
 std::unordered_set<Excluded, Bytewise, Bytewise> excluded;  // guarded by mutex
 std::atomic<uint64_t> failures{0};
 
-Excluded exclusion(const ProductFacts& facts, Family family) {
-  const auto side = static_cast<int32_t>(facts.transpose);
-  return {current_gpu(), facts.format, static_cast<int32_t>(family), facts.dtype, side};
-}
-Excluded exclusion(const NormFacts& facts, Family family) {
-  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, facts.kind};
-}
-Excluded exclusion(const RopeCacheFacts& facts, Family family) {
-  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, 0};
-}
-Excluded exclusion(const AttentionFacts& facts, Family family) {
-  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, 0};
+int32_t side_of(const ProductFacts& facts) { return static_cast<int32_t>(facts.transpose); }
+int32_t side_of(const NormFacts& facts) { return facts.kind; }
+int32_t side_of(const RopeFacts& facts) { return facts.traditional; }
+int32_t side_of(const GateFacts& facts) { return facts.kind; }
+template <typename Facts>
+int32_t side_of(const Facts&) {
+  return 0;
 }
 
-Excluded exclusion(const RopeFacts& facts, Family family) {
-  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, facts.traditional};
-}
-Excluded exclusion(const GateFacts& facts, Family family) {
-  return {current_gpu(), {}, static_cast<int32_t>(family), facts.dtype, facts.kind};
-}
 template <typename Facts>
 Excluded exclusion(const Facts& facts, Family family) {
   Format format{};
   if constexpr (requires { facts.format; }) {
     format = facts.format;
   }
-  return {current_gpu(), format, static_cast<int32_t>(family), facts.dtype, 0};
+  return {current_gpu(), format, static_cast<int32_t>(family), facts.dtype, side_of(facts)};
 }
 
 // What of a problem decides whether a family is used: " and affine of 4 bits with transpose=True".
@@ -79,8 +68,6 @@ std::string described(const Facts& facts) {
 std::string described(const NormFacts& facts) {
   return facts.kind == static_cast<int32_t>(NormProblem::Kind::layer) ? " and layer_norm" : " and rms_norm";
 }
-std::string described(const RopeCacheFacts&) { return ""; }
-std::string described(const AttentionFacts&) { return {}; }
 std::string described(const RopeFacts& facts) {
   return c10::str(" and rope with traditional=", facts.traditional != 0 ? "True" : "False");
 }
