@@ -276,7 +276,7 @@ struct CombineParams {
 // The numbers of a call that its plan does not depend on: they change from call to call.
 struct CallNumbers {
   int64_t seed;
-  int64_t offset;
+  int64_t offset;  // of draws; of rope, the first position
 };
 
 // Of [batch, heads, positions, ...], in elements.

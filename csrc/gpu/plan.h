@@ -61,8 +61,7 @@ struct Target {
 
 // What kernels take, by the part that it plays. "none": an argument that this kernel does not use; x: also what
 // quantize reads; w: packed words, read or written; workspace: 32-bit values that launches hand on; residual: what is
-// added to x, and sum both together; first_position: a number of the call, no tensor; numbers: CallNumbers, no tensor;
-// experts: indices.
+// added to x, and sum both together; numbers: CallNumbers, no tensor; experts: indices.
 #define QUANTIZATION_MLX_ROLES(EACH) \
   EACH(none)                         \
   EACH(x)                            \
@@ -90,7 +89,6 @@ struct Target {
   EACH(gates)                        \
   EACH(offsets)                      \
   EACH(freqs)                        \
-  EACH(first_position)               \
   EACH(seeds)                        \
   EACH(previous)                     \
   EACH(numbers)                      \

@@ -28,10 +28,6 @@ void set_argument(
     [encoder setBytes:&operands.numbers length:sizeof operands.numbers atIndex:index];
     return;
   }
-  if (argument.role == Role::first_position) {
-    [encoder setBytes:&operands.first_position length:sizeof operands.first_position atIndex:index];
-    return;
-  }
   const at::Tensor& tensor = *operands[argument.role];
   const int64_t elements = tensor.storage_offset() + argument.offset;
   [encoder setBuffer:buffer_of(tensor) offset:static_cast<NSUInteger>(elements) * tensor.element_size() atIndex:index];

@@ -114,7 +114,7 @@ Operands operands_of(const RopeProblem& problem, const Tensor& y) {
   operands[Role::offsets] = &problem.offsets;
   operands[Role::freqs] = &problem.freqs;
   operands[Role::y] = &y;
-  operands.first_position = problem.offset;
+  operands.numbers.offset = problem.offset;
   return operands;
 }
 

@@ -15,12 +15,10 @@ namespace quantization_mlx::metal {
 // Tensors by Role; null, or undefined, where no launch of the plan names them. The workspace is made by encode.
 class Operands {
  public:
-  int64_t first_position = 0;  // the value of that role
-
   const at::Tensor*& operator[](gpu::Role role) { return tensors_[static_cast<size_t>(role)]; }
   const at::Tensor* operator[](gpu::Role role) const { return tensors_[static_cast<size_t>(role)]; }
 
-  CallNumbers numbers{};
+  CallNumbers numbers{};  // the value of that role
 
  private:
   std::array<const at::Tensor*, gpu::role_count> tensors_{};

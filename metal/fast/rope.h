@@ -163,7 +163,7 @@ template <typename T, bool traditional>
     const device uint* offsets [[buffer(1), function_constant(has_offsets)]],
     const device float* freqs [[buffer(2), function_constant(has_freqs)]],
     device T* y [[buffer(3)]],
-    constant int64_t& first_position [[buffer(4)]],
+    constant CallNumbers& numbers [[buffer(4)]],
     constant RopeParams& params [[buffer(5)]],
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]]) {
@@ -193,7 +193,7 @@ template <typename T, bool traditional>
     return;
   }
 
-  ulong position = static_cast<ulong>(first_position) + static_cast<ulong>(t);
+  ulong position = static_cast<ulong>(numbers.offset) + static_cast<ulong>(t);
   if (has_offsets) {
     const device uint* words = offsets + sequence * params.offset_stride;
     position += params.offset_words == 2 ? static_cast<ulong>(words[1]) << 32 | words[0]

@@ -153,7 +153,7 @@ def _our_launches(item: Item, builder: Builder) -> list[dict[str, Any]]:
 
 def _passed(call: AnyCall, role: str, element: int) -> tuple[str, int | str]:
     """An argument as Buffers takes it: numbers that a plan leaves to the call are bytes."""
-    return ("bytes", call.numbers[role].hex()) if role == "first_position" else (role, element)
+    return ("bytes", call.numbers[role].hex()) if role == "numbers" else (role, element)
 
 
 def _mlx_launch(call: Call, builder: Builder) -> dict[str, Any]:

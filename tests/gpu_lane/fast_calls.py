@@ -71,7 +71,7 @@ class FastCall:
     @property
     def numbers(self) -> dict[str, bytes]:
         """Arguments of launches that are no tensors, by role."""
-        return {"first_position": self.keywords.get("offset", 0).to_bytes(8, "little")}
+        return {"numbers": bytes(8) + self.keywords.get("offset", 0).to_bytes(8, "little")}
 
     @property
     def rotating(self) -> tuple[str, ...]:

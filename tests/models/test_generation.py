@@ -255,6 +255,34 @@ def test_launches_of_one_token(config) -> None:
     assert sum(len(plan.launches) for plan in plans) == 9 * config.num_hidden_layers + 3
 
 
+@torch.no_grad()
+def test_cropped_caches_keep_their_memory() -> None:
+    """As in speculative decoding, where every step crops."""
+    _, prepared = pair(FAMILIES["llama"])
+    cache = DynamicCache(config=prepared.config)
+    prepared(tokens(1, 6), **{cache_name(): cache})
+    memory = [layer.buffers[0].data_ptr() for layer in cache.layers]
+    for _ in range(3):
+        cache.crop(-2)
+        assert cache.get_seq_length() == 4
+        prepared(tokens(1, 2), **{cache_name(): cache})
+    assert [layer.buffers[0].data_ptr() for layer in cache.layers] == memory
+    cache.crop(-6)
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_embeddings_are_looked_up_once(steps: Steps) -> None:
+    """Also where the model's own code does the rest."""
+    _, prepared = pair(FAMILIES["llama"])
+    calls = []
+    prepared.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    prepared(tokens(1, 4), **{cache_name(): transformers.StaticCache(config=prepared.config, max_cache_len=8)})
+    assert (len(calls), steps.count) == (1, 0)
+    prepared(tokens(1, 4))
+    assert (len(calls), steps.count) == (2, 1)
+
+
 def test_parameters_keep_names_and_values_and_share_memory() -> None:
     model = tiny_model(FAMILIES["llama-biases"])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -341,6 +369,23 @@ def test_what_takes_the_place_of_projections_is_called(change: str) -> None:
     ours = logits_of(prepared, tokens(1, 9), 5)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(ours, before, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["layer", "self_attn", "mlp"])
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_what_changes_a_part_of_a_layer_runs(part: str, change: str, steps: Steps) -> None:
+    _, prepared = pair(FAMILIES["llama"])
+    layer = prepared.model.layers[1]
+    module = layer if part == "layer" else getattr(layer, part)
+    calls = []
+    if change == "hook":
+        module.register_forward_hook(lambda *_: calls.append(1))
+    else:  # as accelerate gives it to a module
+        original = module.forward
+        module.forward = lambda *arguments, **options: (calls.append(1), original(*arguments, **options))[1]
+    logits_of(prepared, tokens(1, 6), 4)
+    assert (len(calls), steps.count) == (3, 0)
 
 
 def test_second_call_changes_nothing() -> None:

@@ -78,7 +78,7 @@ Plan plan(const RopeFacts& facts, std::string_view op, const Target& target) {
        given(facts.offset_size > 0, Role::offsets),
        given(facts.has_freqs != 0, Role::freqs),
        {Role::y},
-       {Role::first_position}});
+       {Role::numbers}});
   set_params(launch, params, 5);
   return {{launch}, 0};
 }

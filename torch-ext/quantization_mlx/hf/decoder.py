@@ -189,9 +189,9 @@ class _JoinedLayer(_Prepared):
         attention = self._modules["self_attn"]
         parts = (self, attention, self._modules["mlp"])
         dropouts = (attention.attention_dropout, *(each.p for each in self.children() if isinstance(each, nn.Dropout)))
-        has_hooks = any(getattr(part, table) for part in parts for table in HOOKS)
+        changed = any("forward" in vars(part) or any(getattr(part, table) for table in HOOKS) for part in parts)
         capped = getattr(attention, "attn_logit_softcapping", None) is not None
-        return attention.is_causal and not has_hooks and not capped and not (self.training and any(dropouts))
+        return attention.is_causal and not changed and not capped and not (self.training and any(dropouts))
 
 
 def _joined(layers: list[nn.Module]) -> list[Any] | None:
@@ -244,11 +244,10 @@ def _norm_weight(norm: nn.Module, offset: float) -> Tensor:
 
 def _norms(layer: nn.Module) -> dict[str, nn.Module]:
     """By the names that the op has for them."""
+    attention = layer.self_attn
     norms = {name: getattr(layer, own_name) for name, own_name in _family(layer).decoder_norms.items()}
-    heads = {"query": "q_norm", "key": "k_norm"}
-    return norms | {
-        name: getattr(layer.self_attn, each) for name, each in heads.items() if hasattr(layer.self_attn, each)
-    }
+    heads = {"query": getattr(attention, "q_norm", None), "key": getattr(attention, "k_norm", None)}
+    return norms | {name: norm for name, norm in heads.items() if norm is not None}
 
 
 def _layer_for_op(layer: nn.Module, products: list[Any], rotations: list[str | None]) -> Any:
@@ -345,25 +344,26 @@ class _FastStack(_Prepared):
         if config._attn_implementation not in _ATTENTION:
             return None
         decoder, rotations = self._decoder()
-        if decoder is None:
-            return None
-        x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
-        if not _serves(x, self.norm):
+        if decoder is None or not _serves(self.norm.weight, inputs.device):
             return None
         if caches and cache is None:
             from transformers import DynamicCache
 
             cache = DynamicCache(config=config)
-        held = self._held(cache, x) if cache is not None else None
+        batch, tokens = inputs.shape[:2]
+        held = self._held(cache, batch) if cache is not None else None
         if cache is not None and held is None:
             return None
         length = held[0].get_seq_length() if held else 0
-        visible = _visible(mask, length + x.shape[1], x.device)
+        visible = _visible(mask, length + tokens, inputs.device)
         if visible is False:
             return None
+        x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
+        if x.dtype != self.norm.weight.dtype:
+            return None
         if position_ids is None:
-            position_ids = torch.arange(length, length + x.shape[1], device=x.device)[None]
-        buffers = self._cached_states(held, x)
+            position_ids = torch.arange(length, length + tokens, device=x.device)[None]
+        buffers = self._cached_states(held, batch, tokens)
         x = _decoder_step(
             decoder,
             x * self.embedding_multiplier if hasattr(self, "embedding_multiplier") else x,
@@ -374,7 +374,7 @@ class _FastStack(_Prepared):
             visible,
         )
         for each in held or ():
-            each.length += x.shape[1]
+            each.length += tokens
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         return BaseModelOutputWithPast(last_hidden_state=x, **{self.cache_name: cache})
@@ -416,22 +416,22 @@ class _FastStack(_Prepared):
         angles = [self.rotary_emb(x, position_ids, *kind) for kind in kinds]
         return [[each.to(x.dtype) for each in of_kinds] for of_kinds in zip(*angles, strict=True)]
 
-    def _held(self, cache: Any, x: Tensor) -> list[GrowingLayer] | None:
+    def _held(self, cache: Any, batch: int) -> list[GrowingLayer] | None:
         """The cache's layers, of one length; None if these are no such ones."""
         if getattr(cache, "offloading", False):
             return None
         held = [growing_layer(cache, layer.self_attn.layer_idx) for layer in self._layers()]
-        if any(each is None or not each.fits(x) for each in held):
+        if any(each is None or not each.fits(batch, self.norm.weight) for each in held):
             return None
         return held if len({each.get_seq_length() for each in held}) == 1 else None
 
-    def _cached_states(self, held: list[GrowingLayer] | None, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _cached_states(self, held: list[GrowingLayer] | None, batch: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
         """Where each layer writes keys and values; without a cache all of them write to the same ones."""
-        config = self.config
-        heads, head_dim = config.num_key_value_heads, self.layers[0].self_attn.head_dim
+        heads, head_dim = self.config.num_key_value_heads, self.layers[0].self_attn.head_dim
+        like = self.norm.weight
         if held:
-            return [each.reserve(x.shape[1], heads, x, head_dim) for each in held]
-        keys, values = (x.new_empty(x.shape[0], heads, x.shape[1], head_dim) for _ in range(2))
+            return [each.reserve(tokens, (batch, heads, head_dim), like) for each in held]
+        keys, values = (like.new_empty(batch, heads, tokens, head_dim) for _ in range(2))
         return [(keys, values)] * len(self._layers())
 
 
@@ -440,14 +440,10 @@ def _are_ordinary(options: Mapping[str, Any]) -> bool:
     return all(value is None or (name in _REQUESTS and not value) for name, value in options.items())
 
 
-def _serves(x: Tensor, norm: nn.Module) -> bool:
-    """Whether the op takes x in the model of this norm."""
-    return (
-        x.device.type in ("cpu", "mps")
-        and x.device == norm.weight.device
-        and x.dtype == norm.weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+def _serves(weight: Tensor, device: torch.device) -> bool:
+    """Whether the op takes inputs on this device, of a model whose last norm has this weight."""
+    kind = device.type
+    return kind in ("cpu", "mps") and weight.device == device and not torch.is_autocast_enabled(kind)
 
 
 def _visible(mask: Any, length: int, device: torch.device) -> Tensor | bool | None:

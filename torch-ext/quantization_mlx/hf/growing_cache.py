@@ -21,31 +21,30 @@ class GrowingLayer:
     buffers: tuple[Tensor, Tensor] | None = None
     length: int = 0
 
-    def reserve(self, tokens: int, heads: int, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    def reserve(self, tokens: int, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers, with room for so many more positions.
 
-        x: [batch, ...] of the dtype and on the device that new buffers have.
+        sizes: batch, heads and head_dim of new buffers, whose dtype and device are those of `like`.
         """
         length = self.get_seq_length()
         capacity = 0 if self.buffers is None else self.buffers[0].shape[2]
         if self.buffers is None or length + tokens > capacity:
             states = [self._state(0), self._state(1)] if length else []
-            sizes = (x.shape[0], heads, max(2 * capacity, length + tokens + _SPARE_POSITIONS), head_dim)
-            buffers = tuple(torch.empty(sizes, dtype=x.dtype, device=x.device) for _ in range(2))
+            batch, heads, head_dim = sizes
+            shape = (batch, heads, max(2 * capacity, length + tokens + _SPARE_POSITIONS), head_dim)
+            buffers = tuple(torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
             for buffer, state in zip(buffers, states, strict=False):
                 buffer[:, :, :length] = state
             self.buffers, self.length = buffers, length
-            self.dtype, self.device, self.is_initialized = x.dtype, x.device, True
+            self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
         return self.buffers
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether what is held is of the batch, the dtype and the device of x."""
+    def fits(self, batch: int, like: Tensor) -> bool:
+        """Whether what is held is of this batch, and of the dtype and the device of `like`."""
         states = self._state(0)
-        return self.get_seq_length() == 0 or (states.shape[0], states.dtype, states.device) == (
-            x.shape[0],
-            x.dtype,
-            x.device,
-        )
+        if self.get_seq_length() == 0:
+            return True
+        return states.shape[0] == batch and states.dtype == like.dtype and states.device == like.device
 
     def _state(self, which: int) -> Tensor | None:
         return self._states[which] if self.buffers is None else self.buffers[which].narrow(2, 0, self.length)
@@ -58,6 +57,12 @@ class GrowingLayer:
 
     keys = property(lambda self: self._state(0), lambda self, state: self._assign(0, state))
     values = property(lambda self: self._state(1), lambda self, state: self._assign(1, state))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.buffers is None or tokens_to_remove > 0:
+            super().crop(tokens_to_remove)
+        else:
+            self.length = max(self.length + tokens_to_remove, 0)
 
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self.buffers is None else self.length
