@@ -61,8 +61,6 @@ OBJECTIVE_CXX_FLAGS = "-fblocks -Werror -Wundeclared-selector -Wunguarded-availa
 # zig would add checks that Apple's clang does not; without optimization every function that a header defines is in the
 # object files, and with it all that those functions call.
 COMMON_FLAGS = "-O0 -fno-sanitize=undefined"
-# Parsed once for all C++ files. Whether each of them includes what it needs is told by the build for Linux.
-PRECOMPILED = ("ATen/core/Tensor.h", "ATen/core/dispatch/Dispatcher.h", "ATen/Parallel.h", "torch/library.h")
 
 
 class CheckFailed(Exception):
@@ -209,14 +207,6 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def write_precompilation() -> Path:
-    """What CMake does at the end of the project's own file."""
-    headers = " ".join(f'"$<$<COMPILE_LANGUAGE:CXX>:<{header}$<ANGLE-R>>"' for header in PRECOMPILED)
-    file = CACHE / "precompilation.cmake"
-    write_if_changed(file, f"cmake_language(DEFER CALL target_precompile_headers _C PRIVATE {headers})\n")
-    return file
-
-
 # --- The checks ------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +214,7 @@ def configure(version: str, source: Path, folder: Path, *options: str) -> None:
     """Generates the build of the extension for one release of torch."""
     generate = ["cmake", "-S", source, "-B", folder, "-G", "Ninja", "--toolchain", write_toolchain()]
     generate += ["-DCMAKE_BUILD_TYPE=Check", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
-    generate += [f"-DCMAKE_PROJECT_INCLUDE={write_precompilation()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    generate += [f"-DPython_EXECUTABLE={sys.executable}"]
     run([*generate, *options], PATH=program_path(), PYTHONPATH=str(torch_release(version)))
 
 
