@@ -4,7 +4,7 @@ On a Mac, "mps" is its GPU. Elsewhere it is the software Metal device, once as a
 as one with them; what that finds wrong, be it an access to memory or a kernel that no plan names, fails the test. The
 environment variable TEST_DEVICES leaves some out (support/devices.py).
 There every pair of values of a test's parameters, the GPU being one of them, is tested, and with --exhaustive every
-combination; the CPU always has all of them.
+combination; the CPU has all of them but with --covering.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ _tally = pytest.StashKey[Tally]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="also run what repeats others: tests marked exhaustive")
-    parser.addoption("--covering", action="store_true", help="on a Mac's GPU, too, only every pair of parameters")
+    parser.addoption("--covering", action="store_true", help="on every device only every pair of parameters")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -132,7 +132,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # The build of a variant, which runs kernels_ci alone, has no compiler for the software Metal device.
     if config.option.markexpr == "kernels_ci":
         items[:] = [item for item in items if software_gpu_of(item) is None]
-    for item in repetitions(items, with_macs=config.option.covering):
+    for item in repetitions(items, on_all_devices=config.option.covering):
         item.add_marker(pytest.mark.exhaustive)
     if not config.option.exhaustive and "exhaustive" not in config.option.markexpr:
         repeated = {item for item in items if item.get_closest_marker("exhaustive")}
@@ -141,15 +141,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: not item.get_closest_marker("first"))
 
 
-def repetitions(items: list[pytest.Item], with_macs: bool) -> list[pytest.Item]:
+def repetitions(items: list[pytest.Item], on_all_devices: bool) -> list[pytest.Item]:
     """Those on a software device whose parameters have no pair of values that no other has.
 
-    with_macs: and those on a Mac's GPU.
+    on_all_devices: and those on the CPU, and on a Mac's GPU.
     """
-    families: dict[tuple[pytest.Collector | None, str], list[pytest.Item]] = defaultdict(list)
+    families: dict[tuple[pytest.Collector | None, str, bool], list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if software_gpu_of(item) is not None or (with_macs and device_of(item) == "mps"):
-            families[item.parent, item.originalname].append(item)
+        if software_gpu_of(item) is not None or (on_all_devices and device_of(item) is not None):
+            families[item.parent, item.originalname, device_of(item) == "cpu"].append(item)
     repeated = []
     for family in families.values():
         chosen = set(covering.pairwise([parameters(item) for item in family]))

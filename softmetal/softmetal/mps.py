@@ -41,12 +41,14 @@ STANDARDS = {310: "metal3.1", 320: "metal3.2", 400: "metal4.0"}
 class Extension:
     """The files that give a torch extension's ops their kernels for device "mps", unmodified.
 
-    sources: each file, with compiler flags of its own. flags: those of all of them. link_flags: the linker's.
+    sources: each file, with compiler flags of its own. flags: those of all of them. link_flags: the linker's. objects:
+    further files that the device has no part in, compiled already.
     """
 
     sources: Mapping[Path, Sequence[str]] = field(default_factory=dict)
     flags: Sequence[str] = ()
     link_flags: Sequence[str] = ()
+    objects: Sequence[Path] = ()
 
 
 @cache
@@ -121,7 +123,7 @@ def build(extension: Extension) -> Path:
         sources |= {path: (*extension.flags, *flags) for path, flags in extension.sources.items()}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(_build_object, sources, sources.values()))
-        return _link(objects, extension.link_flags)
+        return _link([*objects, *extension.objects], extension.link_flags)
 
 
 # --- The device ---------------------------------------------------------------------------------------------------

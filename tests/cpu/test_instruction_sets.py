@@ -32,12 +32,13 @@ def _available() -> list[str]:
 
 
 @pytest.mark.first
-def test_other_kernels() -> None:
+def test_other_kernels(pytestconfig: pytest.Config) -> None:
     best, *others = _available()
     assert "baseline" in (best, *others)
     for instruction_set in others:  # the best one serves all other tests
         # --capture=sys: so that what a sanitizer reports as the process ends is not lost
         options = ("-q", "-x", "-p", "no:cacheprovider", "--no-header", "-k", WANTED, "--capture=sys")
+        options += () if pytestconfig.option.exhaustive else ("--covering",)
         result = _run(instruction_set, "-m", "pytest", *options, *FILES)
         assert result.returncode == 0, f"{instruction_set}: {result.stdout}{result.stderr}"
         assert " passed" in result.stdout

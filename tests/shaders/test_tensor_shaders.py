@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 
 import numpy as np
@@ -15,6 +16,7 @@ import launching
 import oracle
 import softmetal
 from cases import FORMATS
+from covering import mostly_exhaustive
 from launching import (
     BARRIER,
     FOUR_BIT,
@@ -31,6 +33,9 @@ from oracle import Format, Quantized
 from repository import ROOT
 
 DTYPES = (torch.float16, torch.bfloat16)
+EVERY_FORMAT = mostly_exhaustive(
+    itertools.product(FORMATS, DTYPES), *((format, DTYPES[i % 2]) for i, format in enumerate(FORMATS))
+)
 STANDARD = "metal4.0"
 ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
 PRODUCT_PARAMS = "<14q6i"
@@ -109,8 +114,7 @@ def check_qmm(format: Format, dtype: torch.dtype, m: int, n: int, k: int, transp
     return report
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=oracle.name_of)
-@pytest.mark.parametrize("format", FORMATS, ids=oracle.name_of)
+@pytest.mark.parametrize("format, dtype", EVERY_FORMAT, ids=oracle.name_of)
 def test_qmm_every_format(format, dtype):
     """A whole tile of rows and a ragged one; the groups run along K, then along N."""
     grouped = {16: 80, 32: 96, 64: 192, 128: 128}[format.group_size]
@@ -241,8 +245,7 @@ def sorted_pairs(count: int, experts: int = 4) -> np.ndarray:
     return np.sort(np.random.default_rng(count).integers(0, experts, count))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=oracle.name_of)
-@pytest.mark.parametrize("format", FORMATS, ids=oracle.name_of)
+@pytest.mark.parametrize("format, dtype", EVERY_FORMAT, ids=oracle.name_of)
 def test_gather_every_format(format, dtype):
     grouped = {16: 80, 32: 96, 64: 64, 128: 128}[format.group_size]
     pairs = np.arange(45)

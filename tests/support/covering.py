@@ -42,5 +42,10 @@ def pairwise(all_combinations: Sequence[Combination]) -> list[int]:
 
 
 def mostly_exhaustive(values: Iterable[Any], *kept: Any) -> list[Any]:
-    """Values for pytest.mark.parametrize, of which only `kept` are tested without --exhaustive."""
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+    """Values for pytest.mark.parametrize, of one parameter or in tuples of several, of which only `kept` are tested
+    without --exhaustive."""
+
+    def param(value: Any) -> Any:
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.exhaustive)
+
+    return [value if value in kept else param(value) for value in values]

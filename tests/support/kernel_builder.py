@@ -116,18 +116,30 @@ def compile_extension(folder: Path, name: str, output: Path, from_scratch: bool 
             raise RuntimeError(f"{compiler} {' '.join(arguments)}\n{done.stdout}{done.stderr}")
         return done.stdout
 
-    def text(unit: Path | str, flags: list[str]) -> str:
-        """All that is compiled, but for the names of files in messages."""
-        return re.sub(rf'"(?:{ROOT}|{folder})/', '"', run(*flags, "-O3", "-E", "-P", str(unit)))
+    def text_of_headers(flags: list[str]) -> str:
+        return run(*flags, "-O3", "-E", "-P", str(built.HEADERS))
+
+    def says_the_same(unit: str) -> bool:
+        """Whether nothing that the unit includes, beside those headers, has another text here or names a macro that
+        the builds define in different ways."""
+        files = built.dependencies(unit)
+        copies = {path: folder / path.relative_to(ROOT) for path in files if path.is_relative_to(ROOT / "csrc")}
+        return not any(differing.search(path.read_text()) for path in files) and all(
+            copy.exists() and copy.read_bytes() == path.read_bytes() for path, copy in copies.items()
+        )
 
     def compile_unit(unit: str) -> str:
-        known = None if from_scratch else built.object_of(unit)
-        if known is not None and text(unit, flags) == text(ROOT / unit, built.flags()):
+        known = built.object_of(unit) if differing else None
+        if known is not None and says_the_same(unit):
             return str(known)
         target = str(output / Path(unit.replace("/", "_")).with_suffix(".o"))
         run(*flags, "-O3" if from_scratch else "-O1", "-c", unit, "-o", target)
         return target
 
+    differing = None
+    if not from_scratch and text_of_headers(flags) == text_of_headers(built.flags()):
+        macros = {flag.removeprefix("-D").partition("=")[0] for flag in {*flags} ^ {*built.flags()} if "-D" in flag}
+        differing = re.compile(rf"\b({'|'.join(macros)})\b")
     output.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_unit, units))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import built
 import kernel_builder
 from repository import ROOT
 from softmetal import mps
@@ -13,6 +14,8 @@ from softmetal.cache import digest
 ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_12PreparedPlanENS0_8OperandsE"
 # The installed extension has these: schemas, gradients and the CPU's kernels.
 INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto", "csrc/decoder")
+# It keeps these to itself; what was compiled for it serves here as well.
+SHARED = ("csrc/problem/", "csrc/gpu/")
 SHADER_HEADERS = ("format.h", "formats.h", "functions.h", "sampling.h", "gpu/launch.h")
 FLAGS = (
     *("-DTORCH_EXTENSION_NAME=_C", "-DQUANTIZATION_MLX_NAMESPACE=quantization_mlx"),
@@ -34,7 +37,10 @@ def install(metallib: bool = False, check_plans: bool = True) -> None:
 
 def extension(metallib: bool = False, check_plans: bool = True) -> mps.Extension:
     files = [path for path in kernel_builder.sources(backend="metal") if path.endswith((".cpp", ".mm"))]
-    sources: dict[Path, list[str]] = {ROOT / path: [] for path in files if not path.startswith(INSTALLED)}
+    known = {path: built.object_of(path) for path in files if path.startswith(SHARED)}
+    objects = [path for path in known.values() if path is not None]
+    missing = [path for path in files if not path.startswith(INSTALLED) and known.get(path) is None]
+    sources: dict[Path, list[str]] = {ROOT / path: [] for path in missing}
     if check_plans:
         sources[Path(__file__).with_name("plan_check.cpp")] = []
     # Compiled again where the shaders that it embeds have changed.
@@ -43,4 +49,4 @@ def extension(metallib: bool = False, check_plans: bool = True) -> mps.Extension
     sources[ROOT / "csrc/metal/shader_source.cpp"] = [f"-DSOFTMETAL_EMBEDDED={digest(*texts)}"]
     if metallib:
         sources[ROOT / "csrc/metal/library.mm"] = mps.metallib_flags(sorted((ROOT / "metal").rglob("*.metal")))
-    return mps.Extension(sources, FLAGS, [f"-Wl,--wrap={ENCODE}"] if check_plans else [])
+    return mps.Extension(sources, FLAGS, [f"-Wl,--wrap={ENCODE}"] if check_plans else [], objects)
