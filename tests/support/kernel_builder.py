@@ -117,7 +117,7 @@ def compile_extension(folder: Path, name: str, output: Path, from_scratch: bool 
         return done.stdout
 
     def text_of_headers(flags: list[str]) -> str:
-        return run(*flags, "-O3", "-E", "-P", str(built.HEADERS))
+        return run(*flags, "-w", "-O3", "-E", "-P", str(built.HEADERS))
 
     def says_the_same(unit: str) -> bool:
         """Whether nothing that the unit includes, beside those headers, has another text here or names a macro that
