@@ -95,9 +95,7 @@ def assert_products(
 @TRANSPOSE
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
-def test_product(
-    device: str, format: Format, dtype: torch.dtype, transpose: bool, pytestconfig: pytest.Config
-) -> None:
+def test_product(device: str, format: Format, dtype: torch.dtype, transpose: bool, pytestconfig: pytest.Config) -> None:
     every = 1 if device == "cpu" or pytestconfig.option.exhaustive else len(DTYPES)
     for (rows_of_w, groups), row_counts in PRODUCTS[device].items():
         weights = oracle.random_quantized(format, rows_of_w, groups * format.group_size, dtype=dtype)
