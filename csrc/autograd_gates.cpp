@@ -17,6 +17,7 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
 
 void save(AutogradContext* context, const Tensor& gates, const Tensor& values) {
   context->save_for_backward({gates, values});
@@ -48,7 +49,7 @@ struct Swiglu : torch::autograd::Function<Swiglu> {
     context->saved_data["alpha"] = alpha;
     context->saved_data["limit"] = limit;
     context->saved_data["offset"] = offset;
-    return ops::swiglu(gates, values, alpha, limit, offset);
+    return ops::swiglu(gates, values, alpha, limit, offset, std::nullopt, std::nullopt, std::nullopt);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -103,13 +104,29 @@ bool records(const Tensor& gates, const Tensor& values) {
 
 }  // namespace
 
-Tensor swiglu(const Tensor& gates, const Tensor& values, double alpha, std::optional<double> limit, double offset) {
-  refuse_tangents(SwigluProblem::name, {&gates, &values});
-  if (records(gates, values)) {
+Tensor swiglu(
+    const Tensor& gates,
+    const Tensor& values,
+    double alpha,
+    std::optional<double> limit,
+    double offset,
+    const OptionalTensor& gate_bias,
+    const OptionalTensor& value_bias,
+    const OptionalTensor& experts) {
+  refuse_tangents(SwigluProblem::name, {&gates, &values, pointer(gate_bias), pointer(value_bias)});
+  const bool has_biases = gate_bias.has_value() && value_bias.has_value() && experts.has_value();
+  const bool of_biases = has_biases && records(*gate_bias, *value_bias);
+  if (has_biases && (of_biases || records(gates, values))) {
+    SwigluProblem::meta(gates, values, alpha, limit, offset, gate_bias, value_bias, experts);  // its errors
+    return swiglu(
+        plus_expert_bias(gates, *gate_bias, *experts), plus_expert_bias(values, *value_bias, *experts), alpha, limit,
+        offset, std::nullopt, std::nullopt, std::nullopt);
+  }
+  if (!has_biases && records(gates, values)) {
     return Swiglu::apply(gates, values, alpha, limit, offset);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::swiglu(gates, values, alpha, limit, offset);
+  return ops::swiglu(gates, values, alpha, limit, offset, gate_bias, value_bias, experts);
 }
 
 Tensor geglu(const Tensor& gates, const Tensor& values, std::string_view approximate) {

@@ -86,7 +86,7 @@ struct Combine : torch::autograd::Function<Combine> {
     if (residual.has_value()) {
       context->saved_data["residual_dtype"] = residual->scalar_type();
     }
-    return ops::moe_combine(y, weights, residual);
+    return ops::moe_combine(y, weights, residual, std::nullopt, std::nullopt);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -128,13 +128,24 @@ std::tuple<Tensor, Tensor> moe_router(
   return ops::moe_router(logits, k, scoring, bias, groups, groups_used, normalise, scale);
 }
 
-Tensor moe_combine(const Tensor& y, const Tensor& weights, const OptionalTensor& residual) {
-  refuse_tangents(CombineProblem::name, {&y, &weights, pointer(residual)});
-  if (at::GradMode::is_enabled() && (wants_gradient(y) || wants_gradient(weights) || wants_gradient(residual))) {
+Tensor moe_combine(
+    const Tensor& y,
+    const Tensor& weights,
+    const OptionalTensor& residual,
+    const OptionalTensor& bias,
+    const OptionalTensor& experts) {
+  refuse_tangents(CombineProblem::name, {&y, &weights, pointer(residual), pointer(bias)});
+  const bool records = at::GradMode::is_enabled() &&
+      (wants_gradient(y) || wants_gradient(weights) || wants_gradient(residual) || wants_gradient(bias));
+  if (records && bias.has_value() && experts.has_value()) {
+    CombineProblem::meta(y, weights, residual, bias, experts);  // its errors
+    return moe_combine(plus_expert_bias(y, *bias, *experts), weights, residual, std::nullopt, std::nullopt);
+  }
+  if (records && !bias.has_value() && !experts.has_value()) {
     return Combine::apply(y, weights, residual);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::moe_combine(y, weights, residual);
+  return ops::moe_combine(y, weights, residual, bias, experts);
 }
 
 }  // namespace quantization_mlx::autograd

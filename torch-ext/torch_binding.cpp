@@ -198,7 +198,8 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "moe_router",
       "Tensor logits, int k, str scoring, Tensor? bias, int groups, int groups_used, bool normalise, float scale",
       "(Tensor, Tensor)");
-  define_with_twin("moe_combine", "Tensor y, Tensor weights, Tensor? residual", "Tensor");
+  define_with_twin(
+      "moe_combine", "Tensor y, Tensor weights, Tensor? residual, Tensor? bias=None, Tensor? experts=None", "Tensor");
   define_with_twin(
       "scaled_dot_product_attention",
       "Tensor q, Tensor k, Tensor v, *, float scale, Tensor? mask=None, bool causal=False, Tensor? sinks=None, "
@@ -211,7 +212,10 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "Tensor? freqs=None",
       "Tensor");
   define_with_twin(
-      "swiglu", "Tensor gates, Tensor values, float alpha=1.0, float? limit=None, float offset=0.0", "Tensor");
+      "swiglu",
+      "Tensor gates, Tensor values, float alpha=1.0, float? limit=None, float offset=0.0, Tensor? gate_bias=None, "
+      "Tensor? value_bias=None, Tensor? experts=None",
+      "Tensor");
   define_with_twin("geglu", "Tensor gates, Tensor values, str approximate='tanh'", "Tensor");
 
   [&m]<size_t... index>(std::index_sequence<index...>) {

@@ -121,6 +121,10 @@ struct GatedRow {
   const uint8_t* values;
   int64_t gates_stride;
   int64_t values_stride;
+  const uint8_t* gate_bias;  // added to gates; null for none
+  const uint8_t* value_bias;
+  int64_t gate_bias_stride;
+  int64_t value_bias_stride;
   int64_t count;
   float alpha;  // of swiglu
   float limit;  // of gates from above, of values from both sides; infinity for none

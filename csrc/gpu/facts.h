@@ -154,6 +154,8 @@ struct CombineFacts {
   int64_t length;
   int64_t y_stride;
   int64_t residual_stride;
+  int64_t bias_stride;
+  int64_t experts;  // rows of the bias; 0 without one
   int32_t has_residual;
   int32_t is_misaligned;  // whether a tensor begins elsewhere than at a multiple of 16 bytes
 };
@@ -211,6 +213,11 @@ struct GateFacts {
   int64_t gates_stride;
   int64_t values_row_stride;
   int64_t values_stride;
+  int64_t gate_bias_row_stride;
+  int64_t gate_bias_stride;
+  int64_t value_bias_row_stride;
+  int64_t value_bias_stride;
+  int64_t experts;  // rows of the biases; 0 without them
   int64_t alpha;  // the bits of a double, as limit and offset
   int64_t limit;
   int64_t offset;

@@ -265,10 +265,12 @@ struct RouterParams {
   float scale;
 };
 
-// A row of length elements for each k rows of x, y_stride elements apart, and one residual.
+// A row of length elements for each k rows of x, y_stride elements apart, and one residual. `experts` rows of biases.
 struct CombineParams {
   int64_t y_stride;
   int64_t residual_stride;
+  int64_t bias_stride;
+  int64_t experts;
   int k;
   int length;
 };
@@ -339,6 +341,11 @@ struct GateParams {
   int64_t gates_stride;
   int64_t values_row_stride;
   int64_t values_stride;
+  int64_t gate_bias_row_stride;
+  int64_t gate_bias_stride;
+  int64_t value_bias_row_stride;
+  int64_t value_bias_stride;
+  int64_t experts;  // rows of biases
   int length;
   float alpha;
   float limit;

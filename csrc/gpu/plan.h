@@ -92,7 +92,8 @@ struct Target {
   EACH(seeds)                        \
   EACH(previous)                     \
   EACH(numbers)                      \
-  EACH(experts)
+  EACH(experts)                      \
+  EACH(value_bias)
 
 #define ENUMERATOR(name) name,
 enum class Role : uint8_t { QUANTIZATION_MLX_ROLES(ENUMERATOR) };

@@ -93,6 +93,8 @@ Operands operands_of(const CombineProblem& problem, const Tensor& y) {
   operands[Role::x] = &problem.y.tensor;
   operands[Role::weight] = &problem.weights;
   operands[Role::residual] = &problem.residual.tensor;
+  operands[Role::bias] = &problem.bias.tensor;
+  operands[Role::experts] = &problem.experts;
   operands[Role::y] = &y;
   return operands;
 }
@@ -122,6 +124,9 @@ Operands operands_of(const GateProblem& problem, const Tensor& y) {
   Operands operands;
   operands[Role::gates] = &problem.gates.tensor;
   operands[Role::values] = &problem.values.tensor;
+  operands[Role::bias] = &problem.gate_bias.tensor;
+  operands[Role::value_bias] = &problem.value_bias.tensor;
+  operands[Role::experts] = &problem.experts;
   operands[Role::y] = &y;
   return operands;
 }

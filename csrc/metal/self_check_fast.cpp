@@ -171,6 +171,16 @@ Reason failure(const RouterFacts& facts, const Launch&, const Target& target) {
   return std::nullopt;
 }
 
+namespace {
+
+constexpr int64_t few_experts = 7;
+
+Tensor random_experts(Maker& make, c10::IntArrayRef sizes) {
+  return make.tensor<int64_t>(sizes, at::kLong, at::kLong, [&] { return make.bits() % few_experts; });
+}
+
+}  // namespace
+
 // Columns of several threadgroups, the last of which is not full.
 Reason failure(const CombineFacts& facts, const Launch& launch, const Target& target) {
   constexpr int64_t tokens = 3;
@@ -182,8 +192,15 @@ Reason failure(const CombineFacts& facts, const Launch& launch, const Target& ta
   const Tensor weights = make.uniform({tokens, k}, facts.has_wide_weights ? at::kFloat : dtype, 0.0f, 1.0f);
   const OptionalTensor residual =
       facts.has_residual ? OptionalTensor(make.uniform({tokens, length}, dtype, -1.0f, 1.0f)) : std::nullopt;
-  const Tensor expected = ops::moe_combine(y, weights, residual);
-  const CombineProblem problem = CombineProblem::check(y.to(mps), weights.to(mps), on_mps(residual));
+  OptionalTensor bias;
+  OptionalTensor experts;
+  if (facts.experts > 0) {
+    bias = make.uniform({few_experts, length}, dtype, -1.0f, 1.0f);
+    experts = random_experts(make, {tokens, k});
+  }
+  const Tensor expected = ops::moe_combine(y, weights, residual, bias, experts);
+  const CombineProblem problem =
+      CombineProblem::check(y.to(mps), weights.to(mps), on_mps(residual), on_mps(bias), on_mps(experts));
   const Tensor result = at::empty(problem.output, problem.y.tensor.options());
   run(gpu::plan(problem, target), operands_of(problem, result));
   return judged(result, expected, dtype);
@@ -283,15 +300,29 @@ Reason failure(const GateFacts& facts, const Launch& launch, const Target& targe
                       : std::pair(all.slice(-1, 0, 2 * length, 2), all.slice(-1, 1, 2 * length, 2));
   };
   const std::string_view approximate = kind == Gate::geglu_tanh ? "tanh" : "none";
-  const auto gated = [&](const auto& swiglu, const auto& geglu, const Tensor& all) {
+  OptionalTensor biases;
+  OptionalTensor experts;
+  if (facts.experts > 0) {
+    biases = make.uniform({few_experts, 2 * length}, dtype, -1.0f, 1.0f);
+    experts = random_experts(make, {rows});
+  }
+  const auto gated = [&](const auto& swiglu, const auto& geglu, const Tensor& all, const OptionalTensor& of_experts,
+                         const OptionalTensor& numbers) {
     const auto [gates, values] = parts(all);
-    return kind == Gate::swiglu ? swiglu(gates, values, 1.702, 2.0, 1.0) : geglu(gates, values, approximate);
+    OptionalTensor gate_bias;
+    OptionalTensor value_bias;
+    if (of_experts.has_value()) {
+      std::tie(gate_bias, value_bias) = parts(*of_experts);
+    }
+    return kind == Gate::swiglu ? swiglu(gates, values, 1.702, 2.0, 1.0, gate_bias, value_bias, numbers)
+                                : geglu(gates, values, approximate);
   };
-  const Tensor expected = gated(ops::swiglu, ops::geglu, both);
+  const Tensor expected = gated(ops::swiglu, ops::geglu, both, biases, experts);
   const auto check = [](const auto& function) {
     return [&](auto&&... arguments) -> GateProblem { return function(arguments...); };
   };
-  const GateProblem problem = gated(check(SwigluProblem::check), check(GegluProblem::check), both.to(mps));
+  const GateProblem problem =
+      gated(check(SwigluProblem::check), check(GegluProblem::check), both.to(mps), on_mps(biases), on_mps(experts));
   const Tensor y = at::empty(problem.output, problem.gates.tensor.options());
   run(gpu::plan(problem, target), operands_of(problem, y));
   return judged(y, expected, dtype);

@@ -149,11 +149,13 @@ struct RouterProblem {
   static Schema<std::tuple<at::Tensor, at::Tensor>> meta;
 };
 
-// The weighted sum of k results for each token, and a residual.
+// The weighted sum of k results for each token, to which their experts' biases are added, and a residual.
 struct CombineProblem {
-  Vectors y;  // k for each token; of the result's dtype, as the residual
+  Vectors y;  // k for each token; of the result's dtype, as the residual and the bias
   at::Tensor weights;  // contiguous, of that dtype or float32
   Vectors residual;  // an undefined tensor where nothing is added
+  Vectors bias;  // one for each expert; or undefined
+  at::Tensor experts;  // int64 [tokens * k], contiguous; undefined without a bias
   int64_t k;
   int64_t length;
   Sizes<int64_t> output;
@@ -163,7 +165,12 @@ struct CombineProblem {
 
   static constexpr const char* name = "moe_combine";
   template <typename Result>
-  using Schema = Result(const at::Tensor& y, const at::Tensor& weights, const std::optional<at::Tensor>& residual);
+  using Schema = Result(
+      const at::Tensor& y,
+      const at::Tensor& weights,
+      const std::optional<at::Tensor>& residual,
+      const std::optional<at::Tensor>& bias,
+      const std::optional<at::Tensor>& experts);
   static Schema<CombineProblem> check;
   static Schema<at::Tensor> meta;
 };
@@ -280,12 +287,15 @@ struct StridedRows {
   int64_t stride = 1;
 };
 
-// activation(gates) * (values + offset) for `rows` rows of `length` elements.
+// activation(gates) * (values + offset) for `rows` rows of `length` elements, to which biases are added before.
 struct GateProblem {
   std::string_view op;
   Gate kind;
-  StridedRows gates;  // of the result's dtype, as values
+  StridedRows gates;  // of the result's dtype, as values and biases
   StridedRows values;
+  StridedRows gate_bias;  // a row for each expert; an undefined tensor where there are none
+  StridedRows value_bias;
+  at::Tensor experts;  // int64 [rows], contiguous: of which expert each row is; undefined without biases
   double alpha;
   double limit;  // of gates from above, of values from both sides; infinity for none
   double offset;
@@ -295,6 +305,7 @@ struct GateProblem {
 
   at::Device device() const { return gates.tensor.device(); }
   bool is_empty() const { return rows == 0 || length == 0; }
+  int64_t expert_count() const { return experts.defined() ? gate_bias.tensor.size(0) : 0; }
 };
 
 struct SwigluProblem : GateProblem {
@@ -305,7 +316,10 @@ struct SwigluProblem : GateProblem {
       const at::Tensor& values,
       double alpha,
       std::optional<double> limit,
-      double offset);
+      double offset,
+      const std::optional<at::Tensor>& gate_bias,
+      const std::optional<at::Tensor>& value_bias,
+      const std::optional<at::Tensor>& experts);
   static Schema<SwigluProblem> check;
   static Schema<at::Tensor> meta;
 };

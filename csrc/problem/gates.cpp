@@ -26,6 +26,35 @@ ScalarType check_gates(std::string_view op, const Tensor& gates, const Tensor& v
   return c10::promoteTypes(gates.scalar_type(), values.scalar_type());
 }
 
+// Of experts: given together or not at all.
+struct Biases {
+  std::optional<Tensor> gates;
+  std::optional<Tensor> values;
+  std::optional<Tensor> experts;
+};
+
+template <typename Int>
+void check_biases(const Tensor& gates, const Biases& biases, ScalarType dtype) {
+  constexpr const char* op = SwigluProblem::name;
+  const bool is_given = biases.experts.has_value();
+  TORCH_CHECK_VALUE(
+      biases.gates.has_value() == is_given && biases.values.has_value() == is_given, "[", op,
+      "] gate_bias, value_bias and experts must be given together.");
+  if (!is_given) {
+    return;
+  }
+  const auto sizes = sizes_of<Int>(gates);
+  TORCH_CHECK_VALUE(!sizes.empty(), "[", op, "] gates are a scalar; with biases they must have a last dimension.");
+  check_device(op, "experts", *biases.experts, "gates", gates);
+  const auto leading = sizes.slice(0, sizes.size() - 1);
+  check_expert_bias<Int>(op, "gate_bias", *biases.gates, *biases.experts, leading, sizes.back(), dtype);
+  check_expert_bias<Int>(op, "value_bias", *biases.values, *biases.experts, leading, sizes.back(), dtype);
+  TORCH_CHECK_VALUE(
+      holds(c10::sym_eq(sizes_of<Int>(*biases.gates)[0], sizes_of<Int>(*biases.values)[0])), "[", op,
+      "] gate_bias of shape ", sizes_of<Int>(*biases.gates), " and value_bias of shape ", sizes_of<Int>(*biases.values),
+      " must be of as many experts.");
+}
+
 double check_limit(std::optional<double> limit) {
   const double value = limit.value_or(std::numeric_limits<double>::infinity());
   TORCH_CHECK_VALUE(value >= 0.0, "[", SwigluProblem::name, "] limit is ", value, "; it must not be negative.");
@@ -47,13 +76,31 @@ StridedRows rows_of(const Tensor& tensor) {
   return {tensor.contiguous(), tensor.size(-1), 1};
 }
 
-GateProblem checked(std::string_view op, Gate kind, const Tensor& given_gates, const Tensor& given_values) {
+GateProblem checked(
+    std::string_view op,
+    Gate kind,
+    const Tensor& given_gates,
+    const Tensor& given_values,
+    const Biases& biases) {
   const ScalarType dtype = check_gates<int64_t>(op, given_gates, given_values);
+  check_biases<int64_t>(given_gates, biases, dtype);
   const Tensor gates = with_dtype(given_gates, dtype);
   const Tensor values = with_dtype(given_values, dtype);
-  GateProblem problem{op, kind, {}, {}, 1.0, std::numeric_limits<double>::infinity(), 0.0, 1, gates.numel(), {}};
+  GateProblem problem{};
+  problem.op = op;
+  problem.kind = kind;
+  problem.alpha = 1.0;
+  problem.limit = std::numeric_limits<double>::infinity();
+  problem.rows = 1;
+  problem.length = gates.numel();
   problem.output = {gates.sizes().begin(), gates.sizes().end()};
-  if (gates.is_contiguous() && values.is_contiguous()) {  // all of them are one row
+  const bool has_biases = biases.experts.has_value();
+  if (has_biases) {
+    problem.gate_bias = rows_of(with_dtype(*biases.gates, dtype));
+    problem.value_bias = rows_of(with_dtype(*biases.values, dtype));
+    problem.experts = biases.experts->contiguous();
+  }
+  if (!has_biases && gates.is_contiguous() && values.is_contiguous()) {  // all of them are one row
     problem.gates = {gates};
     problem.values = {values};
   } else if (gates.numel() > 0) {
@@ -65,8 +112,9 @@ GateProblem checked(std::string_view op, Gate kind, const Tensor& given_gates, c
   return problem;
 }
 
-Tensor empty_gated(std::string_view op, const Tensor& gates, const Tensor& values) {
+Tensor empty_gated(std::string_view op, const Tensor& gates, const Tensor& values, const Biases& biases) {
   const ScalarType dtype = check_gates<c10::SymInt>(op, gates, values);
+  check_biases<c10::SymInt>(gates, biases, dtype);
   return empty(gates.sym_sizes(), gates.options().dtype(dtype));
 }
 
@@ -77,26 +125,37 @@ SwigluProblem SwigluProblem::check(
     const Tensor& values,
     double alpha,
     std::optional<double> limit,
-    double offset) {
-  SwigluProblem problem{checked(name, Gate::swiglu, gates, values)};
+    double offset,
+    const std::optional<Tensor>& gate_bias,
+    const std::optional<Tensor>& value_bias,
+    const std::optional<Tensor>& experts) {
+  SwigluProblem problem{checked(name, Gate::swiglu, gates, values, {gate_bias, value_bias, experts})};
   problem.alpha = alpha;
   problem.limit = check_limit(limit);
   problem.offset = offset;
   return problem;
 }
 
-Tensor SwigluProblem::meta(const Tensor& gates, const Tensor& values, double, std::optional<double> limit, double) {
+Tensor SwigluProblem::meta(
+    const Tensor& gates,
+    const Tensor& values,
+    double,
+    std::optional<double> limit,
+    double,
+    const std::optional<Tensor>& gate_bias,
+    const std::optional<Tensor>& value_bias,
+    const std::optional<Tensor>& experts) {
   check_limit(limit);
-  return empty_gated(name, gates, values);
+  return empty_gated(name, gates, values, {gate_bias, value_bias, experts});
 }
 
 GegluProblem GegluProblem::check(const Tensor& gates, const Tensor& values, std::string_view approximate) {
-  return {checked(name, kind_of(approximate), gates, values)};
+  return {checked(name, kind_of(approximate), gates, values, {})};
 }
 
 Tensor GegluProblem::meta(const Tensor& gates, const Tensor& values, std::string_view approximate) {
   kind_of(approximate);
-  return empty_gated(name, gates, values);
+  return empty_gated(name, gates, values, {});
 }
 
 }  // namespace quantization_mlx

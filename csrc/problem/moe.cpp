@@ -78,8 +78,17 @@ int64_t check_router(const RouterArguments& arguments) {
 
 // --- moe_combine ----------------------------------------------------------------------------------------------------
 
+struct CombineArguments {
+  const Tensor& y;
+  const Tensor& weights;
+  const OptionalTensor& residual;
+  const OptionalTensor& bias;
+  const OptionalTensor& experts;
+};
+
 template <typename Int>
-ScalarType check_combine(const Tensor& y, const Tensor& weights, const OptionalTensor& residual) {
+ScalarType check_combine(const CombineArguments& arguments) {
+  const auto& [y, weights, residual, bias, experts] = arguments;
   constexpr const char* op = CombineProblem::name;
   check_activation(op, "y", y);
   check_activation(op, "weights", weights);
@@ -91,17 +100,23 @@ ScalarType check_combine(const Tensor& y, const Tensor& weights, const OptionalT
   TORCH_CHECK_VALUE(
       same_sizes(sizes_of<Int>(weights), sizes.slice(0, sizes.size() - 1)), "[", op, "] weights of shape ",
       sizes_of<Int>(weights), " must have the leading sizes of y, whose shape is ", sizes, ".");
-  if (!residual.has_value()) {
-    return y.scalar_type();
+  ScalarType dtype = y.scalar_type();
+  if (residual.has_value()) {
+    check_activation(op, "residual", *residual);
+    check_device(op, "residual", *residual, "y", y);
+    Sizes<Int> summed(sizes.begin(), sizes.end() - 2);
+    summed.push_back(sizes.back());
+    TORCH_CHECK_VALUE(
+        same_sizes(sizes_of<Int>(*residual), c10::ArrayRef<Int>(summed)), "[", op, "] residual of shape ",
+        sizes_of<Int>(*residual), " must have the sizes of y but for k, ", c10::ArrayRef<Int>(summed), ".");
+    dtype = c10::promoteTypes(dtype, residual->scalar_type());
   }
-  check_activation(op, "residual", *residual);
-  check_device(op, "residual", *residual, "y", y);
-  Sizes<Int> summed(sizes.begin(), sizes.end() - 2);
-  summed.push_back(sizes.back());
-  TORCH_CHECK_VALUE(
-      same_sizes(sizes_of<Int>(*residual), c10::ArrayRef<Int>(summed)), "[", op, "] residual of shape ",
-      sizes_of<Int>(*residual), " must have the sizes of y but for k, ", c10::ArrayRef<Int>(summed), ".");
-  return c10::promoteTypes(y.scalar_type(), residual->scalar_type());
+  TORCH_CHECK_VALUE(bias.has_value() == experts.has_value(), "[", op, "] bias and experts must be given together.");
+  if (bias.has_value()) {
+    check_device(op, "experts", *experts, "y", y);
+    check_expert_bias<Int>(op, "bias", *bias, *experts, sizes.slice(0, sizes.size() - 1), sizes.back(), dtype);
+  }
+  return dtype;
 }
 
 template <typename Int>
@@ -159,20 +174,32 @@ std::tuple<Tensor, Tensor> empty_routed(const RouterProblem& problem) {
   return {at::empty(problem.output, options.dtype(at::kLong)), at::empty(problem.output, options)};
 }
 
-CombineProblem CombineProblem::check(const Tensor& y, const Tensor& weights, const OptionalTensor& residual) {
-  const ScalarType dtype = check_combine<int64_t>(y, weights, residual);
+CombineProblem CombineProblem::check(
+    const Tensor& y,
+    const Tensor& weights,
+    const OptionalTensor& residual,
+    const OptionalTensor& bias,
+    const OptionalTensor& experts) {
+  const ScalarType dtype = check_combine<int64_t>({y, weights, residual, bias, experts});
   const ScalarType weights_dtype = weights.scalar_type() == dtype ? dtype : at::kFloat;
   return {
       vectors_of(y, dtype),
       with_dtype(weights, weights_dtype).contiguous(),
       residual.has_value() ? vectors_of(*residual, dtype) : Vectors(),
+      bias.has_value() ? vectors_of(*bias, dtype) : Vectors(),
+      experts.has_value() ? experts->contiguous() : Tensor(),
       y.size(-2),
       y.size(-1),
       combined_sizes<int64_t>(y)};
 }
 
-Tensor CombineProblem::meta(const Tensor& y, const Tensor& weights, const OptionalTensor& residual) {
-  const ScalarType dtype = check_combine<c10::SymInt>(y, weights, residual);
+Tensor CombineProblem::meta(
+    const Tensor& y,
+    const Tensor& weights,
+    const OptionalTensor& residual,
+    const OptionalTensor& bias,
+    const OptionalTensor& experts) {
+  const ScalarType dtype = check_combine<c10::SymInt>({y, weights, residual, bias, experts});
   return empty(combined_sizes<c10::SymInt>(y), y.options().dtype(dtype));
 }
 

@@ -114,6 +114,48 @@ void check_global_scale(
       one_per_matrix ? " or the leading shape of w." : ".");
 }
 
+template <typename Int>
+void check_expert_bias(
+    std::string_view op,
+    const char* name,
+    const Tensor& bias,
+    const Tensor& experts,
+    c10::ArrayRef<Int> leading,
+    const Int& length,
+    ScalarType dtype) {
+  check_activation(op, name, bias);
+  TORCH_CHECK_TYPE(
+      c10::promoteTypes(dtype, bias.scalar_type()) == dtype, "[", op, "] ", name, " has dtype ", bias.scalar_type(),
+      ", which does not promote to that of the result, ", dtype, ".");
+  TORCH_CHECK_TYPE(
+      experts.scalar_type() == at::kLong, "[", op, "] experts have dtype ", experts.scalar_type(),
+      "; they must be int64.");
+  check_device(op, name, bias, "experts", experts);
+  TORCH_CHECK_VALUE(
+      bias.dim() == 2 && holds(sym_eq(sizes_of<Int>(bias)[1], length)), "[", op, "] ", name, " of shape ",
+      sizes_of<Int>(bias), " must be [experts, ", length, "].");
+  TORCH_CHECK_VALUE(
+      same_sizes(sizes_of<Int>(experts), leading), "[", op, "] experts of shape ", sizes_of<Int>(experts),
+      " must have the leading sizes, ", leading, ".");
+}
+
+template void check_expert_bias(
+    std::string_view,
+    const char*,
+    const Tensor&,
+    const Tensor&,
+    c10::IntArrayRef,
+    const int64_t&,
+    ScalarType);
+template void check_expert_bias(
+    std::string_view,
+    const char*,
+    const Tensor&,
+    const Tensor&,
+    c10::SymIntArrayRef,
+    const c10::SymInt&,
+    ScalarType);
+
 Format check_weights(const WeightArguments& arguments) {
   std::string_view op = arguments.op;
   const Format format = parse_format(op, arguments.mode, arguments.group_size, arguments.bits);

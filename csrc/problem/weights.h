@@ -39,6 +39,17 @@ void check_global_scale(
     const at::Tensor& other,
     bool one_per_matrix);
 
+// A bias [experts, length] of an op whose results have this dtype, and of which expert each of these leading sizes is.
+template <typename Int>
+void check_expert_bias(
+    std::string_view op,
+    const char* name,
+    const at::Tensor& bias,
+    const at::Tensor& experts,
+    c10::ArrayRef<Int> leading,
+    const Int& length,
+    at::ScalarType dtype);
+
 // Everything about the weights but their sizes and the global scale.
 Format check_weights(const WeightArguments& arguments);
 

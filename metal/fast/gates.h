@@ -3,6 +3,8 @@
 //   threadgroups along y       rows
 //   threads along x            elements [0, 8), [8, 16), ... of a row
 //
+// A row of an expert's results gets the expert's biases first: NaN where there is no such expert.
+//
 // Elements that are adjacent, on rows of whole 16 bytes, come and go in the widest loads and stores; the even and the
 // odd columns of one product come one by one, from lines that the threads beside read, too.
 #pragma once
@@ -16,6 +18,7 @@
 namespace quantization_mlx {
 
 constant bool aligned_x [[function_constant(QUANTIZATION_MLX_ALIGNED_X)]];
+constant bool has_bias [[function_constant(QUANTIZATION_MLX_HAS_BIAS)]];
 
 static constant constexpr const int gate_threads = elementwise_threads_per_threadgroup();
 static constant constexpr const int gate_step = gate_elements();
@@ -53,12 +56,34 @@ METAL_FUNC void load_step(const device T* row, long stride, int first, int lengt
   }
 }
 
+// Adds elements of the expert's row.
+template <typename T>
+METAL_FUNC void add_bias(
+    const device T* bias,
+    long row_stride,
+    long stride,
+    long expert,
+    int first,
+    constant GateParams& params,
+    thread float* values) {
+  const bool exists = expert >= 0 && expert < params.experts;
+  float own[gate_step];
+  load_step(bias + (exists ? expert * row_stride : 0), stride, first, params.length, own);
+#pragma unroll
+  for (int i = 0; i < gate_step; ++i) {
+    values[i] = exists ? values[i] + own[i] : NAN;
+  }
+}
+
 template <typename T, Gate kind>
 [[kernel, max_total_threads_per_threadgroup(gate_threads)]] void gate(
     const device T* gates [[buffer(0)]],
     const device T* values [[buffer(1)]],
-    device T* y [[buffer(2)]],
-    constant GateParams& params [[buffer(3)]],
+    const device T* gate_bias [[buffer(2), function_constant(has_bias)]],
+    const device T* value_bias [[buffer(3), function_constant(has_bias)]],
+    const device long* experts [[buffer(4), function_constant(has_bias)]],
+    device T* y [[buffer(5)]],
+    constant GateParams& params [[buffer(6)]],
     uint2 threadgroup_index [[threadgroup_position_in_grid]],
     uint2 threads [[threads_per_threadgroup]],
     uint thread_index [[thread_index_in_threadgroup]]) {
@@ -72,6 +97,11 @@ template <typename T, Gate kind>
   float factors[gate_step];
   load_step(gates + row * params.gates_row_stride, params.gates_stride, first, length, results);
   load_step(values + row * params.values_row_stride, params.values_stride, first, length, factors);
+  if (has_bias) {
+    const long expert = experts[row];
+    add_bias(gate_bias, params.gate_bias_row_stride, params.gate_bias_stride, expert, first, params, results);
+    add_bias(value_bias, params.value_bias_row_stride, params.value_bias_stride, expert, first, params, factors);
+  }
 #pragma unroll
   for (int i = 0; i < gate_step; ++i) {  // NaN passes every comparison by
     const float x = results[i] > params.limit ? params.limit : results[i];

@@ -8,7 +8,8 @@
 //
 //   moe_combine   threadgroup = 256 columns of a token, of which a thread has 4 adjacent ones
 //
-// A thread reads its columns of all k results, which do not wait for one another, and writes each sum once.
+// A thread reads its columns of all k results, which do not wait for one another, and writes each sum once. Where the
+// experts have biases, each result gets that of its expert first: NaN where there is no such expert.
 #pragma once
 
 #include "../../csrc/gpu/launch.h"
@@ -216,8 +217,10 @@ template <typename T, typename W>
     const device T* x [[buffer(0)]],
     const device W* weight [[buffer(1)]],
     const device T* residual [[buffer(2), function_constant(has_residual)]],
-    device T* y [[buffer(3)]],
-    constant CombineParams& params [[buffer(4)]],
+    const device T* bias [[buffer(3), function_constant(has_bias)]],
+    const device long* experts [[buffer(4), function_constant(has_bias)]],
+    device T* y [[buffer(5)]],
+    constant CombineParams& params [[buffer(6)]],
     uint2 position [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]]) {
   const int first = static_cast<int>(position.x * combine_threads + thread_index) * combine_width;
@@ -234,6 +237,16 @@ template <typename T, typename W>
     const float factor = static_cast<float>(weight[row]);
     float values[combine_width];
     load_columns(x + row * params.y_stride, first, params.length, values);
+    if (has_bias) {
+      const long expert = experts[row];
+      const bool exists = expert >= 0 && expert < params.experts;
+      float own[combine_width];
+      load_columns(bias + (exists ? expert * params.bias_stride : 0), first, params.length, own);
+#pragma unroll
+      for (int j = 0; j < combine_width; ++j) {
+        values[j] = exists ? values[j] + own[j] : NAN;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < combine_width; ++j) {
       sums[j] = fma(factor, values[j], sums[j]);

@@ -122,6 +122,7 @@ MOE_MUTANTS = {
     "weights": ("combine", "static_cast<float>(weight[row])", "static_cast<float>(weight[0])"),
     "sum": ("combine", "fma(factor, values[j], sums[j])", "factor * values[j]"),
     "residual": ("combine", "token * params.residual_stride", "params.residual_stride"),
+    "biases of experts": ("combine", "exists ? expert * params.bias_stride : 0", "0"),
 }
 
 # Of attention, whose two forms take each other's place: part of a kernel's name, a text of it and another, and the
@@ -182,6 +183,12 @@ FAST_MUTANTS = {
     "swiglu, alpha": gate_mutant("swiglu", "alpha * x", "x", lambda x: fast.swiglu(x, x)),
     "swiglu, stride": gate_mutant(
         "swiglu", "row[(first + i) * stride]", "row[first + i]", lambda x: fast.swiglu(x[:, ::2], x[:, 1::2])
+    ),
+    "swiglu, biases": gate_mutant(
+        "swiglu",
+        "exists ? expert * row_stride : 0",
+        "0",
+        lambda x: fast.swiglu(x, x, gate_bias=x, value_bias=x, experts=torch.arange(3).to("mps")),
     ),
     "geglu, tail": gate_mutant(
         "geglu", "? tail : 1.0f - tail", "? tail : 1.0f", lambda x: fast.geglu(x, x, approximate="none")
@@ -250,7 +257,7 @@ def test_wrong_mixture_is_refused(name, monkeypatch, capfd):
         if family == "router":
             fast.moe_router(x, 2, bias=x[0])
         else:
-            fast.moe_combine(x[:, None], x[:, :1], residual=x)
+            fast.moe_combine(x[:, None], x[:, :1], residual=x, bias=x, experts=torch.zeros(3, 1).long().to("mps"))
     assert f'family "{family}" fails its self-check for Float on' in capfd.readouterr().err
     mps.clear()
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -183,6 +183,100 @@ def test_options_of_swiglu(device: str, alpha: float, limit: float | None, offse
     assert_gated(gate, gate.ours(gates, values), gates, values)
 
 
+# --- Biases of experts -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Biased:
+    """Gates and values of 7 tokens, 3 experts to each, of 5 experts with biases."""
+
+    gates: Tensor
+    values: Tensor
+    gate_bias: Tensor
+    value_bias: Tensor
+    experts: Tensor
+
+    def to(self, *args: Any) -> Biased:
+        *floats, experts = (getattr(self, each.name) for each in fields(self))
+        device = next((each for each in args if not isinstance(each, torch.dtype)), "cpu")
+        return Biased(*(each.to(*args) for each in floats), experts.to(device))
+
+    def ours(self, **options: Any) -> Tensor:
+        biases = {"gate_bias": self.gate_bias, "value_bias": self.value_bias}
+        return fast.swiglu(self.gates, self.values, **biases, experts=self.experts, **options)
+
+    def exact(self) -> Tensor:
+        gates, values = self.gates.double(), self.values.double()
+        gates, values = gates + self.gate_bias.double()[self.experts], values + self.value_bias.double()[self.experts]
+        return clamped(gates, values, **GPT_OSS)
+
+
+def biased(length: int, dtype: torch.dtype = torch.float32, in_turns: bool = False) -> Biased:
+    def parts(both: Tensor) -> tuple[Tensor, Tensor]:
+        return (both[..., ::2], both[..., 1::2]) if in_turns else both.chunk(2, -1)
+
+    gates, values = parts(4 * oracle.random_x(7, 3, 2 * length, dtype=dtype))
+    gate_bias, value_bias = parts(2 * oracle.random_x(5, 2 * length, seed=2, dtype=dtype))
+    return Biased(gates, values, gate_bias, value_bias, torch.arange(21).view(7, 3) % 5)
+
+
+@DTYPE
+@pytest.mark.parametrize("in_turns", [False, True], ids=["halves", "in turns"])
+@pytest.mark.parametrize("length", [1, 40, 576, 1003])
+def test_biases_of_experts(device: str, dtype: torch.dtype, in_turns: bool, length: int) -> None:
+    given = biased(length, dtype, in_turns)
+    ours, exact = given.to(device).ours(**GPT_OSS), given.exact()
+    assert ours.dtype == dtype and ours.is_contiguous()
+    oracle.assert_within(ours, exact, (torch.finfo(dtype).eps + 2e-6) * exact.abs() + 1e-5)
+
+
+def test_biases_promote_to_the_results_dtype(device: str) -> None:
+    given = biased(16)
+    half = given.to(torch.float16)
+    mixed = replace(given, gate_bias=half.gate_bias, value_bias=half.value_bias)
+    exact = mixed.exact()
+    oracle.assert_within(mixed.to(device).ours(**GPT_OSS), exact, 2e-6 * exact.abs() + 1e-5)
+    with pytest.raises(TypeError, match=r"\[swiglu\] gate_bias has dtype Float, which does not promote"):
+        replace(half, gate_bias=given.gate_bias).ours()
+
+
+def test_gradients_reach_biases(device: str) -> None:
+    given = biased(24).to(device)
+    inputs = [getattr(given, each.name).detach().clone().requires_grad_() for each in fields(given)[:-1]]
+    Biased(*inputs, given.experts).ours(**GPT_OSS).square().sum().backward()
+    exact = [each.detach().cpu().double().requires_grad_() for each in inputs]
+    Biased(*exact, given.experts.cpu()).exact().square().sum().backward()
+    for mine, theirs in zip(inputs, exact, strict=True):
+        oracle.assert_within(mine.grad, theirs.grad, 1e-5 * theirs.grad.abs().amax())
+
+
+def test_experts_that_do_not_exist(device: str) -> None:
+    given = biased(8)
+    given.experts[2, 1], given.experts[3, 0] = 5, -1
+    if device == "cpu":
+        with pytest.raises(IndexError, match=r"\[swiglu\] experts holds 5 at position 7"):
+            given.ours()
+        return
+    ours = given.to(device).ours(**GPT_OSS).cpu()
+    missing = (given.experts < 0) | (given.experts > 4)
+    assert ours[missing].isnan().all() and ours[~missing].isfinite().all()
+
+
+BIAS_ERRORS = {
+    "some": (lambda b: fast.swiglu(b.gates, b.values, experts=b.experts), "must be given together"),
+    "length": (lambda b: replace(b, gate_bias=b.gate_bias[:, 1:]).ours(), r"of shape \[5, 7\] must be \[experts, 8\]"),
+    "count": (lambda b: replace(b, value_bias=b.value_bias[1:]).ours(), "must be of as many experts"),
+    "experts": (lambda b: replace(b, experts=b.experts[1:]).ours(), r"experts of shape \[6, 3\] must have the leading"),
+}
+
+
+@pytest.mark.parametrize("call, message", BIAS_ERRORS.values(), ids=BIAS_ERRORS.keys())
+def test_refuses_biases_that_do_not_fit(call: Callable[[Biased], Tensor], message: str) -> None:
+    for given in (biased(8), biased(8).to("meta")):
+        with pytest.raises(ValueError, match=rf"\[swiglu\] .*{message}"):
+            call(given)
+
+
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +345,7 @@ X, Y = oracle.random_x(2, 3, 48), oracle.random_x(2, 3, 48, seed=2)
 CALLS: dict[str, tuple[Any, ...]] = {
     "swiglu": (X, Y, 1.702, 7.0, 1.0),
     "swiglu without a limit": (X, Y),
+    "swiglu with biases": (X, Y, 1.702, 7.0, 1.0, X[0], Y[0], torch.arange(6).view(2, 3) % 3),
     "geglu": (X, Y, "tanh"),
     "geglu of the distribution": (X, Y, "none"),
 }
@@ -261,7 +356,8 @@ CALL = pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 def test_opcheck(device: str, name: str, grad: bool) -> None:
     arguments = tuple(
-        each.detach().to(device).requires_grad_(grad) if isinstance(each, Tensor) else each for each in CALLS[name]
+        each.detach().to(device).requires_grad_(grad and each.is_floating_point()) if isinstance(each, Tensor) else each
+        for each in CALLS[name]
     )
     checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
     if device == "cpu":  # torch has this one for some devices only; the registration is the same for all
@@ -292,7 +388,7 @@ def test_exports_with_sizes_that_depend_on_data(gate: Gate) -> None:
 def test_explain(gate: Gate) -> None:
     x = torch.empty(4, 7, 2 * 1536, dtype=torch.float16, device="meta")
     explained = {
-        "swiglu": lambda *on: ops.explain_swiglu(*x.chunk(2, -1), 1.0, None, 0.0, *on),
+        "swiglu": lambda *on: ops.explain_swiglu(*x.chunk(2, -1), 1.0, None, 0.0, None, None, None, *on),
         "geglu": lambda *on: ops.explain_geglu(*x.chunk(2, -1), "none", *on),
         "geglu_tanh": lambda *on: ops.explain_geglu(*x.chunk(2, -1), "tanh", *on),
     }

@@ -307,6 +307,47 @@ def test_strides_of_combine(device: str) -> None:
         oracle.assert_identical(ours, expected, name)
 
 
+EXPERTS = torch.tensor([[0, 3, 1], [2, 2, 3], [1, 0, 2], [3, 1, 0], [2, 3, 1]])
+
+
+@DTYPE
+@pytest.mark.parametrize("length", [1, 7, 64, 1000])
+def test_combine_with_biases_of_experts(device: str, dtype: torch.dtype, length: int) -> None:
+    y = oracle.random_x(5, 3, length, dtype=dtype)
+    weights = oracle.random_x(5, 3, seed=2).softmax(-1).to(dtype)
+    residual = oracle.random_x(5, length, seed=3, dtype=dtype)
+    bias = oracle.random_x(4, length, seed=4, dtype=dtype)
+    for added in (residual, None):
+        options = {"bias": bias.to(device), "experts": EXPERTS.to(device)}
+        ours = fast.moe_combine(
+            y.to(device), weights.to(device), residual=None if added is None else added.to(device), **options
+        )
+        assert ours.dtype == dtype
+        exact = combined((y.double() + bias.double()[EXPERTS]), weights.double(), None if added is None else added)
+        oracle.assert_within(ours, exact, torch.finfo(dtype).eps * exact.abs() + 2e-6)
+
+
+def test_biases_on_any_strides(device: str) -> None:
+    y, weights = oracle.random_x(5, 3, 40).to(device), oracle.random_x(5, 3, seed=2).to(device)
+    base = oracle.random_x(8, 100, seed=4).to(device)
+    experts = EXPERTS.to(device)
+    for bias in (base[:4, 8:48], base[:4, 3:43], base[::2, ::2][:, :40], base[:1, :40].expand(4, 40)):
+        ours = fast.moe_combine(y, weights, bias=bias, experts=experts.T.contiguous().T)
+        oracle.assert_identical(ours, fast.moe_combine(y, weights, bias=bias.contiguous(), experts=experts))
+
+
+def test_experts_that_do_not_exist(device: str) -> None:
+    y, weights, bias = oracle.random_x(5, 3, 8), oracle.random_x(5, 3), oracle.random_x(3, 8)
+    if device == "cpu":
+        with pytest.raises(IndexError, match=r"\[moe_combine\] experts holds 3 at position 1"):
+            fast.moe_combine(y, weights, bias=bias, experts=EXPERTS)
+        return
+    given = (each.to(device) for each in (y, weights))
+    ours = fast.moe_combine(*given, bias=bias.to(device), experts=EXPERTS.to(device)).cpu()
+    missing = (EXPERTS == 3).any(-1)
+    assert ours[missing].isnan().all() and ours[~missing].isfinite().all()
+
+
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +404,16 @@ def test_gradients_of_combine(device: str, dtype: torch.dtype) -> None:
         oracle.assert_within(mine, expected, 2 * torch.finfo(dtype).eps * (expected.abs() + expected.abs().amax()))
 
 
+def test_gradients_reach_biases(device: str) -> None:
+    inputs = [oracle.random_x(5, 3, 40), oracle.random_x(5, 3, seed=2), oracle.random_x(4, 40, seed=4)]
+    ours = [each.detach().clone().to(device).requires_grad_() for each in inputs]
+    fast.moe_combine(ours[0], ours[1], bias=ours[2], experts=EXPERTS.to(device)).square().sum().backward()
+    exact = [each.double().requires_grad_() for each in inputs]
+    combined(exact[0] + exact[2][EXPERTS], exact[1], None).square().sum().backward()
+    for mine, expected in zip(ours, exact, strict=True):
+        oracle.assert_within(mine.grad, expected.grad, 1e-5 * (1 + expected.grad.abs().amax()))
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_gradients_of_some(wanted: tuple[bool, ...]) -> None:
     inputs = [oracle.random_x(4, 2, 8), oracle.random_x(4, 2), oracle.random_x(4, 8)]
@@ -392,6 +443,10 @@ LOGITS, BIAS = oracle.random_x(2, 3, 48), oracle.random_x(48, seed=2)
 CALLS: dict[str, tuple[Any, ...]] = {
     "moe_router": (LOGITS, 6, "sigmoid", BIAS, 4, 2, True, 2.5),
     "moe_combine": (oracle.random_x(2, 3, 4, 48), oracle.random_x(2, 3, 4), LOGITS),
+    "moe_combine with biases": (
+        *(oracle.random_x(2, 3, 4, 48), oracle.random_x(2, 3, 4), LOGITS, oracle.random_x(5, 48, seed=6)),
+        torch.arange(24).view(2, 3, 4) % 5,
+    ),
 }
 CALL = pytest.mark.parametrize("name", CALLS)
 
@@ -400,7 +455,9 @@ CALL = pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 def test_opcheck(device: str, name: str, grad: bool) -> None:
     arguments = tuple(
-        each.detach().to(device).requires_grad_(grad and each is not BIAS) if isinstance(each, Tensor) else each
+        each.detach().to(device).requires_grad_(grad and each is not BIAS and each.is_floating_point())
+        if isinstance(each, Tensor)
+        else each
         for each in CALLS[name]
     )
     checks = ["test_schema", "test_faketensor"]
@@ -408,7 +465,7 @@ def test_opcheck(device: str, name: str, grad: bool) -> None:
         checks.append("test_aot_dispatch_dynamic")
     if device == "cpu":  # torch has this one for some devices only; the registration is the same for all
         checks.append("test_autograd_registration")
-    torch.library.opcheck(getattr(ops, name).default, arguments, test_utils=checks)
+    torch.library.opcheck(getattr(ops, name.split()[0]).default, arguments, test_utils=checks)
 
 
 def test_compiles_as_one_graph() -> None:
@@ -447,7 +504,7 @@ def test_explain(experts: int, width: int) -> None:
     assert (launch["kernel"], launch["threads"]) == (f"moe_router_{width}_float16", 128)
     assert launch["threadgroups"] == [4, 1, 1]
     y = torch.empty(5, 3, 2, 520, dtype=torch.float16, device="meta")
-    plan = json.loads(ops.explain_moe_combine(y, y[..., 0].float(), None, "applegpu_g15s", 1500))
+    plan = json.loads(ops.explain_moe_combine(y, y[..., 0].float(), None, None, None, "applegpu_g15s", 1500))
     (launch,) = plan["launches"]
     assert (launch["kernel"], launch["threadgroups"]) == ("moe_combine_float32_weights_float16", [3, 15, 1])
     assert json.loads(ops.explain_moe_router(*CALLS["moe_router"], "", 0))["device"] == "cpu"
@@ -487,6 +544,17 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: fast.moe_combine(Y, WEIGHTS[..., :1]),
         ValueError,
         r"weights of shape \[2, 3, 1\] must have the leading sizes of y",
+    ),
+    "bias alone": (lambda: fast.moe_combine(Y, WEIGHTS, bias=Y[0, 0]), ValueError, "bias and experts must be given"),
+    "bias of combine": (
+        lambda: fast.moe_combine(Y, WEIGHTS, bias=Y[0, 0, :, 1:], experts=torch.zeros(2, 3, 4, dtype=torch.int64)),
+        ValueError,
+        r"bias of shape \[4, 47\] must be \[experts, 48\]",
+    ),
+    "experts of combine": (
+        lambda: fast.moe_combine(Y, WEIGHTS, bias=Y[0, 0], experts=torch.zeros(2, 3, 4)),
+        TypeError,
+        r"\[moe_combine\] experts have dtype Float; they must be int64",
     ),
     "residual": (
         lambda: fast.moe_combine(Y, WEIGHTS, residual=RESIDUAL[..., :1]),

@@ -195,15 +195,25 @@ def moe_router(
     return ops.moe_router(logits, k, scoring, bias, groups, groups_used, normalise, scale)
 
 
-def moe_combine(y: Tensor, weights: Tensor, *, residual: Tensor | None = None) -> Tensor:
-    """``(weights[..., None] * y).sum(-2) + residual``, in float32 and rounded once; not in MLX.
+def moe_combine(
+    y: Tensor,
+    weights: Tensor,
+    *,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    experts: Tensor | None = None,
+) -> Tensor:
+    """``(weights[..., None] * (y + bias[experts])).sum(-2) + residual``, in float32 and rounded once; not in MLX.
 
     Args:
         y: ``[..., k, H]``, what the k experts of a token give.
         weights: ``[..., k]``; their dtype does not widen the result.
         residual: ``[..., H]``, such as the result of a shared expert; None for 0.
+        bias: ``[E, H]``, what each expert adds to what it gives, of a dtype that promotes to the result's; None for 0.
+        experts: with bias, int64 ``[..., k]``, as `moe_router` has them. One that does not exist is an ``IndexError``
+            on CPU and gives NaN on an Apple GPU.
     """
-    return ops.moe_combine(y, weights, residual)
+    return ops.moe_combine(y, weights, residual, bias, experts)
 
 
 def scaled_dot_product_attention(
@@ -288,7 +298,15 @@ def rope(
 
 
 def swiglu(
-    gates: Tensor, values: Tensor, *, alpha: float = 1.0, limit: float | None = None, offset: float = 0.0
+    gates: Tensor,
+    values: Tensor,
+    *,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    offset: float = 0.0,
+    gate_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    experts: Tensor | None = None,
 ) -> Tensor:
     """``gates * sigmoid(alpha * gates) * (values + offset)`` (Shazeer, arXiv:2002.05202); not in MLX.
 
@@ -300,8 +318,12 @@ def swiglu(
         alpha: what gates are multiplied by within the sigmoid.
         limit: the most that gates may be, and values of either sign; beyond it their gradient is zero. None for none.
         offset: added to values.
+        gate_bias, value_bias: ``[E, N]``, N the last size of gates: what experts add to gates and to values before all
+            that, of a dtype that promotes to the result's, on any strides. None for 0.
+        experts: with these, int64 of the leading sizes of gates: of which expert each row is. One that does not exist
+            is an ``IndexError`` on CPU and gives NaN on an Apple GPU.
     """
-    return ops.swiglu(gates, values, alpha, limit, offset)
+    return ops.swiglu(gates, values, alpha, limit, offset, gate_bias, value_bias, experts)
 
 
 def geglu(gates: Tensor, values: Tensor, *, approximate: str = "tanh") -> Tensor:

@@ -37,16 +37,28 @@ ALWAYS_INLINE F activated(F x, F alpha) {
   }
 }
 
-// Adjacent gates and values. NaN passes every comparison by.
+// Adjacent elements of a row.
+struct GateOperands {
+  const uint8_t* gates;
+  const uint8_t* values;
+  const uint8_t* gate_bias;  // null for none, as value_bias then
+  const uint8_t* value_bias;
+};
+
+// NaN passes every comparison by.
 template <Gate kind, Real type>
-void gate_vectors(const GatedRow& row, const uint8_t* gates, const uint8_t* values, int64_t count, uint8_t* y) {
+void gate_vectors(const GatedRow& row, const GateOperands& of, int64_t count, uint8_t* y) {
   const F alpha = Vector::set(row.alpha);
   const F offset = Vector::set(row.offset);
   const Floats limit = (Floats)Vector::set(row.limit);
   for_vectors(count, [&](int64_t i, auto some) __attribute__((always_inline)) {
     const int64_t place = i * real_bytes(type);
-    Floats gate = (Floats)load_some(type, gates + place, some);
-    Floats value = (Floats)load_some(type, values + place, some);
+    Floats gate = (Floats)load_some(type, of.gates + place, some);
+    Floats value = (Floats)load_some(type, of.values + place, some);
+    if (of.gate_bias != nullptr) {
+      gate += (Floats)load_some(type, of.gate_bias + place, some);
+      value += (Floats)load_some(type, of.value_bias + place, some);
+    }
     gate = gate > limit ? limit : gate;
     value = value > limit ? limit : (value < -limit ? -limit : value);
     store_some(type, y + place, Vector::mul(activated<kind>((F)gate, alpha), Vector::add((F)value, offset)), some);
@@ -57,12 +69,14 @@ void gate_vectors(const GatedRow& row, const uint8_t* gates, const uint8_t* valu
 constexpr int64_t packed_elements = 512;
 
 template <typename Element>
-const uint8_t* packed(const uint8_t* source, int64_t stride, int64_t count, Element* destination) {
-  if (stride == 1) {
+const uint8_t* packed(const uint8_t* first, int64_t stride, int64_t begin, int64_t count, Element* destination) {
+  constexpr auto bytes = static_cast<int64_t>(sizeof(Element));
+  const uint8_t* source = first == nullptr ? nullptr : first + begin * stride * bytes;
+  if (stride == 1 || source == nullptr) {
     return source;
   }
   for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(destination + i, source + i * stride * static_cast<int64_t>(sizeof(Element)), sizeof(Element));
+    std::memcpy(destination + i, source + i * stride * bytes, sizeof(Element));
   }
   return reinterpret_cast<const uint8_t*>(destination);
 }
@@ -71,16 +85,18 @@ template <Gate kind, Real type>
 void gate_row(const GatedRow& row) {
   using Element = std::conditional_t<type == Real::float32, uint32_t, uint16_t>;
   constexpr int64_t bytes = sizeof(Element);
-  if (row.gates_stride == 1 && row.values_stride == 1) {
-    return gate_vectors<kind, type>(row, row.gates, row.values, row.count, row.y);
+  if (row.gates_stride == 1 && row.values_stride == 1 && row.gate_bias_stride == 1 && row.value_bias_stride == 1) {
+    return gate_vectors<kind, type>(row, {row.gates, row.values, row.gate_bias, row.value_bias}, row.count, row.y);
   }
-  Element gates[packed_elements];
-  Element values[packed_elements];
+  Element copies[4][packed_elements];
   for (int64_t i = 0; i < row.count; i += packed_elements) {
     const int64_t count = min(packed_elements, row.count - i);
-    gate_vectors<kind, type>(
-        row, packed(row.gates + i * row.gates_stride * bytes, row.gates_stride, count, gates),
-        packed(row.values + i * row.values_stride * bytes, row.values_stride, count, values), count, row.y + i * bytes);
+    const GateOperands operands{
+        packed(row.gates, row.gates_stride, i, count, copies[0]),
+        packed(row.values, row.values_stride, i, count, copies[1]),
+        packed(row.gate_bias, row.gate_bias_stride, i, count, copies[2]),
+        packed(row.value_bias, row.value_bias_stride, i, count, copies[3])};
+    gate_vectors<kind, type>(row, operands, count, row.y + i * bytes);
   }
 }
 

@@ -145,6 +145,11 @@ Tensor run(const CombineProblem& problem) {
   const Tensor weights = problem.weights.to(at::kFloat);
   const float* weight = weights.const_data_ptr<float>();
   auto* first = static_cast<uint8_t*>(result.mutable_data_ptr());
+  const int64_t* experts = nullptr;
+  if (problem.experts.defined()) {
+    check_range(problem.name, "experts", problem.experts, problem.bias.tensor.size(0));
+    experts = problem.experts.const_data_ptr<int64_t>();
+  }
   const int64_t n = problem.length;
   const int64_t bytes = n * static_cast<int64_t>(result.element_size());
   for_rows(result.numel() / n, (problem.k + 1) * n, [&](int64_t token) {
@@ -158,6 +163,10 @@ Tensor run(const CombineProblem& problem) {
     for (int64_t i = token * problem.k; i < (token + 1) * problem.k; ++i) {
       kernel.to_float32(type, row_of(problem.y, i), n, values.data());
       kernel.decoder.add_multiple(values.data(), weight[i], n, sum.data());
+      if (experts != nullptr) {
+        kernel.to_float32(type, row_of(problem.bias, experts[i]), n, values.data());
+        kernel.decoder.add_multiple(values.data(), weight[i], n, sum.data());
+      }
     }
     kernel.from_float32(sum.data(), 1.0f, n, type, first + token * bytes);
   });

@@ -224,11 +224,13 @@ c10::SmallVector<CombineFacts, 1> facts_of(const CombineProblem& problem) {
   if (is_empty(problem.output)) {
     return {};
   }
-  const bool is_misaligned =
-      misalignment_of(problem.y.tensor) != 0 || (residual.defined() && misalignment_of(residual) != 0);
+  const at::Tensor& bias = problem.bias.tensor;
+  const bool is_misaligned = misalignment_of(problem.y.tensor) != 0 ||
+      (residual.defined() && misalignment_of(residual) != 0) || (bias.defined() && misalignment_of(bias) != 0);
   return {CombineFacts{
       static_cast<int32_t>(dtype), problem.weights.scalar_type() != dtype, problem.tokens(), problem.k, problem.length,
-      problem.y.stride, problem.residual.stride, residual.defined(), is_misaligned}};
+      problem.y.stride, problem.residual.stride, problem.bias.stride, bias.defined() ? bias.size(0) : 0,
+      residual.defined(), is_misaligned}};
 }
 
 c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem) {
@@ -286,12 +288,16 @@ c10::SmallVector<GateFacts, 1> facts_of(const GateProblem& problem) {
     return {};
   }
   const auto& [gates, values] = std::tie(problem.gates, problem.values);
+  bool is_misaligned = false;
+  for (const StridedRows* rows : {&gates, &values, &problem.gate_bias, &problem.value_bias}) {
+    is_misaligned |= rows->tensor.defined() && misalignment_of(rows->tensor) != 0;
+  }
   return {GateFacts{
       static_cast<int32_t>(problem.kind), static_cast<int32_t>(gates.tensor.scalar_type()), problem.rows,
-      problem.length, gates.row_stride, gates.stride, values.row_stride, values.stride,
+      problem.length, gates.row_stride, gates.stride, values.row_stride, values.stride, problem.gate_bias.row_stride,
+      problem.gate_bias.stride, problem.value_bias.row_stride, problem.value_bias.stride, problem.expert_count(),
       std::bit_cast<int64_t>(problem.alpha), std::bit_cast<int64_t>(problem.limit),
-      std::bit_cast<int64_t>(problem.offset),
-      misalignment_of(gates.tensor) != 0 || misalignment_of(values.tensor) != 0}};
+      std::bit_cast<int64_t>(problem.offset), is_misaligned}};
 }
 
 }  // namespace quantization_mlx::gpu

@@ -18,7 +18,7 @@ bool is_aligned(const CombineFacts& facts) {
   const auto bytes = static_cast<int64_t>(at::elementSize(static_cast<at::ScalarType>(facts.dtype)));
   const auto whole = [&](int64_t elements) { return elements * bytes % 16 == 0; };
   return !facts.is_misaligned && facts.length % combine_elements() == 0 && whole(facts.y_stride) &&
-      whole(facts.residual_stride);
+      whole(facts.residual_stride) && whole(facts.bias_stride);
 }
 
 Argument given(bool is_given, Role role) { return is_given ? Argument{role} : Argument{}; }
@@ -54,12 +54,21 @@ Plan plan(const CombineFacts& facts, std::string_view op, const Target& target) 
   Launch launch =
       launch_of(Family::combine, is_wide ? "moe_combine_float32_weights" : "moe_combine", 1, Format{}, facts.dtype);
   launch.kernel.constants = constant(QUANTIZATION_MLX_ALIGNED_X, is_aligned(facts)) |
-      constant(QUANTIZATION_MLX_HAS_RESIDUAL, facts.has_residual);
+      constant(QUANTIZATION_MLX_HAS_RESIDUAL, facts.has_residual) |
+      constant(QUANTIZATION_MLX_HAS_BIAS, facts.experts > 0);
   launch.kernel.threads = elementwise_threads_per_threadgroup();
   const int64_t of_threadgroup = int64_t{combine_elements()} * elementwise_threads_per_threadgroup();
   launch.threadgroups = {static_cast<uint32_t>(ceil_div(length, of_threadgroup)), static_cast<uint32_t>(tokens), 1};
-  set_arguments(launch, {{Role::x}, {Role::weight}, given(facts.has_residual, Role::residual), {Role::y}});
-  set_params(launch, CombineParams{facts.y_stride, facts.residual_stride, k, length}, 4);
+  set_arguments(
+      launch,
+      {{Role::x},
+       {Role::weight},
+       given(facts.has_residual, Role::residual),
+       given(facts.experts > 0, Role::bias),
+       given(facts.experts > 0, Role::experts),
+       {Role::y}});
+  set_params(
+      launch, CombineParams{facts.y_stride, facts.residual_stride, facts.bias_stride, facts.experts, k, length}, 6);
   return {{launch}, 0};
 }
 
