@@ -78,21 +78,47 @@ Stream added(
   return {sum, normal};
 }
 
+// Queries, keys and values of all heads side by side, and what is to be done to them before they are turned.
+struct Heads {
+  Tensor x;
+  OptionalTensor bias;
+  OptionalTensor query_norm;
+  OptionalTensor key_norm;
+};
+
+Heads heads_of(const DecoderLayer& layer, const Tensor& x, const Tensor& keys) {
+  const bool has_norms_of_heads = !layer.query_norm.has_value() || layer.query_norm->numel() == keys.size(3);
+  if (has_norms_of_heads && layer.attention_in.size() == 1) {
+    const Projection& only = *layer.attention_in.front();
+    return {product(only, x), only.bias, layer.query_norm, layer.key_norm};
+  }
+  const Tensor all = project(layer.attention_in, x);
+  if (has_norms_of_heads) {
+    return {all, std::nullopt, layer.query_norm, layer.key_norm};
+  }
+  const int64_t key_length = keys.size(1) * keys.size(3);
+  const auto parts = all.split_with_sizes({all.size(-1) - 2 * key_length, key_length, key_length}, -1);
+  const auto normalised = [&](const Tensor& part, const OptionalTensor& norm) {
+    return ops::rms_norm(part, norm, layer.epsilon);
+  };
+  return {
+      at::cat({normalised(parts[0], layer.query_norm), normalised(parts[1], layer.key_norm), parts[2]}, -1),
+      std::nullopt, std::nullopt, std::nullopt};
+}
+
 Tensor attention(
     const DecoderLayer& layer,
     const Tensor& x,
     const Tensor& keys,
     const Tensor& values,
     const Step& step) {
-  const bool is_single = layer.attention_in.size() == 1;
-  const Tensor heads = is_single ? product(*layer.attention_in.front(), x) : project(layer.attention_in, x);
-  const OptionalTensor bias = is_single ? layer.attention_in.front()->bias : std::nullopt;
+  const Heads heads = heads_of(layer, x, keys);
   const auto angles = [&](at::TensorList all) {
     return layer.rotation < 0 ? std::nullopt : OptionalTensor(all[layer.rotation]);
   };
   const Tensor queries = ops::rope_into_cache(
-      heads, angles(step.cosines), angles(step.sines), keys, values, step.position, bias, layer.query_norm,
-      layer.key_norm, layer.epsilon);
+      heads.x, angles(step.cosines), angles(step.sines), keys, values, step.position, heads.bias, heads.query_norm,
+      heads.key_norm, layer.epsilon);
   const int64_t tokens = x.size(1);
   const int64_t length = step.position + tokens;
   const auto filled = [&](const Tensor& cache) { return cache.narrow(2, 0, length); };
@@ -104,14 +130,69 @@ Tensor attention(
   return project(layer.attention_out, y.transpose(1, 2).reshape({x.size(0), tokens, -1}));
 }
 
-Tensor gated(const DecoderLayer& layer, const Tensor& x) {
-  const Tensor y = project(layer.mlp_in, x);
+struct Gated {
+  Tensor gates;
+  Tensor values;
+};
+
+Gated halves(const Tensor& y) {
   const int64_t length = y.size(-1) / 2;
-  const Tensor gates = y.narrow(-1, 0, length);
-  const Tensor values = y.narrow(-1, length, length);
-  const Tensor activated = layer.activation == "silu" ? ops::swiglu(gates, values, 1.0, std::nullopt, 0.0)
-                                                      : ops::geglu(gates, values, layer.activation);
-  return project(layer.mlp_out, activated);
+  return {y.narrow(-1, 0, length), y.narrow(-1, length, length)};
+}
+
+Gated in_turns(const Tensor& y) { return {y.slice(-1, 0, std::nullopt, 2), y.slice(-1, 1, std::nullopt, 2)}; }
+
+Tensor gated(const Projections& in, const Projections& out, const std::string& activation, const Tensor& x) {
+  const auto [gates, values] = halves(project(in, x));
+  const Tensor activated = activation == "silu"
+      ? ops::swiglu(gates, values, 1.0, std::nullopt, 0.0, std::nullopt, std::nullopt, std::nullopt)
+      : ops::geglu(gates, values, activation);
+  return project(out, activated);
+}
+
+// x [..., 1 or k, K] by the experts of indices [..., k], without their biases.
+Tensor gathered(const Projection& experts, const Tensor& x, const Tensor& indices) {
+  return ops::gather_qmm(
+             x.unsqueeze(-2), experts.weight, *experts.scales, experts.biases, std::nullopt, indices,
+             /*transpose=*/true, experts.group_size, experts.bits, experts.mode, std::nullopt,
+             /*sorted_indices=*/false, op)
+      .squeeze(-2);
+}
+
+// What the first product of the experts becomes.
+Tensor activated(const Mixture& mixture, const Tensor& x, const Tensor& indices) {
+  const auto of_products = [&](const auto& function) {
+    if (mixture.in.size() > 1) {
+      return Gated{function(*mixture.in[0]), function(*mixture.in[1])};
+    }
+    const Tensor both = function(*mixture.in[0]);
+    return mixture.in_turns ? in_turns(both) : halves(both);
+  };
+  const Gated y = of_products([&](const Projection& experts) { return gathered(experts, x, indices); });
+  const bool has_biases = mixture.in.front()->bias.has_value();
+  const Gated biases = has_biases ? of_products([](const Projection& experts) { return *experts.bias; }) : Gated{};
+  const auto given = [&](const Tensor& tensor) { return has_biases ? OptionalTensor(tensor) : std::nullopt; };
+  return ops::swiglu(
+      y.gates, y.values, mixture.alpha, mixture.limit, mixture.offset, given(biases.gates), given(biases.values),
+      given(indices));
+}
+
+Tensor mixed(const Mixture& mixture, const Tensor& x) {
+  const Projection& router = *mixture.router;  // which may be of a wider dtype
+  const Tensor logits = at::linear(x.to(router.weight.scalar_type()), router.weight, router.bias);
+  const auto [indices, weights] = ops::moe_router(
+      logits, mixture.k, mixture.scoring, mixture.correction, mixture.groups, mixture.groups_used, mixture.normalise,
+      mixture.scale);
+  const Tensor y = gathered(*mixture.out, activated(mixture, x.unsqueeze(-2), indices), indices);
+  const OptionalTensor shared = mixture.shared_in.empty()
+      ? std::nullopt
+      : OptionalTensor(gated(mixture.shared_in, mixture.shared_out, "silu", x));
+  const OptionalTensor& bias = mixture.out->bias;
+  return ops::moe_combine(y, weights, shared, bias, bias.has_value() ? OptionalTensor(indices) : std::nullopt);
+}
+
+Tensor mlp(const DecoderLayer& layer, const Tensor& x) {
+  return layer.mixture ? mixed(*layer.mixture, x) : gated(layer.mlp_in, layer.mlp_out, layer.activation, x);
 }
 
 void check_lists(
@@ -154,12 +235,49 @@ Tensor decoder_step(
     };
     add(attention(layer, stream.normal, keys[i], values[i], step), layer.attention_norm_out, layer.mlp_norm,
         layer.epsilon);
-    const Tensor y = gated(layer, stream.normal);
+    const Tensor y = mlp(layer, stream.normal);
     const bool is_last = i + 1 == layers.size();
     add(y, layer.mlp_norm_out, is_last ? decoder->norm : layers[i + 1]->attention_norm,
         is_last ? decoder->epsilon : layers[i + 1]->epsilon);
   }
   return stream.normal;
+}
+
+c10::intrusive_ptr<Mixture> make_mixture(
+    c10::intrusive_ptr<Projection> router,
+    Projections in,
+    c10::intrusive_ptr<Projection> out,
+    bool in_turns,
+    Projections shared_in,
+    Projections shared_out,
+    int64_t k,
+    std::string scoring,
+    OptionalTensor correction,
+    int64_t groups,
+    int64_t groups_used,
+    bool normalise,
+    double scale,
+    double alpha,
+    std::optional<double> limit,
+    double offset) {
+  auto mixture = c10::make_intrusive<Mixture>();
+  mixture->router = std::move(router);
+  mixture->in = std::move(in);
+  mixture->out = std::move(out);
+  mixture->in_turns = in_turns;
+  mixture->shared_in = std::move(shared_in);
+  mixture->shared_out = std::move(shared_out);
+  mixture->k = k;
+  mixture->scoring = std::move(scoring);
+  mixture->correction = std::move(correction);
+  mixture->groups = groups;
+  mixture->groups_used = groups_used;
+  mixture->normalise = normalise;
+  mixture->scale = scale;
+  mixture->alpha = alpha;
+  mixture->limit = limit;
+  mixture->offset = offset;
+  return mixture;
 }
 
 // What a layer is made of, by name.
@@ -168,6 +286,7 @@ c10::intrusive_ptr<DecoderLayer> make_layer(
     Projections attention_out,
     Projections mlp_in,
     Projections mlp_out,
+    std::optional<c10::intrusive_ptr<Mixture>> mixture,
     const c10::Dict<std::string, Tensor>& norms,
     const OptionalTensor& sinks,
     double epsilon,
@@ -181,6 +300,7 @@ c10::intrusive_ptr<DecoderLayer> make_layer(
   layer->attention_out = std::move(attention_out);
   layer->mlp_in = std::move(mlp_in);
   layer->mlp_out = std::move(mlp_out);
+  layer->mixture = mixture.has_value() ? std::move(*mixture) : nullptr;
   std::pair<const char*, OptionalTensor*> places[] = {
       {"attention", &layer->attention_norm},
       {"attention_out", &layer->attention_norm_out},
@@ -225,6 +345,7 @@ c10::intrusive_ptr<Decoder> make_decoder(
 void define_decoder(torch::Library& library) {
   library.class_<Projection>("Projection")
       .def(torch::init<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, int64_t, int64_t, std::string>());
+  library.class_<Mixture>("Mixture").def(torch::init(make_mixture));
   library.class_<DecoderLayer>("DecoderLayer").def(torch::init(make_layer));
   library.class_<Decoder>("Decoder").def(torch::init(make_decoder));
   const std::string name = QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE);

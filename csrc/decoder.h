@@ -45,18 +45,41 @@ struct Projection : torch::CustomClassHolder {
 // Projections of one input, whose outputs lie side by side.
 using Projections = std::vector<c10::intrusive_ptr<Projection>>;
 
-// y = norm_out(attention(norm(x))) * residual_scale + x, then the same with the gated MLP. Norms that are not given are
-// left out.
+// What a layer has in the place of the MLP: a gated one for each expert, of which a router chooses k for a token.
+struct Mixture : torch::CustomClassHolder {
+  c10::intrusive_ptr<Projection> router;
+  Projections in;  // gates and values of all experts
+  c10::intrusive_ptr<Projection> out;
+  bool in_turns = false;  // a row of gates, one of values
+  Projections shared_in;  // of the gated MLP that every token passes; empty where there is none
+  Projections shared_out;
+  // Of moe_router.
+  int64_t k = 1;
+  std::string scoring;
+  std::optional<at::Tensor> correction;
+  int64_t groups = 1;
+  int64_t groups_used = 1;
+  bool normalise = false;
+  double scale = 1.0;
+  // Of swiglu.
+  double alpha = 1.0;
+  std::optional<double> limit;
+  double offset = 0.0;
+};
+
+// y = norm_out(attention(norm(x))) * residual_scale + x, then the same with the gated MLP or the mixture of experts.
+// Norms that are not given are left out.
 struct DecoderLayer : torch::CustomClassHolder {
   Projections attention_in;  // queries, keys and values
   Projections attention_out;
   Projections mlp_in;  // gates and values
   Projections mlp_out;
+  c10::intrusive_ptr<Mixture> mixture;  // null where there is an MLP
   std::optional<at::Tensor> attention_norm;
   std::optional<at::Tensor> attention_norm_out;
   std::optional<at::Tensor> mlp_norm;
   std::optional<at::Tensor> mlp_norm_out;
-  std::optional<at::Tensor> query_norm;  // of each head
+  std::optional<at::Tensor> query_norm;  // of each head, or of all heads together
   std::optional<at::Tensor> key_norm;
   std::optional<at::Tensor> sinks;
   double epsilon = 1e-6;

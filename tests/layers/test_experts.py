@@ -353,24 +353,9 @@ def test_formats_may_differ_between_projections(tmp_path: Path) -> None:
     assert_close(logits(loaded), mlx_logits_of_tokens(tmp_path), 1e-4)
 
 
-def openai_checkpoint(model: PreTrainedModel, directory: Path) -> None:
-    """`model`, a gpt-oss, as OpenAI stores it: its experts in blocks of mode mxfp4, quantized by mlx."""
-    from safetensors.torch import save_file
-
-    model.save_pretrained(directory)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        words, scales = oracle.mlx_quantize(tensors.pop(name).mT.contiguous(), Format("mxfp4", 32, 4))
-        tensors[f"{name}_blocks"] = words.view(torch.uint8).unflatten(-1, (-1, 16))
-        tensors[f"{name}_scales"] = scales
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    record = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    tiny.edit_config(directory, lambda config: config.update(quantization_config=record))
-
-
 def test_blocks_of_gpt_oss_are_viewed(tmp_path: Path) -> None:
     dense = tiny_model("gpt_oss")
-    openai_checkpoint(dense, tmp_path / "openai")
+    tiny.openai_checkpoint(dense, tmp_path / "openai")
     with patched_transformers():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "openai", dtype=torch.float32)
     layer = experts_of(model).gate_up_proj

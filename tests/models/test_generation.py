@@ -13,6 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -27,8 +28,10 @@ from quantization_mlx import (
     quantize_model,
     save_checkpoint,
 )
+from quantization_mlx._ops import ops
 from quantization_mlx.hf import decoder
 from quantization_mlx.hf.compat import cache_name
+from quantization_mlx.hf.patch import patched_transformers
 from repository import load_demo
 from tiny import VOCABULARY
 
@@ -54,8 +57,25 @@ FAMILIES = {
     "granite": transformers.GraniteConfig(
         **SIZES, residual_multiplier=0.3, embedding_multiplier=4.0, attention_multiplier=0.1, logits_scaling=2.0
     ),
+    "olmo2": transformers.Olmo2Config(**SIZES, attention_bias=True),
 }
 FAMILY = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
+SHARED_EXPERTS = {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
+GROUPS = {"n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
+MIXTURES = {
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=64, norm_topk_prob=True),
+    # An MLP in the second layer, and weights of experts that do not add up to 1.
+    "qwen3_moe-some": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1], norm_topk_prob=False),
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=7),
+    "gpt_oss": transformers.GptOssConfig(**SIZES, num_local_experts=8, head_dim=32, sliding_window=6),
+    "olmoe": transformers.OlmoeConfig(**{**SIZES, "intermediate_size": 64}, num_experts=8, num_experts_per_tok=3),
+    # An MLP in the first layer.
+    "glm4_moe": transformers.Glm4MoeConfig(
+        **SIZES, **SHARED_EXPERTS, **GROUPS, first_k_dense_replace=1, head_dim=32, use_qk_norm=True, attention_bias=True
+    ),
+}
+MIXTURE = pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES.keys())
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -65,8 +85,11 @@ def tiny_model(config, dtype: torch.dtype = torch.float32, quantized: bool = Tru
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).to(dtype).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # ones and zeros would hide a mix-up
+        if name.endswith(("bias", "sinks")) or "norm" in name:  # ones and zeros would hide a mix-up
             nn.init.uniform_(parameter, 0.5, 1.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            nn.init.uniform_(buffer, -0.2, 0.2)
     return quantize_model(model, group_size=32) if quantized else model
 
 
@@ -122,7 +145,122 @@ def test_same_logits(device: str, config, quantized: bool, batch: int, steps: St
     assert steps.count == 20
 
 
-@pytest.mark.parametrize("config", [FAMILIES[name] for name in ("llama", "mistral-sliding")], ids=("all", "window"))
+@MIXTURE
+@pytest.mark.parametrize("batch", [1, 3])
+def test_same_logits_of_mixtures(device: str, config, batch: int, steps: Steps) -> None:
+    model, prepared = pair(config)
+    ids = tokens(batch, 24)
+    expected = logits_of(model, ids, 5)
+    assert_same(logits_of(prepared.to(device), ids.to(device), 5), expected)
+    assert steps.count == 20
+
+
+@MIXTURE
+def test_greedy_tokens_of_mixtures(config) -> None:
+    model, prepared = pair(config)
+    options = {"max_new_tokens": 64, "do_sample": False}
+    texts = [each.generate(tokens(1, 9), **options) for each in (model, prepared)]
+    assert torch.equal(*texts) and texts[0].shape == (1, 73)
+
+
+@MIXTURE
+def test_mixtures_are_as_exact_as_the_unprepared_model(config) -> None:
+    """Against the values of the quantized weights, in float64."""
+    model, prepared = pair(config)
+    exact = dequantize_model(copy.deepcopy(model)).double()
+    exact.set_experts_implementation("eager")
+    ids = tokens(2, 30)
+    expected = logits_of(exact, ids, 20)
+    errors = [(logits_of(each, ids, 20) - expected).abs().max() for each in (model, prepared)]
+    assert errors[1] <= 2 * errors[0] + torch.finfo(torch.float32).eps * expected.abs().max()
+
+
+@torch.no_grad()
+@MIXTURE
+def test_experts_in_floating_point_run_as_before(config, steps: Steps) -> None:
+    model = tiny_model(config, quantized=False)
+    quantize_model(model, group_size=32, predicate=lambda path, _: ".experts." not in path)
+    prepared = prepare_for_generation(copy.deepcopy(model))
+    assert_same(logits_of(prepared, tokens(2, 9), 5), logits_of(model, tokens(2, 9), 5))
+    assert steps.count == 0
+
+
+@torch.no_grad()
+@MIXTURE
+def test_formats_of_experts_may_differ(config, steps: Steps) -> None:
+    """Where gates and values are no longer one product."""
+
+    def predicate(path: str, layer: nn.Module) -> dict[str, int]:
+        return {"bits": 8 if "up_proj" in path else 4}
+
+    model = quantize_model(tiny_model(config, quantized=False), group_size=32, predicate=predicate)
+    prepared = prepare_for_generation(copy.deepcopy(model))
+    assert_same(logits_of(prepared, tokens(2, 12), 5), logits_of(model, tokens(2, 12), 5))
+    assert steps.count == 8
+
+
+@torch.no_grad()
+def test_experts_whose_gates_and_values_take_turns(tmp_path: Path, steps: Steps) -> None:
+    """As OpenAI stores those of gpt-oss."""
+    dense = tiny_model(MIXTURES["gpt_oss"], quantized=False)
+    tiny.openai_checkpoint(dense, tmp_path)
+    with patched_transformers():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert hasattr(model.model.layers[0].mlp.experts, "gate_up_proj")
+    prepared = prepare_for_generation(copy.deepcopy(model))
+    assert_same(logits_of(prepared, tokens(2, 12), 5), logits_of(model, tokens(2, 12), 5))
+    assert steps.count == 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exact", [True, False])
+def test_norms_in_a_wider_dtype(exact: bool, steps: Steps) -> None:
+    """Transformers keeps those of gpt-oss in float32. The op takes them where bfloat16 has their values."""
+    model = tiny_model(MIXTURES["gpt_oss"], dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float() + (0.0 if exact else 1e-5)
+    prepared = prepare_for_generation(copy.deepcopy(model))
+    ids = tokens(1, 12)
+    logits, expected = (logits_of(each, ids, 5) for each in (prepared, model))
+    assert logits.dtype == torch.bfloat16 and steps.count == (8 if exact else 0)
+    assert (logits.float() - expected.float()).square().mean() < 0.01 * expected.float().square().mean()
+    if exact:  # and notices that they change
+        for each in (prepared, model):
+            each.model.norm.weight.mul_(2.0)
+        changed = logits_of(prepared, ids, 5).float()
+        assert (changed - 2.0 * logits.float()).abs().max() < 0.02 * changed.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["gate", "experts", "router logits", "config"])
+def test_what_asks_for_more_of_a_mixture_gets_it(part: str, steps: Steps) -> None:
+    _, prepared = pair(MIXTURES["qwen3_moe"])
+    ids, calls, options = tokens(1, 4), [], {}
+    if part == "router logits":
+        options["output_router_logits"] = True
+    elif part == "config":
+        prepared.config.output_router_logits = True
+    else:
+        module = getattr(prepared.model.layers[1].mlp, part)
+        module.register_forward_hook(lambda *_: calls.append(1))
+    output = prepared(ids, **options)
+    assert steps.count == 0
+    assert len(calls) == 1 if not options and part != "config" else len(output.router_logits) == 3
+
+
+@torch.no_grad()
+def test_the_output_is_that_of_the_class() -> None:
+    for config in (MIXTURES["mixtral"], FAMILIES["llama"]):
+        model, prepared = pair(config)
+        assert type(prepared.model(tokens(1, 4))) is type(model.model(tokens(1, 4)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*(FAMILIES[name] for name in ("llama", "mistral-sliding", "olmo2")), MIXTURES["gpt_oss"]],
+    ids=("all", "window", "norms", "mixture"),
+)
 def test_same_logits_of_padded_batches(device: str, config, steps: Steps) -> None:
     """Single tokens and several, of sequences that begin at other positions."""
     model, prepared = pair(config)
@@ -253,6 +391,47 @@ def test_launches_of_one_token(config) -> None:
     plans = explain(prepared, tokens(1, 1), **{cache_name(): cache}, gpu="applegpu_g15s")
     assert {"rope_into_cache", "scaled_dot_product_attention", "swiglu"} < {plan.op for plan in plans}
     assert sum(len(plan.launches) for plan in plans) == 9 * config.num_hidden_layers + 3
+
+
+class TorchKernels(TorchDispatchMode):
+    """Counts the ops of torch within the op that compute anything."""
+
+    allocating = ("empty", "empty_like", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.is_inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is ops.decoder_step.default:
+            self.is_inside = True
+            with self:
+                result = func.redispatch(
+                    torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd), *args, **kwargs
+                )
+            self.is_inside = False
+            return result
+        computes = func.namespace == "aten" and not func.is_view and func.overloadpacket.__name__ not in self.allocating
+        self.count += self.is_inside and computes
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, per_layer", [("qwen3_moe", 12), ("mixtral", 12), ("gpt_oss", 13)])
+def test_launches_of_one_token_of_a_mixture(name: str, per_layer: int) -> None:
+    """Those of torch among them: the router's product and, in gpt-oss, a bias."""
+    config = MIXTURES[name]
+    _, prepared = pair(config, dtype=torch.float16)
+    cache = DynamicCache(config=config)
+    prepared(tokens(1, 5), **{cache_name(): cache})
+    plans = explain(prepared, tokens(1, 1), **{cache_name(): cache}, gpu="applegpu_g15s")
+    assert {"moe_router", "swiglu", "moe_combine"} < {plan.op for plan in plans}
+    with TorchKernels() as kernels:
+        prepared(tokens(1, 1), **{cache_name(): cache})
+    launches = sum(len(plan.launches) for plan in plans)
+    assert launches + kernels.count == per_layer * config.num_hidden_layers + 3
 
 
 @torch.no_grad()
@@ -540,7 +719,7 @@ def test_op_has_no_gradients() -> None:
 
 def test_unknown_norms_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[decoder_step\] norms has unknown names; known are attention, "):
-        decoder._classes.DecoderLayer(*[[]] * 4, {"other": torch.ones(8)}, None, 0.1, 1.0, None, 0, 1.0, "silu")
+        decoder._classes.DecoderLayer(*[[]] * 4, None, {"other": torch.ones(8)}, None, 0.1, 1.0, None, 0, 1.0, "silu")
 
 
 # --- The demo's model -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import oracle
-from oracle import name_of
+from oracle import Format, name_of
 from quantization_mlx import load_checkpoint, save_checkpoint
 
 VOCABULARY = 96
@@ -155,6 +155,19 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         oracle.assert_identical(found[name], tensor, name)
+
+
+def openai_checkpoint(model: PreTrainedModel, directory: Path) -> None:
+    """`model`, a gpt-oss, as OpenAI stores it: its experts in blocks of mode mxfp4, quantized by mlx."""
+    model.save_pretrained(directory)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        words, scales = oracle.mlx_quantize(tensors.pop(name).mT.contiguous(), Format("mxfp4", 32, 4))
+        tensors[f"{name}_blocks"] = words.view(torch.uint8).unflatten(-1, (-1, 16))
+        tensors[f"{name}_scales"] = scales
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    record = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    edit_config(directory, lambda config: config.update(quantization_config=record))
 
 
 def mlx_logits(directory: Path, dtype: torch.dtype | None = None) -> Tensor:

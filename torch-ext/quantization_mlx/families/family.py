@@ -20,12 +20,15 @@ class Family:
     experts: where an MLX checkpoint has the experts of a layer, stacked. The first part takes the place of "mlp", by
         which Transformers knows most blocks of router and experts; other names of blocks are the same in both.
     projections: MLX's names of the projections of an expert, by those in checkpoints that store each expert by itself.
-    decoders: what the names of Transformers' classes begin with, in small letters the model_types, where
-        `prepare_for_generation` knows the layers.
+    decoders: by model_type what the names of Transformers' classes begin with, where `prepare_for_generation` knows the
+        layers.
     decoder_norms: of these layers, the names of the norms before attention and the MLP ("attention", "mlp") and of what
         these give ("attention_out", "mlp_out").
     norm_offset: what the model adds to the weights of its norms.
     rotates_by_type: whether its rotary embedding depends on the type of a layer.
+    halves_angles: whether that gives each angle once, for the two elements that turn together.
+    router: the name of the router beside the experts.
+    routes_in_float32: whether that computes in float32 in a model of any dtype.
     stand_in: what takes the place of its modules of experts, if their forward pass reads fused parameters.
     """
 
@@ -35,10 +38,13 @@ class Family:
         **{name: name for name in ("gate_proj", "up_proj", "down_proj")},
         **{"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
     }
-    decoders: tuple[str, ...] = ()
+    decoders: Mapping[str, str] = {}
     decoder_norms: Mapping[str, str] = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
     norm_offset: float = 0.0
     rotates_by_type: bool = False
+    halves_angles: bool = False
+    router: str = "gate"
+    routes_in_float32: bool = False
     stand_in: type[StandIn] | None = None
 
     def __init_subclass__(cls) -> None:
@@ -59,6 +65,16 @@ class Family:
     def renamings(self, model: nn.Module) -> list[tuple[str, str]]:
         """Patterns of stored names and what replaces them, beyond those of experts, for what `place` has put there."""
         return []
+
+    # Generating: mixtures of experts that `prepare_for_generation` knows
+
+    def routing(self, router: nn.Module) -> Mapping[str, Any] | None:
+        """How this router chooses experts: arguments of `fast.moe_router`, k among them; None if that cannot do it."""
+        return None
+
+    def gate(self, experts: nn.Module) -> Mapping[str, Any]:
+        """Arguments of `fast.swiglu` for experts without an activation of their own."""
+        return {}
 
     # The names and the layout of tensors, where an MLX checkpoint has others than Transformers
 

@@ -6,7 +6,7 @@ from .family import Family
 
 
 class Gemma3(Family):
-    decoders = ("Gemma3",)
+    decoders: Mapping[str, str] = {"gemma3": "Gemma3"}
     decoder_norms: Mapping[str, str] = {
         "attention": "input_layernorm",
         "attention_out": "post_attention_layernorm",

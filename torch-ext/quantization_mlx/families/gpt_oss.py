@@ -18,6 +18,15 @@ _PARTS = {"blocks": "weight", "scales": "scales", "bias": "bias"}  # OpenAI's na
 
 class GptOss(Family):
     experts = "mlp.experts"
+    decoders: Mapping[str, str] = {"gpt_oss": "GptOss"}
+    halves_angles = True
+    router = "router"
+
+    def routing(self, router: nn.Module) -> dict[str, Any]:
+        return {"k": router.top_k, "scoring": "softmax_of_selected"}
+
+    def gate(self, experts: nn.Module) -> dict[str, Any]:
+        return {"alpha": experts.alpha, "limit": experts.limit, "offset": 1.0}
 
     def record(self, config: Any) -> Mapping[str, Any] | None:
         """That of mode mxfp4 where Transformers would dequantize the experts: without a GPU for its own kernels."""

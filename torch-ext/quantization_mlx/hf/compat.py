@@ -131,6 +131,9 @@ prepare_for_generation
     PagedAttentionArgs(read_index, write_index, logits_indices): further ones, of continuous batching
   transformers.modeling_outputs
     BaseModelOutputWithPast(last_hidden_state): the output
+    MoeModelOutputWithPast(last_hidden_state): that of mixtures of experts
+  transformers.integrations.moe
+    use_experts_implementation(is_concatenated, has_gate, has_post_expert_norm): says how experts compute
   transformers.cache_utils
     Cache(offloading): whether its layers move to the CPU
     DynamicLayer.get_seq_length: overridden: how many positions are taken
@@ -192,6 +195,12 @@ DECODERS = {
             "resid_mlp_dropout",
         ),
         (),
+    ),
+    "mixture": (("gate", "router", "experts", "shared_experts"), ("experts",)),
+    "router": ((), ("weight", "top_k")),
+    "experts": (
+        ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn"),
+        ("num_experts", "has_gate", "has_post_expert_norm", "is_concatenated", "_is_expert_parallel"),
     ),
     "attention": (
         ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"),
@@ -268,6 +277,14 @@ def is_known_part(module: Any, part: str) -> bool:
     return all(name in submodules for name, _ in module.named_children()) and all(
         hasattr(module, name) for name in attributes
     )
+
+
+def output_class(forward: Callable[..., Any]) -> type:
+    """The class of what `forward` of a stack of decoder layers returns, as it is annotated."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
+
+    annotated = inspect.signature(forward).return_annotation
+    return MoeModelOutputWithPast if annotated is MoeModelOutputWithPast else BaseModelOutputWithPast
 
 
 def _version(library: str) -> str:

@@ -16,26 +16,32 @@ from torch import Tensor, nn
 from .._ops import ops
 from ..families import EVERY_FAMILY, Family
 from ..nn.linear import QuantizedLinear
+from ..nn.module import PackedModule
 from ..nn.obstacles import HOOKS
+from ..nn.switch import QuantizedSwitchLinear
 from ..optional import PreTrainedModel
 from . import compat
 from .growing_cache import GrowingLayer, growing_layer
 
 # The names and the families of the models whose decoder layers are known, by the module of their classes.
 _KNOWN_MODELS = {
-    f"transformers.models.{name.lower()}.modeling_{name.lower()}": (name, family)
+    f"transformers.models.{model_type}.modeling_{model_type}": (name, family)
     for family in EVERY_FAMILY
-    for name in family.decoders
+    for model_type, name in family.decoders.items()
 }
 _ATTENTION = ("eager", "sdpa")  # the implementations that the op stands for
 _HEAD_MULTIPLE = 8  # of head sizes, in the attention op
+_MOST_EXPERTS, _MOST_SELECTED = 512, 32  # of moe_router
 # Keyword arguments that request further outputs; False is the same as None.
 _REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "tanh"}
 # The names of a layer's parts: those before attention and the MLP, of queries, keys and values, of gates with their
-# values, and the activation, of which each layer has one choice.
+# values, and the activation, of which each layer has one choice. Experts have those of an MLP.
 _ATTENTION_INPUTS = (("qkv_proj",), ("q_proj", "k_proj", "v_proj"))
 _MLP_INPUTS = (("gate_up_proj",), ("gate_proj", "up_proj"))
+# What the op takes of `moe_router` and of `swiglu`, in its order, where a family has nothing else to say.
+_ROUTING = {"k": 1, "scoring": "softmax", "bias": None, "groups": 1, "groups_used": 1, "normalise": False, "scale": 1.0}
+_GATE = {"alpha": 1.0, "limit": None, "offset": 0.0}
 
 _classes = getattr(torch.classes, ops.name)
 _decoder_step = ops.decoder_step.default  # the overload: the fastest way from Python into the dispatcher
@@ -101,9 +107,34 @@ def _is_known_layer(module: nn.Module) -> bool:
         and compat.is_known_part(module, "layer")
         and all(hasattr(module, name) for name in _family(module).decoder_norms.values())
         and compat.is_known_part(module.self_attn, "attention")
-        and compat.is_known_part(module.mlp, "mlp")
-        and _activation(module.mlp) is not None
+        and (_is_known_mixture(module.mlp) if hasattr(module.mlp, "experts") else _is_known_mlp(module.mlp))
         and module.self_attn.head_dim % _HEAD_MULTIPLE == 0
+    )
+
+
+def _is_known_mlp(module: nn.Module) -> bool:
+    return compat.is_known_part(module, "mlp") and _activation(module) is not None
+
+
+def _is_known_mixture(module: nn.Module) -> bool:
+    if not _is_kind(module, "SparseMoeBlock", "MoE", "MLP"):
+        return False
+    family = _family(module)
+    router, experts = module._modules.get(family.router), module.experts
+    shared = module._modules.get("shared_experts")
+    return (
+        _is_kind(router, "TopKRouter", "TopkRouter")
+        and _is_kind(experts, "Experts")
+        and compat.is_known_part(module, "mixture")
+        and compat.is_known_part(router, "router")
+        and compat.is_known_part(experts, "experts")
+        and family.routing(router) is not None
+        and experts.has_gate
+        and not experts.has_post_expert_norm
+        and (bool(family.gate(experts)) or _activation(experts) == "silu")
+        and experts.num_experts <= _MOST_EXPERTS
+        and router.top_k <= _MOST_SELECTED
+        and (shared is None or (_is_known_mlp(shared) and _activation(shared) == "silu"))
     )
 
 
@@ -130,6 +161,7 @@ def _mixed(mixin: type, kind: type) -> type:
     attributes: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     if mixin is _FastStack:  # which goes by the names of the `forward` that it overrides
         attributes["cache_name"] = compat.cache_name(kind.forward)
+        attributes["output_class"] = compat.output_class(kind.forward)
         attributes["option_names"] = compat.forward_options(kind.forward, _FastStack.overridden)
     return type(kind.__name__, (mixin, kind), attributes)
 
@@ -156,24 +188,24 @@ class _JoinedLayer(_Prepared):
     def join_projections(self) -> None:
         self._made = _Made()
         self._made.key = inputs = self._projections()
-        self._made.value = [_joined(layers) for layers in inputs]
+        self._made.value = {name: _joined(layers) for name, layers in inputs.items()}
 
-    def _projections(self) -> list[list[nn.Module]]:
-        """Of attention's input and output, and of the MLP's; those that are there by now."""
+    def _projections(self) -> dict[str, list[nn.Module | None]]:
+        """Those that are there by now. None stands for experts in floating point, which are no modules."""
         attention, mlp = self._modules["self_attn"]._modules, self._modules["mlp"]._modules
 
-        def first_of(modules: Mapping[str, nn.Module], choices: tuple[tuple[str, ...], ...]) -> list[nn.Module]:
-            return next([modules[name] for name in names] for names in choices if names[0] in modules)
+        def first_of(modules: Mapping[str, nn.Module], choices: tuple[tuple[str, ...], ...]) -> list[nn.Module | None]:
+            return next(([modules[name] for name in names] for names in choices if names[0] in modules), [None])
 
-        return [
-            first_of(attention, _ATTENTION_INPUTS),
-            [attention["o_proj"]],
-            first_of(mlp, _MLP_INPUTS),
-            [mlp["down_proj"]],
-        ]
+        gated = {name: mlp[name]._modules for name in ("experts", "shared_experts") if name in mlp} or {"mlp": mlp}
+        projections = {"attention_in": first_of(attention, _ATTENTION_INPUTS), "attention_out": [attention["o_proj"]]}
+        for name, part in gated.items():
+            projections[f"{name}_in"] = first_of(part, _MLP_INPUTS)
+            projections[f"{name}_out"] = [part.get("down_proj")]
+        return projections
 
-    def products(self) -> list[Any]:
-        """For the op, of these inputs; those of modules that have taken places since, such as adapters, are None."""
+    def products(self) -> dict[str, Any]:
+        """For the op, of these; those of modules that have taken places since, such as adapters, are None."""
         if self._made.key != self._projections():
             self.join_projections()
         return self._made.value
@@ -187,17 +219,24 @@ class _JoinedLayer(_Prepared):
     def is_plain(self) -> bool:
         """Whether nothing but the parameters decides what it computes."""
         attention = self._modules["self_attn"]
-        parts = (self, attention, self._modules["mlp"])
+        mlp = self._modules["mlp"]
+        parts = (self, attention, mlp)
+        if (experts := mlp._modules.get("experts")) is not None:
+            parts += tuple(mlp._modules.values())
+            if experts._is_expert_parallel or (self.training and getattr(mlp, "jitter_noise", 0.0)):
+                return False
         dropouts = (attention.attention_dropout, *(each.p for each in self.children() if isinstance(each, nn.Dropout)))
         changed = any("forward" in vars(part) or any(getattr(part, table) for table in HOOKS) for part in parts)
         capped = getattr(attention, "attn_logit_softcapping", None) is not None
-        return attention.is_causal and not changed and not capped and not (self.training and any(dropouts))
+        clipped = getattr(attention.config, "clip_qkv", None) is not None
+        return attention.is_causal and not (changed or capped or clipped or (self.training and any(dropouts)))
 
 
 def _joined(layers: list[nn.Module]) -> list[Any] | None:
     """The products that give the outputs of these linear layers side by side; None if one of them has to be called.
 
-    Neighbours of one format become one product: their parameters become views of joint ones.
+    Neighbours of one format become one product: their parameters become views of joint ones. With a matrix for each
+    expert, the rows of all of them lie side by side in that of an expert.
     """
     if not all(map(_is_plain_linear, layers)):
         return None
@@ -211,12 +250,12 @@ def _joint_key(layer: nn.Module) -> tuple:
 
 
 def _format(layer: nn.Module) -> tuple[int, int, str]:
-    return (layer.group_size, layer.bits, layer.mode) if type(layer) is QuantizedLinear else (0, 0, "")
+    return (layer.group_size, layer.bits, layer.mode) if isinstance(layer, PackedModule) else (0, 0, "")
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
     """Whether a layer computes what its class does with its parameters, without hooks and a forward of its own."""
-    known = type(layer) in (nn.Linear, QuantizedLinear) and "forward" not in vars(layer)
+    known = type(layer) in (nn.Linear, QuantizedLinear, QuantizedSwitchLinear) and "forward" not in vars(layer)
     return known and not any(getattr(layer, table) for table in HOOKS)
 
 
@@ -224,8 +263,9 @@ def _join(layers: list[nn.Module]) -> Any:
     first = layers[0]
     joint = {name: parameter.detach() for name, parameter in first.named_parameters()}
     for name in joint if len(layers) > 1 else ():
-        joint[name] = torch.cat([layer._parameters[name].detach() for layer in layers])
-        parts = joint[name].split([layer.out_features for layer in layers])
+        dim = -1 if name == "bias" else -2
+        joint[name] = torch.cat([layer._parameters[name].detach() for layer in layers], dim)
+        parts = joint[name].split([layer.out_features for layer in layers], dim)
         for layer, part in zip(layers, parts, strict=True):
             trained = layer._parameters[name].requires_grad
             setattr(layer, name, nn.Parameter(part, requires_grad=trained))
@@ -237,9 +277,34 @@ def _epsilon(norm: nn.Module) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def _norm_weight(norm: nn.Module, offset: float) -> Tensor:
-    weight = norm.weight.detach()
-    return (weight.float() + offset).to(weight.dtype) if offset else weight
+class _WiderTensor(ValueError):
+    """What a model keeps in a wider dtype than that of its hidden states, with values that need it."""
+
+
+class _Tensors:
+    """Tensors of a model as the op takes them, and from which of them it has others made.
+
+    dtype: of hidden states.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._copied: list[tuple[Tensor, int]] = []  # with their versions then
+
+    def __call__(self, tensor: Tensor, dtype: torch.dtype | None = None, offset: float = 0.0) -> Tensor:
+        """The values, plus the offset, in this dtype or that of hidden states. Raises _WiderTensor if it does not have
+        all of them."""
+        tensor, dtype = tensor.detach(), dtype or self.dtype
+        given = (tensor.float() + offset).to(tensor.dtype) if offset else tensor
+        converted = given.to(dtype)
+        if converted is not given and not torch.equal(converted.to(given.dtype), given):
+            raise _WiderTensor
+        if converted is not tensor:
+            self._copied.append((tensor, tensor._version))
+        return converted
+
+    def are_current(self) -> bool:
+        return all(tensor._version == version for tensor, version in self._copied)
 
 
 def _norms(layer: nn.Module) -> dict[str, nn.Module]:
@@ -250,21 +315,48 @@ def _norms(layer: nn.Module) -> dict[str, nn.Module]:
     return norms | {name: norm for name, norm in heads.items() if norm is not None}
 
 
-def _layer_for_op(layer: nn.Module, products: list[Any], rotations: list[str | None]) -> Any:
+def _layer_for_op(layer: nn.Module, products: dict[str, Any], rotations: list[str | None], tensors: _Tensors) -> Any:
     """The description of a decoder layer that the op takes. rotations: the types of layers that turn heads alike."""
     attention = layer.self_attn
     norms = _norms(layer)
     rotates = getattr(attention, "use_rope", True)
+    sinks = getattr(attention, "sinks", None)
     return _classes.DecoderLayer(
-        *products,
-        {name: _norm_weight(norm, _family(layer).norm_offset) for name, norm in norms.items()},
-        None,
+        products["attention_in"],
+        products["attention_out"],
+        products.get("mlp_in", []),
+        products.get("mlp_out", []),
+        _mixture_for_op(layer.mlp, products, tensors) if hasattr(layer.mlp, "experts") else None,
+        {name: tensors(norm.weight, offset=_family(layer).norm_offset) for name, norm in norms.items()},
+        None if sinks is None else tensors(sinks),
         _epsilon(next(iter(norms.values()))),
         attention.scaling,
         _sliding_window(attention),
         rotations.index(_rotation(layer)) if rotates else -1,
         float(getattr(layer, "residual_multiplier", 1.0)),
-        _activation(layer.mlp),
+        _activation(layer.mlp) or "silu",
+    )
+
+
+def _mixture_for_op(block: nn.Module, products: dict[str, Any], tensors: _Tensors) -> Any:
+    """The description of a router and experts that the op takes."""
+    family = _family(block)
+    router, experts = getattr(block, family.router), block.experts
+    dtype = torch.float32 if family.routes_in_float32 else None
+    bias = getattr(router, "bias", None)
+    of_router = (tensors(router.weight, dtype), None, None, None if bias is None else tensors(bias, dtype))
+    routing = _ROUTING | family.routing(router)
+    if routing["bias"] is not None:
+        routing["bias"] = tensors(routing["bias"], torch.float32)
+    return _classes.Mixture(
+        _classes.Projection(*of_router, *_format(router)),
+        products["experts_in"],
+        *products["experts_out"],
+        "gate_up_proj" in experts._modules and not experts.is_concatenated,
+        products.get("shared_experts_in", []),
+        products.get("shared_experts_out", []),
+        *routing.values(),
+        *(_GATE | family.gate(experts)).values(),
     )
 
 
@@ -287,6 +379,7 @@ class _FastStack(_Prepared):
 
     overridden = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
     cache_name: str
+    output_class: type
     option_names: frozenset[str]  # further keyword arguments of the original forward
 
     def forward(
@@ -341,10 +434,13 @@ class _FastStack(_Prepared):
             return None
         if config.output_hidden_states or config.output_attentions or not config.return_dict:
             return None
+        if getattr(config, "output_router_logits", False):
+            return None
         if config._attn_implementation not in _ATTENTION:
             return None
         decoder, rotations = self._decoder()
-        if decoder is None or not _serves(self.norm.weight, inputs.device):
+        like = self._like()
+        if decoder is None or not _serves(like, inputs.device):
             return None
         if caches and cache is None:
             from transformers import DynamicCache
@@ -359,7 +455,7 @@ class _FastStack(_Prepared):
         if visible is False:
             return None
         x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
-        if x.dtype != self.norm.weight.dtype:
+        if x.dtype != like.dtype:
             return None
         if position_ids is None:
             position_ids = torch.arange(length, length + tokens, device=x.device)[None]
@@ -375,37 +471,43 @@ class _FastStack(_Prepared):
         )
         for each in held or ():
             each.length += tokens
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=x, **{self.cache_name: cache})
+        return self.output_class(last_hidden_state=x, **{self.cache_name: cache})
 
     def _decoder(self) -> tuple[Any, list[str | None]]:
         """The description of all layers for the op, None if it does not take them as they are, and the kinds of their
         rotations."""
         layers = self._layers()
         products = [layer.products() for layer in layers]
-        if any(product is None for each in products for product in each):
+        if any(product is None for each in products for product in each.values()):
             return None, []
         if not all(layer.is_plain() for layer in layers):
             return None, []
         made = self.__dict__.setdefault("_made", _Made())
         # New projections, which a layer makes of replaced parameters, are another list.
-        key = [*map(id, products), *self._versions(layers)]
-        if made.key != key:
+        dtype = self._like().dtype
+        key = [dtype, *map(id, products)]
+        if made.key != key or not made.value[-1].are_current():
             rotations = sorted({_rotation(layer) for layer in layers}, key=str)
-            described = [_layer_for_op(layer, each, rotations) for layer, each in zip(layers, products, strict=True)]
-            norm = _norm_weight(self.norm, _family(self).norm_offset)
-            described = _classes.Decoder(described, norm, _epsilon(self.norm))
-            made.key, made.value = key, (described, rotations, products)
+            tensors = _Tensors(dtype)
+            try:
+                described = self._described(products, rotations, tensors)
+            except _WiderTensor:
+                described = None
+            made.key, made.value = key, (described, rotations, products, tensors)
         return made.value[:2]
 
-    def _versions(self, layers: list[nn.Module]) -> list[int]:
-        """What changes with the weights of norms, where the op has others made of them."""
-        if not _family(self).norm_offset:
-            return []
-        return [
-            norm.weight._version for norm in (self.norm, *(norm for layer in layers for norm in _norms(layer).values()))
+    def _described(self, products: list[dict[str, Any]], rotations: list[str | None], tensors: _Tensors) -> Any:
+        layers = [
+            _layer_for_op(layer, each, rotations, tensors) for layer, each in zip(self._layers(), products, strict=True)
         ]
+        norm = tensors(self.norm.weight, offset=_family(self).norm_offset)
+        return _classes.Decoder(layers, norm, _epsilon(self.norm))
+
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and the device of hidden states."""
+        weight, embedding = self.norm.weight, self.embed_tokens
+        dtype = embedding.weight_dtype if isinstance(embedding, PackedModule) else embedding.weight.dtype
+        return weight if weight.dtype == dtype else weight.new_empty(0, dtype=dtype)
 
     def _layers(self) -> list[nn.Module]:
         return list(self.layers[: self.config.num_hidden_layers])
@@ -414,6 +516,8 @@ class _FastStack(_Prepared):
         """Cosines, and sines, by kind of rotation."""
         kinds = [[] if kind is None else [kind] for kind in rotations]
         angles = [self.rotary_emb(x, position_ids, *kind) for kind in kinds]
+        if _family(self).halves_angles:
+            angles = [[torch.cat((each, each), -1) for each in of_kind] for of_kind in angles]
         return [[each.to(x.dtype) for each in of_kinds] for of_kinds in zip(*angles, strict=True)]
 
     def _held(self, cache: Any, batch: int) -> list[GrowingLayer] | None:
@@ -421,14 +525,15 @@ class _FastStack(_Prepared):
         if getattr(cache, "offloading", False):
             return None
         held = [growing_layer(cache, layer.self_attn.layer_idx) for layer in self._layers()]
-        if any(each is None or not each.fits(batch, self.norm.weight) for each in held):
+        like = self._like()
+        if any(each is None or not each.fits(batch, like) for each in held):
             return None
         return held if len({each.get_seq_length() for each in held}) == 1 else None
 
     def _cached_states(self, held: list[GrowingLayer] | None, batch: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
         """Where each layer writes keys and values; without a cache all of them write to the same ones."""
         heads, head_dim = self.config.num_key_value_heads, self.layers[0].self_attn.head_dim
-        like = self.norm.weight
+        like = self._like()
         if held:
             return [each.reserve(tokens, (batch, heads, head_dim), like) for each in held]
         keys, values = (like.new_empty(batch, heads, tokens, head_dim) for _ in range(2))

@@ -70,13 +70,7 @@ def experts_forward(
     if experts._is_expert_parallel:
         top_k_weights = top_k_weights.masked_fill(top_k_index >= experts.num_experts, 0)
         top_k_index = top_k_index.clamp(max=experts.num_experts - 1)
-    # Sorted pairs choose a kernel that is worth it; the CPU's sorts by itself.
-    if hidden_states.device.type != "cpu" and top_k_index.numel() >= max(16, 4 * experts.num_experts):
-        indices, order = top_k_index.flatten().sort()
-        y = fused.experts_mlp(experts, hidden_states[order // top_k_index.shape[1]], indices, sorted_indices=True)
-        y = torch.zeros_like(y).index_copy(0, order, y).unflatten(0, top_k_index.shape)
-    else:
-        y = fused.experts_mlp(experts, hidden_states.unsqueeze(1), top_k_index)
+    y = fused.experts_mlp(experts, hidden_states.unsqueeze(1), top_k_index)
     return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
