@@ -88,8 +88,10 @@
   KERNEL("moe_router_128" after, moe_router<T, 4>)  \
   KERNEL("moe_router_256" after, moe_router<T, 8>)  \
   KERNEL("moe_router_512" after, moe_router<T, 16>) \
-  KERNEL("moe_combine" after, moe_combine<T, T>)    \
-  KERNEL("moe_combine_float32_weights" after, moe_combine<T, float>)
+  KERNEL("moe_combine" after, moe_combine<T, T>)
+
+#define MOE_HALF_KERNELS(KERNEL, after, T) KERNEL("moe_combine_float32_weights" after, moe_combine<T, float>)
+
 // --- Attention, of a type alone
 // ---------------------------------------------------------------------------------------
 

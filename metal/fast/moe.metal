@@ -18,4 +18,7 @@ namespace quantization_mlx {
 FOR_EACH_HALF_TYPE(KERNELS_OF, INSTANTIATE)
 FOR_FLOAT(KERNELS_OF, INSTANTIATE)
 
+#define HALF_KERNELS_OF(KERNEL, type_name, T) MOE_HALF_KERNELS(KERNEL, "_" #type_name, T)
+FOR_EACH_HALF_TYPE(HALF_KERNELS_OF, INSTANTIATE)
+
 }  // namespace quantization_mlx

@@ -43,7 +43,7 @@ CACHE = ROOT / "build" / "gpu_lane" / "cache"
 # Without tensor operations, by the calls that run them.
 FILES = {
     "products": ("matvec", "matmul", "quantize", "sort_pairs", "sum_parts"),
-    "fast": ("norm", "rope_into_cache", "rope", "gates", "attention", "attention_tile"),
+    "fast": ("norm", "rope_into_cache", "rope", "gates", "attention", "attention_tile", "moe", "sample"),
 }
 # Of the function constants of launch.h, the indices by name.
 CONSTANTS = {
@@ -129,7 +129,9 @@ def source_of(file: str, build: str, change: str = "", lines: bool = False) -> S
     mutant = MUTANTS.get(change)
     edit = mutant if mutant and mutant.file == file else None
     defines = (mlx_peer.EXCHANGED,) if build == "exchanged" or file in FILLS_FRAGMENTS else ()
-    return Source(shader(f"{file}.metal"), change=edit, defines=defines, optimised=build != "plain", lines=lines)
+    defines += ("GPU_LANE_LATE",) if build == "late" else ()
+    optimised = build not in ("plain", "late")
+    return Source(shader(f"{file}.metal"), change=edit, defines=defines, optimised=optimised, lines=lines)
 
 
 def launches_of(item: Item, builder: Builder) -> list[dict[str, Any]]:

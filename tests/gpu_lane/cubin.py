@@ -197,7 +197,8 @@ def _entry_point(program: msl.Program, entry: Entry) -> str:
         f'\n# 1 "<entry point>"\n{scope}using S_{entry.symbol} = __softmetal_signature<decltype({kernel.instance})>;\n'
         + "".join(values)
         + f"__attribute__((reqd_work_group_size({x}, {y}, {z}))) "
-        + f"__kernel void {entry.symbol}({', '.join(parameters)}) {{ {kernel.instance}({', '.join(arguments)}); }}\n"
+        + f"__kernel void {entry.symbol}({', '.join(parameters)}) {{ __gpu_lane_begin(); "
+        + f"{kernel.instance}({', '.join(arguments)}); }}\n"
     )
 
 

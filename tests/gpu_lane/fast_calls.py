@@ -71,7 +71,8 @@ class FastCall:
     @property
     def numbers(self) -> dict[str, bytes]:
         """Arguments of launches that are no tensors, by role."""
-        return {"numbers": bytes(8) + self.keywords.get("offset", 0).to_bytes(8, "little")}
+        both = (self.keywords.get(name, 0).to_bytes(8, "little", signed=True) for name in ("seed", "offset"))
+        return {"numbers": b"".join(both)}
 
     @property
     def rotating(self) -> tuple[str, ...]:
@@ -104,6 +105,16 @@ def _cache_results(call: FastCall) -> dict[str, Shaped]:
     return {"y": (y, call.dtype), **{role: (call.layouts[role].shape, call.dtype) for role in ("keys", "values")}}
 
 
+def _router_results(call: FastCall) -> dict[str, Shaped]:
+    shape = (call.tensors[0][1].shape[0], call.keywords["k"])
+    return {"experts": (shape, "int64"), "y": (shape, call.dtype)}
+
+
+def _combine_results(call: FastCall) -> dict[str, Shaped]:
+    tokens, _, length = call.tensors[0][1].shape
+    return {"y": ((tokens, length), call.dtype)}
+
+
 def _as_first(*roles: str):
     return lambda call: {role: (call.tensors[0][1].shape, call.dtype) for role in roles}
 
@@ -117,6 +128,9 @@ RESULTS = {
     "geglu": _as_first("y"),
     "rope_into_cache": _cache_results,
     "scaled_dot_product_attention": _attention_results,
+    "sample": lambda call: {"y": (call.tensors[0][1].shape[:1], "int64")},
+    "moe_router": _router_results,
+    "moe_combine": _combine_results,
 }
 
 
@@ -211,6 +225,48 @@ def attention(
     tensors += [("sinks", dense((heads,), dtype))] if has_sinks else []
     options = (("scale", dim**-0.5), ("causal", mask == "causal"), ("window", window))
     return FastCall("scaled_dot_product_attention", tuple(tensors), options)
+
+
+def sample(
+    rows: int,
+    vocabulary: int,
+    dtype: str = "float16",
+    previous: int = 0,
+    has_seeds: bool = False,
+    padding: int = 0,
+    before: int = 0,
+    **rules: Any,
+) -> FastCall:
+    """previous: tokens of each row. padding: elements between rows of logits."""
+    tensors = [("x", Layout((rows, vocabulary), dtype, (vocabulary + padding, 1), before))]
+    tensors += [("seeds", dense((rows,), "int64"))] if has_seeds else []
+    tensors += [("previous", dense((rows, previous), "int64"))] if previous else []
+    seed = {} if has_seeds else {"seed": -(3**39)}
+    return FastCall("sample", tuple(tensors), (*rules.items(), *seed.items(), ("offset", 5 << 33)))
+
+
+def router(
+    tokens: int, experts: int, k: int, dtype: str = "float16", has_bias: bool = False, before: int = 0, **rules: Any
+) -> FastCall:
+    tensors = [("x", Layout((tokens, experts), dtype, (experts + before, 1), before))]
+    tensors += [("bias", dense((experts,), "float32"))] if has_bias else []
+    return FastCall("moe_router", tuple(tensors), (("k", k), *rules.items()))
+
+
+def combine(
+    tokens: int,
+    k: int,
+    length: int,
+    dtype: str = "float16",
+    has_residual: bool = True,
+    is_wide: bool = False,
+    before: int = 0,
+) -> FastCall:
+    """is_wide: weights are float32 whatever dtype is."""
+    x = Layout((tokens, k, length), dtype, (k * (length + before), length + before, 1), before)
+    tensors = [("x", x), ("weight", dense((tokens, k), "float32" if is_wide else dtype))]
+    tensors += [("residual", Layout((tokens, length), dtype, (length + before, 1), before))] if has_residual else []
+    return FastCall("moe_combine", tuple(tensors))
 
 
 # --- A decoder layer --------------------------------------------------------------------------------------------------

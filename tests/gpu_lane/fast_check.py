@@ -186,6 +186,108 @@ def _attention(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tupl
     return {"y": (y, (2 * score_error.max(-1, keepdims=True) + ROUNDINGS * (4 + np.abs(largest))) * size)}
 
 
+# --- Mixtures of experts ----------------------------------------------------------------------------------------------
+
+# Of what experts are chosen by: less than float32's roundings may change its order.
+CHOICE_ERROR = 2e-6
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    powers = np.exp(x - x.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _descending(x: np.ndarray) -> np.ndarray:
+    """Indices, of equal values the lower one first."""
+    return np.argsort(-x, axis=-1, kind="stable")
+
+
+def _moe_router(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    """Experts are those of float64; weights, those of the experts that are written."""
+    options = {"scoring": "softmax", "groups": 1, "groups_used": 1, "normalise": False, "scale": 1.0} | call.keywords
+    x, k = given["x"], options["k"]
+    scores = {"softmax": _softmax, "sigmoid": _sigmoid}.get(options["scoring"], np.array)(x)
+    choice = scores + given.get("bias", 0.0)
+    if options["groups"] > 1:
+        grouped = choice.reshape(len(x), options["groups"], -1)
+        used = _descending(np.sort(grouped)[..., -2:].sum(-1))[:, : options["groups_used"]]
+        unused = np.ones(grouped.shape[:2], bool)
+        np.put_along_axis(unused, used, False, -1)
+        choice = np.where(unused[..., None], -np.inf, grouped).reshape(choice.shape)
+    experts, expected = written["experts"].astype(np.int64), _descending(choice)[:, :k]
+    assert ((experts >= 0) & (experts < x.shape[1])).all(), "an index is of no expert"
+    assert (np.diff(np.sort(experts)) > 0).all(), "an expert is chosen twice"
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(np.take_along_axis(choice, experts, -1) - np.take_along_axis(choice, expected, -1))
+    assert ((experts == expected) | ((gap > 0) & (gap < CHOICE_ERROR))).all(), "others are chosen than the best experts"
+    y = np.take_along_axis(scores, experts, -1)
+    y = _softmax(y) if options["scoring"] == "softmax_of_selected" else y
+    y = options["scale"] * (y / (y.sum(-1, keepdims=True) + 1e-20) if options["normalise"] else y)
+    return {"y": (y, 2 * ROUNDINGS * np.abs(y))}
+
+
+def _moe_combine(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    weights, residual = given["weight"][:, None], given.get("residual", 0.0)
+    y = (weights @ given["x"])[:, 0] + residual
+    return {"y": (y, ROUNDINGS * ((np.abs(weights) @ np.abs(given["x"]))[:, 0] + np.abs(residual)))}
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+def _philox(key: int, counter: int) -> int:
+    """The first 64 bits of Philox-4x32-10: a key of 64 bits, a counter of 128."""
+    a, b, c, d = (counter >> 32 * i & 0xFFFFFFFF for i in range(4))
+    for step in range(10):
+        low, high = ((key >> 32 * i) + step * weyl & 0xFFFFFFFF for i, weyl in enumerate((0x9E3779B9, 0xBB67AE85)))
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = second >> 32 ^ b ^ low, second & 0xFFFFFFFF, first >> 32 ^ d ^ high, first & 0xFFFFFFFF
+    return a << 32 | b
+
+
+def _kept(logits: np.ndarray, weights: np.ndarray, options: dict[str, Any], slack: float) -> np.ndarray:
+    """Which tokens of a row may be drawn. slack: of top_p and min_p, of which sums may be either side."""
+    order = _descending(logits)
+    kept = logits >= logits[order[min(options["top_k"] or len(logits), len(logits)) - 1]]
+    if options["top_p"] < 1:
+        sums = np.cumsum(np.where(kept, weights, 0.0)[order])
+        last = int((sums < options["top_p"] * (1 + slack) * sums[-1]).sum())
+        kept &= logits >= logits[order[min(last, len(order) - 1)]]
+    return kept & (weights >= options["min_p"] * (1 + slack))
+
+
+def _sample(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    """Each row's token is the one whose part of the sum of weights, in the order of tokens, has the random number."""
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0} | call.keywords
+    for row, logits in enumerate(given["x"].astype(np.float32)):
+        if "previous" in given:
+            tokens = given["previous"][row].astype(np.int64)
+            tokens, penalty = tokens[tokens >= 0], np.float32(options["repetition_penalty"])
+            logits[tokens] = np.where(logits[tokens] > 0, logits[tokens] / penalty, logits[tokens] * penalty)
+        token = int(written["y"][row])
+        assert 0 <= token < len(logits), f"row {row}: {token} is no token"
+        if options["temperature"] == 0:
+            assert token == logits.argmax(), f"row {row}: {token} is not the most probable token"
+            continue
+        weights = np.exp((logits - logits.max()).astype(np.float64) / options["temperature"])
+        seed, number = (int(given["seeds"][row]), 0) if "seeds" in given else (options["seed"], row)
+        place = _philox(seed % 2**64, options["offset"] | number << 64) / 2**64
+        assert any(
+            _is_drawn(token, place, weights, _kept(logits, weights, options, slack)) for slack in (0, 1e-5, -1e-5)
+        ), f"row {row}: {token} is not the token of {place}"
+    return {}
+
+
+def _is_drawn(token: int, place: float, weights: np.ndarray, kept: np.ndarray) -> bool:
+    sums = np.cumsum(np.where(kept, weights, 0.0))
+    # Weights are integers, in units of 2**-30 of the greatest, of float32 numbers.
+    slack = 4e-6 + len(weights) * 2.0**-30 / sums[-1]
+    begin = sums[token - 1] if token else 0.0
+    return bool(kept[token]) and begin / sums[-1] - slack <= place <= sums[token] / sums[-1] + slack
+
+
+# By op, what each result is compared with and how far from that it may be beyond one rounding. What is no float is
+# judged by them.
 REFERENCES: dict[str, Callable[[FastCall, Arrays, Arrays], dict[str, tuple]]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -195,6 +297,9 @@ REFERENCES: dict[str, Callable[[FastCall, Arrays, Arrays], dict[str, tuple]]] = 
     "rope": _rope,
     "rope_into_cache": _rope_into_cache,
     "scaled_dot_product_attention": _attention,
+    "moe_router": _moe_router,
+    "moe_combine": _moe_combine,
+    "sample": _sample,
 }
 
 

@@ -71,6 +71,9 @@ DRAWS: dict[str, Draw] = {
     "sines": _angles(np.sin),
     "offsets": lambda rng, shape: rng.integers(0, 100000, shape),
     "freqs": _rates,
+    # Of each row, one that is none of its tokens, and some more than once.
+    "previous": lambda rng, shape: rng.integers(-1, 1000, shape),
+    "seeds": lambda rng, shape: rng.integers(-(2**52), 2**52, shape),
     **dict.fromkeys(("weight", "query_norm", "key_norm", "first_norm", "second_norm", "last_norm"), _around_one),
 }
 

@@ -56,7 +56,51 @@ def _attention(call: FastCall) -> Callable[[], object]:
     return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-PEERS = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "scaled_dot_product_attention": _attention}
+def _sample(call: FastCall) -> Callable[[], object]:
+    """As Transformers' generation does it: logits become float32, and top_p sorts them."""
+    x, rules = _of_layout(call, "x"), call.keywords
+
+    def drawn(logits: Tensor) -> Tensor:
+        return torch.multinomial(logits.softmax(-1), 1)
+
+    def top_k() -> Tensor:
+        values, tokens = (x.float() / rules["temperature"]).topk(rules["top_k"])
+        return tokens.gather(1, drawn(values))
+
+    def top_p() -> Tensor:
+        logits = x.float() / rules["temperature"]
+        values, tokens = logits.sort(dim=-1)
+        removed = values.softmax(-1).cumsum(-1) <= 1 - rules["top_p"]
+        return drawn(logits.masked_fill(removed.scatter(1, tokens, removed), -torch.inf))
+
+    if "top_p" in rules:
+        return top_p
+    return top_k if "top_k" in rules else lambda: drawn(x.float() / rules["temperature"])
+
+
+def _router(call: FastCall) -> Callable[[], object]:
+    x, k = _of_layout(call, "x"), call.keywords["k"]
+
+    def route() -> tuple[Tensor, Tensor]:
+        weights, experts = x.softmax(-1, dtype=torch.float32).topk(k)
+        return (weights / weights.sum(-1, keepdim=True)).to(x.dtype), experts
+
+    return route
+
+
+def _combine(call: FastCall) -> Callable[[], object]:
+    x, weights = _of_layout(call, "x"), _of_layout(call, "weight")
+    return lambda: torch.bmm(weights[:, None], x)
+
+
+PEERS = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "scaled_dot_product_attention": _attention,
+    "sample": _sample,
+    "moe_router": _router,
+    "moe_combine": _combine,
+}
 
 
 # --- A decoder layer --------------------------------------------------------------------------------------------------

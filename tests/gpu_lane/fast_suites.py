@@ -5,8 +5,29 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from fast_calls import FastCall, LayerCall, attention, gate, norm, rope, rope_into_cache
-from shapes import CONTEXTS, LAYER_CORES, NORM_LENGTH, NORM_ROWS
+from fast_calls import (
+    FastCall,
+    LayerCall,
+    attention,
+    combine,
+    gate,
+    norm,
+    rope,
+    rope_into_cache,
+    router,
+    sample,
+)
+from shapes import (
+    CONTEXTS,
+    EXPERTS,
+    LAYER_CORES,
+    MIXTURE_TOKENS,
+    NORM_LENGTH,
+    NORM_ROWS,
+    SAMPLED_ROWS,
+    SAMPLING,
+    VOCABULARY,
+)
 
 NORM_OPS = ("rms_norm", "layer_norm", "add_rms_norm")
 GATES = (
@@ -18,6 +39,21 @@ GATES = (
 # Head sizes of queries with keys and of values, by the form that serves them: ragged ones and whole ones.
 HEADS = (((50, 50), (64, 64)), ((100, 90), (128, 128)), ((200, 200), (256, 256)), ((570, 500), (576, 512)))
 MASKS = ("", "causal", "bool", "added")
+# What each form of the router scores by, groups among them.
+ROUTERS = (
+    {"scoring": "sigmoid", "groups": 4, "groups_used": 2, "normalise": True, "scale": 2.5, "has_bias": True},
+    {"scoring": "softmax", "normalise": True},
+    {"scoring": "softmax", "groups": 2, "groups_used": 1},
+    {"scoring": "softmax_of_selected", "has_bias": True, "scale": 0.5},
+)
+# All rules of sampling, one by one after that, and none; temperatures at which few tokens have most of the weight.
+ALL_RULES = {"temperature": 0.4, "top_k": 300, "top_p": 0.9, "min_p": 1e-4, "repetition_penalty": 1.7}
+RULES = (
+    ALL_RULES,
+    {},
+    {"temperature": 0.0},
+    *({"temperature": 0.4, name: ALL_RULES[name]} for name in ("top_k", "top_p", "min_p")),
+)
 
 
 def candidates(dtype: str, ragged: bool) -> Iterator[FastCall]:
@@ -26,6 +62,8 @@ def candidates(dtype: str, ragged: bool) -> Iterator[FastCall]:
     yield from _elementwise(dtype, ragged)
     yield from _caches(dtype, ragged)
     yield from _attention(dtype, ragged)
+    yield from _mixtures(dtype, ragged)
+    yield from _samples(dtype, ragged)
 
 
 def _norms(dtype: str, ragged: bool) -> Iterator[FastCall]:
@@ -65,10 +103,31 @@ def _attention(dtype: str, ragged: bool) -> Iterator[FastCall]:
         yield attention(100, queries=queries, mask=mask, window=window, has_sinks=ragged, **heads, **layout)
 
 
+def _mixtures(dtype: str, ragged: bool) -> Iterator[FastCall]:
+    before = int(ragged)
+    for (experts, k), rules in itertools.product(((24, 3), (60, 6), (124, 8), (256, 4), (512, 32)), ROUTERS):
+        yield router(7, experts if ragged else 2 ** (experts - 1).bit_length(), k, dtype, before=before, **rules)
+    for is_wide, has_residual in itertools.product((False, True), repeat=2):
+        yield combine(5, 3, 1037 if ragged else 1536, dtype, has_residual, is_wide, before if ragged else 0)
+
+
+def _samples(dtype: str, ragged: bool) -> Iterator[FastCall]:
+    layout = {"padding": 3, "before": 1} if ragged else {}
+    for number, (rules, vocabulary) in enumerate(itertools.product(RULES, (1037, 20011) if ragged else (1536, 65536))):
+        penalises = "repetition_penalty" in rules
+        yield sample(4, vocabulary, dtype, 40 * penalises, number % 2 == 0, **layout, **rules)
+
+
 def timed() -> Iterator[tuple[FastCall | LayerCall, str]]:
     """With how they are built."""
     for build in ("generic", "known"):
         yield from ((attention(context), build) for context in CONTEXTS)
         for op, rows in itertools.product(("rms_norm", "add_rms_norm"), NORM_ROWS):
             yield norm(op, rows, NORM_LENGTH), build
+        for tokens in MIXTURE_TOKENS:
+            yield router(tokens, EXPERTS["experts"], EXPERTS["k"], normalise=True), build
+        for tokens in MIXTURE_TOKENS:
+            yield combine(tokens, EXPERTS["k"], EXPERTS["length"], has_residual=False), build
+        for rules, rows in itertools.product(SAMPLING.values(), SAMPLED_ROWS):
+            yield sample(rows, VOCABULARY, **rules), build
         yield from ((LayerCall(context, cores), build) for context, cores in itertools.product(CONTEXTS, LAYER_CORES))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fast_calls import AnyCall, FastCall, LayerCall, from_dict
+from shapes import SAMPLING
 from tables import NOTHING, table
 
 BUILDS = ("generic", "known")
@@ -25,7 +26,7 @@ class FastTimes:
         self._peers = {from_dict(peer["call"]): peer["seconds"] for peer in results["fast_peers"]}
 
     def tables(self) -> list[str]:
-        return [self._attention(), self._norms(), self._layers()]
+        return [self._attention(), self._norms(), self._mixtures(), self._sampling(), self._layers()]
 
     def _of_op(self, *ops: str) -> list[FastCall]:
         return [call for call in self._calls if call.op in ops]
@@ -61,6 +62,25 @@ class FastTimes:
         ]
         note = "Of copy: all tensors, each counted once. torch's add_rms_norm is a sum and a norm."
         return table("Norms, rows of 2560, float16", ("op", "rows", *_OURS, "torch's, us"), rows, note)
+
+    def _mixtures(self) -> str:
+        rows = [
+            (call.op, call.layouts["x"].shape[0], *self._ours(call), _micros(self._peers[call]))
+            for call in self._of_op("moe_router", "moe_combine")
+        ]
+        title = "Mixtures, 128 experts, 8 of a token, rows of 2048, float16"
+        note = "Of copy: all tensors, each counted once. torch's: softmax, topk and a division; a product of matrices."
+        return table(title, ("op", "tokens", *_OURS, "torch's, us"), rows, note)
+
+    def _sampling(self) -> str:
+        kept = {tuple(rules.items()): name for name, rules in SAMPLING.items()}
+        rows = []
+        for call in self._of_op("sample"):
+            name = next(name for rules, name in reversed(kept.items()) if call.options[: len(rules)] == rules)
+            rows.append((name, call.layouts["x"].shape[0], *self._ours(call), _micros(self._peers[call])))
+        note = "Of copy: logits, counted once. torch's: softmax and multinomial, behind topk, or sort, sum and scatter."
+        title = "Sampling, 151936 tokens, temperature 0.25, float16"
+        return table(title, ("kept", "rows", *_OURS, "torch's, us"), rows, note)
 
     def _layers(self) -> str:
         calls: Sequence[LayerCall] = [call for call in self._calls if isinstance(call, LayerCall)]

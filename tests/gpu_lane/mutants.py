@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calls import Call
-from fast_calls import AnyCall, attention, norm
+from fast_calls import AnyCall, attention, norm, sample
 
 METAL = Path(__file__).resolve().parents[2] / "metal"
-BARRIER = re.escape("threadgroup_barrier(mem_flags::mem_threadgroup);")
+BARRIER = r"threadgroup_barrier\(mem_flags::mem_(threadgroup|device)\);"
+LATE = "late"  # no sanitizer: every other simdgroup comes late out of each barrier, and results must be wrong
 LINE_MARKER = re.compile(r'^# \d+ "([^"]*)"', re.MULTILINE)  # of the preprocessor: what follows is from this file
 
 ROW_OF_W = r"row_(words|halves|bytes) = ([^;]+);"
@@ -27,8 +28,8 @@ def shader(name: str) -> Path:
 class Mutant:
     """An edit of the preprocessed text of metal/*/<file>.metal: what matches `old` becomes `new`.
 
-    header: the one whose text is edited; "" for all of them. only: the number of the match there that is edited; None
-    for all.
+    tool: the sanitizer that must flag it, or LATE. header: the one whose text is edited; "" for all of them. only: the
+    number of the match there that is edited; None for all.
     """
 
     tool: str
@@ -54,6 +55,7 @@ QVM = tuple(Call(rows=rows, n=192, k=37, transpose=False) for rows in (1, 4))
 TILE = Call(rows=29, n=70, k=192)
 TILES = (TILE, Call(rows=29, n=192, k=70, transpose=False))
 SORTED = Call(op="gather_qmm", n=70, k=192, experts=4, pairs=40, sorted=True)
+MANY_SORTED = Call(op="gather_qmm", n=70, k=192, experts=64, pairs=500)
 COLUMNS = tuple(Call(mode="marlin_fp4", group_size=128, rows=rows, n=37, k=1152, transpose=False) for rows in (1, 4))
 SPLIT = Call(n=64, k=512, transpose=False)
 
@@ -62,13 +64,23 @@ ATTENTION = attention(300, key_heads=2, group=2)
 MANY_QUERIES = attention(100, dim=64, queries=40, key_heads=1, group=2)
 
 
-def _barriers(file: str, header: str, *calls: AnyCall, unseen: Sequence[int] = ()) -> dict[str, Mutant]:
-    """unseen: numbers of those that racecheck does not miss: no access beside an atomic one is a hazard to it."""
+# With rules that take every step; and the greatest logits alone, of which many are those of previous tokens.
+SAMPLES = (
+    sample(64, 20011, previous=300, has_seeds=True, temperature=0.4, top_k=300, top_p=0.9, repetition_penalty=3.0),
+    sample(200, 1536, previous=600, temperature=0.0, repetition_penalty=3.0),
+)
+
+
+def _barriers(file: str, header: str, *calls: AnyCall, late: Sequence[int] = ()) -> dict[str, Mutant]:
+    """late: numbers of those that racecheck does not miss: it looks at threadgroup memory, and no access beside an
+    atomic one is a hazard to it.
+    """
     count = len(re.findall(BARRIER, shader(header).read_text()))
     return {
-        f"{header}: without barrier {i + 1} of {count}": Mutant("racecheck", file, BARRIER, "", calls, header, i)
+        f"{header}: without barrier {i + 1} of {count}": Mutant(
+            LATE if i + 1 in late else "racecheck", file, BARRIER, "", calls, header, i
+        )
         for i in range(count)
-        if i + 1 not in unseen
     }
 
 
@@ -76,11 +88,13 @@ MUTANTS = {
     **_barriers("matvec", "matvec.h", *QMV, *QVM),
     **_barriers("matvec", "matvec_columns.h", *COLUMNS),
     **_barriers("matmul", "matmul.h", *TILES, SORTED),
-    # Before and after the pairs are counted. The software device reports them (tests/shaders/test_shaders.py).
-    **_barriers("sort_pairs", "sort_pairs.metal", SORTED, unseen=(2, 3)),
+    # Before and after the pairs are counted.
+    **_barriers("sort_pairs", "sort_pairs.metal", MANY_SORTED, late=(2, 3)),
     **_barriers("norm", "norm.h", *NORMS),
     **_barriers("attention", "attention.h", ATTENTION),
     **_barriers("attention_tile", "attention_tile.h", MANY_QUERIES),
+    # Of the bits of previous tokens, then of the histogram.
+    **_barriers("sample", "sample.h", *SAMPLES, late=(1, 2, 3, 4, 6)),
     "matmul: rows of x overlap in threadgroup memory": Mutant(
         "racecheck", "matmul", r"row \* padded<T>\(depth\)", "row * (padded<T>(depth) - 16)", (TILE,)
     ),

@@ -92,6 +92,16 @@ def _attention(t: Tensors, o: Options) -> torch.Tensor:
     return fast.scaled_dot_product_attention(t["queries"], t["keys"], t["values"], mask=mask, **options)
 
 
+def _sample(t: Tensors, o: Options) -> torch.Tensor:
+    rules = {name: value for name, value in o.items() if name != "seed"}
+    return fast.sample(t["x"], t.get("seeds", o.get("seed")), previous=t.get("previous"), **rules)
+
+
+def _router(t: Tensors, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    rules = {name: value for name, value in o.items() if name != "k"}
+    return fast.moe_router(t["x"], o["k"], bias=t.get("bias"), **rules)
+
+
 FUNCTIONS: dict[str, Callable[[Tensors, Options], Any]] = {
     "rms_norm": lambda t, o: fast.rms_norm(t["x"], t.get("weight"), o["eps"]),
     "layer_norm": lambda t, o: fast.layer_norm(t["x"], t.get("weight"), t.get("bias"), o["eps"]),
@@ -101,6 +111,9 @@ FUNCTIONS: dict[str, Callable[[Tensors, Options], Any]] = {
     "rope": _rope,
     "rope_into_cache": _rope_into_cache,
     "scaled_dot_product_attention": _attention,
+    "sample": _sample,
+    "moe_router": _router,
+    "moe_combine": lambda t, o: fast.moe_combine(t["x"], t["weight"], residual=t.get("residual")),
 }
 
 

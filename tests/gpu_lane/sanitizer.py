@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bundle import Item
+from mutants import LATE
 from sanitize import TWIN
 
 # Allocations a page apart show accesses that would otherwise meet a neighbour. Reports of host code say nothing here.
@@ -72,14 +73,20 @@ def parse(text: str, report: Report) -> Report:
 
 def run(tool: str, bundle: Path, suite: str, which: str = "") -> Report:
     """which: of the mutants, this one; otherwise all that the tool must find."""
-    options = TOOLS[tool] + (MUTANT_OPTIONS.get(tool, ()) if suite == "mutants" else ())
+    options = TOOLS.get(tool, ()) + (MUTANT_OPTIONS.get(tool, ()) if suite == "mutants" else ())
     report = Report(tool, options)
+    script = [sys.executable, str(Path(__file__).with_name("sanitize.py")), str(bundle), suite, which or tool]
+    if tool == LATE:
+        return _finished(script, report)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         report.failure = "compute-sanitizer is not installed"
         return report
-    script = [sys.executable, str(Path(__file__).with_name("sanitize.py")), str(bundle), suite, which or tool]
-    command = [sanitizer, "--tool", tool, *OPTIONS, *options, *script]
+    return _finished([sanitizer, "--tool", tool, *OPTIONS, *options, *script], report)
+
+
+def _finished(command: Sequence[str], report: Report) -> Report:
+    """The report, with what the command printed."""
     try:
         result = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=TIMEOUT

@@ -16,3 +16,12 @@ PLAIN_ROWS = (1, 2, 3, 4, 8, 16, 64, 512)
 CONTEXTS = (512, 4096, 32768)
 NORM_ROWS, NORM_LENGTH = (1, 64, 4096), 2560
 LAYER_CORES = (0, 132)
+# Mixtures of experts: Qwen3-30B-A3B's. Sampling: rows of Qwen3's vocabulary, by what is kept of it; logits are normal,
+# so that a temperature of 0.25 leaves few hundreds of tokens with most of the weight.
+EXPERTS, MIXTURE_TOKENS = {"experts": 128, "k": 8, "length": 2048}, (1, 64, 4096)
+VOCABULARY, SAMPLED_ROWS = 151936, (1, 64)
+SAMPLING = {
+    "all": {"temperature": 0.25},
+    "top_k 50": {"temperature": 0.25, "top_k": 50},
+    "top_p 0.9": {"temperature": 0.25, "top_p": 0.9},
+}

@@ -18,7 +18,7 @@ import fast_suites
 import mlx_peer
 from calls import Call
 from fast_calls import AnyCall
-from mutants import MUTANTS
+from mutants import LATE, MUTANTS
 from plans import plan_of
 from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SMALL_KS, SMALL_N, SMALL_PAIRS, SWEEP, TILE_ROWS
 
@@ -39,8 +39,9 @@ def call_of(format: Format, **more) -> Call:
 class Item:
     """A call, and how its kernels are built.
 
-    build: "generic"; "known", where the compiler sees the shapes, too; "plain", hardly optimised, loops kept; "mlx",
-    MLX's own kernels; "exchanged", generic, with 8x8 matrices held as those want them. change: the name of a mutant.
+    build: "generic"; "known", where the compiler sees the shapes, too; "plain", hardly optimised, loops kept; "late",
+    plain, with simdgroups that come late; "mlx", MLX's own kernels; "exchanged", generic, with 8x8 matrices held as
+    those want them. change: the name of a mutant.
     tag: items with different ones share no kernel and no cubin, all of which a sanitizer takes in hand.
     """
 
@@ -201,9 +202,10 @@ def sanitize_fast() -> Iterator[Item]:
 
 def _mutants(is_wanted: Callable[[AnyCall], bool]) -> Iterator[Item]:
     for name, mutant in MUTANTS.items():
+        build = "late" if mutant.tool == LATE else "plain"
         for call in filter(is_wanted, mutant.calls):
-            yield Item("mutants", call, "plain", change=name, tag=name)
-            yield Item("mutants", call, "plain", tag=f"twin of {name}")
+            yield Item("mutants", call, build, change=name, tag=name)
+            yield Item("mutants", call, build, tag=f"twin of {name}")
 
 
 # --- Times ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import bundle
 import check
 import driver
 import fast_calls
+import fast_check
 import fast_operands
 import fast_suites
 import fast_tables
@@ -175,6 +176,12 @@ FAST_CALLS = [
     fast_calls.rope_into_cache(7, 1, 90, 20, tokens=3, dtype="float16"),
     *(fast_calls.attention(77, queries=5, mask=mask, has_sinks=True, capacity=80) for mask in fast_suites.MASKS),
     fast_calls.attention(77, queries=5, mask="causal", window=9, dtype="bfloat16"),
+    *(fast_calls.router(7, 60, 6, "bfloat16", before=3, **rules) for rules in fast_suites.ROUTERS),
+    *(fast_calls.combine(3, 4, 37, "bfloat16", wide, wide, before=1) for wide in (False, True)),
+    *(
+        fast_calls.sample(9, 1037, "float16", 20 * ("top_k" in rules), "top_p" in rules, padding=3, before=1, **rules)
+        for rules in fast_suites.RULES
+    ),
 ]
 
 
@@ -186,12 +193,21 @@ def test_compare_fast(call):
     results = fast_results(call, given)
     assert check.compare(call, given, results) <= 1
     for role, (_, dtype) in call.results.items():
+        if dtype == "int64":  # another expert, or another token
+            with pytest.raises(AssertionError):
+                check.compare(call, given, {**results, role: results[role] + 1})
+            continue
         values = fast_operands.decode(results[role], dtype)
         place = np.unravel_index(np.nanargmax(np.abs(values)), values.shape)
         for wrong in (values[place] * 1.02, np.nan):
             broken = results[role].copy()
             broken[place] = operands.encode(np.array([wrong]), dtype)[0] if wrong == wrong else stored_nan(dtype)
             assert not check.compare(call, given, {**results, role: broken}) <= 1
+
+
+def test_the_reference_has_known_random_bits():
+    assert fast_check._philox(0, 0) == 0x6627E8D5E169C58D
+    assert fast_check._philox(2**64 - 1, 2**128 - 1) == 0x408F276D41C83B0E
 
 
 def stored_nan(dtype: str):
@@ -242,9 +258,10 @@ def test_fast_tables():
     results["fast_times"] = [
         {"call": call.as_dict(), "build": build, "seconds": 1e-5, **launches} for call, build in timed
     ]
-    attention, norms, layers = fast_tables.FastTimes(results).tables()
+    attention, norms, mixtures, sampling, layers = fast_tables.FastTimes(results).tables()
     assert "| 4096  | 2        | 100       | 10.0        | 42%     | 10.0      | 42%     | 30.0 " in attention
     assert "add_rms_norm | 4096" in norms and "3.00" in layers
+    assert "moe_combine | 4096" in mixtures and "| top_p 0.9 | 64" in sampling
 
 
 def test_buffers(monkeypatch):

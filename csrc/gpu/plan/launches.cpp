@@ -49,7 +49,7 @@ const std::vector<KernelTable>& kernel_tables() {
        std::nullopt,
        {ATTENTION_TILE_KERNELS(ROW, "%", TYPE) ATTENTION_TILE_HALF_KERNELS(ROW, "%", TYPE)}},
       {"sample", std::nullopt, {SAMPLE_KERNELS(ROW, "%", TYPE)}},
-      {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE)}}};
+      {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE) MOE_HALF_KERNELS(ROW, "%", TYPE)}}};
   return all;
 }
 

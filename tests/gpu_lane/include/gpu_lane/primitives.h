@@ -45,7 +45,22 @@ GPU_LANE_DEFINED uint __softmetal_builtin(int which, int component) {
   }
 }
 
-GPU_LANE_DEFINED void __softmetal_threadgroup_barrier(uint) { __syncthreads(); }
+// With GPU_LANE_LATE, simdgroups of even number come late to the kernel and out of each of its barriers, so that what
+// no barrier keeps apart happens in the wrong order.
+GPU_LANE_DEFINED void __gpu_lane_begin(void) {
+#ifdef GPU_LANE_LATE
+  if ((__gpu_lane_thread_index() & 32u) == 0u) {
+    const uint begin = __nvvm_read_ptx_sreg_clock();
+    while (__nvvm_read_ptx_sreg_clock() - begin < 40000u) {
+    }
+  }
+#endif
+}
+
+GPU_LANE_DEFINED void __softmetal_threadgroup_barrier(uint) {
+  __syncthreads();
+  __gpu_lane_begin();
+}
 
 GPU_LANE_DEFINED void __softmetal_simdgroup_barrier(uint) { __nvvm_bar_warp_sync(GPU_LANE_ALL_LANES); }
 
@@ -63,14 +78,50 @@ GPU_LANE_DEFINED ulong __softmetal_simd_shuffle_word(uint from, uint, int, uint 
       << 32;
 }
 
-// Sums of float, the only reduction that the shaders ask for by name: code 6 of types.h's scalars.
+// By the codes of simdgroup.h's operations and types.h's scalars: sums and greatest ones of float, int and uint, and
+// least ones of the last two.
 GPU_LANE_DEFINED ulong __softmetal_simd_reduce_word(int operation, int type, uint components, uint width, ulong value) {
-  float sum = as_type<float>(static_cast<uint>(value));
-  for (uint mask = width / 2; mask > 0; mask /= 2) {
-    const int other = __nvvm_shfl_sync_bfly_i32(GPU_LANE_ALL_LANES, as_type<int>(sum), static_cast<int>(mask), 31);
-    sum += as_type<float>(other);
+  const uint word = static_cast<uint>(value);
+  const int number = static_cast<int>(word);
+  switch (10 * type + operation) {
+    case 60:
+    case 63: break;
+    case 40:
+    case 50: return static_cast<uint>(__nvvm_redux_sync_add(number, GPU_LANE_ALL_LANES));
+    case 42: return static_cast<uint>(__nvvm_redux_sync_min(number, GPU_LANE_ALL_LANES));
+    case 43: return static_cast<uint>(__nvvm_redux_sync_max(number, GPU_LANE_ALL_LANES));
+    case 52: return static_cast<uint>(__nvvm_redux_sync_umin(word, GPU_LANE_ALL_LANES));
+    case 53: return static_cast<uint>(__nvvm_redux_sync_umax(word, GPU_LANE_ALL_LANES));
+    default: __builtin_trap();
   }
-  return as_type<uint>(sum);
+  float result = as_type<float>(word);
+  for (uint mask = width / 2; mask > 0; mask /= 2) {
+    const float other =
+        as_type<float>(__nvvm_shfl_sync_bfly_i32(GPU_LANE_ALL_LANES, as_type<int>(result), static_cast<int>(mask), 31));
+    result = operation == 0 ? result + other : __builtin_fmaxf(result, other);
+  }
+  return as_type<uint>(result);
+}
+
+// Inclusive sums of int and uint.
+GPU_LANE_DEFINED void __softmetal_simd_scan(
+    int operation,
+    int type,
+    uint components,
+    uint width,
+    int exclusive,
+    ulong source,
+    ulong target,
+    uint size) {
+  if (operation != 0 || exclusive != 0 || (type != 4 && type != 5)) {
+    __builtin_trap();
+  }
+  int sum = *(const __private int*)source;
+  for (uint delta = 1; delta < 32; delta *= 2) {
+    const int other = __nvvm_shfl_sync_up_i32(GPU_LANE_ALL_LANES, sum, static_cast<int>(delta), 0);
+    sum += __softmetal_lane() >= delta ? other : 0;
+  }
+  *(__private int*)target = sum;
 }
 
 // The lanes for which the predicate holds, and above them those that are active.
@@ -89,19 +140,6 @@ GPU_LANE_DEFINED float expf(float x) {
   const float rest = __builtin_fmaf(x, 1.925963033e-8f, __builtin_fmaf(x, log2_e, -exponent));
   const float power = __nvvm_ex2_approx_f(exponent);
   return __builtin_fabsf(exponent) < 128.0f ? __builtin_fmaf(power, rest * 0.693147181f, power) : power;
-}
-
-// Of int and uint in threadgroup memory, the only atomics there are; codes of the software device's runtime.
-GPU_LANE_DEFINED void __softmetal_atomic(int operation, int, ulong address, ulong operand, ulong result, uint) {
-  __local int* object = (__local int*)address;
-  const int value = *(const __private int*)operand;
-  __private int* old = (__private int*)result;
-  switch (operation) {
-    case 0: *old = __atomic_load_n(object, __ATOMIC_RELAXED); break;
-    case 1: __atomic_store_n(object, value, __ATOMIC_RELAXED); break;
-    case 3: *old = __atomic_fetch_add(object, value, __ATOMIC_RELAXED); break;
-    default: __builtin_trap();
-  }
 }
 
 }  // extern "C"
