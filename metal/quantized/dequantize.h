@@ -102,16 +102,19 @@ METAL_FUNC float2 e4m3_pair(uint word) {
   return float2(static_cast<float>(elements.x), static_cast<float>(elements.y));
 }
 
-// True where one of the E4M3 elements of `count` words is NaN.
+// In bit 7 of one of the bytes, whether an E4M3 element of `count` words is NaN; the other bits say nothing, so that
+// those of many words are put together before they are looked at.
 template <int count>
-METAL_FUNC bool has_e4m3_nan(thread const uint* words) {
+METAL_FUNC uint e4m3_nan_bits(thread const uint* words) {
   uint found = 0u;
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     found |= (words[i] & 0x7F7F7F7Fu) + 0x01010101u;
   }
-  return (found & 0x80808080u) != 0u;
+  return found;
 }
+
+METAL_FUNC bool has_nan(uint nan_bits) { return (nan_bits & 0x80808080u) != 0u; }
 
 // Bits [first, first + count) of a run, count <= 24.
 METAL_FUNC uint bits_at(thread const uint* words, int first, int count) {
@@ -185,7 +188,7 @@ METAL_FUNC void decode_finite_chunk(thread const uint* words, int chunk, thread 
 template <Mode mode, int bits>
 METAL_FUNC void decode_chunk(thread const uint* words, int chunk, thread float* values) {
   decode_finite_chunk<mode, bits>(words, chunk, values);
-  if (is_e4m3(mode) && has_e4m3_nan<2>(words + 2 * chunk)) {
+  if (is_e4m3(mode) && has_nan(e4m3_nan_bits<2>(words + 2 * chunk))) {
 #pragma unroll
     for (int i = 0; i < chunk_elements; ++i) {
       values[i] = e4m3_to_float((words[2 * chunk + i / 4] >> (8 * (i % 4))) & 0xFFu);

@@ -60,48 +60,50 @@ struct PackedRows {
   float biases[outputs];
 };
 
-// Elements [step * elements, (step + 1) * elements) of rows first + 2 * r of w. Rows that do not exist are zeros.
-template <Mode mode, int group_size, int bits, int elements, int words, int outputs, typename T, typename Scale>
+// `elements` elements of rows first + 2 * r of w, from where the pointers lead in row `first`: the long loads first,
+// then the scales. Rows that do not exist are zeros.
+template <Mode mode, int group_size, int bits, int elements, int words, int outputs, typename Scale>
 METAL_FUNC void load_rows(
-    thread const Operands<T, Scale>& operands,
+    const device ushort* w,
+    const device Scale* scales,
+    const device Scale* biases,
     constant ProductParams& params,
-    int step,
     int first,
     thread PackedRows<words, outputs>& rows) {
-  // One base address for each operand; from there on 32 bits are enough, which cost a quarter of 64.
+  // From there on 32 bits are enough, which cost a quarter of 64.
   const int row_halves = params.k / 16 * bits;
   const int row_groups = params.k / group_size;
-  const device ushort* w = (const device ushort*)operands.w + static_cast<long>(first) * row_halves;
-  const device Scale* scales = operands.scales + static_cast<long>(first) * row_groups;
-  const device Scale* biases = has_biases(mode) ? operands.biases + static_cast<long>(first) * row_groups : scales;
-  const int step_group = step / (group_size / elements);
 #pragma unroll
   for (int r = 0; r < outputs; ++r) {
     const int row = qmv_lanes_across() * r;
     if (aligned_outputs || first + row < params.n) {
-      const device ushort* source = w + (row * row_halves + step * (elements / 16 * bits));
+      const device ushort* source = w + row * row_halves;
       if (elements == run_elements) {
         load_words<bits>((const device uint*)source, aligned_weights, rows.packed + r * words);
       } else {
         load_half_run<bits>(source, aligned_weights, rows.packed + r * words);
-      }
-      rows.scales[r] = decode_scale<mode>(scales[row * row_groups + step_group]);
-      rows.biases[r] = decode_bias<mode>(biases, row * row_groups + step_group);
-      if (is_e4m3(mode) && has_e4m3_nan<words>(rows.packed + r * words)) {
-        rows.scales[r] = quiet_nan();  // the whole sum is no number
       }
     } else {
 #pragma unroll
       for (int i = 0; i < words; ++i) {
         rows.packed[r * words + i] = 0u;
       }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < outputs; ++r) {
+    const int row = qmv_lanes_across() * r;
+    if (aligned_outputs || first + row < params.n) {
+      rows.scales[r] = decode_scale<mode>(scales[row * row_groups]);
+      rows.biases[r] = decode_bias<mode>(biases, row * row_groups);
+    } else {
       rows.scales[r] = 0.0f;
       rows.biases[r] = 0.0f;
     }
   }
 }
 
-// Adds the products of all rows of x, from element `first` on, with loaded rows of w to sums[m * outputs + r].
+// Adds the products of all rows of x, from their first elements on, with loaded rows of w to sums[m * outputs + r].
 //
 // Few rows: codes are summed first, and the sums are scaled; the bias meets the sum of x. More rows: weights are scaled
 // before they meet x, which is then fewer operations.
@@ -109,7 +111,6 @@ template <Mode mode, int bits, int rows, int elements, int words, int outputs, t
 METAL_FUNC void multiply_rows(
     const device T* x,
     constant ProductParams& params,
-    int first,
     thread const PackedRows<words, outputs>& w,
     thread float* sums) {
   constexpr bool scales_sums = rows <= 3;
@@ -141,9 +142,9 @@ METAL_FUNC void multiply_rows(
 #pragma unroll
     for (int m = 0; m < rows; ++m) {
       // An instance for more rows than there are repeats the last one, and does not write it.
-      const int row = min(m, params.rows - 1) * static_cast<int>(params.x_row_stride);
+      const int row = m == 0 ? 0 : min(m, params.rows - 1) * static_cast<int>(params.x_row_stride);
       float activations[chunk_elements];
-      load_values<chunk_elements>(x + (row + first + chunk * chunk_elements), aligned_x, activations);
+      load_values<chunk_elements>(x + (row + chunk * chunk_elements), aligned_x, activations);
       thread float* target = scales_sums ? partial : sums;
 #pragma unroll
       for (int i = 0; i < chunk_elements; ++i) {
@@ -193,26 +194,44 @@ METAL_FUNC void matvec_transposed(
   constexpr int columns = qmv_simdgroup_columns();
   constexpr int elements = qmv_elements(rows, group_size, sizeof(T));
   constexpr int words = words_of(elements, bits);
+  constexpr int step_halves = elements / 16 * bits;
+  constexpr int group_steps = group_size / elements;
   const int lane_step = lane % qmv_lanes_along();
   const int column = lane / qmv_lanes_along();
   const int part = static_cast<int>(simdgroup) & (along - 1);
   const int first_column = block * qmv_columns(along);
   const int first = first_column + (static_cast<int>(simdgroup) >> qmv_log2(along)) * columns + column;
-  const int steps = params.k / elements;
 
   float sums[rows * outputs];
 #pragma unroll
   for (int i = 0; i < rows * outputs; ++i) {
     sums[i] = 0.0f;
   }
-  for (int step = part * qmv_lanes_along() + lane_step; step < steps; step += along * qmv_lanes_along()) {
-    PackedRows<words, outputs> w;
-    load_rows<mode, group_size, bits, elements>(operands, params, step, first, w);
-    multiply_rows<mode, bits, rows, elements>(operands.x, params, step * elements, w, sums);
+  uint nan_bits[outputs] = {};
+  const int stride = along * qmv_lanes_along();
+  const int first_step = part * qmv_lanes_along() + lane_step;
+  const long row_groups = params.k / group_size;
+  const device ushort* w = (const device ushort*)operands.w + static_cast<long>(first) * (params.k / 16 * bits);
+  const device Scale* scales = operands.scales + first * row_groups;
+  const device Scale* biases = has_biases(mode) ? operands.biases + first * row_groups : scales;
+  const device T* x = operands.x + first_step * elements;
+  for (int step = first_step; step * elements < params.k; step += stride) {
+    PackedRows<words, outputs> packed;
+    const int group = step / group_steps;
+    load_rows<mode, group_size, bits, elements>(
+        w + step * step_halves, scales + group, biases + group, params, first, packed);
+    if (is_e4m3(mode)) {
+#pragma unroll
+      for (int r = 0; r < outputs; ++r) {
+        nan_bits[r] |= e4m3_nan_bits<words>(packed.packed + r * words);
+      }
+    }
+    multiply_rows<mode, bits, rows, elements>(x, params, packed, sums);
+    x += stride * elements;
   }
 #pragma unroll
   for (int i = 0; i < rows * outputs; ++i) {
-    float sum = sums[i];
+    float sum = has_nan(nan_bits[i % outputs]) ? quiet_nan() : sums[i];  // where one of its weights is no number
 #pragma unroll
     for (int mask = 1; mask < qmv_lanes_along(); mask *= 2) {
       sum += simd_shuffle_xor(sum, static_cast<ushort>(mask));

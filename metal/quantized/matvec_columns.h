@@ -141,7 +141,7 @@ METAL_FUNC void accumulate_column_group(
     load_column_runs<bits>(operands.w, params, group * runs + run, columns, packed);
 #pragma unroll
     for (int c = 0; c < lane_columns; ++c) {
-      if (is_e4m3(mode) && has_e4m3_nan<bits>(packed + c * bits)) {
+      if (is_e4m3(mode) && has_nan(e4m3_nan_bits<bits>(packed + c * bits))) {
         scales[c] = quiet_nan();  // the whole sum is no number
       }
     }

@@ -73,7 +73,13 @@ MUTANTS = {
     "tensor, split": Mutant("qmm_t_nax_splitk", SPLIT_TILE, f"({SPLIT_TILE} - (part > 0 ? 64 : 0))", 20, K=4096, N=64),
     "tensor, sorted": Mutant("gather_qmm_rhs_t_nax", *LOST_PAIR, 1, experts=SORTED),
     "matvec of 1 row, long": Mutant(
-        "qmv_float16_gs_64_b_4", "params.k / elements;", "params.k / elements - (params.k > 2048 ? 1 : 0);", 1, K=4096
+        *(
+            "qmv_float16_gs_64_b_4",
+            "elements < params.k;",
+            "elements < params.k - (params.k > 2048 ? elements : 0);",
+            1,
+        ),
+        K=4096,
     ),
     "matvec of 8 rows, ragged": Mutant("_rows_8", "column < params.n)", "column < params.n - 1)", 7),
     "matvec of 8 rows, the last": Mutant("_rows_8", STORED, "if (row < params.rows - (params.rows > 6 ? 1 : 0) &&", 7),
