@@ -150,11 +150,19 @@ def norm(
     return FastCall(op, tuple(tensors), (("eps", 1e-5),))
 
 
-def gate(op: str, rows: int, length: int, dtype: str, step: int = 1, before: int = 0, **options: Any) -> FastCall:
-    """step: from one element to the next, 1 for the halves of a product and 2 for its even and odd columns."""
+def gate(
+    op: str, rows: int, length: int, dtype: str, step: int = 1, before: int = 0, experts: int = 0, **options: Any
+) -> FastCall:
+    """step: from one element to the next, 1 for the halves of a product and 2 for its even and odd columns. experts:
+    that have biases; 0 for none.
+    """
     strides = (2 * length, step)
     layout = Layout((rows, length), dtype, strides, before)
-    return FastCall(op, (("gates", layout), ("values", layout)), tuple(options.items()))
+    tensors = [("gates", layout), ("values", layout)]
+    if experts:
+        tensors += [(role, Layout((experts, length), dtype, strides, before)) for role in ("bias", "value_bias")]
+        tensors += [("experts", dense((rows,), "int64"))]
+    return FastCall(op, tuple(tensors), tuple(options.items()))
 
 
 def rope(
@@ -261,11 +269,15 @@ def combine(
     has_residual: bool = True,
     is_wide: bool = False,
     before: int = 0,
+    experts: int = 0,
 ) -> FastCall:
-    """is_wide: weights are float32 whatever dtype is."""
+    """is_wide: weights are float32 whatever dtype is. experts: that have biases; 0 for none."""
     x = Layout((tokens, k, length), dtype, (k * (length + before), length + before, 1), before)
     tensors = [("x", x), ("weight", dense((tokens, k), "float32" if is_wide else dtype))]
     tensors += [("residual", Layout((tokens, length), dtype, (length + before, 1), before))] if has_residual else []
+    if experts:
+        tensors += [("bias", Layout((experts, length), dtype, (length + before, 1), before))]
+        tensors += [("experts", dense((tokens, k), "int64"))]
     return FastCall("moe_combine", tuple(tensors))
 
 

@@ -77,16 +77,24 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def _gated(x: np.ndarray, values: np.ndarray) -> dict[str, tuple]:
+def _gated(x: np.ndarray, values: np.ndarray, size: np.ndarray | float = 0.0) -> dict[str, tuple]:
+    """size: of what is added up to values."""
     y = x * values
-    return {"y": (y, ROUNDINGS * np.abs(y) + 2e-7 * np.abs(values))}
+    return {"y": (y, ROUNDINGS * np.abs(x) * np.maximum(np.abs(values), size) + 4e-7 * np.abs(values))}
+
+
+def _of_experts(given: Arrays, role: str) -> np.ndarray | float:
+    """What a bias adds."""
+    return given[role][given["experts"].astype(np.int64)] if role in given else 0.0
 
 
 def _swiglu(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
     options = {"alpha": 1.0, "limit": None, "offset": 0.0} | call.keywords
     limit = math.inf if options["limit"] is None else options["limit"]
-    x = np.minimum(given["gates"], limit)
-    return _gated(x * _sigmoid(options["alpha"] * x), np.clip(given["values"], -limit, limit) + options["offset"])
+    x = np.minimum(given["gates"] + _of_experts(given, "bias"), limit)
+    added = _of_experts(given, "value_bias")
+    values = np.clip(given["values"] + added, -limit, limit) + options["offset"]
+    return _gated(x * _sigmoid(options["alpha"] * x), values, np.abs(given["values"]) + np.abs(added))
 
 
 def _geglu(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
@@ -227,9 +235,10 @@ def _moe_router(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tup
 
 
 def _moe_combine(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
-    weights, residual = given["weight"][:, None], given.get("residual", 0.0)
-    y = (weights @ given["x"])[:, 0] + residual
-    return {"y": (y, ROUNDINGS * ((np.abs(weights) @ np.abs(given["x"]))[:, 0] + np.abs(residual)))}
+    weights, residual, added = given["weight"][:, None], given.get("residual", 0.0), _of_experts(given, "bias")
+    y = (weights @ (given["x"] + added))[:, 0] + residual
+    size = (np.abs(weights) @ (np.abs(given["x"]) + np.abs(added)))[:, 0] + np.abs(residual)
+    return {"y": (y, ROUNDINGS * size)}
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------

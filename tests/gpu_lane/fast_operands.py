@@ -73,6 +73,7 @@ DRAWS: dict[str, Draw] = {
     "freqs": _rates,
     # Of each row, one that is none of its tokens, and some more than once.
     "previous": lambda rng, shape: rng.integers(-1, 1000, shape),
+    "experts": lambda rng, shape: rng.integers(0, 3, shape),
     "seeds": lambda rng, shape: rng.integers(-(2**52), 2**52, shape),
     **dict.fromkeys(("weight", "query_norm", "key_norm", "first_norm", "second_norm", "last_norm"), _around_one),
 }

@@ -76,7 +76,8 @@ def _norms(dtype: str, ragged: bool) -> Iterator[FastCall]:
 
 def _elementwise(dtype: str, ragged: bool) -> Iterator[FastCall]:
     for (op, options), step in itertools.product(GATES, (1, 2)):
-        yield gate(op, 3, 1037 if ragged else 1536, dtype, step, int(ragged), **options)
+        for experts in (3, 0) if op == "swiglu" else (0,):
+            yield gate(op, 5, 1037 if ragged else 1536, dtype, step, int(ragged), experts, **options)
     width, dims = (50, 36) if ragged else (128, 128)
     for traditional, has_offsets, has_freqs in itertools.product((False, True), repeat=3):
         yield rope(9, 5, width, dims, dtype, traditional, has_offsets, has_freqs, int(ragged))
@@ -108,7 +109,8 @@ def _mixtures(dtype: str, ragged: bool) -> Iterator[FastCall]:
     for (experts, k), rules in itertools.product(((24, 3), (60, 6), (124, 8), (256, 4), (512, 32)), ROUTERS):
         yield router(7, experts if ragged else 2 ** (experts - 1).bit_length(), k, dtype, before=before, **rules)
     for is_wide, has_residual in itertools.product((False, True), repeat=2):
-        yield combine(5, 3, 1037 if ragged else 1536, dtype, has_residual, is_wide, before if ragged else 0)
+        for experts in (3, 0):
+            yield combine(5, 3, 1037 if ragged else 1536, dtype, has_residual, is_wide, before, experts)
 
 
 def _samples(dtype: str, ragged: bool) -> Iterator[FastCall]:

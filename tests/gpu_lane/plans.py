@@ -92,6 +92,11 @@ def _attention(t: Tensors, o: Options) -> torch.Tensor:
     return fast.scaled_dot_product_attention(t["queries"], t["keys"], t["values"], mask=mask, **options)
 
 
+def _swiglu(t: Tensors, o: Options) -> torch.Tensor:
+    biases = {"gate_bias": t.get("bias"), "value_bias": t.get("value_bias"), "experts": t.get("experts")}
+    return fast.swiglu(t["gates"], t["values"], **biases, **o)
+
+
 def _sample(t: Tensors, o: Options) -> torch.Tensor:
     rules = {name: value for name, value in o.items() if name != "seed"}
     return fast.sample(t["x"], t.get("seeds", o.get("seed")), previous=t.get("previous"), **rules)
@@ -106,14 +111,16 @@ FUNCTIONS: dict[str, Callable[[Tensors, Options], Any]] = {
     "rms_norm": lambda t, o: fast.rms_norm(t["x"], t.get("weight"), o["eps"]),
     "layer_norm": lambda t, o: fast.layer_norm(t["x"], t.get("weight"), t.get("bias"), o["eps"]),
     "add_rms_norm": lambda t, o: fast.add_rms_norm(t["x"], t["residual"], t.get("weight"), o["eps"]),
-    "swiglu": lambda t, o: fast.swiglu(t["gates"], t["values"], **o),
+    "swiglu": _swiglu,
     "geglu": lambda t, o: fast.geglu(t["gates"], t["values"], **o),
     "rope": _rope,
     "rope_into_cache": _rope_into_cache,
     "scaled_dot_product_attention": _attention,
     "sample": _sample,
     "moe_router": _router,
-    "moe_combine": lambda t, o: fast.moe_combine(t["x"], t["weight"], residual=t.get("residual")),
+    "moe_combine": lambda t, o: fast.moe_combine(
+        t["x"], t["weight"], **{name: t.get(name) for name in ("residual", "bias", "experts")}
+    ),
 }
 
 
@@ -145,6 +152,7 @@ def decoder_of(call: LayerCall, tensor: Callable[[str, tuple[int, ...], str], to
     norms = {"attention": "first_norm", "mlp": "second_norm", "query": "query_norm", "key": "key_norm"}
     layer = classes.DecoderLayer(
         *map(projection, call.products),
+        None,  # no mixture of experts
         {place: tensors[name] for place, name in norms.items()},
         *(None, 1e-6, call.dim**-0.5, None, 0, 1.0, "silu"),
     )

@@ -177,7 +177,8 @@ FAST_CALLS = [
     *(fast_calls.attention(77, queries=5, mask=mask, has_sinks=True, capacity=80) for mask in fast_suites.MASKS),
     fast_calls.attention(77, queries=5, mask="causal", window=9, dtype="bfloat16"),
     *(fast_calls.router(7, 60, 6, "bfloat16", before=3, **rules) for rules in fast_suites.ROUTERS),
-    *(fast_calls.combine(3, 4, 37, "bfloat16", wide, wide, before=1) for wide in (False, True)),
+    *(fast_calls.combine(3, 4, 37, "bfloat16", wide, wide, 1, 3 * wide) for wide in (False, True)),
+    fast_calls.gate("swiglu", 3, 37, "float16", step=2, experts=3, **fast_suites.GATES[1][1]),
     *(
         fast_calls.sample(9, 1037, "float16", 20 * ("top_k" in rules), "top_p" in rules, padding=3, before=1, **rules)
         for rules in fast_suites.RULES
