@@ -348,7 +348,7 @@ void define_decoder(torch::Library& library) {
   library.class_<Mixture>("Mixture").def(torch::init(make_mixture));
   library.class_<DecoderLayer>("DecoderLayer").def(torch::init(make_layer));
   library.class_<Decoder>("Decoder").def(torch::init(make_decoder));
-  const std::string name = QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE);
+  const std::string name = op_namespace();
   library.def((std::string(op) + "(__torch__.torch.classes." + name +
                ".Decoder decoder, Tensor x, Tensor[] cosines, Tensor[] sines, Tensor(a!)[] keys, Tensor(b!)[] values, "
                "int position, Tensor? mask=None) -> Tensor")

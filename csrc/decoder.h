@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "namespace.h"
 #include "ops.h"
 
 // Torch knows a class by its C++ name, which has to be another one for each build that a process loads.

@@ -12,19 +12,10 @@
 #include "problem/fast.h"
 #include "problem/problem.h"
 
-// kernel-builder gives every build its own name, so that two builds can live in one process; the pip build names its
-// ops quantization_mlx, so that exported programs can refer to them.
-#ifndef QUANTIZATION_MLX_NAMESPACE
-#define QUANTIZATION_MLX_NAMESPACE TORCH_EXTENSION_NAME
-#endif
-
-// The library macros paste their argument: one more level lets it expand first.
-#define TORCH_LIBRARY_EXPAND(name, module) TORCH_LIBRARY(name, module)
-#define TORCH_LIBRARY_IMPL_EXPAND(name, key, module) TORCH_LIBRARY_IMPL(name, key, module)
-#define QUANTIZATION_MLX_STRING(name) #name
-#define QUANTIZATION_MLX_STRING_EXPAND(name) QUANTIZATION_MLX_STRING(name)
-
 namespace quantization_mlx {
+
+// That of this build's ops.
+const char* op_namespace();
 
 namespace ops {
 
@@ -35,13 +26,9 @@ struct Op;
 template <typename Problem, typename Result, typename... Arguments>
 struct Op<Problem, Result(Arguments...)> {
   Result operator()(Arguments... arguments) const {
-    static const auto handle =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow(
-                (QUANTIZATION_MLX_STRING_EXPAND(QUANTIZATION_MLX_NAMESPACE) + std::string("::") + Problem::name)
-                    .c_str(),
-                "")
-            .template typed<Result(Arguments...)>();
+    static const auto handle = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow((std::string(op_namespace()) + "::" + Problem::name).c_str(), "")
+                                   .template typed<Result(Arguments...)>();
     return handle.call(std::forward<Arguments>(arguments)...);
   }
 };

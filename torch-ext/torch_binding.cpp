@@ -10,6 +10,7 @@
 #include "../csrc/cpu/ops.h"
 #include "../csrc/decoder.h"
 #include "../csrc/gpu/describe.h"
+#include "../csrc/namespace.h"
 #include "../csrc/ops.h"
 
 namespace quantization_mlx {

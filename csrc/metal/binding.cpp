@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "../gpu/describe.h"
+#include "../namespace.h"
 #include "../ops.h"
 #include "device.h"
 #include "ops.h"
