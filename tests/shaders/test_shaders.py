@@ -571,6 +571,21 @@ def test_rows_are_independent(op):
     assert not y[3].isfinite().any() and not y[8].isfinite().any()
 
 
+@pytest.mark.parametrize("rows", (1, 8))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=oracle.name_of)
+def test_a_weight_that_is_no_number_concerns_its_output_alone(dtype, rows):
+    """E4M3's NaN of both signs: in the first step of K and the last, the first element of a lane and the last."""
+    weights = oracle.random_quantized(Format("mxfp8", 32, 8), 1, 37, 1120, dtype=dtype)
+    codes = weights.w.view(torch.uint8)
+    for row, column, code in ((0, 0, 0x7F), (5, 1119, 0xFF), (11, 543, 0x7F), (36, 1088, 0xFF)):
+        codes[0, row, column] = code
+    x = oracle.random_x(rows, 1120, dtype=dtype)
+    y = product(Kernel.of("qmv", rows), x[None, None], expanded(weights))[0][0, 0]
+    bad = torch.tensor([column in (0, 5, 11, 36) for column in range(37)])
+    assert torch.equal(y.isnan(), bad.expand(rows, 37))
+    oracle.assert_product(y[:, ~bad], x, weights.matrix(True)[0][:, ~bad], dtype)
+
+
 # --- Barriers --------------------------------------------------------------------------------------------------------
 
 # By header: a file that includes it, a format, and ops and rows that reach every barrier.
