@@ -19,6 +19,7 @@ decltype(SampleProblem::meta) sample;
 decltype(RouterProblem::meta) moe_router;
 decltype(CombineProblem::meta) moe_combine;
 decltype(AttentionProblem::meta) scaled_dot_product_attention;
+decltype(QuantizedAttentionProblem::meta) quantized_scaled_dot_product_attention;
 decltype(RopeProblem::meta) rope;
 decltype(SwigluProblem::meta) swiglu;
 decltype(GegluProblem::meta) geglu;

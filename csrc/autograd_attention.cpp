@@ -8,6 +8,8 @@
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <limits>
 
 #include "autograd.h"
@@ -164,6 +166,46 @@ Tensor scaled_dot_product_attention(
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return ops::scaled_dot_product_attention(q, k, v, scale, mask, causal, sinks, window);
+}
+
+// With gradients, the attention to what the packed keys and values stand for.
+Tensor quantized_scaled_dot_product_attention(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& k_scales,
+    const Tensor& k_biases,
+    const Tensor& v,
+    const Tensor& v_scales,
+    const Tensor& v_biases,
+    double scale,
+    const OptionalTensor& mask,
+    bool causal,
+    const OptionalTensor& sinks,
+    std::optional<int64_t> window,
+    int64_t group_size,
+    int64_t bits) {
+  const std::initializer_list<const Tensor*> inputs{&q,        &k_scales,     &k_biases,     &v_scales,
+                                                    &v_biases, pointer(mask), pointer(sinks)};
+  refuse_tangents(QuantizedAttentionProblem::name, inputs);
+  const bool wants = std::any_of(
+      inputs.begin(), inputs.end(), [](const Tensor* input) { return input->defined() && wants_gradient(*input); });
+  const auto attend = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::quantized_scaled_dot_product_attention(
+        q, k, k_scales, k_biases, v, v_scales, v_biases, scale, mask, causal, sinks, window, group_size, bits);
+  };
+  if (!at::GradMode::is_enabled() || !wants) {
+    return attend();
+  }
+  const auto dtype =
+      QuantizedAttentionProblem::meta(
+          q, k, k_scales, k_biases, v, v_scales, v_biases, scale, mask, causal, sinks, window, group_size, bits)
+          .scalar_type();
+  const auto unpacked = [&](const Tensor& words, const Tensor& scales, const Tensor& biases) {
+    return ops::dequantize(words, scales, biases, group_size, bits, "affine", std::nullopt, dtype);
+  };
+  return ops::scaled_dot_product_attention(
+      q, unpacked(k, k_scales, k_biases), unpacked(v, v_scales, v_biases), scale, mask, causal, sinks, window);
 }
 
 }  // namespace quantization_mlx::autograd

@@ -45,6 +45,7 @@ inline constexpr Op<SampleProblem> sample;
 inline constexpr Op<RouterProblem> moe_router;
 inline constexpr Op<CombineProblem> moe_combine;
 inline constexpr Op<AttentionProblem> scaled_dot_product_attention;
+inline constexpr Op<QuantizedAttentionProblem> quantized_scaled_dot_product_attention;
 inline constexpr Op<RopeProblem> rope;
 inline constexpr Op<SwigluProblem> swiglu;
 inline constexpr Op<GegluProblem> geglu;
@@ -63,6 +64,7 @@ void for_each(const Visitor& visit) {
   visit(moe_router);
   visit(moe_combine);
   visit(scaled_dot_product_attention);
+  visit(quantized_scaled_dot_product_attention);
   visit(rope);
   visit(swiglu);
   visit(geglu);

@@ -206,6 +206,12 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "Tensor q, Tensor k, Tensor v, *, float scale, Tensor? mask=None, bool causal=False, Tensor? sinks=None, "
       "int? window=None",
       "Tensor");
+  define_with_twin(
+      "quantized_scaled_dot_product_attention",
+      "Tensor q, Tensor k, Tensor k_scales, Tensor k_biases, Tensor v, Tensor v_scales, Tensor v_biases, *, "
+      "float scale, Tensor? mask=None, bool causal=False, Tensor? sinks=None, int? window=None, int group_size=64, "
+      "int bits=8",
+      "Tensor");
   // The first position of a sequence is offset and, where there are offsets, its own of these besides.
   define_with_twin(
       "rope",
@@ -258,6 +264,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("moe_router", autograd::moe_router);
   m.impl("moe_combine", autograd::moe_combine);
   m.impl("scaled_dot_product_attention", autograd::scaled_dot_product_attention);
+  m.impl("quantized_scaled_dot_product_attention", autograd::quantized_scaled_dot_product_attention);
   m.impl("rope", autograd::rope);
   m.impl("swiglu", autograd::swiglu);
   m.impl("geglu", autograd::geglu);

@@ -77,22 +77,32 @@ struct AttentionMask {
 // How many rows one call takes, and how many keys it takes at a time at most.
 constexpr int64_t attention_rows = 96;
 constexpr int64_t attention_keys = 128;
+constexpr int64_t least_attention_group = 32;  // of packed keys and values
+
+// Keys or values, a row for each position; strides count elements, of packed ones words.
+struct AttentionSource {
+  const void* first;
+  int64_t stride;
+  const void* scales;  // and biases: of packed ones
+  const void* biases;
+  int64_t scale_stride;
+};
 
 // Queries of heads that share keys and values, against keys [begin, end). A row's result is the sum of its weights,
 // exp(score - maximum), times values, yet to be divided by the sum of the weights; maximum is that of its scores, and
 // the lowest finite number where it sees nothing, with sums and a result of 0. Strides count elements.
 struct Attention {
-  Real type;  // of keys and values
+  Real type;  // of keys and values or, of packed ones, of their scales and biases
+  int bits;  // of packed keys and values; 0 where they are not
+  int group_size;
   int64_t rows;  // 1 to attention_rows
   int64_t dim;
   int64_t value_dim;
   int64_t begin;
   int64_t end;
   const float* queries;  // [rows, dim], times the scale
-  const void* keys;
-  int64_t key_stride;
-  const void* values;
-  int64_t value_stride;
+  AttentionSource keys;
+  AttentionSource values;
   const int64_t* first;  // each row sees keys [first, last); null where it sees all
   const int64_t* last;
   AttentionMask mask;
@@ -111,7 +121,8 @@ struct Sampling {
 };
 constexpr int64_t attention_workspace(int64_t dim, int64_t value_dim) {
   const int64_t of_keys = attention_keys * (dim + value_dim + 2 * 16 + attention_rows);
-  return of_keys + attention_rows * (dim + value_dim + 2) + 16 * 16;
+  const int64_t of_scales = 2 * attention_keys * (dim + value_dim) / least_attention_group;
+  return of_keys + of_scales + attention_rows * (dim + value_dim + 2) + 24 * 16;
 }
 // A row of gates and values; strides count elements.
 struct GatedRow {

@@ -43,7 +43,9 @@ std::string describe(const Plan& plan, const Target& target) {
       {QUANTIZATION_MLX_HAS_SINKS, "has_sinks"},
       {QUANTIZATION_MLX_SPLIT_KEYS, "split_keys"},
       {QUANTIZATION_MLX_HAS_OFFSETS, "has_offsets"},
-      {QUANTIZATION_MLX_HAS_FREQS, "has_freqs"}};
+      {QUANTIZATION_MLX_HAS_FREQS, "has_freqs"},
+      {QUANTIZATION_MLX_PACKED_KEYS, "packed_keys"},
+      {QUANTIZATION_MLX_EIGHT_BITS, "eight_bits"}};
   static_assert(std::size(constants) == QUANTIZATION_MLX_CONSTANTS);
   std::ostringstream out;
   const auto list = [&](const auto& items, const auto& write) {

@@ -169,8 +169,10 @@ struct AttentionFacts {
   int64_t dim;
   int64_t value_dim;
   int64_t q_strides[3];  // of batch, heads and positions; 0 where there is one
-  int64_t k_strides[3];
+  int64_t k_strides[3];  // of packed ones in words
   int64_t v_strides[3];
+  int64_t k_scale_strides[3];
+  int64_t v_scale_strides[3];
   int64_t mask_strides[4];
   int64_t window;
   int64_t scale;  // the bits of a double
@@ -181,6 +183,8 @@ struct AttentionFacts {
   int32_t has_added_mask;
   int32_t has_sinks;
   int32_t is_misaligned;  // whether q, k or v begins elsewhere than at a multiple of 16 bytes
+  int32_t bits;  // of packed keys and values; 0 where they are not
+  int32_t group_size;
   int32_t reserved;  // without gaps
 };
 

@@ -29,7 +29,9 @@
 #define QUANTIZATION_MLX_SPLIT_KEYS 17  // parts of the keys are put together by another launch
 #define QUANTIZATION_MLX_HAS_OFFSETS 18  // rope
 #define QUANTIZATION_MLX_HAS_FREQS 19
-#define QUANTIZATION_MLX_CONSTANTS 20  // how many there are
+#define QUANTIZATION_MLX_PACKED_KEYS 20  // attention: keys and values are codes with scales and biases
+#define QUANTIZATION_MLX_EIGHT_BITS 21  // of these codes; else four
+#define QUANTIZATION_MLX_CONSTANTS 22  // how many there are
 
 // How moe_router scores experts.
 #define ROUTER_SOFTMAX 0
@@ -291,8 +293,10 @@ struct HeadStrides {
 // y [batch, heads, queries, value_dim], contiguous. A head of keys serves `group` heads of queries.
 struct AttentionParams {
   HeadStrides q;
-  HeadStrides k;
+  HeadStrides k;  // of packed ones in words
   HeadStrides v;
+  HeadStrides k_scales;  // and biases
+  HeadStrides v_scales;
   HeadStrides mask;  // positions: queries
   int64_t mask_key_stride;
   int key_heads;
@@ -305,6 +309,7 @@ struct AttentionParams {
   int first_key;  // where the first part begins
   int parts;
   int part_keys;
+  int group_shift;  // elements to a scale, as a power of two
   float scale;
 };
 

@@ -84,6 +84,10 @@ struct Target {
   EACH(queries)                      \
   EACH(keys)                         \
   EACH(values)                       \
+  EACH(key_scales)                   \
+  EACH(key_biases)                   \
+  EACH(value_scales)                 \
+  EACH(value_biases)                 \
   EACH(mask)                         \
   EACH(sinks)                        \
   EACH(gates)                        \
@@ -129,7 +133,7 @@ struct KernelInstance {
 struct Launch {
   KernelInstance kernel;
   Family family;
-  std::array<Argument, 10> arguments;  // by buffer index; params_index is left out
+  std::array<Argument, 12> arguments;  // by buffer index; params_index is left out
   int argument_count = 0;
   int params_index = 0;
   std::array<std::byte, std::max({sizeof(GatherParams), sizeof(AttentionParams), sizeof(RopeParams)})> params;

@@ -102,8 +102,12 @@ Operands operands_of(const CombineProblem& problem, const Tensor& y) {
 Operands operands_of(const AttentionProblem& problem, const Tensor& y) {
   Operands operands;
   operands[Role::queries] = &problem.q;
-  operands[Role::keys] = &problem.k;
-  operands[Role::values] = &problem.v;
+  operands[Role::keys] = &problem.k.tensor;
+  operands[Role::values] = &problem.v.tensor;
+  operands[Role::key_scales] = &problem.k.scales;
+  operands[Role::key_biases] = &problem.k.biases;
+  operands[Role::value_scales] = &problem.v.scales;
+  operands[Role::value_biases] = &problem.v.biases;
   operands[Role::mask] = &problem.mask;
   operands[Role::sinks] = &problem.sinks;
   operands[Role::y] = &y;

@@ -30,7 +30,7 @@ struct Excluded {
   Format format;
   int32_t family;
   int32_t dtype;
-  int32_t side;  // transpose, the kind of norm or gate, or traditional
+  int32_t side;  // transpose, the kind of norm or gate, traditional, or the bits of packed keys
 };
 
 // Held while a check runs: it is short, and nothing else may use kernels that are being checked.
@@ -43,6 +43,7 @@ int32_t side_of(const ProductFacts& facts) { return static_cast<int32_t>(facts.t
 int32_t side_of(const NormFacts& facts) { return facts.kind; }
 int32_t side_of(const RopeFacts& facts) { return facts.traditional; }
 int32_t side_of(const GateFacts& facts) { return facts.kind; }
+int32_t side_of(const AttentionFacts& facts) { return facts.bits; }
 template <typename Facts>
 int32_t side_of(const Facts&) {
   return 0;
@@ -73,6 +74,9 @@ std::string described(const RopeFacts& facts) {
 }
 std::string described(const GateFacts& facts) {
   return facts.kind == static_cast<int32_t>(Gate::swiglu) ? " and swiglu" : " and geglu";
+}
+std::string described(const AttentionFacts& facts) {
+  return facts.bits == 0 ? "" : c10::str(" and keys of ", facts.bits, " bits");
 }
 std::string described(const ProductFacts& facts) {
   return described<ProductFacts>(facts) + " with transpose=" + (facts.transpose != 0 ? "True" : "False");

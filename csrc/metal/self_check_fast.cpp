@@ -2,8 +2,11 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <c10/util/DimVector.h>
+
 #include <cmath>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 #include <bit>
@@ -225,8 +228,6 @@ Reason failure(const AttentionFacts& facts, const Launch& launch, const Target& 
   // A view that begins as it does on the other device.
   const auto shifted = [&](const Tensor& tensor) { return tensor.narrow(-1, shift, tensor.size(-1) - shift); };
   const Tensor q = heads(key_heads * group, queries, facts.dim);
-  const Tensor k = heads(key_heads, keys, facts.dim);
-  const Tensor v = heads(key_heads, keys, facts.value_dim);
   OptionalTensor mask;
   if (facts.has_bool_mask) {
     mask = make.tensor<bool>({queries, keys}, at::kBool, at::kBool, [&] { return make.bits() % 4 != 0; });
@@ -239,14 +240,39 @@ Reason failure(const AttentionFacts& facts, const Launch& launch, const Target& 
   }
   const std::optional<int64_t> window = facts.has_window ? std::optional(keys - 40) : std::nullopt;
   const double scale = 2.0 / std::sqrt(static_cast<double>(facts.dim));
-  const Tensor expected =
-      ops::scaled_dot_product_attention(shifted(q), shifted(k), shifted(v), scale, mask, facts.causal, sinks, window);
-  const AttentionProblem problem = AttentionProblem::check(
-      shifted(q.to(mps)), shifted(k.to(mps)), shifted(v.to(mps)), scale, on_mps(mask), facts.causal, on_mps(sinks),
-      window);
-  const Tensor y = at::empty(problem.output(), problem.q.options());
-  run(gpu::plan(problem, target), operands_of(problem, y));
-  return judged(y, expected, dtype);
+  const auto judge = [&](const AttentionProblem& problem, const Tensor& expected) {
+    const Tensor y = at::empty(problem.output(), problem.q.options());
+    run(gpu::plan(problem, target), operands_of(problem, y));
+    return judged(y, expected, dtype);
+  };
+  if (facts.bits == 0) {
+    const Tensor k = heads(key_heads, keys, facts.dim);
+    const Tensor v = heads(key_heads, keys, facts.value_dim);
+    return judge(
+        AttentionProblem::check(
+            shifted(q.to(mps)), shifted(k.to(mps)), shifted(v.to(mps)), scale, on_mps(mask), facts.causal,
+            on_mps(sinks), window),
+        ops::scaled_dot_product_attention(
+            shifted(q), shifted(k), shifted(v), scale, mask, facts.causal, sinks, window));
+  }
+  const auto packed = [&](int64_t dim) {
+    const Tensor words = make.tensor<int32_t>(
+        {1, key_heads, keys, dim * facts.bits / 32 + shift}, at::kInt, at::kInt, [&] { return make.bits(); });
+    const c10::DimVector groups{1, key_heads, keys, dim / facts.group_size};
+    const auto code = static_cast<float>(1 << facts.bits);
+    return std::tuple(
+        words, make.uniform(groups, dtype, 1.0f / code, 2.0f / code), make.uniform(groups, dtype, -1.0f, -0.5f));
+  };
+  const auto [k, k_scales, k_biases] = packed(facts.dim);
+  const auto [v, v_scales, v_biases] = packed(facts.value_dim);
+  return judge(
+      QuantizedAttentionProblem::check(
+          shifted(q.to(mps)), shifted(k.to(mps)), k_scales.to(mps), k_biases.to(mps), shifted(v.to(mps)),
+          v_scales.to(mps), v_biases.to(mps), scale, on_mps(mask), facts.causal, on_mps(sinks), window,
+          facts.group_size, facts.bits),
+      ops::quantized_scaled_dot_product_attention(
+          shifted(q), shifted(k), k_scales, k_biases, shifted(v), v_scales, v_biases, scale, mask, facts.causal, sinks,
+          window, facts.group_size, facts.bits));
 }
 
 // Several threadgroups and heads that do not divide, at a position whose angle float32 does not hold.

@@ -334,6 +334,14 @@ struct GegluProblem : GateProblem {
 
 inline std::string_view op_of(const GateProblem& problem) { return problem.op; }
 
+// Keys or values [batch, heads, positions, dim]; what a position has of a head lies side by side.
+struct KeyHeads {
+  at::Tensor tensor;  // elements of the result's dtype, or packed words of 32 bits
+  at::Tensor scales;  // [batch, heads, positions, dim / group_size]; undefined where nothing is packed
+  at::Tensor biases;  // with the strides of scales
+  int64_t dim = 0;
+};
+
 // softmax(scale * q @ k.T + mask) @ v, the heads of q sharing those of k and v.
 struct AttentionProblem {
   static constexpr const char* name = "scaled_dot_product_attention";
@@ -353,28 +361,55 @@ struct AttentionProblem {
   static Schema<AttentionProblem> check;
   static Schema<at::Tensor> meta;
 
-  // All of the result's dtype but for a mask of bool; the elements of a head of q, k and v are side by side.
+  std::string_view op;
+  // All of the result's dtype but for packed words and a mask of bool; the elements of a head of q are side by side.
   at::Tensor q;  // [batch, query heads, queries, dim]
-  at::Tensor k;  // [batch, key heads, keys, dim]
-  at::Tensor v;  // [batch, key heads, keys, value_dim]
+  KeyHeads k;
+  KeyHeads v;
   at::Tensor mask;  // [batch, query heads, queries, keys], of any strides; undefined where there is none
   at::Tensor sinks;  // [query heads], contiguous; or undefined
   double scale;
   bool causal;
   std::optional<int64_t> window;
+  int bits = 0;  // of packed keys and values; 0 where they are not
+  int group_size = 0;
 
   at::Device device() const { return q.device(); }
   int64_t batch() const { return q.size(0); }
   int64_t query_heads() const { return q.size(1); }
-  int64_t key_heads() const { return k.size(1); }
+  int64_t key_heads() const { return k.tensor.size(1); }
   int64_t queries() const { return q.size(2); }
-  int64_t keys() const { return k.size(2); }
-  int64_t dim() const { return q.size(3); }
-  int64_t value_dim() const { return v.size(3); }
+  int64_t keys() const { return k.tensor.size(2); }
+  int64_t dim() const { return k.dim; }
+  int64_t value_dim() const { return v.dim; }
+  bool is_packed() const { return bits != 0; }
   Sizes<int64_t> output() const { return {batch(), query_heads(), queries(), value_dim()}; }
   bool is_empty() const { return batch() == 0 || queries() == 0 || keys() == 0; }  // the result is zeros
 };
 
-inline std::string_view op_of(const AttentionProblem&) { return AttentionProblem::name; }
+// The same of keys and values in the affine format, of 4 or 8 bits.
+struct QuantizedAttentionProblem : AttentionProblem {
+  static constexpr const char* name = "quantized_scaled_dot_product_attention";
+  template <typename Result>
+  using Schema = Result(
+      const at::Tensor& q,
+      const at::Tensor& k,
+      const at::Tensor& k_scales,
+      const at::Tensor& k_biases,
+      const at::Tensor& v,
+      const at::Tensor& v_scales,
+      const at::Tensor& v_biases,
+      double scale,
+      const std::optional<at::Tensor>& mask,
+      bool causal,
+      const std::optional<at::Tensor>& sinks,
+      std::optional<int64_t> window,
+      int64_t group_size,
+      int64_t bits);
+  static Schema<QuantizedAttentionProblem> check;
+  static Schema<at::Tensor> meta;
+};
+
+inline std::string_view op_of(const AttentionProblem& problem) { return problem.op; }
 
 }  // namespace quantization_mlx

@@ -15,12 +15,14 @@
 // attention_combine puts their sums together.
 //
 // What reads and sums is independent of where keys and values come from and of what hides them: attend_keys takes rows
-// with load_elements and move, and a mask with masked_score.
+// with load_elements and move, and a mask with masked_score. Packed keys and values differ in load_elements alone: a
+// lane loads 1 to 8 bytes of codes, its neighbours the next ones, and the scale and the bias of their group.
 #pragma once
 
 #include "../../csrc/gpu/launch.h"
 #include "../common/load.h"
 #include "../common/metal.h"
+#include "../quantized/dequantize.h"
 
 namespace quantization_mlx {
 
@@ -30,6 +32,8 @@ constant bool has_bool_mask [[function_constant(QUANTIZATION_MLX_HAS_BOOL_MASK)]
 constant bool has_added_mask [[function_constant(QUANTIZATION_MLX_HAS_ADDED_MASK)]];
 constant bool has_sinks [[function_constant(QUANTIZATION_MLX_HAS_SINKS)]];
 constant bool is_split [[function_constant(QUANTIZATION_MLX_SPLIT_KEYS)]];
+constant bool packed_keys [[function_constant(QUANTIZATION_MLX_PACKED_KEYS)]];
+constant bool eight_bits [[function_constant(QUANTIZATION_MLX_EIGHT_BITS)]];
 
 static constant constexpr const int attention_threads = 32 * attention_simdgroups();
 static constant constexpr const float lowest_score = -3.402823466e38f;  // finite: the difference of two is no NaN
@@ -69,6 +73,139 @@ METAL_FUNC void load_elements(thread const DenseRows<T>& rows, int first, thread
       values[i] = first + i < rows.length ? static_cast<float>(rows.row[first + i]) : 0.0f;
     }
   }
+}
+
+// Two codes in the lowest bits of a word.
+template <int bits>
+METAL_FUNC void decode_two(uint word, thread float* codes) {
+  constexpr uint mask = (1u << bits) - 1u;
+  set_pair(code_pair((word & mask) | ((word >> bits & mask) << 16), bits, 0), 0, 1, codes);
+}
+
+// Four, whose first and third go into the two halves of a word, and the others beside them.
+template <int bits>
+METAL_FUNC void decode_four(uint word, thread float* codes) {
+  if (bits == 4) {
+    const uint halves = (word & 0xFFu) | ((word & 0xFF00u) << 8);
+    set_pair(code_pair(halves, 4, 0), 0, 2, codes);
+    set_pair(code_pair(halves, 4, 4), 1, 3, codes);
+  } else {
+    set_pair(code_pair(word, 8, 0), 0, 2, codes);
+    set_pair(code_pair(word >> 8, 8, 0), 1, 3, codes);
+  }
+}
+
+// `count` adjacent codes of a row, 2, 4 or 8, from `first` on, a multiple of count.
+template <int count, int bits>
+METAL_FUNC void load_codes(const device uint* row, int first, thread float* codes) {
+  constexpr int bytes = count * bits / 8;
+  const device uchar* source = (const device uchar*)row + first * bits / 8;
+  uint words[2];
+  if (bytes >= 4) {
+    load_words<bytes / 4>((const device uint*)source, aligned_x, words);
+  } else {
+    words[0] = bytes == 2 ? static_cast<uint>(*(const device ushort*)source) : static_cast<uint>(*source);
+  }
+  if (count == 2) {
+    decode_two<bits>(words[0], codes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < count / 4; ++i) {
+      decode_four<bits>(bits == 8 ? words[i] : words[0] >> (16 * i), codes + 4 * i);
+    }
+  }
+}
+
+// A row of packed words and those after it.
+template <typename T>
+struct PackedRows {
+  const device uint* row;
+  const device T* scales;
+  const device T* biases;
+  long stride;
+  long scale_stride;
+  int length;
+  int group_shift;  // elements to a scale, as a power of two
+};
+
+template <typename T>
+METAL_FUNC void move(thread PackedRows<T>& rows, int count) {
+  rows.row += count * rows.stride;
+  rows.scales += count * rows.scale_stride;
+  rows.biases += count * rows.scale_stride;
+}
+
+template <int count, typename T>
+METAL_FUNC void load_elements(thread const PackedRows<T>& rows, int first, thread float* values) {
+  const bool is_inside = first < rows.length;
+  const int own = is_inside ? first : 0;
+  const float scale = static_cast<float>(rows.scales[own >> rows.group_shift]);
+  const float bias = static_cast<float>(rows.biases[own >> rows.group_shift]);
+  if (eight_bits) {
+    load_codes<count, 8>(rows.row, own, values);
+  } else {
+    load_codes<count, 4>(rows.row, own, values);
+  }
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    values[i] = is_inside ? fma(values[i], scale, bias) : 0.0f;
+  }
+}
+
+// Rows of keys or values: packed ones where packed_keys is set.
+template <typename T>
+struct KeyRows {
+  DenseRows<T> dense;
+  PackedRows<T> packed;
+};
+
+template <typename T>
+METAL_FUNC void move(thread KeyRows<T>& rows, int count) {
+  if (packed_keys) {
+    move(rows.packed, count);
+  } else {
+    move(rows.dense, count);
+  }
+}
+
+template <int count, typename T>
+METAL_FUNC void load_elements(thread const KeyRows<T>& rows, int first, thread float* values) {
+  if (packed_keys) {
+    load_elements<count>(rows.packed, first, values);
+  } else {
+    load_elements<count>(rows.dense, first, values);
+  }
+}
+
+// The rows of one head in a buffer of elements or, with scales and biases, of words.
+template <typename T>
+METAL_FUNC KeyRows<T> key_rows(
+    const device T* heads,
+    const device T* scales,
+    const device T* biases,
+    constant HeadStrides& strides,
+    constant HeadStrides& scale_strides,
+    constant AttentionParams& params,
+    int batch,
+    int head,
+    int length) {
+  const long offset = batch * strides.batch + head * strides.head;
+  KeyRows<T> rows;
+  if (packed_keys) {
+    const long scale_offset = batch * scale_strides.batch + head * scale_strides.head;
+    rows.packed.row = (const device uint*)heads + offset;
+    rows.packed.scales = scales + scale_offset;
+    rows.packed.biases = biases + scale_offset;
+    rows.packed.stride = strides.position;
+    rows.packed.scale_stride = scale_strides.position;
+    rows.packed.length = length;
+    rows.packed.group_shift = params.group_shift;
+  } else {
+    rows.dense.row = heads + offset;
+    rows.dense.stride = strides.position;
+    rows.dense.length = length;
+  }
+  return rows;
 }
 
 // The elements of a lane: `steps` times `elements` adjacent ones.
@@ -377,7 +514,11 @@ template <typename T, int elements, int key_steps, int value_steps, int rows>
     const device T* sinks [[buffer(5), function_constant(has_sinks)]],
     device T* y [[buffer(6)]],
     device float* partial_sums [[buffer(7), function_constant(is_split)]],
-    constant AttentionParams& params [[buffer(8)]],
+    const device T* k_scales [[buffer(8), function_constant(packed_keys)]],
+    const device T* k_biases [[buffer(9), function_constant(packed_keys)]],
+    const device T* v_scales [[buffer(10), function_constant(packed_keys)]],
+    const device T* v_biases [[buffer(11), function_constant(packed_keys)]],
+    constant AttentionParams& params [[buffer(12)]],
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -415,14 +556,11 @@ template <typename T, int elements, int key_steps, int value_steps, int rows>
   const int end =
       min(part_begin + params.part_keys, last_key(params, row_place(params, first_row + rows - 1, key_head).query));
   const int own_begin = begin + static_cast<int>(simdgroup) * run;
-  DenseRows<T> keys;
-  keys.row = k + batch * params.k.batch + key_head * params.k.head + own_begin * params.k.position;
-  keys.stride = params.k.position;
-  keys.length = params.dim;
-  DenseRows<T> values;
-  values.row = v + batch * params.v.batch + key_head * params.v.head + own_begin * params.v.position;
-  values.stride = params.v.position;
-  values.length = params.value_dim;
+  KeyRows<T> keys = key_rows(k, k_scales, k_biases, params.k, params.k_scales, params, batch, key_head, params.dim);
+  KeyRows<T> values =
+      key_rows(v, v_scales, v_biases, params.v, params.v_scales, params, batch, key_head, params.value_dim);
+  move(keys, own_begin);
+  move(values, own_begin);
   attend_keys(keys, values, mask, own_begin, end, attention_simdgroups() * run, lane, state);
 
   share_sums(state, simdgroup, lane, shared);

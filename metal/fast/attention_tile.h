@@ -17,7 +17,8 @@
 // Q stays in threadgroup memory, and K and V follow one another in the same place, so that several threadgroups fit on
 // a core and hide each other's loads. A lane has two adjacent scores of one row of a matrix of 8x8, so that maxima and
 // sums of a row are two shuffles away, and weights are multiplied as float32, as they are: values become float32 on
-// their way into a matrix, which multiplies that as fast as half.
+// their way into a matrix, which multiplies that as fast as half. Packed keys and values are decoded as they are
+// stored, once for all 32 rows, and rounded to the type of the queries.
 #pragma once
 
 #include "attention.h"
@@ -77,12 +78,28 @@ METAL_FUNC void store_piece(const device T* source, int left, threadgroup T* tar
   }
 }
 
-// Rows of keys or values from `first` on, `keys` of them; of those that are not there, and of what lacks in whole
-// matrices, zeros.
+// 16 bytes of row `row`.
+template <typename T>
+METAL_FUNC void store_piece(thread const KeyRows<T>& rows, int row, int element, int left, threadgroup T* target) {
+  if (packed_keys) {
+    constexpr int count = 16 / static_cast<int>(sizeof(T));
+    PackedRows<T> own = rows.packed;
+    move(own, left > 0 ? row : 0);
+    float values[count];
+    load_elements<count>(own, left > 0 ? element : 0, values);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      target[i] = static_cast<T>(left > 0 ? values[i] : 0.0f);
+    }
+  } else {
+    store_piece(rows.dense.row + (left > 0 ? row * rows.dense.stride + element : 0), left, target);
+  }
+}
+
+// The first `keys` rows of keys or values; of those that are not there, and of what lacks in whole matrices, zeros.
 template <typename T, int dim, int keys>
 METAL_FUNC void store_keys(
-    const device T* first,
-    long stride,
+    thread const KeyRows<T>& rows,
     int existing,
     int length,
     int thread_index,
@@ -95,7 +112,7 @@ METAL_FUNC void store_keys(
     const int element = i % pieces * piece;
     if (element < (length + matrix_size - 1) / matrix_size * matrix_size) {
       const int left = row < existing ? length - element : 0;
-      store_piece(first + (left > 0 ? row * stride + element : 0), left, block + row * tile_stride<T>(dim) + element);
+      store_piece(rows, row, element, left, block + row * tile_stride<T>(dim) + element);
     }
   }
 }
@@ -113,7 +130,11 @@ template <typename T, int dim>
     const device T* added [[buffer(4), function_constant(has_added_mask)]],
     const device T* sinks [[buffer(5), function_constant(has_sinks)]],
     device T* y [[buffer(6)]],
-    constant AttentionParams& params [[buffer(8)]],
+    const device T* k_scales [[buffer(8), function_constant(packed_keys)]],
+    const device T* k_biases [[buffer(9), function_constant(packed_keys)]],
+    const device T* v_scales [[buffer(10), function_constant(packed_keys)]],
+    const device T* v_biases [[buffer(11), function_constant(packed_keys)]],
+    constant AttentionParams& params [[buffer(12)]],
     uint3 threadgroup_index [[threadgroup_position_in_grid]],
     uint3 threadgroups [[threadgroups_per_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -160,8 +181,13 @@ template <typename T, int dim>
   // What every row sees.
   const int seen_begin = first_key(params, last_query);
   const int seen_end = last_key(params, first_query);
-  const device T* head_of_keys = k + batch * params.k.batch + key_head * params.k.head;
-  const device T* head_of_values = v + batch * params.v.batch + key_head * params.v.head;
+  const int first_begin = first_key(params, first_query);
+  KeyRows<T> key_block =
+      key_rows(k, k_scales, k_biases, params.k, params.k_scales, params, batch, key_head, params.dim);
+  KeyRows<T> value_block =
+      key_rows(v, v_scales, v_biases, params.v, params.v_scales, params, batch, key_head, params.value_dim);
+  move(key_block, first_begin);
+  move(value_block, first_begin);
   threadgroup const T* own_queries = queries + simdgroup * matrix_size * stride;
 
   FloatMatrix sums[dim / matrix_size];
@@ -171,11 +197,11 @@ template <typename T, int dim>
   }
   float maximum = lowest_score;
   float weights = 0.0f;
-  for (int begin = first_key(params, first_query); begin < end; begin += keys) {
+  for (int begin = first_begin; begin < end; begin += keys) {
     const int existing = end - begin;
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the values before have been multiplied
-    store_keys<T, dim, keys>(
-        head_of_keys + begin * params.k.position, params.k.position, existing, params.dim, thread_index, block);
+    store_keys<T, dim, keys>(key_block, existing, params.dim, thread_index, block);
+    move(key_block, keys);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // queries and keys are complete
     FloatMatrix scores[key_matrices];
 #pragma unroll
@@ -193,8 +219,8 @@ template <typename T, int dim>
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the keys have been multiplied
-    store_keys<T, dim, keys>(
-        head_of_values + begin * params.v.position, params.v.position, existing, params.value_dim, thread_index, block);
+    store_keys<T, dim, keys>(value_block, existing, params.value_dim, thread_index, block);
+    move(value_block, keys);
 
     const bool hides = has_bool_mask || has_added_mask || begin < seen_begin || begin + keys > seen_end;
     float largest = lowest_score;

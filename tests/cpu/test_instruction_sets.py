@@ -13,7 +13,8 @@ from repository import ROOT
 
 VARIABLE = "QUANTIZATION_MLX_CPU"
 CALL = "import torch, quantization_mlx as q; q.quantized_matmul(torch.ones(64), *q.quantize(torch.ones(2, 64)))"
-OPS = ("matmul", "gather", "norm", "rope", "gates", "sample", "moe", "attention", "rope_into_cache")
+OPS = ("matmul", "gather", "norm", "rope", "gates", "sample", "moe", "rope_into_cache")
+OPS += ("attention", "quantized_attention")
 FILES = [f"ops/test_{op}.py" for op in OPS]
 WANTED = "not (mps or usage_example or explicit or 6-bit-720 or wide-n or 576)"
 

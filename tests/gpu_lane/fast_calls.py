@@ -98,6 +98,12 @@ def _attention_results(call: FastCall) -> dict[str, Shaped]:
     return {"y": ((*layouts["queries"].shape[:3], layouts["values"].shape[3]), call.dtype)}
 
 
+def _packed_attention_results(call: FastCall) -> dict[str, Shaped]:
+    layouts = call.layouts
+    dim = layouts["value_scales"].shape[3] * call.keywords["group_size"]
+    return {"y": ((*layouts["queries"].shape[:3], dim), call.dtype)}
+
+
 def _cache_results(call: FastCall) -> dict[str, Shaped]:
     batch, tokens, width = call.layouts["x"].shape
     _, key_heads, _, dim = call.layouts["keys"].shape
@@ -131,6 +137,7 @@ RESULTS = {
     "sample": lambda call: {"y": (call.tensors[0][1].shape[:1], "int64")},
     "moe_router": _router_results,
     "moe_combine": _combine_results,
+    "quantized_scaled_dot_product_attention": _packed_attention_results,
 }
 
 
@@ -279,6 +286,23 @@ def combine(
         tensors += [("bias", Layout((experts, length), dtype, (length + before, 1), before))]
         tensors += [("experts", dense((tokens, k), "int64"))]
     return FastCall("moe_combine", tuple(tensors))
+
+
+def packed_attention(call: FastCall, group_size: int, bits: int) -> FastCall:
+    """The same attention to keys and values that are codes."""
+    tensors = dict(call.tensors)
+    for role, of_scales in (("keys", "key"), ("values", "value")):
+        dense_heads = tensors[role]
+        *others, dim = dense_heads.shape
+        for name, size, dtype in (
+            (role, dim * bits // 32, "uint32"),
+            (f"{of_scales}_scales", dim // group_size, call.dtype),
+            (f"{of_scales}_biases", dim // group_size, call.dtype),
+        ):
+            strides = tuple(stride // dim * size for stride in dense_heads.strides[:3])
+            tensors[name] = Layout((*others, size), dtype, (*strides, 1), dense_heads.offset)
+    options = (*call.options, ("group_size", group_size), ("bits", bits))
+    return FastCall("quantized_scaled_dot_product_attention", tuple(tensors.items()), options)
 
 
 # --- A decoder layer --------------------------------------------------------------------------------------------------

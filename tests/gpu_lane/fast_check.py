@@ -171,13 +171,14 @@ def _visible(call: FastCall, given: Arrays, queries: int, keys: int) -> np.ndarr
     return visible
 
 
-def _attention(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+def _attention(call: FastCall, given: Arrays, written: Arrays, key_rounding: float = 0.0) -> dict[str, tuple]:
+    """key_rounding: of keys and values before they are multiplied, relative to them."""
     keys, values = given["keys"], given["values"]
     batch, heads, queries, _ = given["queries"].shape
     shape = (batch, heads, queries, keys.shape[2])
     q = call.keywords["scale"] * given["queries"].reshape(batch, keys.shape[1], -1, keys.shape[3])
     scores = (q @ keys.swapaxes(-1, -2)).reshape(shape)
-    score_error = ROUNDINGS * (np.abs(q) @ np.abs(keys).swapaxes(-1, -2)).reshape(shape)
+    score_error = (ROUNDINGS + key_rounding) * (np.abs(q) @ np.abs(keys).swapaxes(-1, -2)).reshape(shape)
     if "mask" in given and call.layouts["mask"].dtype != "bool":
         scores = scores + given["mask"]
     scores = np.where(_visible(call, given, queries, shape[3]), scores, -np.inf)
@@ -191,7 +192,21 @@ def _attention(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tupl
     weights = (weights / np.where(total == 0, 1.0, total)).reshape(*q.shape[:3], -1)
     y, size = ((weights @ v).reshape(*shape[:3], -1) for v in (values, np.abs(values)))
     # A weight is off by the error of its score and of those that it is divided by; exp by that of its argument.
-    return {"y": (y, (2 * score_error.max(-1, keepdims=True) + ROUNDINGS * (4 + np.abs(largest))) * size)}
+    weight_error = 2 * score_error.max(-1, keepdims=True) + ROUNDINGS * (4 + np.abs(largest))
+    return {"y": (y, (weight_error + key_rounding) * size)}
+
+
+def _packed_attention(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    def unpacked(role: str, of_scales: str) -> np.ndarray:
+        bits, scales, biases = (call.keywords["bits"], *(given[f"{of_scales}_{name}"] for name in ("scales", "biases")))
+        codes = given[role].astype(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & (2**bits - 1)
+        codes = codes.reshape(*scales.shape, call.keywords["group_size"])
+        heads = codes * scales[..., None] + biases[..., None]
+        return heads.reshape(*scales.shape[:-1], -1)
+
+    dense = {role: unpacked(role, of_scales) for role, of_scales in (("keys", "key"), ("values", "value"))}
+    is_tile = given["queries"].shape[2] > 8  # which rounds them
+    return _attention(call, given | dense, written, 2.0 ** -PRECISION[call.dtype][0] if is_tile else 0.0)
 
 
 # --- Mixtures of experts ----------------------------------------------------------------------------------------------
@@ -309,6 +324,7 @@ REFERENCES: dict[str, Callable[[FastCall, Arrays, Arrays], dict[str, tuple]]] = 
     "moe_router": _moe_router,
     "moe_combine": _moe_combine,
     "sample": _sample,
+    "quantized_scaled_dot_product_attention": _packed_attention,
 }
 
 

@@ -75,6 +75,7 @@ DRAWS: dict[str, Draw] = {
     "previous": lambda rng, shape: rng.integers(-1, 1000, shape),
     "experts": lambda rng, shape: rng.integers(0, 3, shape),
     "seeds": lambda rng, shape: rng.integers(-(2**52), 2**52, shape),
+    **dict.fromkeys(("key_scales", "value_scales"), lambda rng, shape: 0.01 * _normal(rng, shape)),
     **dict.fromkeys(("weight", "query_norm", "key_norm", "first_norm", "second_norm", "last_norm"), _around_one),
 }
 
@@ -84,6 +85,8 @@ def _draw(role: str, dtype: str, shape: tuple[int, ...], seed: int) -> np.ndarra
     rng = np.random.default_rng([seed, *("angles" if role in ("cosines", "sines") else role).encode()])
     if dtype == "bool":
         return rng.random(shape) < 0.7
+    if dtype == "uint32":
+        return rng.integers(0, 2**32, shape, np.uint32)
     return DRAWS.get(role, _normal)(rng, shape)
 
 

@@ -12,6 +12,7 @@ from fast_calls import (
     combine,
     gate,
     norm,
+    packed_attention,
     rope,
     rope_into_cache,
     router,
@@ -54,6 +55,7 @@ RULES = (
     {"temperature": 0.0},
     *({"temperature": 0.4, name: ALL_RULES[name]} for name in ("top_k", "top_p", "min_p")),
 )
+PACKED = ((32, 4), (64, 8))  # group sizes and bits of packed keys and values
 
 
 def candidates(dtype: str, ragged: bool) -> Iterator[FastCall]:
@@ -102,6 +104,11 @@ def _attention(dtype: str, ragged: bool) -> Iterator[FastCall]:
         window = 31 if mask == "causal" else None
         heads = {"dim": dim, "value_dim": value_dim, "key_heads": 2, "group": 3}
         yield attention(100, queries=queries, mask=mask, window=window, has_sinks=ragged, **heads, **layout)
+    for dim, queries, (group_size, bits) in itertools.product((64, 128, 256), (1, 3, 43), PACKED):
+        keys = 1203 if queries == 1 else 100
+        given = attention(keys, dim, queries=queries, mask="causal", key_heads=2, group=2, capacity=keys + 5, **layout)
+        yield packed_attention(given, group_size, bits)
+    yield from (packed_attention(attention(77, 576, 512, key_heads=1, **layout), *format) for format in PACKED)
 
 
 def _mixtures(dtype: str, ragged: bool) -> Iterator[FastCall]:

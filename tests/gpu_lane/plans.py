@@ -107,6 +107,17 @@ def _router(t: Tensors, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
     return fast.moe_router(t["x"], o["k"], bias=t.get("bias"), **rules)
 
 
+def _packed_attention(t: Tensors, o: Options) -> torch.Tensor:
+    options = {"scale": o["scale"], "window": o["window"], "sinks": t.get("sinks")}
+    options |= {"group_size": o["group_size"], "bits": o["bits"]}
+    k, v = (
+        (t[role], t[f"{of_scales}_scales"], t[f"{of_scales}_biases"])
+        for role, of_scales in (("keys", "key"), ("values", "value"))
+    )
+    mask = "causal" if o["causal"] else t.get("mask")
+    return fast.quantized_scaled_dot_product_attention(t["queries"], k, v, mask=mask, **options)
+
+
 FUNCTIONS: dict[str, Callable[[Tensors, Options], Any]] = {
     "rms_norm": lambda t, o: fast.rms_norm(t["x"], t.get("weight"), o["eps"]),
     "layer_norm": lambda t, o: fast.layer_norm(t["x"], t.get("weight"), t.get("bias"), o["eps"]),
@@ -121,6 +132,7 @@ FUNCTIONS: dict[str, Callable[[Tensors, Options], Any]] = {
     "moe_combine": lambda t, o: fast.moe_combine(
         t["x"], t["weight"], **{name: t.get(name) for name in ("residual", "bias", "experts")}
     ),
+    "quantized_scaled_dot_product_attention": _packed_attention,
 }
 
 

@@ -183,6 +183,7 @@ FAST_CALLS = [
         fast_calls.sample(9, 1037, "float16", 20 * ("top_k" in rules), "top_p" in rules, padding=3, before=1, **rules)
         for rules in fast_suites.RULES
     ),
+    *(fast_calls.packed_attention(fast_calls.attention(77, queries=5), *format) for format in fast_suites.PACKED),
 ]
 
 

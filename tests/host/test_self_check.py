@@ -143,7 +143,21 @@ ATTENTION_MUTANTS = {
     "sinks": ("attention_64", TOTAL, "0.0f", 1, 50, {"sinks": torch.full((4,), 3.0)}),
     "hidden keys": ("_tile_", "keys > seen_end", "keys > seen_end + 40", 40, 40, {"mask": "causal"}),
     "weights of a tile": ("_tile_", "weights *= factor;", "", 40, 90, {}),
-    "values of a tile": ("_tile_", "left > 0 ? row * stride", "left > 0 ? (row & 15) * stride", 40, 90, {}),
+    "values of a tile": ("_tile_", "left > 0 ? row * rows", "left > 0 ? (row & 15) * rows", 40, 90, {}),
+}
+
+
+# Of attention to packed keys and values, likewise: a text of the kernels and another, queries, keys and bits.
+PACKED_MUTANTS = {
+    "codes in turns": ("set_pair(code_pair(halves, 4, 4), 1, 3", "set_pair(code_pair(halves, 4, 0), 1, 3", 12, 90, 4),
+    "upper codes": ("(word & 0xFF00u) << 8", "(word & 0xFFu) << 16", 12, 90, 4),
+    "pairs of codes": ("(word >> bits & mask) << 16", "(word & mask) << 16", 1, 50, 4),
+    "bytes": ("code_pair(word >> 8, 8, 0)", "code_pair(word, 8, 0)", 12, 90, 8),
+    "width": ("load_codes<count, 8>", "load_codes<count, 4>", 1, 50, 8),
+    "scales": ("rows.scales[own >> rows.group_shift]", "rows.scales[0]", 1, 50, 8),
+    "biases": ("rows.biases[own >> rows.group_shift]", "rows.biases[0]", 1, 50, 4),
+    "rows of scales": ("rows.scales += count * rows.scale_stride", "rows.scales += 0", 1, 50, 4),
+    "rows of biases": ("rows.biases += count * rows.scale_stride", "rows.biases += 0", 40, 90, 8),
 }
 
 
@@ -287,6 +301,33 @@ def test_wrong_attention_is_found(name, monkeypatch, capfd):
     found = capfd.readouterr().err
     family = "tile" if "tile" in kernel else "attention"
     assert changed and f'family "{family}" fails its self-check for Half on' in found
+    torch.testing.assert_close(result, call("cpu"), rtol=1e-2, atol=1e-3)
+    assert not mps.errors()
+    mps.clear()
+
+
+@pytest.mark.parametrize("name", PACKED_MUTANTS)
+def test_wrong_attention_to_packed_keys_is_found(name, monkeypatch, capfd):
+    old, new, queries, keys, bits = PACKED_MUTANTS[name]
+    monkeypatch.setenv("CI", "")  # where the check itself would be an error
+    software_gpu.install()
+    format = oracle.Format("affine", 32, bits)
+    x = oracle.random_x(1, 4, queries, 64).half()
+    heads = [oracle.random_quantized(format, 1, 2, keys, 64, dtype=torch.float16, seed=seed) for seed in (2, 3)]
+
+    def call(device: str) -> Tensor:
+        k, v = (each.to(device).tensors for each in heads)
+        return fast.quantized_scaled_dot_product_attention(
+            x.to(device), k, v, scale=0.125, group_size=32, bits=bits
+        ).cpu()
+
+    family = "tile" if queries > 8 else "attention"
+    kernel = "_tile_" if queries > 8 else "attention_64"
+    gpu = f"applegpu_g{900 + list(PACKED_MUTANTS).index(name)}p"
+    with mps.gpu(gpu, 2600), compiled_as(Mutant(kernel, old, new, queries)) as changed:
+        result = call("mps")
+    found = capfd.readouterr().err
+    assert changed and f'family "{family}" fails its self-check for Half and keys of {bits} bits on' in found
     torch.testing.assert_close(result, call("cpu"), rtol=1e-2, atol=1e-3)
     assert not mps.errors()
     mps.clear()

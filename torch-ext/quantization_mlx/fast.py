@@ -8,13 +8,15 @@ Every op raises ``ValueError`` for shapes and devices that do not fit, ``TypeErr
 ``NotImplementedError`` for more than 2**30 rows or elements of a row.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from ._ops import ops
 
 __all__ = [
     *("add_rms_norm", "geglu", "layer_norm", "moe_combine", "moe_router", "rms_norm", "rope", "rope_into_cache"),
-    *("sample", "scaled_dot_product_attention", "swiglu"),
+    *("quantized_scaled_dot_product_attention", "sample", "scaled_dot_product_attention", "swiglu"),
 ]
 
 
@@ -249,14 +251,60 @@ def scaled_dot_product_attention(
         ``[B, Hq, Tq, Dv]``, contiguous. A query that sees no key has zeros, as in torch, where MLX has the mean of v
         for a mask of bool and NaN for -inf that are added.
     """
-    is_name = isinstance(mask, str)
-    if is_name and mask != "causal":
-        raise ValueError(
-            f'[scaled_dot_product_attention] mask is "{mask}"; it must be "causal", a tensor of bool or of what is '
-            "added to the scores, or None."
-        )
     return ops.scaled_dot_product_attention(
-        q, k, v, scale=scale, mask=None if is_name else mask, causal=is_name, sinks=sinks, window=window
+        q, k, v, scale=scale, **_masked("scaled_dot_product_attention", mask), sinks=sinks, window=window
+    )
+
+
+def _masked(op: str, mask: str | Tensor | None) -> dict[str, Any]:
+    """The two options of attention ops that a mask stands for."""
+    if not isinstance(mask, str):
+        return {"mask": mask, "causal": False}
+    if mask != "causal":
+        raise ValueError(
+            f'[{op}] mask is "{mask}"; it must be "causal", a tensor of bool or of what is added to the scores, or '
+            "None."
+        )
+    return {"mask": None, "causal": True}
+
+
+def quantized_scaled_dot_product_attention(
+    q: Tensor,
+    k: tuple[Tensor, Tensor, Tensor],
+    v: tuple[Tensor, Tensor, Tensor],
+    *,
+    scale: float,
+    mask: str | Tensor | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+    group_size: int = 64,
+    bits: int = 8,
+) -> Tensor:
+    """``scaled_dot_product_attention`` to keys and values that ``quantize`` has packed in the affine format.
+
+    What mlx_lm's function of this name makes of three ops, in one: a code becomes a number on its way into the product,
+    so that a cache is read once, in its packed form. Scores and weights are float32, where mlx_lm rounds them to the
+    dtype of q. Prompts on Apple GPUs round the numbers to the dtype of the result first, all others do not.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``.
+        k: packed words ``[B, Hk, Tk, D * bits / 32]``, uint32 or int32, with scales and biases
+            ``[B, Hk, Tk, D / group_size]``; D at most 576.
+        v: likewise, of Dv at most 512 elements. Only where the words of a head, or its scales, do not lie side by side
+            is anything copied.
+        scale, mask, sinks, window: as those of ``scaled_dot_product_attention``; mlx_lm has no sinks and no window.
+        group_size: 32, 64 or 128 elements of a head, which must divide D and Dv.
+        bits: 4 or 8.
+
+    Returns:
+        ``[B, Hq, Tq, Dv]``, contiguous, of the dtype that those of q, scales and biases promote to. A query that sees
+        no key has zeros.
+
+    With gradients, which reach q, scales, biases, mask and sinks, keys and values are dequantized first.
+    """
+    options = _masked("quantized_scaled_dot_product_attention", mask)
+    return ops.quantized_scaled_dot_product_attention(
+        q, *k, *v, scale=scale, **options, sinks=sinks, window=window, group_size=group_size, bits=bits
     )
 
 

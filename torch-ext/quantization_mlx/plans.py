@@ -15,7 +15,8 @@ __all__ = ["Launch", "Plan", "explain"]
 _OPS = (
     *("quantize", "dequantize", "quantized_matmul", "gather_qmm"),
     *("rms_norm", "layer_norm", "add_rms_norm", "rope", "rope_into_cache", "swiglu", "geglu"),
-    *("scaled_dot_product_attention", "moe_router", "moe_combine", "sample"),
+    *("scaled_dot_product_attention", "quantized_scaled_dot_product_attention"),
+    *("moe_router", "moe_combine", "sample"),
 )
 
 

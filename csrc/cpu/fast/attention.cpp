@@ -154,6 +154,16 @@ class AttentionTasks {
     return static_cast<const uint8_t*>(tensor.const_data_ptr()) + element * tensor.element_size();
   }
 
+  static AttentionSource source_of(const KeyHeads& heads, int64_t batch, int64_t head) {
+    AttentionSource source{at(heads.tensor, batch, head, 0), heads.tensor.stride(2), nullptr, nullptr, 0};
+    if (heads.scales.defined()) {
+      source.scales = at(heads.scales, batch, head, 0);
+      source.biases = at(heads.biases, batch, head, 0);
+      source.scale_stride = heads.scales.stride(2);
+    }
+    return source;
+  }
+
   void attend(const Block& block, int64_t begin, int64_t end, const Partial& partial) const {
     const int64_t rows = block.rows();
     const int64_t dim = problem_.dim();
@@ -179,16 +189,16 @@ class AttentionTasks {
     const int64_t key_head = block.head / group_;
     Attention attention{};
     attention.type = type_;
+    attention.bits = problem_.bits;
+    attention.group_size = problem_.group_size;
     attention.rows = rows;
     attention.dim = dim;
     attention.value_dim = problem_.value_dim();
     attention.begin = begin;
     attention.end = end;
     attention.queries = queries;
-    attention.keys = at(problem_.k, block.batch, key_head, 0);
-    attention.key_stride = problem_.k.stride(2);
-    attention.values = at(problem_.v, block.batch, key_head, 0);
-    attention.value_stride = problem_.v.stride(2);
+    attention.keys = source_of(problem_.k, block.batch, key_head);
+    attention.values = source_of(problem_.v, block.batch, key_head);
     attention.first = problem_.causal ? first : nullptr;
     attention.last = problem_.causal ? last : nullptr;
     if (problem_.mask.defined()) {

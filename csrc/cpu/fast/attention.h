@@ -16,6 +16,9 @@
 //
 // Both are one loop: 8 or 4 numbers times 3 vectors of rows, whose products stay in registers. Rows stand in panels of
 // 3 vectors.
+//
+// Keys and values are read through `RealRows` or, where they are packed, `PackedRows`: few rows decode them on the way
+// into registers, many rows once for all.
 #pragma once
 
 #include "../isa/real.h"
@@ -87,6 +90,115 @@ KeyRange range_of(const Attention& attention, int64_t row, int64_t begin, int64_
   return {first < 0 ? 0 : min(first, count), last < 0 ? 0 : min(last, count)};
 }
 
+// --- Rows of keys and values -----------------------------------------------------------------------------------------
+
+// Working memory, a part after the other.
+struct Parts {
+  float* next;
+
+  float* take(int64_t count) {
+    float* part = next;
+    next += round_up(count, 16);
+    return part;
+  }
+};
+
+// A block of keys or values that are elements.
+template <Real type>
+struct RealRows {
+  const uint8_t* first;
+  int64_t stride;
+
+  static RealRows of(const Attention&, const AttentionSource& source, int64_t, int64_t begin, int64_t, Parts&) {
+    return {static_cast<const uint8_t*>(source.first) + begin * source.stride * real_bytes(type), source.stride};
+  }
+
+  // `lanes` elements of row j from d on.
+  ALWAYS_INLINE F load(int64_t j, int64_t d) const { return load_real(type, first, j * stride + d); }
+};
+
+// `lanes` adjacent codes.
+template <int bits>
+ALWAYS_INLINE F load_codes(const uint8_t* source) {
+  if constexpr (bits == 8) {
+    return (F) __builtin_convertvector((Integers)Vector::load_bytes(source), Floats);
+  } else {
+    static_assert(bits == 4);
+    // Every lane has the word of its code, shifts that to the bottom, and masks it.
+    Words shifts = {};
+    Words words = {};
+    for (int lane = 0; lane < lanes; ++lane) {
+      shifts[lane] = 4u * (static_cast<uint32_t>(lane) % 8u);
+    }
+    if constexpr (lanes <= 8) {
+      uint32_t word = 0;
+      std::memcpy(&word, source, lanes / 2);
+      words += word;
+    } else {
+      uint32_t both[2];
+      std::memcpy(both, source, sizeof both);
+      Words is_first = {};
+      for (int lane = 0; lane < 8; ++lane) {
+        is_first[lane] = ~0u;
+      }
+      words = ((words + both[0]) & is_first) | ((words + both[1]) & ~is_first);
+    }
+    return (F) __builtin_convertvector((Integers)(words >> shifts & 15u), Floats);
+  }
+}
+
+// Scales or biases of `count` positions, `groups` of each, in float32.
+float* float_scales(Real type, const void* source, int64_t stride, int64_t groups, int64_t count, Parts& parts) {
+  float* const result = parts.take(count * groups + 16);
+  const uint8_t* bytes = static_cast<const uint8_t*>(source);
+  if (stride == groups) {
+    to_float32(type, bytes, count * groups, result);
+  } else {
+    for (int64_t j = 0; j < count; ++j) {
+      to_float32(type, bytes + j * stride * real_bytes(type), groups, result + j * groups);
+    }
+  }
+  return result;
+}
+
+// A block of keys or values that are codes.
+template <int bits>
+struct PackedRows {
+  const uint8_t* first;
+  int64_t bytes;  // from one row to the next
+  const float* scales;
+  const float* biases;
+  int64_t groups;
+  int shift;  // elements to a group, as a power of two
+
+  static PackedRows of(
+      const Attention& attention,
+      const AttentionSource& source,
+      int64_t dim,
+      int64_t begin,
+      int64_t count,
+      Parts& parts) {
+    const int64_t groups = dim / attention.group_size;
+    const auto floats = [&](const void* tensor) {
+      const uint8_t* own = static_cast<const uint8_t*>(tensor);
+      return float_scales(
+          attention.type, own + begin * source.scale_stride * real_bytes(attention.type), source.scale_stride, groups,
+          count, parts);
+    };
+    const float* const scales = floats(source.scales);
+    const float* const biases = floats(source.biases);
+    const int64_t bytes = source.stride * 4;
+    return {static_cast<const uint8_t*>(source.first) + begin * bytes, bytes, scales, biases, groups,
+            __builtin_ctz(static_cast<unsigned>(attention.group_size))};
+  }
+
+  ALWAYS_INLINE F load(int64_t j, int64_t d) const {
+    const int64_t group = j * groups + (d >> shift);
+    const F codes = load_codes<bits>(first + j * bytes + d * bits / 8);
+    return Vector::fma(codes, Vector::set(scales[group]), Vector::set(biases[group]));
+  }
+};
+
 // --- Few rows --------------------------------------------------------------------------------------------------------
 
 // Rows that share a load, and keys whose scores are summed together.
@@ -97,15 +209,18 @@ constexpr int few_rows_keys = 64;
 
 constexpr int64_t most_few_rows = lanes / 2 > 4 ? lanes / 2 : 4;
 
-template <Real type, int rows, int keys>
-ALWAYS_INLINE void score_keys(const Attention& attention, const float* queries, int64_t j, float* scores) {
+template <int rows, int keys, typename Rows>
+ALWAYS_INLINE void score_keys(
+    const Attention& attention,
+    const Rows& all,
+    const float* queries,
+    int64_t j,
+    float* scores) {
   F sums[rows][keys];
   clear(sums);
   for (int64_t d = 0; d < attention.dim; d += lanes) {
     F key[keys];
-    unrolled<keys>([&](auto k) __attribute__((always_inline)) {
-      key[k] = load_real(type, attention.keys, (j + k) * attention.key_stride + d);
-    });
+    unrolled<keys>([&](auto k) __attribute__((always_inline)) { key[k] = all.load(j + k, d); });
     unrolled<rows>([&](auto r) __attribute__((always_inline)) {
       const F query = Vector::load(queries + r * attention.dim + d);
       unrolled<keys>([&](auto k)
@@ -117,12 +232,12 @@ ALWAYS_INLINE void score_keys(const Attention& attention, const float* queries, 
 
 // result[row, d] = result[row, d] * factors[row] + the sum of weights[row, j] * values[j, d] over j, for `vectors`
 // vectors from d on
-template <Real type, int rows, int vectors>
+template <int rows, int vectors, typename Rows>
 ALWAYS_INLINE void mix_values(
     const Attention& attention,
+    const Rows& all,
     const float* weights,
     const float* factors,
-    int64_t begin,
     int64_t count,
     int64_t d,
     float* result) {
@@ -130,9 +245,7 @@ ALWAYS_INLINE void mix_values(
   clear(sums);
   for (int64_t j = 0; j < count; ++j) {
     F value[vectors];
-    unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-      value[v] = load_real(type, attention.values, (begin + j) * attention.value_stride + d + v * lanes);
-    });
+    unrolled<vectors>([&](auto v) __attribute__((always_inline)) { value[v] = all.load(j, d + v * lanes); });
     unrolled<rows>([&](auto r) __attribute__((always_inline)) {
       const F weight = Vector::set(weights[r * few_rows_keys + j]);
       unrolled<vectors>([&](auto v)
@@ -185,12 +298,18 @@ float soften_row(const Attention& attention, int64_t row, int64_t begin, int64_t
   return of_lanes[0];
 }
 
-template <Real type, int rows>
-void attend_shared(const Attention& attention, int64_t row, int64_t begin, int64_t count) {
+template <int rows, typename Rows>
+void attend_shared(
+    const Attention& attention,
+    const Rows& all_keys,
+    const Rows& all_values,
+    int64_t row,
+    int64_t begin,
+    int64_t count) {
   float scores[rows * few_rows_keys];
   const float* queries = attention.queries + row * attention.dim;
   for_columns<keys_at_once>(0, count, [&](int64_t j, auto keys) __attribute__((always_inline)) {
-    score_keys<type, rows, keys>(attention, queries, begin + j, scores + j);
+    score_keys<rows, keys>(attention, all_keys, queries, j, scores + j);
   });
   float factors[rows];
   for (int r = 0; r < rows; ++r) {
@@ -200,19 +319,23 @@ void attend_shared(const Attention& attention, int64_t row, int64_t begin, int64
   float* result = attention.result + row * attention.value_dim;
   int64_t d = 0;
   for (; d + vectors * lanes <= attention.value_dim; d += vectors * lanes) {
-    mix_values<type, rows, vectors>(attention, scores, factors, begin, count, d, result);
+    mix_values<rows, vectors>(attention, all_values, scores, factors, count, d, result);
   }
   for (; d < attention.value_dim; d += lanes) {
-    mix_values<type, rows, 1>(attention, scores, factors, begin, count, d, result);
+    mix_values<rows, 1>(attention, all_values, scores, factors, count, d, result);
   }
 }
 
-template <Real type>
+template <typename Rows>
 void attend_few(const Attention& attention) {
   for (int64_t begin = attention.begin; begin < attention.end; begin += few_rows_keys) {
     const int64_t count = min(few_rows_keys, attention.end - begin);
-    for_constant_tiles<shared_rows>(
-        attention.rows, [&](int64_t row, auto rows) { attend_shared<type, rows>(attention, row, begin, count); });
+    Parts parts{attention.workspace};
+    const Rows keys = Rows::of(attention, attention.keys, attention.dim, begin, count, parts);
+    const Rows values = Rows::of(attention, attention.values, attention.value_dim, begin, count, parts);
+    for_constant_tiles<shared_rows>(attention.rows, [&](int64_t row, auto rows) {
+      attend_shared<rows>(attention, keys, values, row, begin, count);
+    });
   }
 }
 
@@ -384,33 +507,45 @@ struct Panel {
   }
 };
 
-// Working memory, a part after the other.
-struct Parts {
-  float* next;
-
-  float* take(int64_t count) {
-    float* part = next;
-    next += round_up(count, 16);
-    return part;
-  }
-};
-
-// Keys or values of a block in float32: themselves, or a copy.
-FloatRows float_rows(
-    Real type,
-    const void* source,
-    int64_t stride,
+template <int bits>
+FloatRows unpacked_rows(
+    const Attention& attention,
+    const AttentionSource& source,
     int64_t dim,
     int64_t begin,
     int64_t count,
+    Parts parts,
     float* copy) {
-  const uint8_t* first = static_cast<const uint8_t*>(source) + begin * stride * real_bytes(type);
+  const auto rows = PackedRows<bits>::of(attention, source, dim, begin, count, parts);
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t d = 0; d < dim; d += lanes) {
+      Vector::store(copy + j * dim + d, rows.load(j, d));
+    }
+  }
+  return {copy, dim};
+}
+
+// Keys or values of a block in float32: themselves, or a copy. Takes parts for the time of the call.
+FloatRows float_rows(
+    const Attention& attention,
+    const AttentionSource& source,
+    int64_t dim,
+    int64_t begin,
+    int64_t count,
+    Parts parts,
+    float* copy) {
+  const Real type = attention.type;
+  if (attention.bits != 0) {
+    return attention.bits == 8 ? unpacked_rows<8>(attention, source, dim, begin, count, parts, copy)
+                               : unpacked_rows<4>(attention, source, dim, begin, count, parts, copy);
+  }
+  const uint8_t* first = static_cast<const uint8_t*>(source.first) + begin * source.stride * real_bytes(type);
   if (type == Real::float32) {
-    return {reinterpret_cast<const float*>(first), stride};
+    return {reinterpret_cast<const float*>(first), source.stride};
   }
   const int64_t copy_stride = round_up(dim, 16);
   for (int64_t j = 0; j < count; ++j) {
-    to_float32(type, first + j * stride * real_bytes(type), dim, copy + j * copy_stride);
+    to_float32(type, first + j * source.stride * real_bytes(type), dim, copy + j * copy_stride);
   }
   return {copy, copy_stride};
 }
@@ -447,10 +582,9 @@ void attend_many(const Attention& attention) {
   for_panels([&](const auto& panel) { panel.begin(); });
   for (int64_t begin = attention.begin; begin < attention.end; begin += attention_keys) {
     const int64_t count = min(attention_keys, attention.end - begin);
-    const FloatRows keys =
-        float_rows(attention.type, attention.keys, attention.key_stride, attention.dim, begin, count, keys_copy);
-    const FloatRows values = float_rows(
-        attention.type, attention.values, attention.value_stride, attention.value_dim, begin, count, values_copy);
+    const FloatRows keys = float_rows(attention, attention.keys, attention.dim, begin, count, parts, keys_copy);
+    const FloatRows values =
+        float_rows(attention, attention.values, attention.value_dim, begin, count, parts, values_copy);
     for_panels([&](const auto& panel) {
       panel.score(keys, count);
       panel.hide(begin, count);
@@ -471,11 +605,12 @@ void attend(const Attention& attention) {
     attention.sums[row] = 0.0f;
   }
   std::memset(attention.result, 0, sizeof(float) * static_cast<size_t>(attention.rows * attention.value_dim));
-  switch (attention.type) {
-    case Real::float32: return attend_few<Real::float32>(attention);
-    case Real::float16: return attend_few<Real::float16>(attention);
-    case Real::bfloat16: return attend_few<Real::bfloat16>(attention);
+  switch (attention.bits) {
+    case 4: return attend_few<PackedRows<4>>(attention);
+    case 8: return attend_few<PackedRows<8>>(attention);
+    default: break;
   }
+  with_type(attention.type, [&](auto type) { attend_few<RealRows<type>>(attention); });
 }
 
 }  // namespace

@@ -133,8 +133,12 @@ class AttentionPlanner {
          given(facts_.has_added_mask, Role::mask),
          given(facts_.has_sinks, Role::sinks),
          {Role::y},
-         given(split, Role::workspace)});
-    set_params(launch, params, 8);
+         given(split, Role::workspace),
+         given(is_packed(), Role::key_scales),
+         given(is_packed(), Role::key_biases),
+         given(is_packed(), Role::value_scales),
+         given(is_packed(), Role::value_biases)});
+    set_params(launch, params, 12);
     plan_.launches.push_back(launch);
   }
 
@@ -160,18 +164,22 @@ class AttentionPlanner {
     return constant(QUANTIZATION_MLX_ALIGNED_X, is_aligned()) | constant(QUANTIZATION_MLX_CAUSAL, facts_.causal) |
         constant(QUANTIZATION_MLX_HAS_BOOL_MASK, facts_.has_bool_mask) |
         constant(QUANTIZATION_MLX_HAS_ADDED_MASK, facts_.has_added_mask) |
-        constant(QUANTIZATION_MLX_HAS_SINKS, facts_.has_sinks);
+        constant(QUANTIZATION_MLX_HAS_SINKS, facts_.has_sinks) | constant(QUANTIZATION_MLX_PACKED_KEYS, is_packed()) |
+        constant(QUANTIZATION_MLX_EIGHT_BITS, facts_.bits == 8);
   }
+
+  bool is_packed() const { return facts_.bits != 0; }
 
   // Whether every lane's elements begin at a multiple of what it loads at once, and end within a head.
   bool is_aligned() const {
-    const int64_t bytes = element_bytes();
-    const auto whole = [&](const int64_t (&strides)[3]) {
+    const auto whole = [](const int64_t (&strides)[3], int64_t bytes) {
       return std::all_of(
           std::begin(strides), std::end(strides), [&](int64_t stride) { return stride * bytes % 16 == 0; });
     };
-    return facts_.is_misaligned == 0 && facts_.dim % 8 == 0 && facts_.value_dim % 8 == 0 && whole(facts_.q_strides) &&
-        whole(facts_.k_strides) && whole(facts_.v_strides);
+    const int64_t key_bytes = is_packed() ? 4 : element_bytes();
+    return facts_.is_misaligned == 0 && facts_.dim % 8 == 0 && facts_.value_dim % 8 == 0 &&
+        whole(facts_.q_strides, element_bytes()) && whole(facts_.k_strides, key_bytes) &&
+        whole(facts_.v_strides, key_bytes);
   }
 
   AttentionParams params(int64_t parts, int64_t part_keys) const {
@@ -180,6 +188,8 @@ class AttentionPlanner {
     params.q = strides(facts_.q_strides);
     params.k = strides(facts_.k_strides);
     params.v = strides(facts_.v_strides);
+    params.k_scales = strides(facts_.k_scale_strides);
+    params.v_scales = strides(facts_.v_scale_strides);
     params.mask = strides(facts_.mask_strides);
     params.mask_key_stride = facts_.mask_strides[3];
     params.key_heads = static_cast<int>(facts_.key_heads);
@@ -192,6 +202,7 @@ class AttentionPlanner {
     params.first_key = static_cast<int>(first_key());
     params.parts = static_cast<int>(parts);
     params.part_keys = static_cast<int>(part_keys);
+    params.group_shift = is_packed() ? std::countr_zero(static_cast<uint32_t>(facts_.group_size)) : 0;
     params.scale = static_cast<float>(std::bit_cast<double>(facts_.scale));
     return params;
   }

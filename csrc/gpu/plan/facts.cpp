@@ -252,8 +252,14 @@ c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem) {
     }
   };
   copy_strides(problem.q, facts.q_strides);
-  copy_strides(problem.k, facts.k_strides);
-  copy_strides(problem.v, facts.v_strides);
+  copy_strides(problem.k.tensor, facts.k_strides);
+  copy_strides(problem.v.tensor, facts.v_strides);
+  if (problem.is_packed()) {
+    copy_strides(problem.k.scales, facts.k_scale_strides);
+    copy_strides(problem.v.scales, facts.v_scale_strides);
+    facts.bits = problem.bits;
+    facts.group_size = problem.group_size;
+  }
   if (problem.mask.defined()) {
     copy_strides(problem.mask, facts.mask_strides);
     facts.has_bool_mask = problem.mask.scalar_type() == at::kBool;
@@ -265,7 +271,7 @@ c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem) {
   facts.causal = problem.causal;
   facts.has_window = problem.window.has_value();
   facts.has_sinks = problem.sinks.defined();
-  for (const at::Tensor* tensor : {&problem.q, &problem.k, &problem.v}) {
+  for (const at::Tensor* tensor : {&problem.q, &problem.k.tensor, &problem.v.tensor}) {
     facts.is_misaligned |= static_cast<int32_t>(misalignment_of(*tensor) != 0);
   }
   return {facts};
