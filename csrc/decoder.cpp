@@ -2,7 +2,9 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <tuple>
@@ -25,7 +27,13 @@ struct Step {
   at::TensorList sines;
   int64_t position;
   const OptionalTensor& mask;  // [batch, 1, 1, position + tokens], bool
+  int64_t group_size;  // of a packed cache
+  int64_t bits;  // 0 where the cache is not packed
 };
+
+// Where a layer has its keys and values [batch, heads, capacity, ...]: as they are or, both in one tensor
+// [2, batch, heads, capacity, ...] each, as packed words, scales and biases.
+using LayerCache = c10::ArrayRef<Tensor>;
 
 // Without the bias, which another op may add in passing.
 Tensor product(const Projection& projection, const Tensor& x) {
@@ -106,27 +114,48 @@ Heads heads_of(const DecoderLayer& layer, const Tensor& x, const Tensor& keys) {
       std::nullopt, std::nullopt, std::nullopt};
 }
 
-Tensor attention(
-    const DecoderLayer& layer,
-    const Tensor& x,
-    const Tensor& keys,
-    const Tensor& values,
-    const Step& step) {
-  const Heads heads = heads_of(layer, x, keys);
+// New keys and values [2, batch, heads, tokens, dim], quantized.
+void pack_into_cache(const Tensor& heads, LayerCache cache, const Step& step) {
+  const auto [words, scales, biases] = ops::quantize(heads, step.group_size, step.bits, "affine", std::nullopt);
+  const Tensor parts[] = {words.view(cache[0].scalar_type()), scales, biases};
+  for (size_t i = 0; i < cache.size(); ++i) {
+    cache[i].narrow(3, step.position, parts[i].size(3)).copy_(parts[i]);
+  }
+}
+
+Tensor attention(const DecoderLayer& layer, const Tensor& x, LayerCache cache, const Step& step) {
   const auto angles = [&](at::TensorList all) {
     return layer.rotation < 0 ? std::nullopt : OptionalTensor(all[layer.rotation]);
   };
-  const Tensor queries = ops::rope_into_cache(
-      heads.x, angles(step.cosines), angles(step.sines), keys, values, step.position, heads.bias, heads.query_norm,
-      heads.key_norm, layer.epsilon);
+  const auto queries_of = [&](const Tensor& keys, const Tensor& values, int64_t position) {
+    const Heads heads = heads_of(layer, x, keys);
+    return ops::rope_into_cache(
+        heads.x, angles(step.cosines), angles(step.sines), keys, values, position, heads.bias, heads.query_norm,
+        heads.key_norm, layer.epsilon);
+  };
   const int64_t tokens = x.size(1);
   const int64_t length = step.position + tokens;
-  const auto filled = [&](const Tensor& cache) { return cache.narrow(2, 0, length); };
   // One token sees all that is there, unless a window hides the first.
   const bool causal = tokens > 1 || (layer.window.has_value() && *layer.window < length);
-  const Tensor y = ops::scaled_dot_product_attention(
-      queries, filled(keys), filled(values), layer.scale, step.mask, causal, layer.sinks,
-      causal ? layer.window : std::nullopt);
+  const auto window = causal ? layer.window : std::nullopt;
+  Tensor y;
+  if (step.bits == 0) {
+    const auto filled = [&](const Tensor& states) { return states.narrow(2, 0, length); };
+    const Tensor queries = queries_of(cache[0], cache[1], step.position);
+    y = ops::scaled_dot_product_attention(
+        queries, filled(cache[0]), filled(cache[1]), layer.scale, step.mask, causal, layer.sinks, window);
+  } else {
+    const auto filled = [&](int part, int which) { return cache[part].select(0, which).narrow(2, 0, length); };
+    const int64_t dim = cache[1].size(4) * step.group_size;
+    const auto new_states = [&] { return at::empty({x.size(0), cache[1].size(2), tokens, dim}, x.options()); };
+    const Tensor keys = new_states();
+    const Tensor values = new_states();
+    const Tensor queries = queries_of(keys, values, 0);
+    pack_into_cache(at::stack({keys, values}), cache, step);
+    y = ops::quantized_scaled_dot_product_attention(
+        queries, filled(0, 0), filled(1, 0), filled(2, 0), filled(0, 1), filled(1, 1), filled(2, 1), layer.scale,
+        step.mask, causal, layer.sinks, window, step.group_size, step.bits);
+  }
   return project(layer.attention_out, y.transpose(1, 2).reshape({x.size(0), tokens, -1}));
 }
 
@@ -201,9 +230,22 @@ void check_lists(
     at::TensorList keys,
     at::TensorList values,
     const Tensor& x) {
-  TORCH_CHECK_VALUE(
-      keys.size() == decoder.layers.size() && values.size() == keys.size() && !keys.empty(), "[", op, "] ", keys.size(),
-      " keys and ", values.size(), " values do not fit ", decoder.layers.size(), " layers; there must be one or more.");
+  const size_t count = decoder.layers.size();
+  if (step.bits == 0) {
+    TORCH_CHECK_VALUE(
+        keys.size() == count && values.size() == keys.size() && !keys.empty(), "[", op, "] ", keys.size(), " keys and ",
+        values.size(), " values do not fit ", count, " layers; there must be one or more.");
+  } else {
+    TORCH_CHECK_VALUE(
+        keys.size() == 3 * count && values.empty() && !keys.empty(), "[", op, "] ", keys.size(), " keys and ",
+        values.size(), " values do not fit ", count, " layers with a packed cache; there must be words, scales and ",
+        "biases of each layer's keys and values as keys, and no values.");
+    for (const Tensor& tensor : keys) {
+      TORCH_CHECK_VALUE(
+          tensor.dim() == 5 && tensor.size(0) == 2, "[", op, "] packed keys and values of shape ", tensor.sizes(),
+          " must be [2, batch, heads, capacity, words or groups].");
+    }
+  }
   for (const auto& layer : decoder.layers) {
     TORCH_CHECK_VALUE(
         layer->rotation < static_cast<int64_t>(std::min(step.cosines.size(), step.sines.size())), "[", op,
@@ -221,8 +263,10 @@ Tensor decoder_step(
     at::TensorList keys,
     at::TensorList values,
     int64_t position,
-    const OptionalTensor& mask) {
-  const Step step{cosines, sines, position, mask};
+    const OptionalTensor& mask,
+    int64_t group_size,
+    int64_t bits) {
+  const Step step{cosines, sines, position, mask, group_size, bits};
   check_lists(*decoder, step, keys, values, x);
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
   const auto& layers = decoder->layers;
@@ -233,8 +277,9 @@ Tensor decoder_step(
     const auto add = [&](const Tensor& y, const OptionalTensor& norm_out, const OptionalTensor& norm, double epsilon) {
       stream = added(stream, y, norm_out, norm, layer.residual_scale, epsilon);
     };
-    add(attention(layer, stream.normal, keys[i], values[i], step), layer.attention_norm_out, layer.mlp_norm,
-        layer.epsilon);
+    const Tensor states[] = {keys[i], bits == 0 ? values[i] : Tensor()};
+    const LayerCache cache = bits == 0 ? LayerCache(states) : keys.slice(3 * i, 3);
+    add(attention(layer, stream.normal, cache, step), layer.attention_norm_out, layer.mlp_norm, layer.epsilon);
     const Tensor y = mlp(layer, stream.normal);
     const bool is_last = i + 1 == layers.size();
     add(y, layer.mlp_norm_out, is_last ? decoder->norm : layers[i + 1]->attention_norm,
@@ -351,7 +396,7 @@ void define_decoder(torch::Library& library) {
   const std::string name = op_namespace();
   library.def((std::string(op) + "(__torch__.torch.classes." + name +
                ".Decoder decoder, Tensor x, Tensor[] cosines, Tensor[] sines, Tensor(a!)[] keys, Tensor(b!)[] values, "
-               "int position, Tensor? mask=None) -> Tensor")
+               "int position, Tensor? mask=None, int group_size=0, int bits=0) -> Tensor")
                   .c_str());
 }
 

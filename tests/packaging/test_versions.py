@@ -36,6 +36,7 @@ ON_THE_OLDEST = {
     "test_experts": "mlx_lm_computes_the_same or run_as_before",
     "test_hub_kernel": "metal_linear_asks",
     "test_cli": "bounded or adapters_add",
+    "test_quantized_cache": "llama or change or generate",
     "test_training": "merging_rounds or save_and_load or two_adapters or needs_the_float_weight",
 }
 

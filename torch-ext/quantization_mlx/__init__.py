@@ -12,6 +12,7 @@ from .hf.distributed import prepare_for_ddp
 from .hf.load import load_checkpoint
 from .hf.patch import patch_transformers, unpatch_transformers
 from .hf.peft import patch_peft, unpatch_peft
+from .hf.quantized_cache import quantized_cache
 from .hf.save import save_checkpoint
 from .nn.embedding import QuantizedEmbedding
 from .nn.linear import QuantizedLinear
@@ -84,6 +85,7 @@ __all__ = [
     "qqmm",
     "quantize",
     "quantize_model",
+    "quantized_cache",
     "quantized_matmul",
     "save_checkpoint",
     "set_cpu_activations",

@@ -176,6 +176,17 @@ bounded_cache
     DynamicLayer.update(key_states, value_states): overridden
     DynamicLayer.get_mask_sizes(query_length): overridden
     DynamicLayer.get_seq_length: overridden
+quantized_cache
+  transformers.cache_utils
+    Cache(layers): a cache of layers that are ours
+    DynamicCache(config): the layers that the model would have
+    DynamicLayer.update(key_states, value_states): overridden
+    DynamicLayer.get_seq_length: overridden: how many positions are taken
+    DynamicLayer.crop(tokens_to_remove): overridden: forgets the last ones
+    DynamicLayer.reorder_cache(beam_idx): overridden: moves what is packed
+    DynamicLayer.batch_repeat_interleave(repeats): overridden: repeats it
+    DynamicLayer.batch_select_indices(indices): overridden: chooses from it
+    DynamicLayer.reset: overridden: forgets it
 """)
 
 

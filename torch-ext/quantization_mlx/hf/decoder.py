@@ -459,18 +459,19 @@ class _FastStack(_Prepared):
             return None
         if position_ids is None:
             position_ids = torch.arange(length, length + tokens, device=x.device)[None]
-        buffers = self._cached_states(held, batch, tokens)
+        keys, values, packed_format = self._cached_states(held, batch, tokens)
         x = _decoder_step(
             decoder,
             x * self.embedding_multiplier if hasattr(self, "embedding_multiplier") else x,
             *self._angles(x, position_ids, rotations),
-            [keys for keys, _ in buffers],
-            [values for _, values in buffers],
+            keys,
+            values,
             length,
             visible,
+            *packed_format,
         )
         for each in held or ():
-            each.length += tokens
+            each.advance(tokens)
         return self.output_class(last_hidden_state=x, **{self.cache_name: cache})
 
     def _decoder(self) -> tuple[Any, list[str | None]]:
@@ -528,16 +529,22 @@ class _FastStack(_Prepared):
         like = self._like()
         if any(each is None or not each.fits(batch, like) for each in held):
             return None
-        return held if len({each.get_seq_length() for each in held}) == 1 else None
+        return held if len({(each.get_seq_length(), each.packed_format) for each in held}) == 1 else None
 
-    def _cached_states(self, held: list[GrowingLayer] | None, batch: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Where each layer writes keys and values; without a cache all of them write to the same ones."""
+    def _cached_states(
+        self, held: list[GrowingLayer] | None, batch: int, tokens: int
+    ) -> tuple[list[Tensor], list[Tensor], tuple[int, int]]:
+        """Where each layer writes keys and values, and the format of packed ones, as the op takes them; without a cache
+        all layers write to the same ones."""
         heads, head_dim = self.config.num_key_value_heads, self.layers[0].self_attn.head_dim
         like = self._like()
-        if held:
-            return [each.reserve(tokens, (batch, heads, head_dim), like) for each in held]
-        keys, values = (like.new_empty(batch, heads, tokens, head_dim) for _ in range(2))
-        return [(keys, values)] * len(self._layers())
+        if held is None:
+            buffers = [[like.new_empty(batch, heads, tokens, head_dim) for _ in range(2)]] * len(self._layers())
+        else:
+            buffers = [each.reserve(tokens, (batch, heads, head_dim), like) for each in held]
+            if held[0].packed_format is not None:
+                return [part for of_layer in buffers for part in of_layer], [], held[0].packed_format
+        return [keys for keys, _ in buffers], [values for _, values in buffers], (0, 0)
 
 
 def _are_ordinary(options: Mapping[str, Any]) -> bool:

@@ -1,14 +1,14 @@
 """A cache's layer in buffers with spare capacity, into which ops write keys and values of new tokens."""
 
+from collections.abc import Sequence
 from functools import cache as memoized
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import compat
 
-_SPARE_POSITIONS = 256  # of a new buffer, beyond what it has to hold
+SPARE_POSITIONS = 256  # of a new buffer, beyond what it has to hold
 
 
 class GrowingLayer:
@@ -18,26 +18,41 @@ class GrowingLayer:
     taken, and `keys` and `values` are views of those. Who assigns to either ends that.
     """
 
-    buffers: tuple[Tensor, Tensor] | None = None
+    buffers: tuple[Tensor, ...] | None = None
     length: int = 0
+    packed_format: tuple[int, int] | None = None  # group size and bits, where the buffers are packed
 
-    def reserve(self, tokens: int, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    def reserve(self, tokens: int, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, ...]:
         """The buffers, with room for so many more positions.
 
         sizes: batch, heads and head_dim of new buffers, whose dtype and device are those of `like`.
         """
         length = self.get_seq_length()
-        capacity = 0 if self.buffers is None else self.buffers[0].shape[2]
+        capacity = 0 if self.buffers is None else self.buffers[0].shape[-2]
         if self.buffers is None or length + tokens > capacity:
-            states = [self._state(0), self._state(1)] if length else []
             batch, heads, head_dim = sizes
-            shape = (batch, heads, max(2 * capacity, length + tokens + _SPARE_POSITIONS), head_dim)
-            buffers = tuple(torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
-            for buffer, state in zip(buffers, states, strict=False):
-                buffer[:, :, :length] = state
-            self.buffers, self.length = buffers, length
+            parts = self._parts() if length else [like.new_empty(batch, heads, 0, head_dim)] * 2
+            self.hold(parts, max(2 * capacity, length + tokens + SPARE_POSITIONS))
             self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
         return self.buffers
+
+    def advance(self, tokens: int) -> None:
+        """So many positions of the buffers have been written."""
+        self.length += tokens
+
+    def _parts(self) -> list[Tensor]:
+        """What is held, [..., positions, n] each."""
+        if self.buffers is None:
+            return self._states
+        return [buffer.narrow(-2, 0, self.length) for buffer in self.buffers]
+
+    def hold(self, parts: Sequence[Tensor], capacity: int) -> None:
+        """Copies these parts into new buffers."""
+        length = parts[0].shape[-2]
+        buffers = tuple(part.new_empty(*part.shape[:-2], capacity, part.shape[-1]) for part in parts)
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer[..., :length, :] = part
+        self.buffers, self.length = buffers, length
 
     def fits(self, batch: int, like: Tensor) -> bool:
         """Whether what is held is of this batch, and of the dtype and the device of `like`."""
