@@ -314,6 +314,53 @@ def test_bounded_caches_are_mlx_lms(prompt: int, small_heads: Path, tmp_path: Pa
     assert run(*flags, "--max-kv-size", 8)[0].split() == bounded
 
 
+@pytest.mark.parametrize("start", [0, 12])
+def test_quantized_caches_are_mlx_lms(start: int, converted: Path, run: Run) -> None:
+    """The text that mlx_lm's model writes when its cache is quantized behind each step, another one than without."""
+    from mlx_lm import load
+    from mlx_lm.generate import maybe_quantize_kv_cache
+    from mlx_lm.models.cache import make_prompt_cache
+
+    mx = oracle.mlx()
+    model, _ = load(str(converted))
+    model.set_dtype(mx.float32)
+    tokens = [5, 17, 3, 90, 44]
+
+    def theirs(bits: int | None) -> list[str]:
+        cache, new, found = make_prompt_cache(model), tokens, []
+        while len(found) < 30:
+            token = int(mx.argmax(model(mx.array([new]), cache=cache)[0, -1]).item())
+            maybe_quantize_kv_cache(cache, start, 32, bits)
+            if token == 1:
+                break
+            new = [token]
+            found.append(token)
+        return [f"w{token}" for token in found if token not in (0, 95)]  # no unknown words, and no ends of lines
+
+    flags = ["--model", converted, "--dtype", "float32", "-m", 30, "-p", " ".join(f"w{token}" for token in tokens)]
+    packed = ["--kv-bits", 4, "--kv-group-size", 32]
+    assert theirs(None) != theirs(4)
+    assert run("generate", *flags)[0].split() == theirs(None)
+    assert run("generate", *flags, *packed)[0].split() == theirs(None)  # from 5000 positions on
+    out, err = run("generate", *flags, *packed, "--quantized-kv-start", start)
+    assert out.split() == theirs(4) and "one op for all layers" in err
+
+
+def test_flags_of_quantized_caches(converted: Path, small_heads: Path, run: Run) -> None:
+    out, _ = run("benchmark", "--model", converted, "-p", 4, "-g", 3, "-n", 1, "--kv-bits", 8, "--kv-group-size", 32)
+    assert "generation_tps" in out
+    errors = [
+        ("generate", ["--kv-bits", 3], 2, "argument --kv-bits: invalid choice: 3"),
+        ("generate", ["--kv-group-size", 32], 2, "--kv-group-size without --kv-bits"),
+        ("benchmark", ["--quantized-kv-start", 0], 2, "--quantized-kv-start without --kv-bits"),
+        ("generate", ["--kv-bits", 8, "--max-kv-size", 16], 2, "--max-kv-size with --kv-bits"),
+        ("generate", ["--kv-bits", 8, "--kv-group-size", 48], 1, "group_size is 48; supported are 32, 64, 128"),
+        ("benchmark", ["--kv-bits", 8], 1, "has heads of size 16, which are no whole groups of 64 elements"),
+    ]
+    for command, flags, code, message in errors:
+        assert message in run(command, "--model", small_heads, *flags, code=code)[1]
+
+
 def test_caches_of_sliding_windows_are_not_bounded(tmp_path: Path, run: Run) -> None:
     save_checkpoint(causal_lm("Mistral", **SIZES, sliding_window=8), tmp_path)
     write_tokenizer(tmp_path)

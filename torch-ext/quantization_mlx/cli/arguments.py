@@ -12,12 +12,15 @@ from typing import Any, NoReturn, TypeVar
 
 from ..formats import MLX_MODES
 from ..hf.bounded_cache import KEPT
+from ..hf.quantized_cache import BITS
 from ..quantization.recipes import RECIPES
 
 PROGRAM = "quantization-mlx"
 GPU = "applegpu_g16s"
 PLOTS = (".png", ".svg", ".pdf")
 SAMPLING = ("top_p", "top_k", "min_p")  # flags that restrict which tokens are sampled
+KV_GROUP_SIZE = 64  # as in mlx_lm
+KV_STARTS = {"generate": 5000, "benchmark": 0}  # as in mlx_lm, whose benchmark has no such flag
 _DTYPES = ("float32", "float16", "bfloat16")
 _DEVICES = ("cpu", "mps")
 
@@ -35,7 +38,6 @@ class UsageError(Exception):
 
 _QUANTIZED_ACTIVATIONS = "activations stay in --dtype"
 _WHOLE_PROMPT = "a prompt is processed as a whole"
-_PLAIN_CACHE = "keys and values are cached in --dtype"
 _ONE_MODEL = "there is no speculative decoding"
 _NOT_HERE: dict[str, dict[tuple[str, ...], str]] = {
     "convert": {("--upload-repo",): "convert writes a directory; upload it with: hf upload REPO DIR"},
@@ -49,9 +51,6 @@ _NOT_HERE: dict[str, dict[tuple[str, ...], str]] = {
         ("--prefill-step-size",): _WHOLE_PROMPT,
         ("--prompt-cache-file",): "each run processes its whole prompt",
         ("-qa", "--quantize-activations"): _QUANTIZED_ACTIVATIONS,
-        ("--kv-bits",): _PLAIN_CACHE,
-        ("--kv-group-size",): _PLAIN_CACHE,
-        ("--quantized-kv-start",): _PLAIN_CACHE,
         ("--draft-model",): _ONE_MODEL,
         ("--num-draft-tokens",): _ONE_MODEL,
     },
@@ -205,12 +204,32 @@ def _generate_arguments(add: AddFlag) -> None:
     add("-m", "--max-tokens", type=_positive, default=100, metavar="N", help="tokens at most")
     add("--extra-eos-token", nargs="+", metavar="TOKEN", help="tokens that end the answer, too")
     add("--max-kv-size", type=_cache_size, metavar="N", help="positions that the cache keeps; all if left out")
+    _cache_arguments(add, "generate")
     add("--temp", type=_temperature, default=0.0, help="temperature; 0 takes the likeliest token")
     add("--top-p", type=_share, help="sample from tokens of this joint probability (default: 1.0)")
     add("--top-k", type=_count, help="sample from that many tokens (default: 0, from all)")
     add("--min-p", type=_fraction, help="least probability relative to the likeliest token's (default: 0.0)")
     add("--seed", type=int, metavar="N", help="of the random numbers")
     add("--verbose", type=_truth, default=True, metavar="T|F", help="figures about the run on stderr")
+
+
+def _cache_arguments(add: AddFlag, command: str) -> None:
+    """Flags that are not given are None, so that those without effect can be refused."""
+    add(
+        "--kv-bits", type=int, choices=BITS, help="bits to which keys and values are quantized; as they are if left out"
+    )
+    add(
+        "--kv-group-size",
+        type=_positive,
+        metavar="SIZE",
+        help=f"keys or values that share a scale (default: {KV_GROUP_SIZE})",
+    )
+    add(
+        "--quantized-kv-start",
+        type=_count,
+        metavar="N",
+        help=f"positions from which on they are quantized (default: {KV_STARTS[command]})",
+    )
 
 
 def _perplexity_arguments(add: AddFlag) -> None:
@@ -230,6 +249,7 @@ def _benchmark_arguments(add: AddFlag) -> None:
     )
     add("-b", "--batch-size", type=_positive, default=1, metavar="N", help="sequences at once")
     add("-n", "--num-trials", type=_positive, default=5, metavar="N", help="timed runs")
+    _cache_arguments(add, "benchmark")
 
 
 def _info_arguments(add: AddFlag) -> None:

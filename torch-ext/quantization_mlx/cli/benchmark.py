@@ -8,13 +8,15 @@ import torch
 
 from ..optional import progress
 from .models import load_model
-from .run import Clock, note, peak_memory, prepare, run_generate
+from .run import Clock, cache_options, check_cache, note, peak_memory, prepare, run_generate
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Times prompts of random tokens, and greedy generation after them."""
+    check_cache(arguments)
     model = load_model(arguments)
     way = prepare(model)
+    cache_options(model, arguments)  # whatever it raises, before the first trial
     shape = (arguments.batch_size, arguments.prompt_tokens)
     tokens = torch.randint(0, model.config.get_text_config().vocab_size, shape, device=arguments.device)
     count = arguments.generation_tokens
@@ -23,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     for trial in progress(list(range(arguments.num_trials + 1)), "Timing"):
         clock = Clock()
         new = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "streamer": clock}
-        run_generate(model, tokens, new)
+        run_generate(model, tokens, {**new, **cache_options(model, arguments)})
         if trial == 0:  # warms up
             continue
         rates["prompt_tps"].append(tokens.numel() / clock.prompt_seconds)

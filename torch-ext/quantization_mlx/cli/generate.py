@@ -11,7 +11,7 @@ from ..hf.bounded_cache import bounded_cache
 from ..optional import PreTrainedModel, PreTrainedTokenizerBase
 from .arguments import SAMPLING, UsageError, refuse
 from .models import load_model, load_tokenizer, read_text
-from .run import Clock, note, peak_memory, prepare, run_generate
+from .run import Clock, cache_options, check_cache, note, peak_memory, prepare, run_generate
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = {"max_new_tokens": arguments.max_tokens, "streamer": streamer, **_sampling(arguments)}
     if arguments.max_kv_size is not None:
         options.update(bounded_cache(model, arguments.max_kv_size))
+    options.update(cache_options(model, arguments))
     run_generate(model, tokens, options)
     if arguments.verbose:
         note("=" * 10)
@@ -47,6 +48,7 @@ def _check_generation(arguments: argparse.Namespace) -> None:
         refuse(sampling, "without --temp above 0: otherwise the likeliest token is taken")
     if arguments.ignore_chat_template:
         refuse(_template_flags(arguments), "with --ignore-chat-template")
+    check_cache(arguments)
 
 
 def _template_flags(arguments: argparse.Namespace) -> list[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """What the commands that run a model share."""
 
+import argparse
 import sys
 import time
 from typing import Any
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..hf.decoder import prepare_for_generation
+from ..hf.quantized_cache import quantized_cache
 from ..messages import short_name
 from ..optional import PreTrainedModel
+from .arguments import KV_GROUP_SIZE, KV_STARTS, refuse
 
 
 def note(text: str = "") -> None:
@@ -46,6 +49,28 @@ class Clock:
     def tokens_per_second(self) -> float | None:
         """After the first token; None if there is no other one."""
         return (self.count - 1) / (self._times[-1] - self._times[1]) if self.count > 1 else None
+
+
+def check_cache(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for flags of the cache that have no effect, or none together."""
+    if arguments.kv_bits is None:
+        given = [("--kv-group-size", arguments.kv_group_size), ("--quantized-kv-start", arguments.quantized_kv_start)]
+        refuse(given, "without --kv-bits")
+    else:
+        refuse([("--max-kv-size", getattr(arguments, "max_kv_size", None))], "with --kv-bits")
+
+
+def cache_options(model: PreTrainedModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of `generate` for a new cache that the flags ask for."""
+    if arguments.kv_bits is None:
+        return {}
+    group_size, start = arguments.kv_group_size, arguments.quantized_kv_start
+    return quantized_cache(
+        model,
+        bits=arguments.kv_bits,
+        group_size=KV_GROUP_SIZE if group_size is None else group_size,
+        start=KV_STARTS[arguments.command] if start is None else start,
+    )
 
 
 def prepare(model: PreTrainedModel) -> str:
