@@ -5,6 +5,7 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/logaddexp.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -57,11 +58,17 @@ struct Saved {
   double scale;
   bool causal;
   std::optional<int64_t> window;
+  std::optional<double> softcap;
 
   c10::SymInt key_heads() const { return k.sym_size(1); }
 
-  Tensor scores() const {
-    Tensor scores = at::matmul(q, k.mT()) * scale;
+  Tensor products() const { return at::matmul(q, k.mT()) * scale; }
+
+  // Of the products; hidden where a key is not seen.
+  Tensor scores(Tensor scores) const {
+    if (softcap.has_value()) {
+      scores = at::tanh(scores / *softcap) * *softcap;
+    }
     if (mask.defined()) {
       const Tensor all = ungrouped(scores);
       scores = grouped(
@@ -90,13 +97,15 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
       const OptionalTensor& mask,
       bool causal,
       const OptionalTensor& sinks,
-      std::optional<int64_t> window) {
+      std::optional<int64_t> window,
+      std::optional<double> softcap) {
     at::AutoDispatchBelowADInplaceOrView guard;
     context->save_for_backward({q, k, v, mask.value_or(Tensor()), sinks.value_or(Tensor())});
     context->saved_data["scale"] = scale;
     context->saved_data["causal"] = causal;
     context->saved_data["window"] = window;
-    return ops::scaled_dot_product_attention(q, k, v, scale, mask, causal, sinks, window);
+    context->saved_data["softcap"] = softcap;
+    return ops::scaled_dot_product_attention(q, k, v, scale, mask, causal, sinks, window, softcap);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -110,9 +119,11 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
         given[4],
         context->saved_data["scale"].toDouble(),
         context->saved_data["causal"].toBool(),
-        context->saved_data["window"].toOptional<int64_t>()};
+        context->saved_data["window"].toOptional<int64_t>(),
+        context->saved_data["softcap"].toOptional<double>()};
     const Tensor gradient = grouped(gradients.front().to(at::kFloat), key_heads);
-    const Tensor scores = saved.scores();
+    const Tensor products = saved.products();
+    const Tensor scores = saved.scores(products);
     Tensor logarithm = scores.logsumexp(-1, /*keepdim=*/true);
     if (saved.sinks.defined()) {
       logarithm = at::logaddexp(logarithm, saved.grouped_sinks());
@@ -123,16 +134,21 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const Tensor of_weights = at::matmul(gradient, saved.v.mT());
     const Tensor share = (weights * of_weights).sum(-1, /*keepdim=*/true);
     const Tensor of_scores = weights * (of_weights - share);
+    Tensor of_products = of_scores;
+    if (saved.softcap.has_value()) {
+      const Tensor tangents = at::tanh(products / *saved.softcap);
+      of_products = of_scores * (1.0 - tangents * tangents);
+    }
 
     // Of the arguments that are there: the others are no variables of the function.
     size_t variable = 0;
     const auto wants = [&](bool is_given) { return is_given && context->needs_input_grad(variable++); };
-    variable_list result(8);
+    variable_list result(9);
     if (wants(true)) {
-      result[0] = (ungrouped(at::matmul(of_scores, saved.k)) * saved.scale).to(given[0].scalar_type());
+      result[0] = (ungrouped(at::matmul(of_products, saved.k)) * saved.scale).to(given[0].scalar_type());
     }
     if (wants(true)) {
-      result[1] = (at::matmul(of_scores.mT(), saved.q).sum(2) * saved.scale).to(given[1].scalar_type());
+      result[1] = (at::matmul(of_products.mT(), saved.q).sum(2) * saved.scale).to(given[1].scalar_type());
     }
     if (wants(true)) {
       result[2] = at::matmul(weights.mT(), gradient).sum(2).to(given[2].scalar_type());
@@ -158,14 +174,15 @@ Tensor scaled_dot_product_attention(
     const OptionalTensor& mask,
     bool causal,
     const OptionalTensor& sinks,
-    std::optional<int64_t> window) {
+    std::optional<int64_t> window,
+    std::optional<double> softcap) {
   refuse_tangents(AttentionProblem::name, {&q, &k, &v, pointer(mask), pointer(sinks)});
   if (at::GradMode::is_enabled() &&
       (wants_gradient(q) || wants_gradient(k) || wants_gradient(v) || wants_gradient(mask) || wants_gradient(sinks))) {
-    return AttentionFunction::apply(q, k, v, scale, mask, causal, sinks, window);
+    return AttentionFunction::apply(q, k, v, scale, mask, causal, sinks, window, softcap);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::scaled_dot_product_attention(q, k, v, scale, mask, causal, sinks, window);
+  return ops::scaled_dot_product_attention(q, k, v, scale, mask, causal, sinks, window, softcap);
 }
 
 // With gradients, the attention to what the packed keys and values stand for.
@@ -205,7 +222,8 @@ Tensor quantized_scaled_dot_product_attention(
     return ops::dequantize(words, scales, biases, group_size, bits, "affine", std::nullopt, dtype);
   };
   return ops::scaled_dot_product_attention(
-      q, unpacked(k, k_scales, k_biases), unpacked(v, v_scales, v_biases), scale, mask, causal, sinks, window);
+      q, unpacked(k, k_scales, k_biases), unpacked(v, v_scales, v_biases), scale, mask, causal, sinks, window,
+      std::nullopt);
 }
 
 }  // namespace quantization_mlx::autograd

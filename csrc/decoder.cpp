@@ -2,6 +2,8 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/stack.h>
@@ -143,7 +145,8 @@ Tensor attention(const DecoderLayer& layer, const Tensor& x, LayerCache cache, c
     const auto filled = [&](const Tensor& states) { return states.narrow(2, 0, length); };
     const Tensor queries = queries_of(cache[0], cache[1], step.position);
     y = ops::scaled_dot_product_attention(
-        queries, filled(cache[0]), filled(cache[1]), layer.scale, step.mask, causal, layer.sinks, window);
+        queries, filled(cache[0]), filled(cache[1]), layer.scale, step.mask, causal, layer.sinks, window,
+        layer.softcap);
   } else {
     const auto filled = [&](int part, int which) { return cache[part].select(0, which).narrow(2, 0, length); };
     const int64_t dim = cache[1].size(4) * step.group_size;
@@ -158,6 +161,115 @@ Tensor attention(const DecoderLayer& layer, const Tensor& x, LayerCache cache, c
   }
   return project(layer.attention_out, y.transpose(1, 2).reshape({x.size(0), tokens, -1}));
 }
+
+// --- Latent attention ------------------------------------------------------------------------------------------------
+
+// New tokens that attend in the absorbed form: queries meet latent vectors, and what they give becomes values. More of
+// them are worth making keys and values of all positions.
+constexpr int64_t most_absorbed_tokens = 16;
+
+// x [heads, n, K] times rows of each head: their transpose or, for absorbing them, themselves.
+Tensor product_of_heads(const LatentAttention& latent, const Tensor& x, int64_t first, int64_t count, bool transpose) {
+  const Projection& all = *latent.heads;
+  const auto rows = [&](const Tensor& tensor) {
+    return tensor.view({latent.head_count, -1, tensor.size(-1)}).narrow(1, first, count);
+  };
+  if (!all.scales.has_value()) {
+    const Tensor weight = rows(all.weight);
+    return at::matmul(x, transpose ? weight.mT() : weight);
+  }
+  return ops::quantized_matmul(
+      x, rows(all.weight), rows(*all.scales), all.biases.has_value() ? OptionalTensor(rows(*all.biases)) : std::nullopt,
+      transpose, all.group_size, all.bits, all.mode, std::nullopt, op);
+}
+
+// Latent vectors and turned parts [batch, 1, positions, ...] side by side: as they lie, or copied.
+Tensor side_by_side(const Tensor& latents, const Tensor& turned) {
+  const bool adjacent = latents.strides() == turned.strides() && latents.is_alias_of(turned) &&
+      turned.storage_offset() == latents.storage_offset() + latents.size(-1);
+  if (!adjacent) {
+    return at::cat({latents, turned}, -1);
+  }
+  auto sizes = latents.sizes().vec();
+  sizes.back() += turned.size(-1);
+  return latents.as_strided(sizes, latents.strides());
+}
+
+// The parts of queries and keys that are turned, [batch, heads, tokens, dim] and [batch, 1, tokens, dim].
+std::pair<Tensor, Tensor> turned_parts(
+    const LatentAttention& latent,
+    const Tensor& queries,  // [batch, tokens, heads, dim]
+    const Tensor& keys,  // [batch, tokens, dim]
+    const Tensor& cosines,
+    const Tensor& sines) {
+  const int64_t dim = keys.size(-1);
+  const Tensor key = keys.unsqueeze(2);
+  Tensor all = at::cat({queries, key, key}, 2);  // the last in the place of values
+  if (latent.interleaved) {
+    all = all.unflatten(-1, {dim / 2, 2}).transpose(-1, -2);
+  }
+  const Tensor turned = at::empty({keys.size(0), 1, keys.size(1), dim}, keys.options());
+  const Tensor turned_queries = ops::rope_into_cache(
+      all.reshape({keys.size(0), keys.size(1), -1}), cosines, sines, turned, at::empty_like(turned), 0, std::nullopt,
+      std::nullopt, std::nullopt, latent.epsilon);
+  return {turned_queries, turned};
+}
+
+Tensor latent_attention(
+    const DecoderLayer& layer,
+    const Tensor& x,
+    const Tensor& latents,
+    const Tensor& turned,
+    const Step& step) {
+  const LatentAttention& latent = *layer.latent;
+  const int64_t batch = x.size(0);
+  const int64_t tokens = x.size(1);
+  const int64_t length = step.position + tokens;
+  const int64_t rank = latents.size(-1);
+  const int64_t turned_dim = turned.size(-1);
+  const int64_t heads = latent.head_count;
+  const Tensor in = project(latent.in, x);
+  const auto parts = in.split_with_sizes({in.size(-1) - rank - turned_dim, rank, turned_dim}, -1);
+  const Tensor queries =
+      (latent.queries.empty() ? parts[0]
+                              : project(latent.queries, ops::rms_norm(parts[0], latent.query_norm, latent.epsilon)))
+          .view({batch, tokens, heads, -1});
+  const auto [turned_queries, turned_keys] = turned_parts(
+      latent, queries.narrow(-1, latent.key_dim, turned_dim), parts[2], step.cosines[layer.rotation],
+      step.sines[layer.rotation]);
+  const auto write = [&](const Tensor& cache, const Tensor& states) {
+    cache.narrow(2, step.position, tokens).copy_(states);
+  };
+  write(latents, ops::rms_norm(parts[1], latent.latent_norm, latent.epsilon).unsqueeze(1));
+  write(turned, turned_keys);
+
+  const auto filled = [&](const Tensor& cache) { return cache.narrow(2, 0, length); };
+  const auto attend = [&](const Tensor& q, const Tensor& k, const Tensor& v) {
+    return ops::scaled_dot_product_attention(
+        q, k, v, layer.scale, step.mask, /*causal=*/tokens > 1, std::nullopt, std::nullopt, std::nullopt);
+  };
+  const Tensor keys = queries.narrow(-1, 0, latent.key_dim);  // what queries multiply keys with
+  const int64_t value_dim = latent.heads->weight.size(0) / heads - latent.key_dim;
+  if (tokens > most_absorbed_tokens) {
+    const Tensor made = product(*latent.heads, filled(latents).squeeze(1)).view({batch, length, heads, -1});
+    const Tensor of_all = filled(turned).transpose(1, 2).expand({batch, length, heads, turned_dim});
+    const Tensor k = at::cat({made.narrow(-1, 0, latent.key_dim), of_all}, -1).transpose(1, 2);
+    const Tensor v = made.narrow(-1, latent.key_dim, value_dim).transpose(1, 2);
+    const Tensor y = attend(at::cat({keys.transpose(1, 2), turned_queries}, -1), k, v);
+    return project(layer.attention_out, y.transpose(1, 2).reshape({batch, tokens, -1}));
+  }
+  const auto by_head = [&](const Tensor& tensor) { return tensor.reshape({heads, batch * tokens, -1}); };
+  const Tensor absorbed = product_of_heads(latent, by_head(keys.permute({2, 0, 1, 3})), 0, latent.key_dim, false);
+  const Tensor q = at::cat({absorbed.view({heads, batch, tokens, rank}).transpose(0, 1), turned_queries}, -1);
+  const Tensor k = side_by_side(filled(latents), filled(turned));
+  const Tensor y = attend(q, k, k.narrow(-1, 0, rank));
+  const Tensor values = product_of_heads(latent, by_head(y.transpose(0, 1)), latent.key_dim, value_dim, true);
+  return project(
+      layer.attention_out,
+      values.view({heads, batch, tokens, value_dim}).permute({1, 2, 0, 3}).reshape({batch, tokens, -1}));
+}
+
+// --- MLPs and mixtures -----------------------------------------------------------------------------------------------
 
 struct Gated {
   Tensor gates;
@@ -248,6 +360,9 @@ void check_lists(
   }
   for (const auto& layer : decoder.layers) {
     TORCH_CHECK_VALUE(
+        step.bits == 0 || (!layer->softcap.has_value() && layer->latent == nullptr), "[", op,
+        "] a layer caps its scores or has latent attention, which no packed cache serves.");
+    TORCH_CHECK_VALUE(
         layer->rotation < static_cast<int64_t>(std::min(step.cosines.size(), step.sines.size())), "[", op,
         "] a layer has rotation ", layer->rotation, ", and there are ", step.cosines.size(), " cosines and ",
         step.sines.size(), " sines.");
@@ -279,13 +394,38 @@ Tensor decoder_step(
     };
     const Tensor states[] = {keys[i], bits == 0 ? values[i] : Tensor()};
     const LayerCache cache = bits == 0 ? LayerCache(states) : keys.slice(3 * i, 3);
-    add(attention(layer, stream.normal, cache, step), layer.attention_norm_out, layer.mlp_norm, layer.epsilon);
+    const Tensor attended = layer.latent ? latent_attention(layer, stream.normal, cache[0], cache[1], step)
+                                         : attention(layer, stream.normal, cache, step);
+    add(attended, layer.attention_norm_out, layer.mlp_norm, layer.epsilon);
     const Tensor y = mlp(layer, stream.normal);
     const bool is_last = i + 1 == layers.size();
     add(y, layer.mlp_norm_out, is_last ? decoder->norm : layers[i + 1]->attention_norm,
         is_last ? decoder->epsilon : layers[i + 1]->epsilon);
   }
   return stream.normal;
+}
+
+c10::intrusive_ptr<LatentAttention> make_latent_attention(
+    Projections in,
+    Projections queries,
+    OptionalTensor query_norm,
+    Tensor latent_norm,
+    double epsilon,
+    c10::intrusive_ptr<Projection> heads,
+    int64_t head_count,
+    int64_t key_dim,
+    bool interleaved) {
+  auto latent = c10::make_intrusive<LatentAttention>();
+  latent->in = std::move(in);
+  latent->queries = std::move(queries);
+  latent->query_norm = std::move(query_norm);
+  latent->latent_norm = std::move(latent_norm);
+  latent->epsilon = epsilon;
+  latent->heads = std::move(heads);
+  latent->head_count = head_count;
+  latent->key_dim = key_dim;
+  latent->interleaved = interleaved;
+  return latent;
 }
 
 c10::intrusive_ptr<Mixture> make_mixture(
@@ -328,6 +468,7 @@ c10::intrusive_ptr<Mixture> make_mixture(
 // What a layer is made of, by name.
 c10::intrusive_ptr<DecoderLayer> make_layer(
     Projections attention_in,
+    std::optional<c10::intrusive_ptr<LatentAttention>> latent,
     Projections attention_out,
     Projections mlp_in,
     Projections mlp_out,
@@ -337,11 +478,13 @@ c10::intrusive_ptr<DecoderLayer> make_layer(
     double epsilon,
     double scale,
     std::optional<int64_t> window,
+    std::optional<double> softcap,
     int64_t rotation,
     double residual_scale,
     std::string activation) {
   auto layer = c10::make_intrusive<DecoderLayer>();
   layer->attention_in = std::move(attention_in);
+  layer->latent = latent.has_value() ? std::move(*latent) : nullptr;
   layer->attention_out = std::move(attention_out);
   layer->mlp_in = std::move(mlp_in);
   layer->mlp_out = std::move(mlp_out);
@@ -368,6 +511,7 @@ c10::intrusive_ptr<DecoderLayer> make_layer(
   layer->epsilon = epsilon;
   layer->scale = scale;
   layer->window = window;
+  layer->softcap = softcap;
   layer->rotation = rotation;
   layer->residual_scale = residual_scale;
   layer->activation = std::move(activation);
@@ -390,6 +534,7 @@ c10::intrusive_ptr<Decoder> make_decoder(
 void define_decoder(torch::Library& library) {
   library.class_<Projection>("Projection")
       .def(torch::init<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, int64_t, int64_t, std::string>());
+  library.class_<LatentAttention>("LatentAttention").def(torch::init(make_latent_attention));
   library.class_<Mixture>("Mixture").def(torch::init(make_mixture));
   library.class_<DecoderLayer>("DecoderLayer").def(torch::init(make_layer));
   library.class_<Decoder>("Decoder").def(torch::init(make_decoder));

@@ -46,6 +46,20 @@ struct Projection : torch::CustomClassHolder {
 // Projections of one input, whose outputs lie side by side.
 using Projections = std::vector<c10::intrusive_ptr<Projection>>;
 
+// What a layer has in the place of queries, keys and values of its own: keys and values of all heads are made of one
+// latent vector of a position and a part that is turned, which is what the cache holds.
+struct LatentAttention : torch::CustomClassHolder {
+  Projections in;  // queries or what they are made of, the latent vector, and the part that is turned
+  Projections queries;  // of what is normalised; empty where `in` has them
+  std::optional<at::Tensor> query_norm;
+  at::Tensor latent_norm;
+  double epsilon = 1e-6;  // of these norms
+  c10::intrusive_ptr<Projection> heads;  // of each head, rows that make its keys, then those that make its values
+  int64_t head_count = 1;
+  int64_t key_dim = 0;  // of a head, without the part that is turned
+  bool interleaved = false;  // neighbours are turned together
+};
+
 // What a layer has in the place of the MLP: a gated one for each expert, of which a router chooses k for a token.
 struct Mixture : torch::CustomClassHolder {
   c10::intrusive_ptr<Projection> router;
@@ -72,6 +86,7 @@ struct Mixture : torch::CustomClassHolder {
 // Norms that are not given are left out.
 struct DecoderLayer : torch::CustomClassHolder {
   Projections attention_in;  // queries, keys and values
+  c10::intrusive_ptr<LatentAttention> latent;  // null where these are there
   Projections attention_out;
   Projections mlp_in;  // gates and values
   Projections mlp_out;
@@ -86,6 +101,7 @@ struct DecoderLayer : torch::CustomClassHolder {
   double epsilon = 1e-6;
   double scale = 1.0;  // of scores
   std::optional<int64_t> window;
+  std::optional<double> softcap;  // of scores
   int64_t rotation = 0;  // which of the step's cosines and sines turn its heads; below 0: none
   double residual_scale = 1.0;
   std::string activation = "silu";

@@ -23,6 +23,15 @@ QUANTIZATION_MLX_CONSTANT float radians_of_fraction = 1.4629180792671596e-9f;  /
 QUANTIZATION_MLX_CONSTANT float sine_coefficients[] = {-1.95172336e-4f, 8.33217768e-3f, -1.66666549e-1f};
 QUANTIZATION_MLX_CONSTANT float cosine_coefficients[] = {2.44383776e-5f, -1.38873669e-3f, 4.16666469e-2f};
 
+// --- Hyperbolic tangent ---------------------------------------------------------------------------------------------
+
+// For |x| <= tanh_small, with s = x^2, tanh x = x + x * s * tanh_odd(s) within 4e-9 of itself; beyond,
+// 1 - 2 / (exp(2 * |x|) + 1) with the sign of x loses no digits.
+QUANTIZATION_MLX_CONSTANT float tanh_small = 0.625f;
+QUANTIZATION_MLX_CONSTANT float tanh_odd[] = {
+    -5.717035848647356e-3f, 2.0650578662753105e-2f, -5.374349653720856e-2f, 1.3331490755081177e-1f,
+    -3.333328366279602e-1f};
+
 // --- Gates ----------------------------------------------------------------------------------------------------------
 
 // What becomes of a gate x:

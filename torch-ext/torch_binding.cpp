@@ -204,7 +204,7 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
   define_with_twin(
       "scaled_dot_product_attention",
       "Tensor q, Tensor k, Tensor v, *, float scale, Tensor? mask=None, bool causal=False, Tensor? sinks=None, "
-      "int? window=None",
+      "int? window=None, float? softcap=None",
       "Tensor");
   define_with_twin(
       "quantized_scaled_dot_product_attention",

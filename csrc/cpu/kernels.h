@@ -101,6 +101,7 @@ struct Attention {
   int64_t begin;
   int64_t end;
   const float* queries;  // [rows, dim], times the scale
+  float softcap;  // scores become softcap * tanh(score / softcap); 0 for none
   AttentionSource keys;
   AttentionSource values;
   const int64_t* first;  // each row sees keys [first, last); null where it sees all

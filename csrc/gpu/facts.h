@@ -175,7 +175,8 @@ struct AttentionFacts {
   int64_t v_scale_strides[3];
   int64_t mask_strides[4];
   int64_t window;
-  int64_t scale;  // the bits of a double
+  int64_t scale;  // the bits of a double, as softcap
+  int64_t softcap;
   int32_t dtype;  // of all tensors but a mask of bool
   int32_t causal;
   int32_t has_window;

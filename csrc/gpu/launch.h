@@ -309,6 +309,7 @@ struct AttentionParams {
   int first_key;  // where the first part begins
   int parts;
   int part_keys;
+  float softcap;  // of scores; 0 for none
   int group_shift;  // elements to a scale, as a power of two
   float scale;
 };

@@ -240,6 +240,8 @@ Reason failure(const AttentionFacts& facts, const Launch& launch, const Target& 
   }
   const std::optional<int64_t> window = facts.has_window ? std::optional(keys - 40) : std::nullopt;
   const double scale = 2.0 / std::sqrt(static_cast<double>(facts.dim));
+  const auto softcap =
+      std::bit_cast<double>(facts.softcap) > 0.0 ? std::optional(std::bit_cast<double>(facts.softcap)) : std::nullopt;
   const auto judge = [&](const AttentionProblem& problem, const Tensor& expected) {
     const Tensor y = at::empty(problem.output(), problem.q.options());
     run(gpu::plan(problem, target), operands_of(problem, y));
@@ -251,9 +253,9 @@ Reason failure(const AttentionFacts& facts, const Launch& launch, const Target& 
     return judge(
         AttentionProblem::check(
             shifted(q.to(mps)), shifted(k.to(mps)), shifted(v.to(mps)), scale, on_mps(mask), facts.causal,
-            on_mps(sinks), window),
+            on_mps(sinks), window, softcap),
         ops::scaled_dot_product_attention(
-            shifted(q), shifted(k), shifted(v), scale, mask, facts.causal, sinks, window));
+            shifted(q), shifted(k), shifted(v), scale, mask, facts.causal, sinks, window, softcap));
   }
   const auto packed = [&](int64_t dim) {
     const Tensor words = make.tensor<int32_t>(

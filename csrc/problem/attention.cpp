@@ -212,6 +212,13 @@ ScalarType check_packed_attention(
 
 // --- Problems --------------------------------------------------------------------------------------------------------
 
+double checked_softcap(std::optional<double> softcap) {
+  TORCH_CHECK_VALUE(
+      !softcap.has_value() || *softcap > 0.0, "[", AttentionProblem::name, "] softcap is ", softcap.value_or(0.0),
+      "; it must be positive.");
+  return softcap.value_or(0.0);
+}
+
 // With what a position has of a head side by side.
 Tensor with_adjacent_elements(const Tensor& tensor) {
   return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : tensor.contiguous();
@@ -256,10 +263,12 @@ AttentionProblem AttentionProblem::check(
     const OptionalTensor& mask,
     bool causal,
     const OptionalTensor& sinks,
-    std::optional<int64_t> window) {
+    std::optional<int64_t> window,
+    std::optional<double> softcap) {
   const AttentionArguments arguments{name, q, mask, causal, sinks, window};
   const ScalarType dtype = check_attention<int64_t>(arguments, k, v);
   AttentionProblem problem{};
+  problem.softcap = checked_softcap(softcap);
   problem.q = heads_of(q, dtype);
   problem.k = {heads_of(k, dtype), {}, {}, k.size(3)};
   problem.v = {heads_of(v, dtype), {}, {}, v.size(3)};
@@ -275,8 +284,10 @@ Tensor AttentionProblem::meta(
     const OptionalTensor& mask,
     bool causal,
     const OptionalTensor& sinks,
-    std::optional<int64_t> window) {
+    std::optional<int64_t> window,
+    std::optional<double> softcap) {
   const ScalarType dtype = check_attention<c10::SymInt>({name, q, mask, causal, sinks, window}, k, v);
+  checked_softcap(softcap);
   return at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2), v.sym_size(3)}, q.options().dtype(dtype));
 }
 

@@ -357,7 +357,8 @@ struct AttentionProblem {
       const std::optional<at::Tensor>& mask,
       bool causal,
       const std::optional<at::Tensor>& sinks,
-      std::optional<int64_t> window);
+      std::optional<int64_t> window,
+      std::optional<double> softcap);
   static Schema<AttentionProblem> check;
   static Schema<at::Tensor> meta;
 
@@ -371,6 +372,7 @@ struct AttentionProblem {
   double scale;
   bool causal;
   std::optional<int64_t> window;
+  double softcap = 0.0;  // scores become softcap * tanh(score / softcap) before the mask; 0 for none
   int bits = 0;  // of packed keys and values; 0 where they are not
   int group_size = 0;
 

@@ -19,10 +19,12 @@
 // lane loads 1 to 8 bytes of codes, its neighbours the next ones, and the scale and the bias of their group.
 #pragma once
 
+#include "../../csrc/functions.h"
 #include "../../csrc/gpu/launch.h"
 #include "../common/load.h"
 #include "../common/metal.h"
 #include "../quantized/dequantize.h"
+#include "polynomial.h"
 
 namespace quantization_mlx {
 
@@ -223,6 +225,7 @@ METAL_FUNC void load_lane(thread const Rows& rows, uint lane, thread float* valu
 // Of one row: keys [first, last), and what a mask shows of them or adds.
 template <typename T>
 struct RowMask {
+  float softcap;  // 0 for none
   int first;
   int last;
   long stride;
@@ -230,9 +233,19 @@ struct RowMask {
   const device T* added;
 };
 
-// The score with what is added; below lowest_score where the row does not see the key.
+METAL_FUNC float hyperbolic_tangent(float x) {
+  const float square = x * x;
+  const float small = fma(x * square, polynomial(square, tanh_odd), x);
+  const float large = 1.0f - 2.0f / (exp(2.0f * fabs(x)) + 1.0f);
+  return fabs(x) <= tanh_small ? small : (x < 0.0f ? -large : large);
+}
+
+// The score, capped, with what is added; below lowest_score where the row does not see the key.
 template <typename T>
 METAL_FUNC float masked_score(thread const RowMask<T>& mask, int key, float score) {
+  if (mask.softcap > 0.0f) {
+    score = mask.softcap * hyperbolic_tangent(score / mask.softcap);
+  }
   bool visible = key >= mask.first && key < mask.last;
   if (has_bool_mask && visible) {
     visible = mask.visible[key * mask.stride] != 0;
@@ -485,6 +498,7 @@ METAL_FUNC RowMask<T> mask_of(
     int batch,
     RowPlace place) {
   RowMask<T> mask;
+  mask.softcap = params.softcap;
   mask.first = first_key(params, place.query);
   mask.last = last_key(params, place.query);
   mask.stride = params.mask_key_stride;

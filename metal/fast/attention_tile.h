@@ -222,14 +222,15 @@ template <typename T, int dim>
     store_keys<T, dim, keys>(value_block, existing, params.value_dim, thread_index, block);
     move(value_block, keys);
 
-    const bool hides = has_bool_mask || has_added_mask || begin < seen_begin || begin + keys > seen_end;
+    const bool changes =
+        has_bool_mask || has_added_mask || params.softcap > 0.0f || begin < seen_begin || begin + keys > seen_end;
     float largest = lowest_score;
 #pragma unroll
     for (int j = 0; j < key_matrices; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float score = scores[j].thread_elements()[e] * params.scale;
-        if (hides) {
+        if (changes) {
           score = masked_score(mask, begin + j * matrix_size + matrix.column + e, score);
         }
         scores[j].thread_elements()[e] = score;

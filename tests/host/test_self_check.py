@@ -141,6 +141,7 @@ ATTENTION_MUTANTS = {
     "parts of the keys": ("attention_64", "part_begin + params.part_keys,", "part_begin + 200,", 1, 2000, {}),
     "parts put together": ("_combine_", "(first + i)), sums[i], sum)", "(first + i)), sums[0], sum)", 1, 2000, {}),
     "sinks": ("attention_64", TOTAL, "0.0f", 1, 50, {"sinks": torch.full((4,), 3.0)}),
+    "softcap": ("attention_64", "score / mask.softcap", "score", 1, 50, {"softcap": 0.5}),
     "hidden keys": ("_tile_", "keys > seen_end", "keys > seen_end + 40", 40, 40, {"mask": "causal"}),
     "weights of a tile": ("_tile_", "weights *= factor;", "", 40, 90, {}),
     "values of a tile": ("_tile_", "left > 0 ? row * rows", "left > 0 ? (row & 15) * rows", 40, 90, {}),

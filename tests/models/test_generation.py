@@ -58,6 +58,9 @@ FAMILIES = {
         **SIZES, residual_multiplier=0.3, embedding_multiplier=4.0, attention_multiplier=0.1, logits_scaling=2.0
     ),
     "olmo2": transformers.Olmo2Config(**SIZES, attention_bias=True),
+    "gemma2": transformers.Gemma2Config(
+        **SIZES, head_dim=64, sliding_window=7, query_pre_attn_scalar=40, attn_logit_softcapping=2.0
+    ),
 }
 FAMILY = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
@@ -73,6 +76,17 @@ MIXTURES = {
     # An MLP in the first layer.
     "glm4_moe": transformers.Glm4MoeConfig(
         **SIZES, **SHARED_EXPERTS, **GROUPS, first_k_dense_replace=1, head_dim=32, use_qk_norm=True, attention_bias=True
+    ),
+}
+LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 64, "v_head_dim": 32}
+LATENT |= {**SIZES, **SHARED_EXPERTS, **GROUPS, "num_key_value_heads": 4}
+MIXTURES |= {
+    "deepseek_v3": transformers.DeepseekV3Config(**LATENT, q_lora_rank=64, first_k_dense_replace=1),
+    "deepseek_v3-queries": transformers.DeepseekV3Config(
+        **LATENT, q_lora_rank=None, first_k_dense_replace=1, rope_interleave=False
+    ),
+    "glm4_moe_lite": transformers.Glm4MoeLiteConfig(
+        **LATENT, q_lora_rank=64, mlp_layer_types=["dense", "sparse", "sparse"]
     ),
 }
 MIXTURE = pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES.keys())
@@ -258,8 +272,11 @@ def test_the_output_is_that_of_the_class() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [*(FAMILIES[name] for name in ("llama", "mistral-sliding", "olmo2")), MIXTURES["gpt_oss"]],
-    ids=("all", "window", "norms", "mixture"),
+    [
+        *(FAMILIES[name] for name in ("llama", "mistral-sliding", "olmo2", "gemma2")),
+        *(MIXTURES[name] for name in ("gpt_oss", "deepseek_v3")),
+    ],
+    ids=("all", "window", "norms", "softcap", "mixture", "latent"),
 )
 def test_same_logits_of_padded_batches(device: str, config, steps: Steps) -> None:
     """Single tokens and several, of sequences that begin at other positions."""
@@ -448,6 +465,26 @@ def test_cropped_caches_keep_their_memory() -> None:
     assert [layer.buffers[0].data_ptr() for layer in cache.layers] == memory
     cache.crop(-6)
     assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3-queries", "glm4_moe_lite"])
+def test_latent_attention_with_prompts_of_any_length(name: str, steps: Steps) -> None:
+    """Few tokens in the absorbed form, many with keys and values; a cache that the model's own code goes on with."""
+    model, prepared = pair(MIXTURES[name])
+    ids = tokens(2, 90)
+    results = []
+    for each in (model, prepared):
+        cache = DynamicCache(config=each.config)
+        logits = [each(part, **{cache_name(): cache}).logits for part in ids.split([16, 17, 40, 5, 1, 11], 1)]
+        cache.crop(-3)
+        logits.append(each(ids[:, 87:88], **{cache_name(): cache}).logits)
+        with torch.enable_grad():
+            logits.append(each(ids[:, 88:89], **{cache_name(): cache}).logits.detach())
+        logits.append(each(ids[:, 89:], **{cache_name(): cache}).logits)
+        results.append(torch.cat(logits, 1))
+    assert_same(results[1], results[0])
+    assert steps.count == 8
 
 
 @torch.no_grad()
@@ -719,7 +756,9 @@ def test_op_has_no_gradients() -> None:
 
 def test_unknown_norms_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[decoder_step\] norms has unknown names; known are attention, "):
-        decoder._classes.DecoderLayer(*[[]] * 4, None, {"other": torch.ones(8)}, None, 0.1, 1.0, None, 0, 1.0, "silu")
+        decoder._classes.DecoderLayer(
+            [], None, [], [], [], None, {"other": torch.ones(8)}, None, 0.1, 1.0, None, None, 0, 1.0, "silu"
+        )
 
 
 # --- The demo's model -------------------------------------------------------------------------------------------------

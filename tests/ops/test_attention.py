@@ -35,6 +35,7 @@ class Case:
     mask: str | Tensor | None = None
     sinks: Tensor | None = None
     window: int | None = None
+    softcap: float | None = None
 
     @property
     def scale(self) -> float:
@@ -44,13 +45,20 @@ class Case:
         def moved(value: object) -> object:
             return value.to(*target) if isinstance(value, Tensor) and value.dtype != torch.bool else value
 
-        case = Case(*map(moved, (self.q, self.k, self.v, self.mask, self.sinks)), self.window)
+        case = Case(*map(moved, (self.q, self.k, self.v, self.mask, self.sinks)), self.window, self.softcap)
         has_bools = isinstance(case.mask, Tensor) and not isinstance(target[0], torch.dtype)
         return replace(case, mask=case.mask.to(*target)) if has_bools else case
 
     def ours(self) -> Tensor:
         return fast.scaled_dot_product_attention(
-            self.q, self.k, self.v, scale=self.scale, mask=self.mask, sinks=self.sinks, window=self.window
+            self.q,
+            self.k,
+            self.v,
+            scale=self.scale,
+            mask=self.mask,
+            sinks=self.sinks,
+            window=self.window,
+            softcap=self.softcap,
         )
 
     def visible(self) -> Tensor:
@@ -63,15 +71,19 @@ class Case:
         """torch's op or, where it has none, its ops."""
         mask = self.visible() if isinstance(self.mask, str) else self.mask
         mask = None if mask is None else mask.expand(*self.q.shape[:3], self.k.shape[2])
-        if self.sinks is None:
+        if self.sinks is None and self.softcap is None:
             return F.scaled_dot_product_attention(
                 self.q, self.k, self.v, mask, scale=self.scale, enable_gqa=True
             ).nan_to_num()
         group = self.q.shape[1] // self.k.shape[1]
         k, v = (each.repeat_interleave(group, 1) for each in (self.k, self.v))
         scores = self.q @ k.mT * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        if self.sinks is None:
+            return (scores.softmax(-1) @ v).nan_to_num()
         sinks = self.sinks[None, :, None, None].expand(*scores.shape[:3], 1)
         return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
 
@@ -99,11 +111,16 @@ def masked(case: Case, kind: str) -> Case:
         "padding": {"mask": torch.arange(keys) >= keys // 2},
         "sinks": {"sinks": sinks},
         "causal sinks": {"mask": "causal", "sinks": sinks, "window": keys},
+        "softcap": {"softcap": 0.7},
+        "window and softcap": {"mask": "causal", "window": max(1, keys // 2), "softcap": 50.0},
     }
     return replace(case, **kinds[kind])
 
 
-MASKS = ("none", "causal", "window", "bool", "added", "padding", "sinks", "causal sinks")
+MASKS = (
+    *("none", "causal", "window", "bool", "added", "padding", "sinks", "causal sinks"),
+    *("softcap", "window and softcap"),
+)
 
 
 def assert_attention(case: Case, device: str) -> None:
@@ -335,7 +352,7 @@ def test_forward_mode_is_refused() -> None:
 SMALL = case(torch.float32, (4, 2), (32, 16), 3, 7)
 
 
-@pytest.mark.parametrize("kind", ["none", "added", "causal sinks"])
+@pytest.mark.parametrize("kind", ["none", "added", "causal sinks", "softcap"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 def test_opcheck(device: str, kind: str, grad: bool) -> None:
     given = masked(SMALL, kind).to(device)
@@ -345,6 +362,7 @@ def test_opcheck(device: str, kind: str, grad: bool) -> None:
         "causal": isinstance(given.mask, str),
         "sinks": given.sinks,
         "window": given.window,
+        "softcap": given.softcap,
     }
     options["mask"] = None if options["causal"] else given.mask
     checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -434,6 +452,7 @@ ERRORS = {
         r"sinks have dtype Float, which does not promote",
     ),
     "window alone": (lambda: call(window=3), ValueError, r'window is 3; it needs mask="causal"'),
+    "softcap": (lambda: call(softcap=0.0), ValueError, r"softcap is 0; it must be positive"),
     "no window": (lambda: call(mask="causal", window=0), ValueError, r"window is 0; it must be positive"),
     "device": (lambda: call(k=K.to("meta")), ValueError, r"k is on meta and q on cpu"),
 }

@@ -227,6 +227,7 @@ def scaled_dot_product_attention(
     mask: str | Tensor | None = None,
     sinks: Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """``softmax(scale * q @ k.T + mask) @ v`` for each head; scores and weights are float32.
 
@@ -246,14 +247,14 @@ def scaled_dot_product_attention(
             to the result's. As in gpt-oss.
         window: with ``"causal"``, a query sees the last so many keys up to its own. Not in MLX; as Transformers'
             ``sliding_window``.
+        softcap: scores become ``softcap * tanh(score / softcap)``, before the mask. Not in MLX; as in Gemma 2.
 
     Returns:
         ``[B, Hq, Tq, Dv]``, contiguous. A query that sees no key has zeros, as in torch, where MLX has the mean of v
         for a mask of bool and NaN for -inf that are added.
     """
-    return ops.scaled_dot_product_attention(
-        q, k, v, scale=scale, **_masked("scaled_dot_product_attention", mask), sinks=sinks, window=window
-    )
+    masked = _masked("scaled_dot_product_attention", mask)
+    return ops.scaled_dot_product_attention(q, k, v, scale=scale, **masked, sinks=sinks, window=window, softcap=softcap)
 
 
 def _masked(op: str, mask: str | Tensor | None) -> dict[str, Any]:

@@ -197,6 +197,7 @@ class AttentionTasks {
     attention.begin = begin;
     attention.end = end;
     attention.queries = queries;
+    attention.softcap = static_cast<float>(problem_.softcap);
     attention.keys = source_of(problem_.k, block.batch, key_head);
     attention.values = source_of(problem_.v, block.batch, key_head);
     attention.first = problem_.causal ? first : nullptr;

@@ -39,6 +39,27 @@ ALWAYS_INLINE F weight_of(F score, F maximum) {
   return (F)((Floats)score == (Floats)Vector::set(hidden) ? (Floats)Vector::zero() : weight);
 }
 
+// --- Caps -----------------------------------------------------------------------------------------------------------
+
+ALWAYS_INLINE F hyperbolic_tangent(F x) {
+  const F square = Vector::mul(x, x);
+  const Floats small = (Floats)Vector::fma(Vector::mul(x, square), polynomial(square, tanh_odd), x);
+  const Floats size = (Floats)((Words)x & 0x7FFFFFFFu);
+  const Floats limited = size > 40.0f ? Floats{} + 40.0f : size;  // beyond, the tangent is 1
+  const Floats large = 1.0f - 2.0f / ((Floats)exponential((F)(limited + limited)) + 1.0f);
+  const Floats signed_large = (Floats)x < 0.0f ? -large : large;
+  const Floats tangent = size <= tanh_small ? small : signed_large;
+  return (F)((Floats)x == (Floats)x ? tangent : (Floats)x);
+}
+
+// Whole vectors of scores.
+void cap_scores(float softcap, float* scores, int64_t count) {
+  for (int64_t i = 0; i < count; i += lanes) {
+    const Floats score = (Floats)Vector::load(scores + i);
+    Vector::store(scores + i, Vector::mul(hyperbolic_tangent((F)(score / softcap)), Vector::set(softcap)));
+  }
+}
+
 // --- Masks ---------------------------------------------------------------------------------------------------------
 
 ALWAYS_INLINE float real_at(Real type, const void* source, int64_t i) {
@@ -262,6 +283,9 @@ ALWAYS_INLINE void mix_values(
 
 // Scores of one row become weights; the factor of what was summed before is returned.
 float soften_row(const Attention& attention, int64_t row, int64_t begin, int64_t count, float* scores) {
+  if (attention.softcap > 0.0f) {
+    cap_scores(attention.softcap, scores, count);
+  }
   if (attention.mask.kind != AttentionMask::Kind::none) {
     float added[few_rows_keys];
     load_mask(attention.mask, row, begin, count, added);
@@ -436,6 +460,9 @@ struct Panel {
   }
 
   void hide(int64_t begin, int64_t count) const {
+    if (attention.softcap > 0.0f) {
+      cap_scores(attention.softcap, scores, count * width);
+    }
     if (attention.mask.kind != AttentionMask::Kind::none) {
       float added[attention_keys];
       for (int64_t r = 0; r < rows(); ++r) {

@@ -204,6 +204,7 @@ class AttentionPlanner {
     params.part_keys = static_cast<int>(part_keys);
     params.group_shift = is_packed() ? std::countr_zero(static_cast<uint32_t>(facts_.group_size)) : 0;
     params.scale = static_cast<float>(std::bit_cast<double>(facts_.scale));
+    params.softcap = static_cast<float>(std::bit_cast<double>(facts_.softcap));
     return params;
   }
 

@@ -267,6 +267,7 @@ c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem) {
   }
   facts.window = problem.window.value_or(0);
   facts.scale = std::bit_cast<int64_t>(problem.scale);
+  facts.softcap = std::bit_cast<int64_t>(problem.softcap);
   facts.dtype = static_cast<int32_t>(problem.q.scalar_type());
   facts.causal = problem.causal;
   facts.has_window = problem.window.has_value();

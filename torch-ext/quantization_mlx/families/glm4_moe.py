@@ -6,20 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .deepseek_v3 import sigmoid_routing
 from .family import Family
-
-
-def sigmoid_routing(router: nn.Module) -> dict[str, Any]:
-    """That of DeepSeek-V3 and of those that have it from there."""
-    return {
-        "k": router.top_k,
-        "scoring": "sigmoid",
-        "bias": router.e_score_correction_bias,
-        "groups": router.num_group,
-        "groups_used": router.topk_group,
-        "normalise": router.norm_topk_prob,
-        "scale": router.routed_scaling_factor,
-    }
 
 
 class Glm4Moe(Family):

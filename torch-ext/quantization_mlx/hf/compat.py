@@ -217,6 +217,17 @@ DECODERS = {
         ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"),
         ("attention_dropout", "config", "head_dim", "is_causal", "layer_idx", "scaling"),
     ),
+    # With one latent vector for the keys and values of all heads, which the cache holds.
+    "latent attention": (
+        (
+            *("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj"),
+            *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
+        ),
+        (
+            *("attention_dropout", "config", "is_causal", "layer_idx", "scaling", "num_heads", "expand_kv"),
+            *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+        ),
+    ),
     "mlp": (("gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"), ()),
 }
 # Attributes of a cache's layer that holds all positions. Others would not be updated.

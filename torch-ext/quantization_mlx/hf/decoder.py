@@ -31,13 +31,19 @@ _KNOWN_MODELS = {
 }
 _ATTENTION = ("eager", "sdpa")  # the implementations that the op stands for
 _HEAD_MULTIPLE = 8  # of head sizes, in the attention op
+_MOST_DIM, _MOST_VALUE_DIM = 576, 512  # of these, for keys and for values
 _MOST_EXPERTS, _MOST_SELECTED = 512, 32  # of moe_router
 # Keyword arguments that request further outputs; False is the same as None.
 _REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "tanh"}
 # The names of a layer's parts: those before attention and the MLP, of queries, keys and values, of gates with their
 # values, and the activation, of which each layer has one choice. Experts have those of an MLP.
-_ATTENTION_INPUTS = (("qkv_proj",), ("q_proj", "k_proj", "v_proj"))
+_ATTENTION_INPUTS = (
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("q_proj", "kv_a_proj_with_mqa"),
+    ("qkv_proj",),
+    ("q_proj", "k_proj", "v_proj"),
+)
 _MLP_INPUTS = (("gate_up_proj",), ("gate_proj", "up_proj"))
 # What the op takes of `moe_router` and of `swiglu`, in its order, where a family has nothing else to say.
 _ROUTING = {"k": 1, "scoring": "softmax", "bias": None, "groups": 1, "groups_used": 1, "normalise": False, "scale": 1.0}
@@ -106,10 +112,27 @@ def _is_known_layer(module: nn.Module) -> bool:
         _is_kind(module, "DecoderLayer")
         and compat.is_known_part(module, "layer")
         and all(hasattr(module, name) for name in _family(module).decoder_norms.values())
-        and compat.is_known_part(module.self_attn, "attention")
+        and _is_known_attention(module.self_attn)
         and (_is_known_mixture(module.mlp) if hasattr(module.mlp, "experts") else _is_known_mlp(module.mlp))
-        and module.self_attn.head_dim % _HEAD_MULTIPLE == 0
     )
+
+
+def _is_known_attention(module: nn.Module) -> bool:
+    if not _is_latent(module):
+        return compat.is_known_part(module, "attention") and module.head_dim % _HEAD_MULTIPLE == 0
+    rank, turned = (getattr(module, name, 0) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    return (
+        compat.is_known_part(module, "latent attention")
+        and max(rank, module.v_head_dim) <= _MOST_VALUE_DIM
+        and max(rank, module.qk_nope_head_dim) + turned <= _MOST_DIM
+        and turned % _HEAD_MULTIPLE == 0
+        and len({_epsilon(norm) for norm in (module.q_a_layernorm, module.kv_a_layernorm) if norm is not None}) == 1
+    )
+
+
+def _is_latent(attention: nn.Module) -> bool:
+    """Whether the keys and values of all heads are made of one vector."""
+    return "kv_b_proj" in attention._modules
 
 
 def _is_known_mlp(module: nn.Module) -> bool:
@@ -195,10 +218,11 @@ class _JoinedLayer(_Prepared):
         attention, mlp = self._modules["self_attn"]._modules, self._modules["mlp"]._modules
 
         def first_of(modules: Mapping[str, nn.Module], choices: tuple[tuple[str, ...], ...]) -> list[nn.Module | None]:
-            return next(([modules[name] for name in names] for names in choices if names[0] in modules), [None])
+            return next(([modules[name] for name in names] for names in choices if modules.keys() >= {*names}), [None])
 
         gated = {name: mlp[name]._modules for name in ("experts", "shared_experts") if name in mlp} or {"mlp": mlp}
         projections = {"attention_in": first_of(attention, _ATTENTION_INPUTS), "attention_out": [attention["o_proj"]]}
+        projections |= {name: [attention[name]] for name in ("q_b_proj", "kv_b_proj") if name in attention}
         for name, part in gated.items():
             projections[f"{name}_in"] = first_of(part, _MLP_INPUTS)
             projections[f"{name}_out"] = [part.get("down_proj")]
@@ -227,7 +251,8 @@ class _JoinedLayer(_Prepared):
                 return False
         dropouts = (attention.attention_dropout, *(each.p for each in self.children() if isinstance(each, nn.Dropout)))
         changed = any("forward" in vars(part) or any(getattr(part, table) for table in HOOKS) for part in parts)
-        capped = getattr(attention, "attn_logit_softcapping", None) is not None
+        # Only Transformers' eager attention caps scores.
+        capped = _softcap(attention) is not None and attention.config._attn_implementation != "eager"
         clipped = getattr(attention.config, "clip_qkv", None) is not None
         return attention.is_causal and not (changed or capped or clipped or (self.training and any(dropouts)))
 
@@ -271,6 +296,18 @@ def _join(layers: list[nn.Module]) -> Any:
             setattr(layer, name, nn.Parameter(part, requires_grad=trained))
     tensors = [joint.get(name) for name in ("weight", "scales", "biases", "bias")]
     return _classes.Projection(*tensors, *_format(first))
+
+
+def _softcap(attention: nn.Module) -> float | None:
+    return getattr(attention, "attn_logit_softcapping", None)
+
+
+def _cache_sizes(attention: nn.Module) -> tuple[int, int, int]:
+    """Of what a cache holds of a layer: heads, and the size of one of keys and of values. Latent attention has the
+    latent vector and the part of keys that is turned there."""
+    if _is_latent(attention):
+        return 1, attention.kv_lora_rank, attention.qk_rope_head_dim
+    return attention.config.num_key_value_heads, attention.head_dim, attention.head_dim
 
 
 def _epsilon(norm: nn.Module) -> float:
@@ -321,8 +358,10 @@ def _layer_for_op(layer: nn.Module, products: dict[str, Any], rotations: list[st
     norms = _norms(layer)
     rotates = getattr(attention, "use_rope", True)
     sinks = getattr(attention, "sinks", None)
+    is_latent = _is_latent(attention)
     return _classes.DecoderLayer(
-        products["attention_in"],
+        [] if is_latent else products["attention_in"],
+        _latent_for_op(attention, products, tensors) if is_latent else None,
         products["attention_out"],
         products.get("mlp_in", []),
         products.get("mlp_out", []),
@@ -332,9 +371,26 @@ def _layer_for_op(layer: nn.Module, products: dict[str, Any], rotations: list[st
         _epsilon(next(iter(norms.values()))),
         attention.scaling,
         _sliding_window(attention),
+        _softcap(attention),
         rotations.index(_rotation(layer)) if rotates else -1,
         float(getattr(layer, "residual_multiplier", 1.0)),
         _activation(layer.mlp) or "silu",
+    )
+
+
+def _latent_for_op(attention: nn.Module, products: dict[str, Any], tensors: _Tensors) -> Any:
+    """The description of latent attention that the op takes."""
+    query_norm, norm = attention._modules.get("q_a_layernorm"), attention.kv_a_layernorm
+    return _classes.LatentAttention(
+        products["attention_in"],
+        products.get("q_b_proj", []),
+        None if query_norm is None else tensors(query_norm.weight),
+        tensors(norm.weight),
+        _epsilon(norm),
+        *products["kv_b_proj"],
+        attention.num_heads,
+        attention.qk_nope_head_dim,
+        bool(attention.config.rope_interleave),
     )
 
 
@@ -529,6 +585,8 @@ class _FastStack(_Prepared):
         like = self._like()
         if any(each is None or not each.fits(batch, like) for each in held):
             return None
+        if held[0].packed_format is not None and any(_softcap(layer.self_attn) is not None for layer in self._layers()):
+            return None
         return held if len({(each.get_seq_length(), each.packed_format) for each in held}) == 1 else None
 
     def _cached_states(
@@ -536,12 +594,12 @@ class _FastStack(_Prepared):
     ) -> tuple[list[Tensor], list[Tensor], tuple[int, int]]:
         """Where each layer writes keys and values, and the format of packed ones, as the op takes them; without a cache
         all layers write to the same ones."""
-        heads, head_dim = self.config.num_key_value_heads, self.layers[0].self_attn.head_dim
+        heads, *dims = _cache_sizes(self.layers[0].self_attn)
         like = self._like()
         if held is None:
-            buffers = [[like.new_empty(batch, heads, tokens, head_dim) for _ in range(2)]] * len(self._layers())
+            buffers = [[like.new_empty(batch, heads, tokens, dim) for dim in dims]] * len(self._layers())
         else:
-            buffers = [each.reserve(tokens, (batch, heads, head_dim), like) for each in held]
+            buffers = [each.reserve(tokens, (batch, heads, *dims), like) for each in held]
             if held[0].packed_format is not None:
                 return [part for of_layer in buffers for part in of_layer], [], held[0].packed_format
         return [keys for keys, _ in buffers], [values for _, values in buffers], (0, 0)

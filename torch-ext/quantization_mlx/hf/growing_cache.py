@@ -22,16 +22,17 @@ class GrowingLayer:
     length: int = 0
     packed_format: tuple[int, int] | None = None  # group size and bits, where the buffers are packed
 
-    def reserve(self, tokens: int, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, ...]:
+    def reserve(self, tokens: int, sizes: tuple[int, int, int, int], like: Tensor) -> tuple[Tensor, ...]:
         """The buffers, with room for so many more positions.
 
-        sizes: batch, heads and head_dim of new buffers, whose dtype and device are those of `like`.
+        sizes: batch, heads and head_dim of keys and of values, of new buffers. These have the dtype and the device of
+            `like`.
         """
         length = self.get_seq_length()
         capacity = 0 if self.buffers is None else self.buffers[0].shape[-2]
         if self.buffers is None or length + tokens > capacity:
-            batch, heads, head_dim = sizes
-            parts = self._parts() if length else [like.new_empty(batch, heads, 0, head_dim)] * 2
+            batch, heads, *dims = sizes
+            parts = self._parts() if length else [like.new_empty(batch, heads, 0, dim) for dim in dims]
             self.hold(parts, max(2 * capacity, length + tokens + SPARE_POSITIONS))
             self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
         return self.buffers
@@ -47,9 +48,13 @@ class GrowingLayer:
         return [buffer.narrow(-2, 0, self.length) for buffer in self.buffers]
 
     def hold(self, parts: Sequence[Tensor], capacity: int) -> None:
-        """Copies these parts into new buffers."""
+        """Copies these parts into new buffers: parts of two sizes, as of latent attention, into one, side by side."""
         length = parts[0].shape[-2]
-        buffers = tuple(part.new_empty(*part.shape[:-2], capacity, part.shape[-1]) for part in parts)
+        sizes = [part.shape[-1] for part in parts]
+        if len(parts) == 2 and sizes[0] != sizes[1]:
+            buffers = parts[0].new_empty(*parts[0].shape[:-2], capacity, sum(sizes)).split(sizes, -1)
+        else:
+            buffers = tuple(part.new_empty(*part.shape[:-2], capacity, part.shape[-1]) for part in parts)
         for buffer, part in zip(buffers, parts, strict=True):
             buffer[..., :length, :] = part
         self.buffers, self.length = buffers, length

@@ -112,7 +112,7 @@ def _layer_class() -> type:
             tokens = key_states.shape[-2]
             batch, heads, _, head_dim = key_states.shape
             for buffer, part in zip(
-                self.reserve(tokens, (batch, heads, head_dim), key_states),
+                self.reserve(tokens, (batch, heads, head_dim, head_dim), key_states),
                 self._packed(key_states, value_states),
                 strict=True,
             ):
