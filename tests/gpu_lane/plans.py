@@ -162,11 +162,15 @@ def decoder_of(call: LayerCall, tensor: Callable[[str, tuple[int, ...], str], to
         return [classes.Projection(*weights, None, product.group_size, product.bits, product.mode)]
 
     norms = {"attention": "first_norm", "mlp": "second_norm", "query": "query_norm", "key": "key_norm"}
+    heads, *others = map(projection, call.products)
+    sinks, window, softcap, rotation = None, None, None, 0
     layer = classes.DecoderLayer(
-        *map(projection, call.products),
+        heads,
+        None,  # no latent attention
+        *others,
         None,  # no mixture of experts
         {place: tensors[name] for place, name in norms.items()},
-        *(None, 1e-6, call.dim**-0.5, None, 0, 1.0, "silu"),
+        *(sinks, 1e-6, call.dim**-0.5, window, softcap, rotation, 1.0, "silu"),
     )
     decoder = classes.Decoder([layer], tensors["last_norm"], 1e-6)
     angles = ([tensors[name].view(1, 1, -1)] for name in ("cosines", "sines"))
