@@ -566,6 +566,20 @@ def test_autocast_gives_what_it_gives_unprepared() -> None:
     assert torch.equal(ours, expected) and ours.dtype == torch.bfloat16
 
 
+def test_parameters_that_take_the_place_of_others_are_read() -> None:
+    plain, prepared = pair(LlamaConfig(**SIZES), quantized=False)
+    tokens = torch.tensor([[1, 2, 3]])
+    for name in ("input_layernorm", "mlp.down_proj"):
+        with torch.no_grad():
+            prepared(tokens)
+            for model in (plain, prepared):
+                module = model.model.layers[0].get_submodule(name)
+                for seed in (1, 2):
+                    values = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(seed))
+                    module.weight = nn.Parameter(values)
+            assert (prepared(tokens).logits - plain(tokens).logits).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("change", ["adapters", "dequantized", "another layer"])
 def test_what_takes_the_place_of_projections_is_called(change: str) -> None:
     """Also where no gradients are wanted, in steps and in prompts."""

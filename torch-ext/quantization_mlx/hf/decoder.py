@@ -202,6 +202,16 @@ class _Made:
         return _Made, ()
 
 
+class _Same:
+    """Objects, equal to the same ones. It keeps them, so that no other one gets their place in memory."""
+
+    def __init__(self, objects: list[Any]) -> None:
+        self.objects = objects
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and [*map(id, self.objects)] == [*map(id, other.objects)]
+
+
 # Layers
 
 
@@ -210,8 +220,9 @@ class _JoinedLayer(_Prepared):
 
     def join_projections(self) -> None:
         self._made = _Made()
-        self._made.key = inputs = self._projections()
+        inputs = self._projections()
         self._made.value = {name: _joined(layers) for name, layers in inputs.items()}
+        self._made.key = inputs, _Same(_parameters_of(inputs))
 
     def _projections(self) -> dict[str, list[nn.Module | None]]:
         """Those that are there by now. None stands for experts in floating point, which are no modules."""
@@ -230,7 +241,8 @@ class _JoinedLayer(_Prepared):
 
     def products(self) -> dict[str, Any]:
         """For the op, of these; those of modules that have taken places since, such as adapters, are None."""
-        if self._made.key != self._projections():
+        inputs = self._projections()
+        if self._made.key != (inputs, _Same(_parameters_of(inputs))):
             self.join_projections()
         return self._made.value
 
@@ -255,6 +267,11 @@ class _JoinedLayer(_Prepared):
         capped = _softcap(attention) is not None and attention.config._attn_implementation != "eager"
         clipped = getattr(attention.config, "clip_qkv", None) is not None
         return attention.is_causal and not (changed or capped or clipped or (self.training and any(dropouts)))
+
+
+def _parameters_of(inputs: Mapping[str, list[nn.Module | None]]) -> list[Tensor | None]:
+    layers = (layer for layers in inputs.values() for layer in layers if layer is not None)
+    return [parameter for layer in layers for parameter in layer._parameters.values()]
 
 
 def _joined(layers: list[nn.Module]) -> list[Any] | None:
@@ -542,7 +559,8 @@ class _FastStack(_Prepared):
         made = self.__dict__.setdefault("_made", _Made())
         # New projections, which a layer makes of replaced parameters, are another list.
         dtype = self._like().dtype
-        key = [dtype, *map(id, products)]
+        norms = [self.norm, *(norm for layer in layers for norm in _norms(layer).values())]
+        key = dtype, _Same([*products, *(norm.weight for norm in norms)])
         if made.key != key or not made.value[-1].are_current():
             rotations = sorted({_rotation(layer) for layer in layers}, key=str)
             tensors = _Tensors(dtype)
@@ -550,7 +568,7 @@ class _FastStack(_Prepared):
                 described = self._described(products, rotations, tensors)
             except _WiderTensor:
                 described = None
-            made.key, made.value = key, (described, rotations, products, tensors)
+            made.key, made.value = key, (described, rotations, tensors)
         return made.value[:2]
 
     def _described(self, products: list[dict[str, Any]], rotations: list[str | None], tensors: _Tensors) -> Any:
