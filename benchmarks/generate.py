@@ -1,12 +1,13 @@
 """Tokens per second of a whole language model on the CPU, side by side with what a user would run instead.
 
     python benchmarks/generate.py
+    python benchmarks/generate.py --context 4096    # decode behind a long prompt
 
 The model is that of examples/demo.py, SmolLM2-135M-Instruct from the installed GGUF file, quantized to MLX 4-bit with
 group_size 64. Every contender reads a prompt of 512 tokens and yields the first token (prefill), and goes on from a
-prompt of 64 for 64 tokens, greedily (decode). They take turns, round after round; the table shows medians, and the
-ratios to llama.cpp and to dense bfloat16 torch. Contenders whose packages are not installed are named and left out;
-the extra "bench-generate" has them.
+prompt of 64, or of so many as --context says, for 64 tokens, greedily (decode). They take turns, round after round; the
+table shows medians, and the ratios to llama.cpp and to dense bfloat16 torch. Contenders whose packages are not
+installed are named and left out; the extra "bench-generate" has them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import CompileConfig, StaticCache
 
-from quantization_mlx import cpu_activations, load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
+from quantization_mlx import (
+    cpu_activations,
+    load_checkpoint,
+    prepare_for_generation,
+    quantize_model,
+    quantized_cache,
+    save_checkpoint,
+)
 from quantization_mlx.hf.compat import cache_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +47,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import demo  # noqa: E402
 
 PREFILL = 512  # tokens of the long prompt
-PROMPT = 64  # tokens of the short one
+PROMPT = 64  # tokens of the other one
 NEW_TOKENS = 64
 LLAMA_CPP = "llama.cpp, Q4_1"
 DENSE = "torch dense, bf16"
@@ -71,6 +79,11 @@ def transformers_run(model, options: Callable[[], dict] = dict) -> Callable[[lis
         return clock.times[1:]  # the prompt comes first
 
     return run
+
+
+def prepared_with_packed_cache(checkpoint: Path, name: str) -> Contender:
+    model = prepare_for_generation(load_checkpoint(checkpoint, dtype=torch.bfloat16))
+    return Contender(name, transformers_run(model, lambda: quantized_cache(model, bits=8, group_size=64)))
 
 
 def prepared(checkpoint: Path, dtype: torch.dtype, name: str) -> Contender:
@@ -145,7 +158,7 @@ def mlx_lm(checkpoint: Path, name: str) -> Contender:
     return Contender(name, run, part=8, rounds=1)
 
 
-def llama_cpp(name: str) -> Contender:
+def llama_cpp(name: str, context: int) -> Contender:
     """On the GGUF file itself, without the sampler of its Python package."""
     from llama_cpp import Llama
 
@@ -153,7 +166,7 @@ def llama_cpp(name: str) -> Contender:
     threads = torch.get_num_threads()
     model = Llama(
         str(directory / demo.GGUF),
-        n_ctx=PREFILL + NEW_TOKENS,
+        n_ctx=max(PREFILL, context) + NEW_TOKENS + 1,
         n_batch=PREFILL,
         n_threads=threads,
         n_threads_batch=threads,
@@ -172,14 +185,15 @@ def llama_cpp(name: str) -> Contender:
     return Contender(name, run)
 
 
-def contenders(checkpoint: Path, model, with_compiled: bool) -> list[Contender]:
+def contenders(checkpoint: Path, model, context: int, with_compiled: bool) -> list[Contender]:
     made = [
         ("transformers", lambda: prepared(checkpoint, torch.bfloat16, "quantization-mlx, bf16, prepared")),
+        ("transformers", lambda: prepared_with_packed_cache(checkpoint, "quantization-mlx, bf16, 8-bit cache")),
         ("transformers", lambda: prepared(checkpoint, torch.float32, "quantization-mlx, f32, prepared")),
         ("transformers", lambda: unprepared(checkpoint, torch.bfloat16, "quantization-mlx, bf16")),
         ("transformers", lambda: dense(model, torch.bfloat16, DENSE)),
         ("transformers", lambda: dense(model, torch.float32, "torch dense, f32")),
-        ("llama_cpp", lambda: llama_cpp(LLAMA_CPP)),
+        ("llama_cpp", lambda: llama_cpp(LLAMA_CPP, context)),
         ("mlx_lm", lambda: mlx_lm(checkpoint, "mlx-lm, f32")),
     ]
     if int8_is_possible():
@@ -199,10 +213,10 @@ def contenders(checkpoint: Path, model, with_compiled: bool) -> list[Contender]:
 # Measurement
 
 
-def measure(contender: Contender, text: list[int]) -> None:
+def measure(contender: Contender, text: list[int], context: int) -> None:
     """One turn: a short call in which threads wake up, then the two that count."""
-    long, short, count = (tokens // contender.part for tokens in (PREFILL, PROMPT, NEW_TOKENS))
-    contender.run(text[:short], 2)
+    long, short, count = (tokens // contender.part for tokens in (PREFILL, context, NEW_TOKENS))
+    contender.run(text[:PROMPT], 2)
     start = time.perf_counter()
     (first,) = contender.run(text[:long], 1)
     contender.prefill.append(long / (first - start))
@@ -225,6 +239,7 @@ def print_table(made: list[Contender]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--context", type=int, default=PROMPT, help="tokens before those that are decoded")
     parser.add_argument("--compile", action="store_true", help="also torch.compile; that takes a minute")
     arguments = parser.parse_args()
 
@@ -234,13 +249,14 @@ def main() -> None:
         tokenizer, model = demo.load_gguf()
         save_checkpoint(quantize_model(copy.deepcopy(model).to(torch.bfloat16)), checkpoint, tokenizer)
         text = tokenizer((ROOT / "examples" / "harbour.txt").read_text(encoding="utf-8")).input_ids
-        made = contenders(checkpoint, model, arguments.compile)
+        text *= max(PREFILL, arguments.context) // len(text) + 1
+        made = contenders(checkpoint, model, arguments.context, arguments.compile)
         gc.collect()
         gc.freeze()
         for turn in range(arguments.rounds):
             for contender in made:
                 if contender.rounds is None or turn < contender.rounds:
-                    measure(contender, text)
+                    measure(contender, text, arguments.context)
     print_table(made)
 
 
