@@ -23,5 +23,6 @@ decltype(QuantizedAttentionProblem::meta) quantized_scaled_dot_product_attention
 decltype(RopeProblem::meta) rope;
 decltype(SwigluProblem::meta) swiglu;
 decltype(GegluProblem::meta) geglu;
+decltype(GatedMatmulProblem::meta) quantized_gated_matmul;
 
 }  // namespace quantization_mlx::autograd

@@ -138,4 +138,26 @@ Tensor geglu(const Tensor& gates, const Tensor& values, std::string_view approxi
   return ops::geglu(gates, values, approximate);
 }
 
+Tensor quantized_gated_matmul(
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const OptionalTensor& biases,
+    std::optional<int64_t> group_size,
+    std::optional<int64_t> bits,
+    std::string_view mode,
+    std::string_view activation,
+    const OptionalTensor& global_scale) {
+  refuse_tangents(GatedMatmulProblem::name, {&x, &scales, pointer(biases)});
+  if (at::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(scales) || wants_gradient(biases))) {
+    GatedMatmulProblem::meta(x, w, scales, biases, group_size, bits, mode, activation, global_scale);  // its errors
+    const Tensor both = ops::quantized_matmul(
+        x, w, scales, biases, /*transpose=*/true, group_size, bits, mode, global_scale, GatedMatmulProblem::name);
+    const auto halves = both.chunk(2, -1);
+    return ops::activated(halves[0], halves[1], activation);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::quantized_gated_matmul(x, w, scales, biases, group_size, bits, mode, activation, global_scale);
+}
+
 }  // namespace quantization_mlx::autograd

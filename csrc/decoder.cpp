@@ -284,11 +284,16 @@ Gated halves(const Tensor& y) {
 Gated in_turns(const Tensor& y) { return {y.slice(-1, 0, std::nullopt, 2), y.slice(-1, 1, std::nullopt, 2)}; }
 
 Tensor gated(const Projections& in, const Projections& out, const std::string& activation, const Tensor& x) {
+  const Projection& first = *in.front();
+  if (in.size() == 1 && first.scales.has_value() && !first.bias.has_value()) {
+    return project(
+        out,
+        ops::quantized_gated_matmul(
+            x, first.weight, *first.scales, first.biases, first.group_size, first.bits, first.mode, activation,
+            std::nullopt));
+  }
   const auto [gates, values] = halves(project(in, x));
-  const Tensor activated = activation == "silu"
-      ? ops::swiglu(gates, values, 1.0, std::nullopt, 0.0, std::nullopt, std::nullopt, std::nullopt)
-      : ops::geglu(gates, values, activation);
-  return project(out, activated);
+  return project(out, ops::activated(gates, values, activation));
 }
 
 // x [..., 1 or k, K] by the experts of indices [..., k], without their biases.

@@ -49,6 +49,13 @@ inline constexpr Op<QuantizedAttentionProblem> quantized_scaled_dot_product_atte
 inline constexpr Op<RopeProblem> rope;
 inline constexpr Op<SwigluProblem> swiglu;
 inline constexpr Op<GegluProblem> geglu;
+inline constexpr Op<GatedMatmulProblem> quantized_gated_matmul;
+
+// The activation of a gated product, by its name.
+inline at::Tensor activated(const at::Tensor& gates, const at::Tensor& values, std::string_view activation) {
+  return activation == "silu" ? swiglu(gates, values, 1.0, std::nullopt, 0.0, std::nullopt, std::nullopt, std::nullopt)
+                              : geglu(gates, values, activation == "gelu" ? "none" : "tanh");
+}
 
 template <typename Visitor>
 void for_each(const Visitor& visit) {
@@ -68,6 +75,7 @@ void for_each(const Visitor& visit) {
   visit(rope);
   visit(swiglu);
   visit(geglu);
+  visit(quantized_gated_matmul);
 }
 
 }  // namespace ops

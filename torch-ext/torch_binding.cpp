@@ -146,7 +146,7 @@ std::string without_aliases(std::string arguments) {
 
 // The ops that convert weights, and the explicit ops, which are products themselves, fall through.
 void implement_autocast(torch::Library& m) {
-  for (const char* op : {"quantized_matmul", "gather_qmm"}) {
+  for (const char* op : {"quantized_matmul", "gather_qmm", "quantized_gated_matmul"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&autocast::product>());
   }
 }
@@ -224,6 +224,11 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "Tensor? value_bias=None, Tensor? experts=None",
       "Tensor");
   define_with_twin("geglu", "Tensor gates, Tensor values, str approximate='tanh'", "Tensor");
+  define_with_twin(
+      "quantized_gated_matmul",
+      "Tensor x, Tensor w, Tensor scales, Tensor? biases=None, int? group_size=None, int? bits=None, "
+      "str mode='affine', str activation='silu', *, Tensor? global_scale=None",
+      "Tensor");
 
   [&m]<size_t... index>(std::index_sequence<index...>) {
     (define_explicit<index>(m), ...);
@@ -268,6 +273,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("rope", autograd::rope);
   m.impl("swiglu", autograd::swiglu);
   m.impl("geglu", autograd::geglu);
+  m.impl("quantized_gated_matmul", autograd::quantized_gated_matmul);
   m.impl("decoder_step", torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -37,13 +37,14 @@ at::Tensor run(const SampleProblem& problem);
 std::tuple<at::Tensor, at::Tensor> run(const RouterProblem& problem);
 
 at::Tensor run(const CombineProblem& problem);
+
 at::Tensor run(const AttentionProblem& problem);
 
-// silu(x[..., :n]) * x[..., n:]; x [..., 2 * n], n a multiple of 16.
-at::Tensor silu_mul(const at::Tensor& x);
 at::Tensor run(const RopeProblem& problem);
 
 at::Tensor run(const GateProblem& problem);
+
+at::Tensor run(const GatedMatmulProblem& problem);
 
 // What a product multiplies: the activations that it is given, or those quantized to int8 group by group.
 enum class Activations : uint8_t { exact, int8 };
@@ -78,5 +79,6 @@ std::string describe(const CombineProblem& problem);
 std::string describe(const AttentionProblem& problem);
 std::string describe(const RopeProblem& problem);
 std::string describe(const GateProblem& problem);
+std::string describe(const GatedMatmulProblem& problem);
 
 }  // namespace quantization_mlx::cpu

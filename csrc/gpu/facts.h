@@ -56,6 +56,7 @@ struct ProductFacts {
   int64_t N;
   int64_t pairs;  // of indices; 0 where nothing is gathered
   int64_t global_scales;  // elements; 0 without one
+  int64_t gate;  // 1 + Gate where the rows of w are those of gates, then those of values, N each; else 0
   BatchPart batch;
   OperandFacts x;
   OperandFacts words;
@@ -246,6 +247,7 @@ struct GateFacts {
 // Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
 c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
 c10::SmallVector<ProductFacts, 1> facts_of(const GatherProblem& problem);
+c10::SmallVector<ProductFacts, 1> facts_of(const GatedMatmulProblem& problem);
 c10::SmallVector<DequantizeFacts, 1> facts_of(const DequantizeProblem& problem);
 c10::SmallVector<QuantizeFacts, 1> facts_of(const QuantizeProblem& problem);
 c10::SmallVector<NormFacts, 1> facts_of(const NormProblem& problem);

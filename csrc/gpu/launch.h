@@ -31,7 +31,8 @@
 #define QUANTIZATION_MLX_HAS_FREQS 19
 #define QUANTIZATION_MLX_PACKED_KEYS 20  // attention: keys and values are codes with scales and biases
 #define QUANTIZATION_MLX_EIGHT_BITS 21  // of these codes; else four
-#define QUANTIZATION_MLX_CONSTANTS 22  // how many there are
+#define QUANTIZATION_MLX_IS_GATED 22  // matvec: rows of w are gates, then values
+#define QUANTIZATION_MLX_CONSTANTS 23  // how many there are
 
 // How moe_router scores experts.
 #define ROUTER_SOFTMAX 0
@@ -168,6 +169,7 @@ struct ProductParams {
   int parts;  // of K, each to a threadgroup of its own; 1 without split-K
   int part_k;  // elements of K for each part: a multiple of 32, of a tile's depth in a tiled product, and of a group in
                // a matvec of packed columns
+  int gate;  // which Gate, of a product that ends in one
 };
 
 // As ProductParams, for pairs of indices: z is the position in both lists. The outer strides lead from one matrix to

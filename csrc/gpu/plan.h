@@ -23,6 +23,7 @@ namespace quantization_mlx::gpu {
   EACH(tensor)                          \
   EACH(tile)                            \
   EACH(matvec)                          \
+  EACH(gated_matvec)                    \
   EACH(quantize)                        \
   EACH(dequantize)                      \
   EACH(norm)                            \
@@ -151,6 +152,7 @@ struct Plan {
 MatmulProblem with_kernel_dtype(MatmulProblem problem);
 GatherProblem with_kernel_dtype(GatherProblem problem);
 DequantizeProblem with_kernel_dtype(DequantizeProblem problem);
+GatedMatmulProblem with_kernel_dtype(GatedMatmulProblem problem);
 inline const QuantizeProblem& with_kernel_dtype(const QuantizeProblem& problem) { return problem; }
 inline const NormProblem& with_kernel_dtype(const NormProblem& problem) { return problem; }
 inline const RopeIntoCacheProblem& with_kernel_dtype(const RopeIntoCacheProblem& problem) { return problem; }
@@ -163,6 +165,7 @@ inline const GateProblem& with_kernel_dtype(const GateProblem& problem) { return
 
 // Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and RuntimeError where every family is
 // excluded; op: the name that errors carry.
+// Without launches for a gated product that no kernel serves: then its parts do.
 Plan plan(const ProductFacts& facts, std::string_view op, const Target& target);
 Plan plan(const DequantizeFacts& facts, std::string_view op, const Target& target);
 Plan plan(const QuantizeFacts& facts, std::string_view op, const Target& target);
@@ -186,5 +189,8 @@ Plan plan(const Problem& problem, const Target& target) {
   }
   return all;
 }
+
+// One launch for product and activation or, where no kernel serves it, those of the product and of the activation.
+Plan plan(const GatedMatmulProblem& problem, const Target& target);
 
 }  // namespace quantization_mlx::gpu

@@ -32,6 +32,8 @@ Operands operands_of(const GatherProblem& problem, const Tensor& y) {
   return operands;
 }
 
+Operands operands_of(const GatedMatmulProblem& problem, const Tensor& y) { return operands_of(problem.matmul, y); }
+
 Operands operands_of(const DequantizeProblem& problem, const Tensor& y) { return operands_of(problem.weights, y); }
 
 Operands operands_of(const QuantizeProblem& problem, const std::tuple<Tensor, Tensor, Tensor>& results) {

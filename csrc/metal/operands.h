@@ -27,6 +27,7 @@ class Operands {
 // Those of a problem with_kernel_dtype and of its results, which must outlive them.
 Operands operands_of(const MatmulProblem& problem, const at::Tensor& y);
 Operands operands_of(const GatherProblem& problem, const at::Tensor& y);
+Operands operands_of(const GatedMatmulProblem& problem, const at::Tensor& y);
 Operands operands_of(const DequantizeProblem& problem, const at::Tensor& y);
 Operands operands_of(const QuantizeProblem& problem, const std::tuple<at::Tensor, at::Tensor, at::Tensor>& results);
 // sum: undefined where nothing is added.

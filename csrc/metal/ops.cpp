@@ -16,6 +16,11 @@ namespace {
 using at::Tensor;
 using namespace gpu;
 
+bool is_served(const GatedMatmulProblem& problem) {
+  const auto facts = facts_of(problem);
+  return facts.empty() || !plan_of(facts.front(), op_of(problem)).plan.launches.empty();
+}
+
 template <typename Problem>
 void encode_problem(const Problem& problem, const Operands& operands) {
   for (const auto& facts : facts_of(problem)) {
@@ -99,6 +104,16 @@ Tensor run(const RopeProblem& problem) {
 
 Tensor run(const GateProblem& problem) {
   const Tensor y = at::empty(problem.output, problem.gates.tensor.options());
+  encode_problem(problem, operands_of(problem, y));
+  return y;
+}
+
+Tensor run(GatedMatmulProblem given) {
+  const GatedMatmulProblem problem = with_kernel_dtype(std::move(given));
+  if (!is_served(problem)) {
+    return run(problem.of_product(run(problem.matmul)));
+  }
+  const Tensor y = at::empty(problem.output(), problem.matmul.x.tensor.options().dtype(problem.matmul.dtype));
   encode_problem(problem, operands_of(problem, y));
   return y;
 }

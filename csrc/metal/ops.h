@@ -25,9 +25,12 @@ at::Tensor run(const NormProblem& problem);
 std::tuple<at::Tensor, at::Tensor> run(const AddRmsNormProblem& problem);
 
 at::Tensor run(const RopeIntoCacheProblem& problem);
+
 at::Tensor run(const RopeProblem& problem);
 
 at::Tensor run(const GateProblem& problem);
+
+at::Tensor run(GatedMatmulProblem problem);
 
 // A row that the CPU would raise for has the token -1.
 at::Tensor run(const SampleProblem& problem);
@@ -35,6 +38,7 @@ at::Tensor run(const SampleProblem& problem);
 std::tuple<at::Tensor, at::Tensor> run(const RouterProblem& problem);
 
 at::Tensor run(const CombineProblem& problem);
+
 at::Tensor run(const AttentionProblem& problem);
 
 }  // namespace quantization_mlx::metal

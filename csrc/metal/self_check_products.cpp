@@ -38,6 +38,7 @@ struct Example {
   OptionalTensor rhs_indices;
   Format format;
   bool transpose;
+  std::optional<Gate> gate;
 
   // What `check` or an op makes of it.
   template <typename Function>
@@ -45,6 +46,13 @@ struct Example {
     return function(
         x, w, scales, biases, transpose, format.group_size, format.bits, name_of(format.mode), global_scale,
         "self-check");
+  }
+
+  template <typename Function>
+  auto gated(const Function& function) const {
+    return function(
+        x, w, scales, biases, format.group_size, format.bits, name_of(format.mode),
+        activations[static_cast<int>(*gate)], global_scale);
   }
 
   template <typename Function>
@@ -121,7 +129,12 @@ Example product_example(const ProductFacts& facts, int pair_tile_rows, const Sha
   Maker make(device);
   const at::ScalarType dtype = facts.scalar_type();
   const bool gathered = facts.pairs > 0;
-  Example example = weights(facts.format, facts.transpose != 0, gathered, shape, dtype, make);
+  Shape of_weights = shape;
+  of_weights.N *= facts.gate > 0 ? 2 : 1;
+  Example example = weights(facts.format, facts.transpose != 0, gathered, of_weights, dtype, make);
+  if (facts.gate > 0) {
+    example.gate = static_cast<Gate>(facts.gate - 1);
+  }
   const std::vector<int64_t> experts = expert_of_pair(pair_tile_rows);
   // Whole rows of 16 bytes, or none.
   const int64_t row = shape.shifts_x ? shape.K + 1 : (shape.K + 7) / 8 * 8;
@@ -147,11 +160,22 @@ Example product_example(const ProductFacts& facts, int pair_tile_rows, const Sha
 
 // --- The problem that runs a kernel ---------------------------------------------------------------------------------
 
-std::vector<ProductFacts> facts_of(const Example& example) {
-  const auto facts = example.rhs_indices.has_value()
-      ? gpu::facts_of(with_kernel_dtype(example.gathered(GatherProblem::check)))
-      : gpu::facts_of(with_kernel_dtype(example.product(MatmulProblem::check)));
-  return {facts.begin(), facts.end()};
+// visit(op, problem): those that the example is of.
+template <typename Visitor>
+auto with_problem(const Example& host, const Example& device, const Visitor& visit) {
+  if (host.gate.has_value()) {
+    return visit([&] { return host.gated(ops::quantized_gated_matmul); }, device.gated(GatedMatmulProblem::check));
+  }
+  if (host.rhs_indices.has_value()) {
+    return visit([&] { return host.gathered(ops::gather_qmm); }, device.gathered(GatherProblem::check));
+  }
+  return visit([&] { return host.product(ops::quantized_matmul); }, device.product(MatmulProblem::check));
+}
+
+ProductFacts facts_of(const Example& example) {
+  return with_problem(example, example, [](const auto&, const auto& problem) {
+    return gpu::facts_of(with_kernel_dtype(problem)).front();
+  });
 }
 
 // The launch of this kernel in the example's plan, or null.
@@ -172,7 +196,7 @@ struct Candidates {
 Candidates candidates(const ProductFacts& facts, const Launch& launch) {
   ProductParams params;
   std::memcpy(&params, launch.params.data(), sizeof params);
-  const bool matvec = launch.family == Family::matvec;
+  const bool matvec = launch.family == Family::matvec || launch.family == Family::gated_matvec;
   Candidates result;
   // Of tiles: several, and a last one that is not full.
   result.M = matvec ? std::vector<int64_t>{params.rows} : std::vector<int64_t>{230, 97, 70, 40, 20, 14, 1};
@@ -231,7 +255,7 @@ std::optional<Found> find_shape(
           for (const int64_t N : sizes.N) {
             const Shape shape{M, K, N, shifts_x, shifts_w};
             const Example example = product_example(facts, tile_rows, shape, at::Device(at::kMeta));
-            const Plan plan = gpu::plan(facts_of(example).front(), "self-check", target);
+            const Plan plan = gpu::plan(facts_of(example), "self-check", target);
             const Launch* found = launch_in(plan, kernel);
             if (found != nullptr && found->threadgroups[0] >= least_threadgroups) {
               return Found{shape, tile_rows, target};
@@ -274,14 +298,13 @@ std::vector<Found> find_shapes(const ProductFacts& facts, const Launch& launch, 
 Reason failure(const ProductFacts& facts, const Found& found) {
   const Example host = product_example(facts, found.pair_tile_rows, found.shape, at::Device(at::kCPU));
   const Example device = product_example(facts, found.pair_tile_rows, found.shape, mps);
-  const auto compared = [&](const Tensor& expected, const auto& problem) {
+  return with_problem(host, device, [&](const auto& op, const auto& given) {
+    const Tensor expected = op();
+    const auto problem = with_kernel_dtype(given);
     const Tensor y = at::empty(expected.sizes(), device.x.options());
     run(gpu::plan(problem, found.target), operands_of(problem, y));
     return judged(y, expected, facts.scalar_type());
-  };
-  return host.rhs_indices.has_value()
-      ? compared(host.gathered(ops::gather_qmm), with_kernel_dtype(device.gathered(GatherProblem::check)))
-      : compared(host.product(ops::quantized_matmul), with_kernel_dtype(device.product(MatmulProblem::check)));
+  });
 }
 
 }  // namespace

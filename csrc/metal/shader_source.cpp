@@ -14,8 +14,10 @@
   FILE(functions, "csrc/functions.h")                                \
   FILE(launch, "csrc/gpu/launch.h")                                  \
   FILE(sampling, "csrc/sampling.h")                                  \
+  FILE(activation, "metal/common/activation.h")                      \
   FILE(load, "metal/common/load.h")                                  \
   FILE(metal, "metal/common/metal.h")                                \
+  FILE(polynomial, "metal/common/polynomial.h")                      \
   FILE(moe, "metal/fast/moe.h")                                      \
   FILE(moe_kernels, "metal/fast/moe.metal")                          \
   FILE(attention, "metal/fast/attention.h")                          \
@@ -30,7 +32,6 @@
   FILE(rope_into_cache_kernels, "metal/fast/rope_into_cache.metal")  \
   FILE(sample, "metal/fast/sample.h")                                \
   FILE(sample_kernels, "metal/fast/sample.metal")                    \
-  FILE(polynomial, "metal/fast/polynomial.h")                        \
   FILE(rope, "metal/fast/rope.h")                                    \
   FILE(rope_kernels, "metal/fast/rope.metal")                        \
   FILE(dequantize, "metal/quantized/dequantize.h")                   \

@@ -10,6 +10,7 @@
 
 #include "../gpu/launch.h"
 #include "../functions.h"
+#include "problem.h"
 #include "sizes.h"
 
 namespace quantization_mlx {
@@ -333,6 +334,38 @@ struct GegluProblem : GateProblem {
 };
 
 inline std::string_view op_of(const GateProblem& problem) { return problem.op; }
+
+// Those of a gated product, by Gate.
+inline constexpr const char* activations[] = {"silu", "gelu", "gelu_tanh"};
+
+// activation(gates) * values of gates and values that are the halves of x @ dequantize(w).T.
+struct GatedMatmulProblem {
+  MatmulProblem matmul;  // of both halves
+  Gate kind;
+
+  at::Device device() const { return matmul.device(); }
+  int64_t length() const { return matmul.shape.N / 2; }
+  Sizes<int64_t> output() const;
+  // What is left where `both` [..., N] is there.
+  GateProblem of_product(const at::Tensor& both) const;
+
+  static constexpr const char* name = "quantized_gated_matmul";
+  template <typename Result>
+  using Schema = Result(
+      const at::Tensor& x,
+      const at::Tensor& w,
+      const at::Tensor& scales,
+      const std::optional<at::Tensor>& biases,
+      std::optional<int64_t> group_size,
+      std::optional<int64_t> bits,
+      std::string_view mode,
+      std::string_view activation,
+      const std::optional<at::Tensor>& global_scale);
+  static Schema<GatedMatmulProblem> check;
+  static Schema<at::Tensor> meta;
+};
+
+inline std::string_view op_of(const GatedMatmulProblem& problem) { return problem.name; }
 
 // Keys or values [batch, heads, positions, dim]; what a position has of a head lies side by side.
 struct KeyHeads {

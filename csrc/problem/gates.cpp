@@ -1,7 +1,9 @@
-// Gated activations: swiglu and geglu.
+// Gated activations: swiglu and geglu, and products that end in one.
 #include <c10/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 
 #include "fast.h"
@@ -112,6 +114,20 @@ GateProblem checked(
   return problem;
 }
 
+Gate kind_of_activation(std::string_view activation) {
+  const auto* found = std::find(std::begin(activations), std::end(activations), activation);
+  TORCH_CHECK_VALUE(
+      found != std::end(activations), "[", GatedMatmulProblem::name, "] activation is \"", activation,
+      "\"; supported are \"silu\", \"gelu\" and \"gelu_tanh\".");
+  return static_cast<Gate>(found - std::begin(activations));
+}
+
+void check_halves(const c10::SymInt& rows) {
+  TORCH_CHECK_VALUE(
+      holds((rows % 2).sym_eq(0)), "[", GatedMatmulProblem::name, "] w has ", rows,
+      " rows; there must be as many of gates as of values.");
+}
+
 Tensor empty_gated(std::string_view op, const Tensor& gates, const Tensor& values, const Biases& biases) {
   const ScalarType dtype = check_gates<c10::SymInt>(op, gates, values);
   check_biases<c10::SymInt>(gates, biases, dtype);
@@ -156,6 +172,54 @@ GegluProblem GegluProblem::check(const Tensor& gates, const Tensor& values, std:
 Tensor GegluProblem::meta(const Tensor& gates, const Tensor& values, std::string_view approximate) {
   kind_of(approximate);
   return empty_gated(name, gates, values, {});
+}
+
+GatedMatmulProblem GatedMatmulProblem::check(
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const std::optional<Tensor>& biases,
+    std::optional<int64_t> group_size,
+    std::optional<int64_t> bits,
+    std::string_view mode,
+    std::string_view activation,
+    const std::optional<Tensor>& global_scale) {
+  const Gate kind = kind_of_activation(activation);
+  GatedMatmulProblem problem{
+      MatmulProblem::check(
+          x, w, scales, biases, /*transpose=*/true, group_size, bits, mode, global_scale, GatedMatmulProblem::name),
+      kind};
+  check_halves(problem.matmul.shape.N);
+  return problem;
+}
+
+Tensor GatedMatmulProblem::meta(
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scales,
+    const std::optional<Tensor>& biases,
+    std::optional<int64_t> group_size,
+    std::optional<int64_t> bits,
+    std::string_view mode,
+    std::string_view activation,
+    const std::optional<Tensor>& global_scale) {
+  kind_of_activation(activation);
+  const Tensor both = MatmulProblem::meta(
+      x, w, scales, biases, /*transpose=*/true, group_size, bits, mode, global_scale, GatedMatmulProblem::name);
+  auto sizes = sizes_of<c10::SymInt>(both).vec();
+  check_halves(sizes.back());
+  sizes.back() = sizes.back() / 2;
+  return empty(sizes, both.options());
+}
+
+Sizes<int64_t> GatedMatmulProblem::output() const {
+  Sizes<int64_t> sizes = matmul.shape.output;
+  sizes.back() = length();
+  return sizes;
+}
+
+GateProblem GatedMatmulProblem::of_product(const Tensor& both) const {
+  return checked(name, kind, both.narrow(-1, 0, length()), both.narrow(-1, length(), length()), {});
 }
 
 }  // namespace quantization_mlx

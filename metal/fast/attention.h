@@ -23,8 +23,8 @@
 #include "../../csrc/gpu/launch.h"
 #include "../common/load.h"
 #include "../common/metal.h"
+#include "../common/polynomial.h"
 #include "../quantized/dequantize.h"
-#include "polynomial.h"
 
 namespace quantization_mlx {
 

@@ -9,11 +9,10 @@
 // odd columns of one product come one by one, from lines that the threads beside read, too.
 #pragma once
 
-#include "../../csrc/functions.h"
 #include "../../csrc/gpu/launch.h"
+#include "../common/activation.h"
 #include "../common/load.h"
 #include "../common/metal.h"
-#include "polynomial.h"
 
 namespace quantization_mlx {
 
@@ -22,27 +21,6 @@ constant bool has_bias [[function_constant(QUANTIZATION_MLX_HAS_BIAS)]];
 
 static constant constexpr const int gate_threads = elementwise_threads_per_threadgroup();
 static constant constexpr const int gate_step = gate_elements();
-
-METAL_FUNC float times_sigmoid(float x, float argument) { return x / (1.0f + exp(-argument)); }
-
-// x times the standard normal distribution, of which the tail on the side of zero is known.
-METAL_FUNC float times_normal(float x) {
-  const float distance = fabs(x);
-  const float t = 1.0f / fma(distance, tail_rate, 1.0f);
-  const float tail = exp(distance * distance * -0.5f) * t * polynomial(t, tail_coefficients);
-  return x * (x < 0.0f ? tail : 1.0f - tail);
-}
-
-template <Gate kind>
-METAL_FUNC float activated(float x, float alpha) {
-  if (kind == Gate::swiglu) {
-    return times_sigmoid(x, alpha * x);
-  }
-  if (kind == Gate::geglu_tanh) {
-    return times_sigmoid(x, x * fma(x * x, tanh_third, tanh_first));
-  }
-  return times_normal(x);
-}
 
 template <typename T>
 METAL_FUNC void load_step(const device T* row, long stride, int first, int length, thread float* values) {
@@ -107,7 +85,7 @@ template <typename T, Gate kind>
     const float x = results[i] > params.limit ? params.limit : results[i];
     const float high = factors[i] > params.limit ? params.limit : factors[i];
     const float value = high < -params.limit ? -params.limit : high;
-    results[i] = activated<kind>(x, params.alpha) * (value + params.offset);
+    results[i] = activated(kind, x, params.alpha) * (value + params.offset);
   }
   device T* destination = y + row * length + first;
   if (aligned_x) {

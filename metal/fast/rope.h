@@ -13,7 +13,7 @@
 #include "../../csrc/gpu/launch.h"
 #include "../common/load.h"
 #include "../common/metal.h"
-#include "polynomial.h"
+#include "../common/polynomial.h"
 
 namespace quantization_mlx {
 

@@ -13,6 +13,10 @@
 // an accumulator of its own, so no addition waits for another. At the end four shuffles add up the lanes, and
 // threadgroup memory the simdgroups, with the only barrier of the kernel.
 //
+// A gated product, whose rows of w are those of N gates and then those of N values, is the same with two rows of either
+// to a lane: the values stand where n + 4 and n + 6 do, and the activation comes before y is written, from float32
+// sums.
+//
 // Measured on another GPU (docs/gpu-lane.md), for reasons that hold on Apple's: a threadgroup whose simdgroups divide K
 // has four times as many loads in flight as one that divides N, and needs no second kernel to add up parts; four rows
 // of w per lane instead of two halve the loads and sums of x; the rest of the time goes into unpacking and addresses,
@@ -50,7 +54,21 @@ namespace quantization_mlx {
 
 static constant constexpr const int qmv_threads = 32 * qmv_simdgroups();
 
+// Of y, to a simdgroup; and the rows of w to a lane whose sums they are.
+METAL_FUNC int qmv_y_columns() { return is_gated ? qmv_simdgroup_columns() / 2 : qmv_simdgroup_columns(); }
+METAL_FUNC int qmv_y_outputs() { return is_gated ? qmv_outputs() / 2 : qmv_outputs(); }
+
+// Row r of a lane, counted from its first; one of values is N rows further than its gate.
+METAL_FUNC int qmv_row(int r, constant ProductParams& params) {
+  return is_gated && r >= qmv_y_outputs() ? params.n + qmv_lanes_across() * (r - qmv_y_outputs())
+                                          : qmv_lanes_across() * r;
+}
+
 inline constexpr int words_of(int elements, int bits) { return (elements * bits + 31) / 32; }
+
+METAL_FUNC bool row_exists(int r, int first, constant ProductParams& params) {
+  return aligned_outputs || first + qmv_lanes_across() * (r % qmv_y_outputs()) < params.n;
+}
 
 // Packed elements of each of a lane's rows of w, with their scales and biases.
 template <int words, int outputs>
@@ -60,8 +78,8 @@ struct PackedRows {
   float biases[outputs];
 };
 
-// `elements` elements of rows first + 2 * r of w, from where the pointers lead in row `first`: the long loads first,
-// then the scales. Rows that do not exist are zeros.
+// `elements` elements of a lane's rows of w, from where the pointers lead in row `first`: the long loads first, then
+// the scales. Rows that do not exist are zeros.
 template <Mode mode, int group_size, int bits, int elements, int words, int outputs, typename Scale>
 METAL_FUNC void load_rows(
     const device ushort* w,
@@ -75,9 +93,8 @@ METAL_FUNC void load_rows(
   const int row_groups = params.k / group_size;
 #pragma unroll
   for (int r = 0; r < outputs; ++r) {
-    const int row = qmv_lanes_across() * r;
-    if (aligned_outputs || first + row < params.n) {
-      const device ushort* source = w + row * row_halves;
+    if (row_exists(r, first, params)) {
+      const device ushort* source = w + qmv_row(r, params) * row_halves;
       if (elements == run_elements) {
         load_words<bits>((const device uint*)source, aligned_weights, rows.packed + r * words);
       } else {
@@ -92,8 +109,8 @@ METAL_FUNC void load_rows(
   }
 #pragma unroll
   for (int r = 0; r < outputs; ++r) {
-    const int row = qmv_lanes_across() * r;
-    if (aligned_outputs || first + row < params.n) {
+    if (row_exists(r, first, params)) {
+      const int row = qmv_row(r, params);
       rows.scales[r] = decode_scale<mode>(scales[row * row_groups]);
       rows.biases[r] = decode_bias<mode>(biases, row * row_groups);
     } else {
@@ -199,8 +216,8 @@ METAL_FUNC void matvec_transposed(
   const int lane_step = lane % qmv_lanes_along();
   const int column = lane / qmv_lanes_along();
   const int part = static_cast<int>(simdgroup) & (along - 1);
-  const int first_column = block * qmv_columns(along);
-  const int first = first_column + (static_cast<int>(simdgroup) >> qmv_log2(along)) * columns + column;
+  const int first_column = block * (qmv_columns(along) / columns) * qmv_y_columns();
+  const int first = first_column + (static_cast<int>(simdgroup) >> qmv_log2(along)) * qmv_y_columns() + column;
 
   float sums[rows * outputs];
 #pragma unroll
@@ -241,8 +258,14 @@ METAL_FUNC void matvec_transposed(
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  write_sums<qmv_simdgroups(), rows, columns>(
-      shared, y, params, 0, first_column, along, operands.factor, simdgroup * 32 + lane);
+  const int thread_index = simdgroup * 32 + lane;
+  if (is_gated) {
+    write_gated_sums<qmv_simdgroups(), rows, columns>(
+        shared, y, params, first_column, along, operands.factor, thread_index);
+  } else {
+    write_sums<qmv_simdgroups(), rows, columns>(
+        shared, y, params, 0, first_column, along, operands.factor, thread_index);
+  }
 }
 
 template <typename T, Mode mode, int group_size, int bits, int rows>

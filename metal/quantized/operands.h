@@ -1,8 +1,9 @@
 // What product kernels share: their arguments, the matrices that a threadgroup works on, and the sums that it writes.
 #pragma once
 
-#include "../common/metal.h"
 #include "../../csrc/gpu/launch.h"
+#include "../common/activation.h"
+#include "../common/metal.h"
 #include "dequantize.h"
 
 namespace quantization_mlx {
@@ -12,6 +13,7 @@ constant bool aligned_weights [[function_constant(QUANTIZATION_MLX_ALIGNED_WEIGH
 constant bool aligned_x [[function_constant(QUANTIZATION_MLX_ALIGNED_X)]];
 constant bool aligned_k [[function_constant(QUANTIZATION_MLX_ALIGNED_K)]];
 constant bool has_global_scale [[function_constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE)]];
+constant bool is_gated [[function_constant(QUANTIZATION_MLX_IS_GATED)]];
 
 static constant constexpr const int elementwise_threads = elementwise_threads_per_threadgroup();
 
@@ -133,6 +135,19 @@ METAL_FUNC SortedPair pair_of_lane(PairTile tile, const device SortedPair* pairs
   return pairs[tile.first + min(static_cast<int>(lane), tile.count - 1)];
 }
 
+// Sum i of `size` that the `along` simdgroups of `block` have in `shared`, in a fixed order.
+template <int simdgroups, int size>
+METAL_FUNC float sum_of_simdgroups(threadgroup const float* shared, int block, int along, int i) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int part = 0; part < simdgroups; ++part) {
+    if (part < along) {
+      sum += shared[(block * along + part) * size + i];
+    }
+  }
+  return sum;
+}
+
 // Each simdgroup of a threadgroup has sums of rows x columns of y in `shared`: the first `along` of them, a power of
 // two, for the same ones, the next for the columns beside those. Adds them up, in a fixed order, and writes them, times
 // `factor`, to rows from first_row and columns from first_column on, as far as the matrix goes.
@@ -149,17 +164,40 @@ METAL_FUNC void write_sums(
   constexpr int size = rows * columns;
   for (int i = thread_index; i * along < simdgroups * size; i += simdgroups * 32) {
     const int block = i / size;
-    float sum = 0.0f;
-#pragma unroll
-    for (int part = 0; part < simdgroups; ++part) {
-      if (part < along) {
-        sum += shared[(block * along + part) * size + i % size];
-      }
-    }
+    const float sum = sum_of_simdgroups<simdgroups, size>(shared, block, along, i % size);
     const int row = first_row + i % size / columns;
     const int column = first_column + block * columns + i % columns;
     if (row < params.rows && (aligned_outputs || column < params.n)) {
       y[static_cast<long>(row) * params.n + column] = static_cast<Y>(sum * factor);
+    }
+  }
+}
+
+// As write_sums, of sums that are those of gates in the first half of a simdgroup's columns and of values in the
+// second.
+template <int simdgroups, int rows, int columns, typename Y>
+METAL_FUNC void write_gated_sums(
+    threadgroup const float* shared,
+    device Y* y,
+    constant ProductParams& params,
+    int first_column,
+    int along,
+    float factor,
+    int thread_index) {
+  constexpr int half_columns = columns / 2;
+  constexpr int size = rows * half_columns;
+  for (int i = thread_index; i * along < simdgroups * size; i += simdgroups * 32) {
+    const int block = i / size;
+    const int row = i % size / half_columns;
+    const int column = i % half_columns;
+    const int place = row * columns + column;
+    const float gate = sum_of_simdgroups<simdgroups, rows * columns>(shared, block, along, place) * factor;
+    const float value =
+        sum_of_simdgroups<simdgroups, rows * columns>(shared, block, along, place + half_columns) * factor;
+    const int y_column = first_column + block * half_columns + column;
+    if (row < params.rows && (aligned_outputs || y_column < params.n)) {
+      const float result = activated(static_cast<Gate>(params.gate), gate, 1.0f) * value;
+      y[static_cast<long>(row) * params.n + y_column] = static_cast<Y>(result);
     }
   }
 }

@@ -16,7 +16,8 @@ FILLING = 0xFF  # whatever the type, a NaN or a code of all ones
 class Call:
     """A product of x [batch, rows, k] with w [n, k], or [k, n] without transpose; or a conversion of such a w.
 
-    op: quantized_matmul, gather_qmm, quantize or dequantize. batch: matrices of x, each with its own w where
+    op: quantized_matmul, gather_qmm, quantize, dequantize or, with an activation, quantized_gated_matmul, whose w has
+    n rows of gates and n of values. batch: matrices of x, each with its own w where
     batched_w. experts: gather_qmm's matrices of w, for `pairs` pairs of indices, of which some are out of range where
     `invalid`; sorted: one row of x to a pair, the experts in order. x_padding: elements between the rows of x.
     offset: elements before the first one of x, words before the first one of w.
@@ -40,10 +41,11 @@ class Call:
     x_padding: int = 0
     offset: int = 0
     global_scale: bool = False
+    activation: str = ""
 
     @property
     def is_product(self) -> bool:
-        return self.op in ("quantized_matmul", "gather_qmm")
+        return self.op in ("quantized_matmul", "gather_qmm", "quantized_gated_matmul")
 
     @property
     def is_column_packed(self) -> bool:
@@ -57,7 +59,8 @@ class Call:
     @property
     def w_shape(self) -> tuple[int, ...]:
         """Of the dense matrices."""
-        matrix = (self.n, self.k) if self.transpose else (self.k, self.n)
+        rows = 2 * self.n if self.activation else self.n
+        matrix = (rows, self.k) if self.transpose else (self.k, rows)
         return (self.experts, *matrix) if self.experts else (self.batch, *matrix) if self.batched_w else matrix
 
     @property

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from calls import FILLING, ITEM_BYTES, NUMPY, Call
 from fast_calls import AnyCall, FastCall, LayerCall
@@ -63,7 +64,7 @@ def _format(call: Call) -> oracle.Format:
 
 def dense(call: Call, operands: dict[str, np.ndarray], columns: slice | None = None) -> Tensor:
     """float64 w [.., n, k] or [.., k, n], exact. columns: of the product, whole groups where groups lie along them."""
-    columns = columns or slice(0, call.n)
+    columns = columns or slice(0, call.n * (2 if call.activation else 1))
     parts = {"w": operands["w"][call.offset :].reshape(call.words_shape)}
     parts |= {role: operands[role] for role in ("scales", "biases") if role in operands}
     elements = {"w": 32 / call.bits, "scales": call.group_size, "biases": call.group_size}
@@ -102,7 +103,34 @@ def rows_of_x(call: Call, operands: dict[str, np.ndarray]) -> Tensor:
     return tensor(np.ascontiguousarray(x), call.dtype)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+def _compare_gated(call: Call, operands: dict[str, np.ndarray], y: np.ndarray) -> float:
+    """What gates and values may be wrong by, as results of a product each, and one rounding."""
+    x, out = rows_of_x(call, operands), tensor(y.reshape(call.y_shape), call.dtype)
+    worst = 0.0
+    for columns in _ends(call.n, CHECKED_COLUMNS, 2 * CHECKED_COLUMNS):
+        of_values = slice(call.n + columns.start, call.n + columns.stop)
+        gate_matrix, value_matrix = (dense(call, operands, half).mT for half in (columns, of_values))
+        gates, values = x.double() @ gate_matrix, x.double() @ value_matrix
+        activated = ACTIVATIONS[call.activation](gates)
+        of_gates, bound = (oracle.error_bound(x, matrix, x.dtype) for matrix in (gate_matrix, value_matrix))
+        exact = activated * values
+        # No activation is steeper than 1.13.
+        allowed = 1.13 * of_gates * (values.abs() + bound) + activated.abs() * bound
+        rounding = 2 * torch.finfo(x.dtype).eps * exact.abs() + 1e-6
+        worst = max(worst, _share((out[..., columns].double() - exact).abs(), allowed + rounding))
+    return worst
+
+
 def _compare_product(call: Call, operands: dict[str, np.ndarray], y: np.ndarray) -> float:
+    if call.activation:
+        return _compare_gated(call, operands, y)
     x = rows_of_x(call, operands).reshape(-1, *call.x_shape[-2:])
     y = y.reshape(-1, *call.y_shape[-2:])
     worst = 0.0

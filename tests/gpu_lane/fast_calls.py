@@ -354,14 +354,13 @@ class LayerCall:
         heads, hidden = self.query_heads * self.dim, self.hidden
         sizes = {"normal": hidden, "heads": self.products["qkv"].n, "queries": heads, "attended": heads}
         sizes |= {"attention_out": hidden, "middle": hidden, "middle_normal": hidden}
-        sizes |= {"gate_up": 2 * self.intermediate, "gated": self.intermediate}
-        sizes |= {"mlp_out": hidden, "sum": hidden, "y": hidden}
+        sizes |= {"gated": self.intermediate, "mlp_out": hidden, "sum": hidden, "y": hidden}
         return {name: ((size,), self.dtype) for name, size in sizes.items()}
 
     @property
-    def wiring(self) -> tuple[tuple[str, dict[str, tuple[str, int]]], ...]:
-        """The ops that run, and for each the tensor and the element in it that its roles are."""
-        wires = [
+    def wiring(self) -> tuple[tuple[str, dict[str, str]], ...]:
+        """The ops that run, and for each the tensors that its roles are."""
+        return (
             ("rms_norm", {"x": "x", "weight": "first_norm", "y": "normal"}),
             ("decoder_step", self._product("qkv", "normal", "heads")),
             (
@@ -372,14 +371,9 @@ class LayerCall:
             ("scaled_dot_product_attention", {"y": "attended"} | {r: r for r in ("queries", "keys", "values")}),
             ("decoder_step", self._product("out", "attended", "attention_out")),
             ("add_rms_norm", self._added("attention_out", "x", "second_norm", "middle", "middle_normal")),
-            ("decoder_step", self._product("gate_up", "middle_normal", "gate_up")),
-            ("swiglu", {"gates": "gate_up", "values": "gate_up", "y": "gated"}),
+            ("quantized_gated_matmul", self._product("gate_up", "middle_normal", "gated")),
             ("decoder_step", self._product("down", "gated", "mlp_out")),
             ("add_rms_norm", self._added("mlp_out", "middle", "last_norm", "sum", "y")),
-        ]
-        second_half = {("swiglu", "values"): self.intermediate}
-        return tuple(
-            (op, {role: (name, second_half.get((op, role), 0)) for role, name in wire.items()}) for op, wire in wires
         )
 
     @staticmethod

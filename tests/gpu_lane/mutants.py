@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calls import Call
@@ -51,6 +51,7 @@ class Mutant:
 
 
 QMV = tuple(Call(rows=rows, n=37, k=1088) for rows in (1, 3, 12))
+GATED = tuple(replace(call, op="quantized_gated_matmul", activation="silu") for call in QMV)
 QVM = tuple(Call(rows=rows, n=192, k=37, transpose=False) for rows in (1, 4))
 TILE = Call(rows=29, n=70, k=192)
 TILES = (TILE, Call(rows=29, n=192, k=70, transpose=False))
@@ -85,7 +86,7 @@ def _barriers(file: str, header: str, *calls: AnyCall, late: Sequence[int] = ())
 
 
 MUTANTS = {
-    **_barriers("matvec", "matvec.h", *QMV, *QVM),
+    **_barriers("matvec", "matvec.h", *QMV, *GATED, *QVM),
     **_barriers("matvec", "matvec_columns.h", *COLUMNS),
     **_barriers("matmul", "matmul.h", *TILES, SORTED),
     # Before and after the pairs are counted.
@@ -113,7 +114,10 @@ MUTANTS = {
         "memcheck", "matmul", r"static_cast<long>\(params\.n\) \+ n\b", "static_cast<long>(params.n + 8) + n", TILES
     ),
     "matvec: one row of w more than there is": Mutant(
-        "memcheck", "matvec", r"aligned_outputs \|\| ([\w +]+) < params\.n", r"aligned_outputs || \1 <= params.n", QMV
+        "memcheck", "matvec", r"aligned_outputs \|\| ([^|<]+) < params\.n", r"aligned_outputs || \1 <= params.n", QMV
+    ),
+    "matvec: rows of values too far from those of gates": Mutant(
+        "memcheck", "matvec", r"\? params\.n \+", "? params.n + 8 +", GATED
     ),
     "matvec: partial sums over one another": Mutant(
         "initcheck", "matvec", r"part \* params\.y_part_stride", "part / 2 * params.y_part_stride", (SPLIT,)

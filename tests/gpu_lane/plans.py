@@ -62,11 +62,14 @@ def _product_plans(call: Call) -> list[qm.Plan]:
         arguments, more = weights, {"dtype": getattr(torch, call.dtype)}
     elif call.op == "quantized_matmul":
         arguments, more = (operands["x"], *weights), {"transpose": call.transpose}
+    elif call.op == "quantized_gated_matmul":
+        arguments, more = (operands["x"], *weights), {"activation": call.activation}
     else:
         indices = (None if call.sorted else operands["indices"], operands["indices"])
         arguments = (operands["x"], *weights, *indices)
         more = {"transpose": call.transpose, "sorted_indices": call.sorted}
-    return qm.explain(getattr(qm, call.op), *arguments, gpu=GPU, **format, **more)
+    op = getattr(fast if call.activation else qm, call.op)
+    return qm.explain(op, *arguments, gpu=GPU, **format, **more)
 
 
 # --- Fast ops ---------------------------------------------------------------------------------------------------------
@@ -188,7 +191,6 @@ def _layer_plan(call: LayerCall) -> qm.Plan:
         for launch in plan.launches:
             arguments = []
             for role, element in launch.arguments:
-                name, first = wires[role] if role not in ("none", "workspace") else (role, 0)
-                arguments.append((name, first + element))
+                arguments.append((role if role in ("none", "workspace") else wires[role], element))
             launches.append(replace(launch, arguments=tuple(arguments)))
     return replace(plans[0], op=call.op, launches=tuple(launches), workspace=max(plan.workspace for plan in plans))

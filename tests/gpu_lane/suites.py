@@ -110,6 +110,15 @@ def products(format: Format, dtype: str, shapes: Shapes) -> Iterator[Call]:
             yield call_of(format, pairs=5, **size, **gathered)
 
 
+def gated(format: Format, dtype: str, shapes: Shapes) -> Iterator[Call]:
+    """For each activation in turn; rows of a matvec."""
+    layout = {"dtype": dtype, "offset": shapes.offset, "x_padding": shapes.x_padding}
+    for activation, rows in zip(itertools.cycle(("silu", "gelu", "gelu_tanh")), (1, 2, 3, 4, 6, 8, 12)):
+        for count in shapes.groups[format.group_size]:
+            sizes = {"n": shapes.free_n, "k": count * format.group_size}
+            yield call_of(format, op="quantized_gated_matmul", activation=activation, rows=rows, **sizes, **layout)
+
+
 def conversions(format: Format, dtype: str, shapes: Shapes) -> Iterator[Call]:
     n, k = (23, 384) if shapes.offset else (16, 256)
     for op in ("quantize", "dequantize"):
@@ -160,6 +169,8 @@ def check_products() -> Iterator[Item]:
     # The others are in `time`, on large shapes.
     for format in (FOUR_BIT, COLUMN_FP4):
         yield from (Item("check", call) for call in kernels_of(format, "float16"))
+    for format, dtype, shapes in itertools.product(FORMATS, DTYPES, (RAGGED, ALIGNED)):
+        yield from (Item("check", call, "plain") for call in gated(format, dtype, shapes))
     for format, dtype in itertools.product(FORMATS, DTYPES):
         n, k = RAGGED.free_n, format.group_size * RAGGED.groups[format.group_size][0]
         yield from (Item("check", call_of(format, dtype=dtype, rows=rows, n=n, k=k)) for rows in (1, 29))
@@ -187,6 +198,8 @@ def sanitized() -> Iterator[Call]:
             yield call_of(format, dtype=dtype, rows=rows, n=n, k=k, **layout)
         yield from conversions(format, dtype, RAGGED)
     yield call_of(NVFP4, rows=20, n=64, k=2176, batch=3, batched_w=True, global_scale=True)
+    for shapes in (RAGGED, ALIGNED):
+        yield from gated(FOUR_BIT, "float16", shapes)
 
 
 def sanitize_products() -> Iterator[Item]:
@@ -229,6 +242,9 @@ def time_products() -> Iterator[Item]:
         yield Item("time", Call(rows=rows, **LARGE))
     for format, transpose in itertools.product(FORMATS, (True, False)):
         yield Item("time", call_of(format, transpose=transpose, **LARGE))
+    for rows in PLAIN_ROWS:  # as many rows of w
+        sizes = {"n": LARGE["n"] // 2, "k": LARGE["k"]}
+        yield Item("time", Call(op="quantized_gated_matmul", activation="silu", rows=rows, **sizes))
     for format, dtype in itertools.product(SOME_FORMATS, ("bfloat16", "float32")):
         yield Item("time", call_of(format, dtype=dtype, **LARGE))
     for rows, build in itertools.product(PLAIN_ROWS, ("generic", "known")):

@@ -33,6 +33,7 @@ import suites
 import tables
 from calls import FILLING, NUMPY, Call
 from plans import FUNCTIONS, decoder_of, plan_of
+from quantization_mlx import fast
 
 MARLIN = Format("marlin_int4", 64, 4)
 DTYPES = [oracle.name_of(dtype) for dtype in cases.DTYPES]
@@ -55,6 +56,8 @@ def computed(call: Call, given: dict[str, np.ndarray]) -> torch.Tensor:
     if call.op == "dequantize":
         return qm.dequantize(w, scales, biases, **format, dtype=getattr(torch, call.dtype))
     x = check.rows_of_x(call, given)
+    if call.activation:
+        return fast.quantized_gated_matmul(x, w, scales, biases, **format, activation=call.activation)
     if call.op == "quantized_matmul":
         return qm.quantized_matmul(x, w, scales, biases, transpose=call.transpose, **format)
     lhs, rhs = (torch.from_numpy(given[name]) for name in ("lhs_indices", "rhs_indices"))
@@ -69,6 +72,7 @@ CALLS = [
     Call(rows=3, n=37, k=192, offset=1, x_padding=3),
     Call(rows=20, n=64, k=37, transpose=False, dtype="bfloat16", batch=3, batched_w=True),
     suites.call_of(suites.NVFP4, op="gather_qmm", n=37, k=80, experts=4, pairs=9, invalid=True, global_scale=True),
+    Call(op="quantized_gated_matmul", activation="gelu_tanh", rows=3, n=37, k=192, offset=1, x_padding=3),
     suites.call_of(Format("mxfp8", 32, 8), op="dequantize", n=5, k=96, dtype="float32"),
     suites.call_of(MARLIN, rows=3, n=37, k=192, transpose=False, dtype="bfloat16", offset=1),
     suites.call_of(MARLIN, op="dequantize", n=5, k=192, transpose=False),

@@ -31,6 +31,7 @@ class Mutant:
     N: int = 72
     transpose: bool = True
     experts: tuple[int, ...] = ()
+    activation: str = ""  # of a gated product
 
 
 STORED_ROW = "(row < end_row"
@@ -83,6 +84,9 @@ MUTANTS = {
     ),
     "matvec of 8 rows, ragged": Mutant("_rows_8", "column < params.n)", "column < params.n - 1)", 7),
     "matvec of 8 rows, the last": Mutant("_rows_8", STORED, "if (row < params.rows - (params.rows > 6 ? 1 : 0) &&", 7),
+    "matvec, gated": Mutant("qmv_float16", "place + half_columns)", "place)", 1, activation="silu"),
+    "matvec, rows of values": Mutant("qmv_float16", "(r - qmv_y_outputs())", "r", 2, activation="gelu"),
+    "matvec, activation": Mutant("qmv_float16", "x * x, tanh_third", "x, tanh_third", 3, activation="gelu_tanh"),
     "matvec, gathered": Mutant("gather_qmv_float16_gs_64_b_4_rows_4", STORED, LOST, 3, experts=(2, 0, 1)),
     "matvec, not transposed": Mutant("qvm_float16_gs_64_b_4_rows_2", STORED, LOST, 2, N=64, transpose=False),
     "matvec, not transposed, split": Mutant(
@@ -350,6 +354,8 @@ def test_wrong_fast_kernel_is_refused(name, monkeypatch, capfd):
 
 
 def call(mutant: Mutant, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+    if mutant.activation:
+        return fast.quantized_gated_matmul(x, *packed, 64, 4, activation=mutant.activation)
     if not mutant.experts:
         return q.quantized_matmul(x, *packed, mutant.transpose, 64, 4)
     experts = torch.tensor(mutant.experts, device=x.device)
@@ -357,7 +363,7 @@ def call(mutant: Mutant, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
     return q.gather_qmm(x, *packed, None, experts, mutant.transpose, 64, 4, sorted_indices=is_sorted)
 
 
-ALWAYS = ("tile of 32, partial", "tensor of 64, whole", "tile, sorted")
+ALWAYS = ("tile of 32, partial", "tensor of 64, whole", "tile, sorted", "matvec, gated")
 
 
 @pytest.mark.parametrize("name", mostly_exhaustive(MUTANTS, *ALWAYS))

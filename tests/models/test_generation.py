@@ -406,8 +406,8 @@ def test_launches_of_one_token(config) -> None:
     cache = DynamicCache(config=config)
     prepared(tokens(1, 5), **{cache_name(): cache})
     plans = explain(prepared, tokens(1, 1), **{cache_name(): cache}, gpu="applegpu_g15s")
-    assert {"rope_into_cache", "scaled_dot_product_attention", "swiglu"} < {plan.op for plan in plans}
-    assert sum(len(plan.launches) for plan in plans) == 9 * config.num_hidden_layers + 3
+    assert {"rope_into_cache", "scaled_dot_product_attention", "quantized_gated_matmul"} < {plan.op for plan in plans}
+    assert sum(len(plan.launches) for plan in plans) == 8 * config.num_hidden_layers + 3
 
 
 class TorchKernels(TorchDispatchMode):

@@ -14,7 +14,8 @@ import softmetal
 from oracle import Format, Quantized
 from repository import ROOT
 
-ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE = range(5)  # csrc/gpu/launch.h
+# Function constants of products, in csrc/gpu/launch.h.
+ALIGNED_OUTPUTS, ALIGNED_WEIGHTS, ALIGNED_X, ALIGNED_K, HAS_GLOBAL_SCALE, IS_GATED = PRODUCT_CONSTANTS = (*range(5), 22)
 FOUR_BIT = Format("affine", 64, 4)
 NVFP4 = Format("nvfp4", 16, 4)
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -52,6 +53,8 @@ def expanded(weights: Quantized, outer: int = 1, inner: int = 1) -> Quantized:
     return weights.map(lambda tensor: tensor.expand(outer, inner, -1, -1))
 
 
+# The integers of ProductParams; no product here ends in an activation.
+PRODUCT_PARAMS = "<14q6i8x"
 SORT_PAIRS_PARAMS = "<5i"
 SORTING_THREADS = 1024
 

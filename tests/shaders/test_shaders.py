@@ -29,6 +29,8 @@ from launching import (
     FOUR_BIT,
     HAS_GLOBAL_SCALE,
     NVFP4,
+    PRODUCT_CONSTANTS,
+    PRODUCT_PARAMS,
     SORT_PAIRS_PARAMS,
     SORTING_THREADS,
     ceil,
@@ -44,7 +46,7 @@ from repository import ROOT
 
 METAL = ROOT / "metal/quantized"
 ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
-PRODUCT_PARAMS, GATHER_TAIL, SUM_PARTS_PARAMS = "<14q6i", "<2i", "<2i"
+GATHER_TAIL, SUM_PARTS_PARAMS = "<2i", "<2i"
 QUANTIZE_PARAMS, QUANTIZE_COLUMNS_PARAMS = "<q", "<qi4x"
 
 EVERY_WIDTH = (*(Format("affine", 32, bits) for bits in (2, 3, 5, 6, 8)), FOUR_BIT, *cases.FLOAT_FORMATS)
@@ -89,7 +91,7 @@ def library(stem: str) -> softmetal.Library:
 def launch(stem, name, constants, buffers, threadgroups, threads):
     """Launch one kernel; the tensors among `buffers` are written in place."""
     arrays = [memory(buffer) if isinstance(buffer, Tensor) else buffer for buffer in buffers]
-    values = {index: index in constants for index in range(5)}
+    values = {index: index in constants for index in PRODUCT_CONSTANTS}
     report = library(stem).launch(name, arrays, threadgroups, (threads, 1, 1), seed=1, function_constants=values)
     assert not report.errors, "\n".join(report.errors)
     return report

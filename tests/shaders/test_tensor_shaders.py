@@ -21,6 +21,8 @@ from launching import (
     BARRIER,
     FOUR_BIT,
     NVFP4,
+    PRODUCT_CONSTANTS,
+    PRODUCT_PARAMS,
     ceil,
     columns_of,
     expanded,
@@ -38,7 +40,6 @@ EVERY_FORMAT = mostly_exhaustive(
 )
 STANDARD = "metal4.0"
 ALL_KERNELS = {"QUANTIZATION_MLX_ALL_KERNELS": 1}  # metal/quantized/formats.h
-PRODUCT_PARAMS = "<14q6i"
 SHADER = ROOT / "metal/quantized/matmul_tensor.metal"
 COLUMNS = DEPTH = 64
 GATHER_ROWS = 32
@@ -52,7 +53,7 @@ EACH_WIDTH = (
 @functools.cache
 def library(constants: frozenset[int], layout: int = 0):
     """layout: which thread holds which of the sums."""
-    values = {index: index in constants for index in range(5)}
+    values = {index: index in constants for index in PRODUCT_CONSTANTS}
     defines = {"SOFTMETAL_TENSOR_LAYOUT": layout, **ALL_KERNELS}
     return softmetal.compile(SHADER, defines=defines, function_constants=values, standard=STANDARD)
 
@@ -311,7 +312,7 @@ def test_each_barrier_is_needed(barrier):
     without = BARRIER.join(parts[: barrier + 1]) + BARRIER.join(parts[barrier + 1 :])
     source = SHADER.read_text().replace('#include "matmul_tensor.h"', without)
     format, dtype = Format("mxfp4", 32, 4), torch.float16
-    constants = {index: False for index in range(5)}
+    constants = {index: False for index in PRODUCT_CONSTANTS}
     broken = softmetal.compile(source, [SHADER.parent], function_constants=constants, standard=STANDARD)
     weights = oracle.random_quantized(format, 64, 128)
     x = oracle.random_x(32, 128, dtype=dtype)

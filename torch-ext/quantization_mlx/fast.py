@@ -16,7 +16,8 @@ from ._ops import ops
 
 __all__ = [
     *("add_rms_norm", "geglu", "layer_norm", "moe_combine", "moe_router", "rms_norm", "rope", "rope_into_cache"),
-    *("quantized_scaled_dot_product_attention", "sample", "scaled_dot_product_attention", "swiglu"),
+    *("quantized_gated_matmul", "quantized_scaled_dot_product_attention", "sample"),
+    *("scaled_dot_product_attention", "swiglu"),
 ]
 
 
@@ -384,3 +385,36 @@ def geglu(gates: Tensor, values: Tensor, *, approximate: str = "tanh") -> Tensor
             "none", as in ``torch.nn.functional.gelu``.
     """
     return ops.geglu(gates, values, approximate)
+
+
+def quantized_gated_matmul(
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "affine",
+    *,
+    activation: str = "silu",
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """``activation(gates) * values`` of the halves of ``quantized_matmul(x, w, ...)``: a gated MLP's first half, in one
+    launch for few rows of ``x`` on an Apple GPU; not in MLX.
+
+    Args:
+        x: ``[..., M, K]`` or ``[K]``.
+        w: ``[..., 2 * N, K * bits / 32]``, the rows of gates before those of values. Leading sizes as in
+            ``quantized_matmul``.
+        scales, biases: ``[..., 2 * N, K / group_size]``.
+        group_size, bits, mode: the format; see the table of ``quantization_mlx.ops``. Not the marlin modes.
+        activation: "silu", "gelu" (the normal distribution itself) or "gelu_tanh".
+        global_scale: nvfp4 only, the float32 tensor that ``quantize`` was given.
+
+    Returns:
+        ``[..., M, N]`` or ``[N]``, of the dtype of ``quantized_matmul``. Gradients reach ``x`` and affine ``scales``
+        and ``biases``.
+    """
+    return ops.quantized_gated_matmul(
+        x, w, scales, biases, group_size, bits, mode, activation, global_scale=global_scale
+    )

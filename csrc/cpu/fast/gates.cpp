@@ -51,4 +51,6 @@ at::Tensor run(const GateProblem& problem) {
   return y;
 }
 
+at::Tensor run(const GatedMatmulProblem& problem) { return run(problem.of_product(run(problem.matmul))); }
+
 }  // namespace quantization_mlx::cpu

@@ -13,8 +13,8 @@
 namespace quantization_mlx::cpu {
 namespace {
 
-// Of one column: long enough that the lanes of a tile's sums are rarely added up, short enough that the rows and columns
-// of a tile are in the first-level cache together.
+// Of one column: long enough that the lanes of a tile's sums are rarely added up, short enough that the rows and
+// columns of a tile are in the first-level cache together.
 constexpr int64_t panel_bytes = 4096;
 constexpr int64_t panel_stride_floats = spaced(panel_bytes / static_cast<int64_t>(sizeof(float)));
 constexpr int tile_rows = Vector::registers >= 32 ? 6 : 3;

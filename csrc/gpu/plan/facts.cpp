@@ -127,6 +127,15 @@ c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem) {
   return result;
 }
 
+c10::SmallVector<ProductFacts, 1> facts_of(const GatedMatmulProblem& problem) {
+  auto result = facts_of(problem.matmul);
+  for (ProductFacts& facts : result) {
+    facts.N = problem.length();
+    facts.gate = 1 + static_cast<int64_t>(problem.kind);
+  }
+  return result;
+}
+
 c10::SmallVector<ProductFacts, 1> facts_of(const GatherProblem& problem) {
   if (is_empty(problem.matmul.shape.output)) {
     return {};

@@ -1,4 +1,5 @@
 // Plans of products, plain and gathered.
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <iterator>
@@ -114,6 +115,14 @@ class ProductPlanner {
 
   Plan matmul() && {
     const Block block{0, facts_.M};
+    if (is_gated()) {
+      // qmv counts in 32 bits from the rows of gates to those of values.
+      const bool halves_are_near = facts_.N * (facts_.K / 16) * format_.bits <= max_size;
+      if (halves_are_near && facts_.M <= matvec_rows() && available(Family::gated_matvec)) {
+        matvecs();
+      }
+      return std::move(plan_);
+    }
     switch (matmul_family()) {
       case Family::tensor: product(block, tensor_kernel("qmm", rows_of_tile(tensor_tile_rows, facts_.M))); break;
       case Family::tile: product(block, tile_kernel("qmm", rows_of_tile(tile_rows, facts_.M))); break;
@@ -159,7 +168,7 @@ class ProductPlanner {
     const auto found = std::find_if(std::begin(row_limits), std::end(row_limits), [&](const RowLimits& limits) {
       return gpu.generation >= limits.generation && limits.ultra == (gpu.variant == 'd');
     });
-    const int64_t size = std::max(facts_.K, facts_.N);
+    const int64_t size = std::max(facts_.K, facts_.N * halves());
     const int column = (size > small_matrix) + (size > medium_matrix);
     return found == std::end(row_limits) ? std::end(qmv_rows)[-1] : found->rows[column];
   }
@@ -206,8 +215,9 @@ class ProductPlanner {
     const char* op = gathered ? "gather_qmv" : "qmv";
     const int element_size = static_cast<int>(c10::elementSize(dtype()));
     const int elements = qmv_elements(instance, format_.group_size, element_size);
-    const int columns = qmv_columns(qmv_simdgroups_along(static_cast<int>(facts_.K / elements)));
-    return {Family::matvec, op, instance, columns, qmv_step_k, 32u * qmv_simdgroups(), no_split};
+    const int columns = qmv_columns(qmv_simdgroups_along(static_cast<int>(facts_.K / elements))) / halves();
+    const Family family = is_gated() ? Family::gated_matvec : Family::matvec;
+    return {family, op, instance, columns, qmv_step_k, 32u * qmv_simdgroups(), no_split};
   }
 
   Kernel qvm_kernel(int64_t rows) const {
@@ -273,9 +283,8 @@ class ProductPlanner {
   // --- How a kernel is launched ---
 
   int64_t row_tiles(const Block& block, const Kernel& kernel) const {
-    return kernel.family == Family::matvec ? 1
-        : kernel.sorts_pairs               ? most_tiles_of_pairs(kernel)
-                                           : ceil_div(block.rows, kernel.rows);
+    const bool is_matvec = kernel.family == Family::matvec || kernel.family == Family::gated_matvec;
+    return is_matvec ? 1 : kernel.sorts_pairs ? most_tiles_of_pairs(kernel) : ceil_div(block.rows, kernel.rows);
   }
 
   // However the pairs are distributed: each matrix, and those that are of none, have one tile that may not be full.
@@ -378,7 +387,8 @@ class ProductPlanner {
     return constant(QUANTIZATION_MLX_ALIGNED_OUTPUTS, facts_.N % kernel.columns == 0) |
         constant(QUANTIZATION_MLX_ALIGNED_WEIGHTS, aligned_weights) | constant(QUANTIZATION_MLX_ALIGNED_X, aligned_x) |
         constant(QUANTIZATION_MLX_ALIGNED_K, facts_.K % kernel.depth == 0) |
-        constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE, facts_.global_scales > 0);
+        constant(QUANTIZATION_MLX_HAS_GLOBAL_SCALE, facts_.global_scales > 0) |
+        constant(QUANTIZATION_MLX_IS_GATED, is_gated());
   }
 
   ProductParams params_of(const Block& block, const Kernel& kernel, int64_t parts) const {
@@ -405,6 +415,7 @@ class ProductPlanner {
     params.n = static_cast<int>(facts_.N);
     params.parts = static_cast<int>(parts);
     params.part_k = static_cast<int>(part_k(kernel, parts));
+    params.gate = is_gated() ? static_cast<int>(facts_.gate - 1) : 0;
     return params;
   }
 
@@ -423,6 +434,8 @@ class ProductPlanner {
 
   at::ScalarType dtype() const { return facts_.scalar_type(); }
   bool is_gathered() const { return facts_.pairs > 0; }
+  bool is_gated() const { return facts_.gate > 0; }
+  int halves() const { return is_gated() ? 2 : 1; }  // rows of w to a column of y
 
   const ProductFacts& facts_;
   BatchPart batch_;
@@ -437,6 +450,23 @@ class ProductPlanner {
 Plan plan(const ProductFacts& facts, std::string_view op, const Target& target) {
   ProductPlanner planner(facts, op, target);
   return facts.pairs > 0 ? std::move(planner).gather() : std::move(planner).matmul();
+}
+
+Plan plan(const GatedMatmulProblem& problem, const Target& target) {
+  Plan all;
+  for (const ProductFacts& facts : facts_of(problem)) {
+    const Plan part = plan(facts, op_of(problem), target);
+    all.launches.insert(all.launches.end(), part.launches.begin(), part.launches.end());
+  }
+  if (!all.launches.empty() || problem.length() == 0) {
+    return all;
+  }
+  all = plan(problem.matmul, target);
+  const at::Tensor both =
+      at::empty(problem.matmul.shape.output, at::TensorOptions(at::kMeta).dtype(problem.matmul.dtype));
+  const Plan activation = plan(problem.of_product(both), target);
+  all.launches.insert(all.launches.end(), activation.launches.begin(), activation.launches.end());
+  return all;
 }
 
 }  // namespace quantization_mlx::gpu

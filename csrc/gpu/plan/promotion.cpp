@@ -26,6 +26,11 @@ MatmulProblem with_kernel_dtype(MatmulProblem problem) {
   return problem;
 }
 
+GatedMatmulProblem with_kernel_dtype(GatedMatmulProblem problem) {
+  promote_scales(problem.matmul.weights, problem.matmul.dtype);
+  return problem;
+}
+
 GatherProblem with_kernel_dtype(GatherProblem problem) {
   promote_scales(problem.matmul.weights, problem.matmul.dtype);
   return problem;

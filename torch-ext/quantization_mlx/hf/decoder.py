@@ -35,7 +35,7 @@ _MOST_DIM, _MOST_VALUE_DIM = 576, 512  # of these, for keys and for values
 _MOST_EXPERTS, _MOST_SELECTED = 512, 32  # of moe_router
 # Keyword arguments that request further outputs; False is the same as None.
 _REQUESTS = ("output_attentions", "output_hidden_states", "output_router_logits")
-_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "tanh"}
+_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
 # The names of a layer's parts: those before attention and the MLP, of queries, keys and values, of gates with their
 # values, and the activation, of which each layer has one choice. Experts have those of an MLP.
 _ATTENTION_INPUTS = (

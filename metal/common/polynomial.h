@@ -1,7 +1,7 @@
 // Polynomials of csrc/functions.h.
 #pragma once
 
-#include "../common/metal.h"
+#include "metal.h"
 
 namespace quantization_mlx {
 
