@@ -120,6 +120,12 @@
 
 #define ATTENTION_TILE_HALF_KERNELS(KERNEL, after, T) KERNEL("attention_tile_256" after, attention_tile<T, 256>)
 
+// On tensor operations: not of float32.
+#define ATTENTION_TENSOR_KERNELS(KERNEL, after, T)                   \
+  KERNEL("attention_tile_nax_64" after, attention_tile_nax<T, 64>)   \
+  KERNEL("attention_tile_nax_128" after, attention_tile_nax<T, 128>) \
+  KERNEL("attention_tile_nax_256" after, attention_tile_nax<T, 256>)
+
 // --- Tiles ---------------------------------------------------------------------------------------------------------
 
 #define MATMUL_KERNELS_inference(KERNEL, before, after, T, ...) \

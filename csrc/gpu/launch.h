@@ -134,6 +134,12 @@ inline constexpr int attention_combine_threads() { return 64; }
 inline constexpr int attention_tile_rows() { return 32; }
 inline constexpr int attention_tile_simdgroups() { return 4; }
 inline constexpr int attention_tile_keys(int head_bytes) { return head_bytes <= 256 ? 32 : 16; }
+
+// The same on tensor operations, with as many simdgroups: rows, by the elements of a head, whose sums take as many
+// registers either way; and keys.
+inline constexpr int attention_tensor_rows(int dim) { return dim <= 128 ? 64 : 32; }
+inline constexpr int attention_tensor_keys() { return 32; }
+
 // rope: adjacent pairs of a thread, as many other elements, the most heads that share its angles, and the bits that
 // count pairs where their frequencies follow from a base.
 inline constexpr int rope_pairs() { return 4; }

@@ -15,6 +15,7 @@
   FILE(launch, "csrc/gpu/launch.h")                                  \
   FILE(sampling, "csrc/sampling.h")                                  \
   FILE(activation, "metal/common/activation.h")                      \
+  FILE(cooperative, "metal/common/cooperative.h")                    \
   FILE(load, "metal/common/load.h")                                  \
   FILE(metal, "metal/common/metal.h")                                \
   FILE(polynomial, "metal/common/polynomial.h")                      \
@@ -22,6 +23,8 @@
   FILE(moe_kernels, "metal/fast/moe.metal")                          \
   FILE(attention, "metal/fast/attention.h")                          \
   FILE(attention_kernels, "metal/fast/attention.metal")              \
+  FILE(attention_nax, "metal/fast/attention_tensor.h")               \
+  FILE(attention_nax_kernels, "metal/fast/attention_tensor.metal")   \
   FILE(attention_tile, "metal/fast/attention_tile.h")                \
   FILE(attention_tile_kernels, "metal/fast/attention_tile.metal")    \
   FILE(gates, "metal/fast/gates.h")                                  \

@@ -117,6 +117,57 @@ METAL_FUNC void store_keys(
   }
 }
 
+// The queries of rows from first_row on, of which q is the batch; of what lacks in whole matrices, zeros.
+template <typename T, int dim, int rows>
+METAL_FUNC void store_queries(
+    const device T* q,
+    constant AttentionParams& params,
+    int first_row,
+    int key_head,
+    int thread_index,
+    threadgroup T* queries) {
+  constexpr int piece = 16 / static_cast<int>(sizeof(T));
+  constexpr int pieces = dim / piece;
+#pragma unroll
+  for (int i = thread_index; i < rows * pieces; i += attention_tile_threads) {
+    const int row = i / pieces;
+    const int element = i % pieces * piece;
+    const RowPlace place = row_place(params, first_row + row, key_head);
+    const device T* source = q + place.head * params.q.head + place.query * params.q.position;
+    if (element < (params.dim + matrix_size - 1) / matrix_size * matrix_size) {
+      const int left = params.dim - element;
+      store_piece(source + (left > 0 ? element : 0), left, queries + row * tile_stride<T>(dim) + element);
+    }
+  }
+}
+
+// --- What a block of rows sees
+// ----------------------------------------------------------------------------------------
+
+// Keys [begin, end), of which every row sees [seen_begin, seen_end), as far as a mask shows them.
+struct KeyRange {
+  int begin;
+  int end;
+  int seen_begin;
+  int seen_end;
+};
+
+METAL_FUNC KeyRange key_range(constant AttentionParams& params, int first_row, int rows, int key_head) {
+  const int first_query = row_place(params, first_row, key_head).query;
+  const int last_query = row_place(params, first_row + rows - 1, key_head).query;
+  KeyRange range;
+  range.begin = first_key(params, first_query);
+  range.end = last_key(params, last_query);
+  range.seen_begin = first_key(params, last_query);
+  range.seen_end = last_key(params, first_query);
+  return range;
+}
+
+// Whether scores of keys [begin, end) need masked_score.
+METAL_FUNC bool are_masked(constant AttentionParams& params, KeyRange range, int begin, int end) {
+  return has_bool_mask || has_added_mask || params.softcap > 0.0f || begin < range.seen_begin || end > range.seen_end;
+}
+
 // --- Kernel
 // -----------------------------------------------------------------------------------------------------------
 
@@ -143,7 +194,6 @@ template <typename T, int dim>
   constexpr int keys = attention_tile_keys(dim * sizeof(T));
   constexpr int stride = tile_stride<T>(dim);
   constexpr int piece = 16 / static_cast<int>(sizeof(T));
-  constexpr int pieces = dim / piece;
   constexpr int key_matrices = keys / matrix_size;
   threadgroup uint4 query_memory[rows * stride / piece];
   threadgroup uint4 key_memory[keys * stride / piece];
@@ -159,35 +209,18 @@ template <typename T, int dim>
   const int dim_matrices = (params.dim + matrix_size - 1) / matrix_size;
   const int value_matrices = (params.value_dim + matrix_size - 1) / matrix_size;
 
-#pragma unroll
-  for (int i = thread_index; i < rows * pieces; i += attention_tile_threads) {
-    const int row = i / pieces;
-    const int element = i % pieces * piece;
-    const RowPlace place = row_place(params, first_row + row, key_head);
-    const device T* source = q + batch * params.q.batch + place.head * params.q.head + place.query * params.q.position;
-    if (element < dim_matrices * matrix_size) {
-      const int left = params.dim - element;
-      store_piece(source + (left > 0 ? element : 0), left, queries + row * stride + element);
-    }
-  }
-
+  store_queries<T, dim, rows>(q + batch * params.q.batch, params, first_row, key_head, thread_index, queries);
   const MatrixPlace matrix = matrix_place(lane);
   const int own_row = first_row + static_cast<int>(simdgroup) * matrix_size + matrix.row;
   const RowPlace place = row_place(params, own_row, key_head);
   const RowMask<T> mask = mask_of(params, visible, added, batch, place);
-  const int first_query = row_place(params, first_row, key_head).query;
-  const int last_query = row_place(params, first_row + rows - 1, key_head).query;
-  const int end = last_key(params, last_query);
-  // What every row sees.
-  const int seen_begin = first_key(params, last_query);
-  const int seen_end = last_key(params, first_query);
-  const int first_begin = first_key(params, first_query);
+  const KeyRange range = key_range(params, first_row, rows, key_head);
   KeyRows<T> key_block =
       key_rows(k, k_scales, k_biases, params.k, params.k_scales, params, batch, key_head, params.dim);
   KeyRows<T> value_block =
       key_rows(v, v_scales, v_biases, params.v, params.v_scales, params, batch, key_head, params.value_dim);
-  move(key_block, first_begin);
-  move(value_block, first_begin);
+  move(key_block, range.begin);
+  move(value_block, range.begin);
   threadgroup const T* own_queries = queries + simdgroup * matrix_size * stride;
 
   FloatMatrix sums[dim / matrix_size];
@@ -197,8 +230,8 @@ template <typename T, int dim>
   }
   float maximum = lowest_score;
   float weights = 0.0f;
-  for (int begin = first_begin; begin < end; begin += keys) {
-    const int existing = end - begin;
+  for (int begin = range.begin; begin < range.end; begin += keys) {
+    const int existing = range.end - begin;
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the values before have been multiplied
     store_keys<T, dim, keys>(key_block, existing, params.dim, thread_index, block);
     move(key_block, keys);
@@ -222,8 +255,7 @@ template <typename T, int dim>
     store_keys<T, dim, keys>(value_block, existing, params.value_dim, thread_index, block);
     move(value_block, keys);
 
-    const bool changes =
-        has_bool_mask || has_added_mask || params.softcap > 0.0f || begin < seen_begin || begin + keys > seen_end;
+    const bool changes = are_masked(params, range, begin, begin + keys);
     float largest = lowest_score;
 #pragma unroll
     for (int j = 0; j < key_matrices; ++j) {

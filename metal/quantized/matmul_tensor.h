@@ -35,6 +35,7 @@
 #include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>
 
 #include "../../csrc/gpu/launch.h"
+#include "../common/cooperative.h"
 #include "operands.h"
 #include "tile.h"
 
@@ -82,16 +83,6 @@ METAL_FUNC auto step_in_threadgroup(threadgroup T* block, int elements, int rows
 }
 
 // --- Sums ----------------------------------------------------------------------------------------------------------
-
-template <typename Sums>
-METAL_FUNC void clear(thread Sums& sums) {
-#pragma unroll
-  for (ushort i = 0; i < sums.get_capacity(); ++i) {
-    if (sums.is_valid_element(i)) {
-      sums[i] = 0.0f;
-    }
-  }
-}
 
 // The first `end_row` rows of the tile to their rows of y, times `factor` and, with `scaled`, the factor of each
 // column.

@@ -135,7 +135,7 @@ MOE_MUTANTS = {
     "biases of experts": ("combine", "exists ? expert * params.bias_stride : 0", "0"),
 }
 
-# Of attention, whose two forms take each other's place: part of a kernel's name, a text of it and another, and the
+# Of attention, whose three forms take each other's place: part of a kernel's name, a text of it and another, and the
 # queries, keys and options of a call that needs it.
 TOTAL = "(has_sinks ? weight_of(sink, largest) : 0.0f)"
 ATTENTION_MUTANTS = {
@@ -146,9 +146,16 @@ ATTENTION_MUTANTS = {
     "parts put together": ("_combine_", "(first + i)), sums[i], sum)", "(first + i)), sums[0], sum)", 1, 2000, {}),
     "sinks": ("attention_64", TOTAL, "0.0f", 1, 50, {"sinks": torch.full((4,), 3.0)}),
     "softcap": ("attention_64", "score / mask.softcap", "score", 1, 50, {"softcap": 0.5}),
-    "hidden keys": ("_tile_", "keys > seen_end", "keys > seen_end + 40", 40, 40, {"mask": "causal"}),
+    "hidden keys": ("_tile_", "end > range.seen_end", "end > range.seen_end + 40", 40, 40, {"mask": "causal"}),
     "weights of a tile": ("_tile_", "weights *= factor;", "", 40, 90, {}),
     "values of a tile": ("_tile_", "left > 0 ? row * rows", "left > 0 ? (row & 15) * rows", 40, 90, {}),
+    "tensor, hidden keys": ("_nax_", "end > range.seen_end", "end > range.seen_end + 40", 40, 40, {"mask": "causal"}),
+    "tensor, the last keys": ("_nax_", "min(keys, range.end - begin)", "min(keys, range.end - begin - 1)", 40, 90, {}),
+    "tensor, the last row": ("_nax_", "first_row + row < params", "first_row + row + 1 < params", 40, 90, {}),
+    "tensor, another row": ("_nax_", "sums[i] * factors[place[1]]", "sums[i] * factors[place[1] / 2 * 2]", 40, 90, {}),
+    "tensor, sums of before": ("_nax_", "multiply_rows(sums, factors);", "", 40, 90, {}),
+    "tensor, weights of before": ("_nax_", "state.weights *= factor;", "", 40, 90, {}),
+    "tensor, the largest score": ("_nax_", "largest = max_of_row<simdgroup_rows>(largest);", "", 40, 90, {}),
 }
 
 
@@ -301,12 +308,29 @@ def test_wrong_attention_is_found(name, monkeypatch, capfd):
         ).cpu()
 
     gpu = f"applegpu_g{800 + list(ATTENTION_MUTANTS).index(name)}p"
-    with mps.gpu(gpu, 2600), compiled_as(Mutant(kernel, old, new, queries)) as changed:
+    family = "tensor" if "nax" in kernel else ("tile" if "tile" in kernel else "attention")
+    macos = 2602 if family == "tensor" else 2600
+    with mps.gpu(gpu, macos), compiled_as(Mutant(kernel, old, new, queries)) as changed:
         result = call("mps")
     found = capfd.readouterr().err
-    family = "tile" if "tile" in kernel else "attention"
     assert changed and f'family "{family}" fails its self-check for Half on' in found
+    assert family != "tensor" or mps.launched()[-1].kernel == "attention_tile_64_float16"
     torch.testing.assert_close(result, call("cpu"), rtol=1e-2, atol=1e-3)
+    assert not mps.errors()
+    mps.clear()
+
+
+@pytest.mark.parametrize(("kernel", "macos"), [("_tile_", 2600), ("_nax_", 2602)])
+def test_wrong_attention_of_many_heads_is_found(kernel, macos, monkeypatch, capfd):
+    """Sixteen heads of queries to one of keys: so many rows that few queries would be enough of them."""
+    monkeypatch.setenv("CI", "")
+    software_gpu.install()
+    q, k = oracle.random_x(1, 16, 12, 64).half().to("mps"), oracle.random_x(1, 1, 20, 64).half().to("mps")
+    mutant = Mutant(kernel, "key < mask.last", "key < mask.last - 1", 12)
+    with mps.gpu(f"applegpu_g{890 + macos % 100}p", macos), compiled_as(mutant) as changed:
+        fast.scaled_dot_product_attention(q, k, k, scale=0.125)
+    found = capfd.readouterr().err
+    assert changed and f"is not used: {changed[0]}: its result differs" in found
     assert not mps.errors()
     mps.clear()
 

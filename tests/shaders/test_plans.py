@@ -15,6 +15,7 @@ import oracle
 import quantization_mlx as qm
 from cases import DTYPES, FORMATS
 from oracle import Format
+from quantization_mlx import fast
 from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -214,6 +215,68 @@ def test_few_rows_of_untransposed_weights():
     for rows, instance in ((1, ""), (2, "_rows_2"), (3, "_rows_4"), (4, "_rows_4"), (5, "_rows_8")):
         [launch] = matmul_plan("applegpu_g14s", rows, 65536, 256, transpose=False).launches
         assert launch.kernel == f"affine_qvm_float16_gs_64_b_4{instance}"
+
+
+# --- Attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_plan(
+    gpu: str, queries: int, dim: int = 128, dtype=torch.float16, macos=(26, 2), keys=None, value_dim: int | None = None
+):
+    q = torch.empty(1, 32, queries, dim, dtype=dtype, device="meta")
+    k, v = (torch.empty(1, 8, 512, size, dtype=dtype, device="meta") for size in (dim, value_dim or dim))
+    k, v = (k, v) if keys is None else (keys, keys)
+    [plan] = qm.explain(fast.scaled_dot_product_attention, q, k, v, scale=1.0, mask="causal", gpu=gpu, macos=macos)
+    return plan
+
+
+def assert_attention_exists(plan) -> None:
+    for launch in plan.launches:
+        assert kernels_in(f"../fast/{launch.file}", all_kernels=True)[launch.kernel] == launch.instance
+
+
+@pytest.mark.parametrize("gpu", SOME_GPUS)
+def test_attention_has_the_kernels_of_its_plans(gpu):
+    for queries, dim, dtype in itertools.product((1, 2, 4, 9, 100), (64, 80, 128, 256, 512), DTYPES):
+        assert_attention_exists(attention_plan(gpu, queries, dim, dtype))
+
+
+def test_attention_of_many_queries_runs_on_tensor_operations():
+    """Where GPU, system and dtype have them; blocks of 64 rows, of which four heads share one of keys, or of 32."""
+    for dim, value_dim, kernel, blocks in (
+        (64, 64, "attention_tile_nax_64_float16", 64),
+        (96, 96, "attention_tile_nax_128_float16", 64),
+        (64, 128, "attention_tile_nax_128_float16", 64),
+        (192, 128, "attention_tile_nax_256_float16", 128),
+        (256, 256, "attention_tile_nax_256_float16", 128),
+    ):
+        [launch] = attention_plan("applegpu_g17s", 1024, dim, value_dim=value_dim).launches
+        assert (launch.kernel, launch.family) == (kernel, "tensor")
+        assert (launch.threadgroups, launch.threads) == ((blocks, 1, 8), 128)
+        assert launch.params_index == 12
+    assert families(attention_plan("applegpu_g18p", 9)) == ["tensor"]
+    for gpu, dtype, macos in (
+        ("applegpu_g16s", torch.float16, (26, 2)),
+        ("applegpu_g17p", torch.float16, (26, 2)),
+        ("applegpu_g17s", torch.float32, (26, 2)),
+        ("applegpu_g17s", torch.float16, (26, 1)),
+    ):
+        assert families(attention_plan(gpu, 1024, dtype=dtype, macos=macos)) == ["tile"], (gpu, dtype, macos)
+    assert set(families(attention_plan("applegpu_g17s", 8))) == {"attention"}
+    assert families(attention_plan("applegpu_g17s", 9, 512)) == ["attention"], "no tile has so large a head"
+
+
+def test_attention_to_what_is_packed_or_far_apart_runs_in_tiles():
+    far = torch.empty(1, dtype=torch.float16, device="meta").as_strided((1, 8, 512, 128), (128, 128, 2**25, 1))
+    assert families(attention_plan("applegpu_g17s", 100, keys=far)) == ["tile"]
+    near = far.as_strided((1, 8, 512, 128), (128, 128, 2**24, 1))
+    assert families(attention_plan("applegpu_g17s", 100, keys=near)) == ["tensor"]
+    q = torch.empty(1, 32, 100, 128, dtype=torch.float16, device="meta")
+    packed = weights(FOUR_BIT, 1, 8, 512, 128)
+    [plan] = qm.explain(
+        fast.quantized_scaled_dot_product_attention, q, packed, packed, scale=1.0, bits=4, gpu="applegpu_g17s"
+    )
+    assert families(plan) == ["tile"]
 
 
 # --- The library that is compiled beforehand -------------------------------------------------------------------------

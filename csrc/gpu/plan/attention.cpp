@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <iterator>
+#include <limits>
 #include <string>
 
 #include "launches.h"
@@ -24,16 +25,18 @@ constexpr VectorForm vector_forms[] = {
     {"attention_256", 256, 256, 4},
     {"attention_576", 640, 512, 2}};
 
-// Instances of the tiled form: the largest head size that they serve, in elements and in bytes.
+// Instances of the tiled form and of that on tensor operations: the largest head size that they serve, in elements and
+// in bytes.
 struct TileForm {
   const char* kernel;
+  const char* tensor_kernel;
   int dim;
   int bytes;
 };
 constexpr TileForm tile_forms[] = {
-    {"attention_tile_64", 64, 256},
-    {"attention_tile_128", 128, 512},
-    {"attention_tile_256", 256, 512}};
+    {"attention_tile_64", "attention_tile_nax_64", 64, 256},
+    {"attention_tile_128", "attention_tile_nax_128", 128, 512},
+    {"attention_tile_256", "attention_tile_nax_256", 256, 512}};
 // The most queries of the vector form where there is a tile for them: its arithmetic is done by the lanes themselves.
 constexpr int64_t vector_queries = 8;
 
@@ -54,10 +57,16 @@ class AttentionPlanner {
 
   Plan plan() && {
     const TileForm* form = tile_form();
+    const bool has_tensor = form != nullptr && tensor_serves();
+    const bool has_tile = has_tensor || (form != nullptr && !target_.excluded.contains(Family::tile));
     const bool has_vector = !target_.excluded.contains(Family::attention);
-    TORCH_CHECK(form != nullptr || has_vector, no_family_left(op_, target_));
-    if (form != nullptr && (facts_.queries > vector_queries || !has_vector)) {
-      tile(*form);
+    TORCH_CHECK(has_tile || has_vector, no_family_left(op_, target_));
+    if (has_tile && (facts_.queries > vector_queries || !has_vector)) {
+      if (has_tensor) {
+        tile(Family::tensor, form->tensor_kernel, attention_tensor_rows(form->dim));
+      } else {
+        tile(Family::tile, form->kernel, attention_tile_rows());
+      }
     } else {
       vector();
     }
@@ -103,22 +112,31 @@ class AttentionPlanner {
     }
   }
 
-  // Null where none serves.
+  // Null where the head is too large.
   const TileForm* tile_form() const {
     const int64_t dim = std::max(facts_.dim, facts_.value_dim);
     const auto* found = std::find_if(std::begin(tile_forms), std::end(tile_forms), [&](const TileForm& form) {
       return dim <= form.dim && form.dim * element_bytes() <= form.bytes;
     });
-    return target_.excluded.contains(Family::tile) || found == std::end(tile_forms) ? nullptr : found;
+    return found == std::end(tile_forms) ? nullptr : found;
   }
 
-  void tile(const TileForm& form) {
-    Launch launch = launch_of(Family::tile, form.kernel, 1, Format{}, facts_.dtype);
+  // Tensor operations round float32, count in 32 bits within a block of keys, and read it where it lies: not packed.
+  bool tensor_serves() const {
+    const auto is_near = [&](const int64_t (&strides)[3]) {
+      return strides[2] * attention_tensor_keys() * element_bytes() <= std::numeric_limits<int32_t>::max();
+    };
+    return target_.gpu.tensor_ops && !target_.excluded.contains(Family::tensor) &&
+        static_cast<at::ScalarType>(facts_.dtype) != at::kFloat && !is_packed() && is_near(facts_.k_strides) &&
+        is_near(facts_.v_strides);
+  }
+
+  void tile(Family family, const char* kernel, int block_rows) {
+    Launch launch = launch_of(family, kernel, 1, Format{}, facts_.dtype);
     launch.kernel.constants = constants();
     launch.kernel.threads = 32u * attention_tile_simdgroups();
     launch.threadgroups = {
-        static_cast<uint32_t>(ceil_div(rows(), attention_tile_rows())), 1,
-        static_cast<uint32_t>(facts_.batch * facts_.key_heads)};
+        static_cast<uint32_t>(ceil_div(rows(), block_rows)), 1, static_cast<uint32_t>(facts_.batch * facts_.key_heads)};
     add(launch, params(1, facts_.keys), false);
   }
 

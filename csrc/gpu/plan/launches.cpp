@@ -48,6 +48,7 @@ const std::vector<KernelTable>& kernel_tables() {
       {"attention_tile",
        std::nullopt,
        {ATTENTION_TILE_KERNELS(ROW, "%", TYPE) ATTENTION_TILE_HALF_KERNELS(ROW, "%", TYPE)}},
+      {"attention_tensor", std::nullopt, {ATTENTION_TENSOR_KERNELS(ROW, "%", TYPE)}},
       {"sample", std::nullopt, {SAMPLE_KERNELS(ROW, "%", TYPE)}},
       {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE) MOE_HALF_KERNELS(ROW, "%", TYPE)}}};
   return all;
