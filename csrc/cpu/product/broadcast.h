@@ -50,7 +50,7 @@ ALWAYS_INLINE void store_steps(const typename Blocks::Units& units, F scale, F b
 
 // `lanes` columns, of which the first is begin + n.
 template <typename Element, typename Blocks>
-void decode_columns(const Product& product, Panels panels, int64_t n) {
+void decode_columns(const Product& product, const Panels& panels, int64_t n) {
   constexpr int per_unit = positions<Element>;
   constexpr int block = block_elements<Element>;
   const int group_size = product.format.group_size;
@@ -99,7 +99,7 @@ void decode_columns(const Product& product, Panels panels, int64_t n) {
 // Without a transposition. The word rows of a group lie far apart: they are prefetched while the group before is
 // decoded.
 template <typename Element, typename Blocks>
-void decode_packed_columns(const Product& product, Panels panels) {
+void decode_packed_columns(const Product& product, const Panels& panels) {
   constexpr int per_unit = positions<Element>;
   constexpr int word_bytes = unit_bytes(Element::bits);
   const int group_size = product.format.group_size;
@@ -132,7 +132,7 @@ void decode_packed_columns(const Product& product, Panels panels) {
 }
 
 template <typename Element, typename Blocks>
-void decode_panels(const Product& product, Panels panels) {
+void decode_panels(const Product& product, const Panels& panels) {
   if constexpr (may_be_column_packed<Element>) {
     if (product.format.is_column_packed()) {
       return decode_packed_columns<Element, Blocks>(product, panels);

@@ -120,7 +120,8 @@ struct TabledPairs {
   }
 };
 
-// Elements [first, first + length) of one of the packed rows of `elements` each.
+// Elements [first, first + length) of one of the packed rows of `elements` each. By reference: a copy would be loaded as
+// a vector just after its members were stored one by one, which waits for them.
 struct RowPart {
   int64_t row;
   int64_t elements;
@@ -130,7 +131,7 @@ struct RowPart {
 
 // `part` ends with a block or with the row.
 template <typename Element, typename Blocks>
-void decode_row_as(const Product& product, RowPart part, typename Blocks::Storage* destination) {
+void decode_row_as(const Product& product, const RowPart& part, typename Blocks::Storage* destination) {
   constexpr int block = block_elements<Element>;
   const int group_size = product.format.group_size;
   const int shift = Spread<Element>(group_size).shift;
@@ -164,7 +165,7 @@ void decode_row_as(const Product& product, RowPart part, typename Blocks::Storag
 }
 
 template <typename Element, typename Tile>
-void decode_row(const Product& product, RowPart part, typename Tile::Storage* destination) {
+void decode_row(const Product& product, const RowPart& part, typename Tile::Storage* destination) {
   if constexpr (std::is_same_v<Tile, Float32Tile>) {
     decode_row_as<Element, ScaledBlocks<Element>>(product, part, destination);
   } else {

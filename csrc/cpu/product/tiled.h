@@ -16,7 +16,8 @@ namespace {
 // Of one column: long enough that the lanes of a tile's sums are rarely added up, short enough that the rows and
 // columns of a tile are in the first-level cache together.
 constexpr int64_t panel_bytes = 4096;
-constexpr int64_t panel_stride_floats = spaced(panel_bytes / static_cast<int64_t>(sizeof(float)));
+constexpr int64_t last_panel_bytes = panel_bytes * 3 / 2;  // at most: a short one of its own costs more
+constexpr int64_t panel_stride_floats = spaced(last_panel_bytes / static_cast<int64_t>(sizeof(float)));
 constexpr int tile_rows = Vector::registers >= 32 ? 6 : 3;
 constexpr int tile_columns = 4;
 constexpr int64_t few_tiles = 16;  // whose rows of x stay in the second-level cache with it
@@ -51,6 +52,7 @@ template <typename Element, typename Tile>
 void multiply_panels(const Product& product, int64_t begin, int64_t end, float* workspace, float* y) {
   using Storage = typename Tile::Storage;
   constexpr int64_t panel = panel_bytes / sizeof(Storage);
+  constexpr int64_t last_panel = last_panel_bytes / sizeof(Storage);
   constexpr int64_t per_float = sizeof(float) / sizeof(Storage);
   constexpr int64_t panel_stride = panel_stride_floats * per_float;
   Storage* decoded = reinterpret_cast<Storage*>(workspace);
@@ -62,8 +64,10 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end, float* 
   const int64_t width_at_once = tiles <= few_tiles ? tile_columns : columns;
   for (int64_t c = 0; c < columns; c += width_at_once) {
     const int64_t width = min(columns - c, width_at_once);
-    for (int64_t first = 0; first < product.K; first += panel) {
-      const int64_t length = min(product.K - first, panel);
+    int64_t length = 0;
+    for (int64_t first = 0; first < product.K; first += length) {
+      const int64_t left = product.K - first;
+      length = left <= last_panel ? left : panel;
       const int64_t padded = round_up(length, block_elements<Element>);
       for (int64_t i = 0; i < width; ++i) {
         decode_row<Element, Tile>(product, {begin + c + i, product.K, first, length}, decoded + i * panel_stride);
