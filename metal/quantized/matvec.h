@@ -54,8 +54,8 @@ namespace quantization_mlx {
 
 static constant constexpr const int qmv_threads = 32 * qmv_simdgroups();
 
-// Of y, to a simdgroup; and the rows of w to a lane whose sums they are.
-METAL_FUNC int qmv_y_columns() { return is_gated ? qmv_simdgroup_columns() / 2 : qmv_simdgroup_columns(); }
+// Columns of y among so many rows of w, and those of a lane.
+METAL_FUNC int qmv_y_columns(int rows_of_w) { return is_gated ? rows_of_w >> 1 : rows_of_w; }
 METAL_FUNC int qmv_y_outputs() { return is_gated ? qmv_outputs() / 2 : qmv_outputs(); }
 
 // Row r of a lane, counted from its first; one of values is N rows further than its gate.
@@ -216,8 +216,8 @@ METAL_FUNC void matvec_transposed(
   const int lane_step = lane % qmv_lanes_along();
   const int column = lane / qmv_lanes_along();
   const int part = static_cast<int>(simdgroup) & (along - 1);
-  const int first_column = block * (qmv_columns(along) / columns) * qmv_y_columns();
-  const int first = first_column + (static_cast<int>(simdgroup) >> qmv_log2(along)) * qmv_y_columns() + column;
+  const int first_column = block * qmv_y_columns(qmv_columns(along));
+  const int first = first_column + (static_cast<int>(simdgroup) >> qmv_log2(along)) * qmv_y_columns(columns) + column;
 
   float sums[rows * outputs];
 #pragma unroll

@@ -20,7 +20,20 @@ from calls import Call
 from fast_calls import AnyCall
 from mutants import LATE, MUTANTS
 from plans import plan_of
-from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SMALL_KS, SMALL_N, SMALL_PAIRS, SWEEP, TILE_ROWS
+from shapes import (
+    EXPERT,
+    GATED,
+    GATED_ROWS,
+    LARGE,
+    PLAIN_ROWS,
+    ROWS,
+    SHAPES,
+    SMALL_KS,
+    SMALL_N,
+    SMALL_PAIRS,
+    SWEEP,
+    TILE_ROWS,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -242,9 +255,7 @@ def time_products() -> Iterator[Item]:
         yield Item("time", Call(rows=rows, **LARGE))
     for format, transpose in itertools.product(FORMATS, (True, False)):
         yield Item("time", call_of(format, transpose=transpose, **LARGE))
-    for rows in PLAIN_ROWS:  # as many rows of w
-        sizes = {"n": LARGE["n"] // 2, "k": LARGE["k"]}
-        yield Item("time", Call(op="quantized_gated_matmul", activation="silu", rows=rows, **sizes))
+    yield from (Item("time", Call(rows=rows, **GATED)) for rows in GATED_ROWS)
     for format, dtype in itertools.product(SOME_FORMATS, ("bfloat16", "float32")):
         yield Item("time", call_of(format, dtype=dtype, **LARGE))
     for rows, build in itertools.product(PLAIN_ROWS, ("generic", "known")):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from calls import Call
-from shapes import EXPERT, LARGE, PLAIN_ROWS, ROWS, SHAPES, SMALL_KS, SWEEP, TILE_ROWS
+from shapes import EXPERT, GATED, GATED_ROWS, LARGE, PLAIN_ROWS, ROWS, SHAPES, SMALL_KS, SWEEP, TILE_ROWS
 
 KERNEL = re.compile(
     r"\w+?_(?P<op>(?:gather_q|q|dequantize)\w*?)_(?:float32|float16|bfloat16)_gs_\d+_b_\d+(?P<rows>\w*)"
@@ -86,7 +86,7 @@ class Times:
     def tables(self) -> list[str]:
         shapes = [self._shape(n, k) for n, k in SHAPES]
         kinds = (self._small_k(), self._formats(), self._not_transposed(), self._packed_columns(), self._gathered())
-        return [*shapes, self._tiles(), self._steps(), *kinds]
+        return [*shapes, self._tiles(), self._steps(), *kinds, self._gated()]
 
     def _seconds(self, call: Call, build: str = "generic") -> float | None:
         found = self._times.get((call, build))
@@ -181,6 +181,14 @@ class Times:
             rows.append((format.format, *cells))
         note = "Each: us, rate of the weights, and the time over what the bytes take at the rate of affine g64 b4."
         return table("Formats, one row, w 8192 x 8192, generic", ("format", *kinds), rows, note)
+
+    def _gated(self) -> str:
+        calls = [(Call(rows=rows, **GATED), Call(rows=rows, **LARGE)) for rows in GATED_ROWS]
+        rows = [
+            (gated.rows, self._micros(gated), self._of_copy(gated, "generic"), self._micros(c)) for gated, c in calls
+        ]
+        header = ("rows", "generic, us", "of copy", "the product alone, us")
+        return table("Gates and values, w 8192 x 8192, with the activation, float16, affine, 4 bits", header, rows)
 
     def _not_transposed(self) -> str:
         calls = [Call(rows=m, transpose=False, **LARGE) for m in PLAIN_ROWS]

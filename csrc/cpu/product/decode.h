@@ -120,8 +120,8 @@ struct TabledPairs {
   }
 };
 
-// Elements [first, first + length) of one of the packed rows of `elements` each. By reference: a copy would be loaded as
-// a vector just after its members were stored one by one, which waits for them.
+// Elements [first, first + length) of one of the packed rows of `elements` each. Passed by reference: a copy would be
+// loaded as a vector just after its members were stored one by one, which waits for them.
 struct RowPart {
   int64_t row;
   int64_t elements;
