@@ -9,6 +9,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <unordered_map>
 #include <unwind.h>
 #include <vector>
 
@@ -54,14 +55,14 @@ id missing_method(id receiver, SEL selector, ...) {
 
 std::mutex live_mutex;
 
-std::map<std::string, int64_t>& live_counts() {
-  static auto* counts = new std::map<std::string, int64_t>;
+std::unordered_map<const void*, int64_t>& live_counts() {  // by class
+  static auto* counts = new std::unordered_map<const void*, int64_t>;
   return *counts;
 }
 
 void count_live(Class type, int change) {
   std::lock_guard lock(live_mutex);
-  live_counts()[class_getName(type)] += change;
+  live_counts()[(const void*)type] += change;
 }
 
 thread_local std::vector<std::vector<id>> pools;
@@ -92,7 +93,11 @@ State& state(NSObject* object) {
 
 std::map<std::string, int64_t> softmetal::live_objects() {
   std::lock_guard lock(live_mutex);
-  return live_counts();
+  std::map<std::string, int64_t> named;
+  for (const auto& [type, count] : live_counts()) {
+    named[class_getName((Class)type)] = count;
+  }
+  return named;
 }
 
 // --- NSObject and autorelease pools ---------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ using namespace softmetal;
   return MTLStorageModeShared;
 }
 - (void)dealloc {
-  if (!_memory->guards_intact()) {
+  if (!is_idle() && !_memory->guards_intact()) {
     record_error("something wrote past the ends of a buffer of " + std::to_string(_memory->size()) + " bytes");
   }
   delete _memory;
