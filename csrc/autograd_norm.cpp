@@ -38,7 +38,7 @@ struct Norm : torch::autograd::Function<Norm> {
     if (centres) {
       results = {ops::layer_norm(x, weight, bias, eps)};
     } else if (residual.has_value()) {
-      auto [sum, y] = ops::add_rms_norm(x, *residual, weight, eps);
+      auto [sum, y] = ops::add_rms_norm(x, *residual, weight, eps, std::nullopt, 1.0);
       results = {std::move(sum), std::move(y)};
     } else {
       results = {ops::rms_norm(x, weight, eps)};
@@ -128,14 +128,21 @@ std::tuple<Tensor, Tensor> add_rms_norm(
     const Tensor& x,
     const Tensor& residual,
     const OptionalTensor& weight,
-    double eps) {
-  refuse_tangents("add_rms_norm", {&x, &residual, pointer(weight)});
-  if (records(x, residual, weight, std::nullopt)) {
+    double eps,
+    const OptionalTensor& x_weight,
+    double scale) {
+  refuse_tangents("add_rms_norm", {&x, &residual, pointer(weight), pointer(x_weight)});
+  if (records(x, residual, weight, x_weight)) {
+    if (x_weight.has_value() || scale != 1.0) {
+      AddRmsNormProblem::meta(x, residual, weight, eps, x_weight, scale);  // its errors
+      const Tensor normal = x_weight.has_value() ? ops::rms_norm(x, x_weight, eps) : x;
+      return ops::add_rms_norm(normal * scale, residual, weight, eps, std::nullopt, 1.0);
+    }
     const auto results = Norm::apply(x, OptionalTensor(residual), weight, OptionalTensor(), eps, /*centres=*/false);
     return {results[0], results[1]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::add_rms_norm(x, residual, weight, eps);
+  return ops::add_rms_norm(x, residual, weight, eps, x_weight, scale);
 }
 
 }  // namespace quantization_mlx::autograd

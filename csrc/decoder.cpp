@@ -2,10 +2,10 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/stack.h>
 
 #include <algorithm>
@@ -69,23 +69,17 @@ struct Stream {
 // The stream with y added, and the norm of that.
 Stream added(
     const Stream& stream,
-    Tensor y,
+    const Tensor& y,
     const OptionalTensor& norm_out,
     const OptionalTensor& norm,
     double residual_scale,
     double epsilon) {
-  if (norm_out.has_value()) {
-    y = ops::rms_norm(y, norm_out, epsilon);
-  }
-  if (residual_scale != 1.0) {
-    y = y.mul(residual_scale);
-  }
-  if (!norm.has_value()) {
-    const Tensor sum = stream.sum.add(y);
+  if (!norm_out.has_value() && !norm.has_value()) {
+    const Tensor sum = stream.sum.add(y, residual_scale);
     return {sum, sum};
   }
-  auto [sum, normal] = ops::add_rms_norm(y, stream.sum, norm, epsilon);
-  return {sum, normal};
+  auto [sum, normal] = ops::add_rms_norm(y, stream.sum, norm, epsilon, norm_out, residual_scale);
+  return {sum, norm.has_value() ? normal : sum};
 }
 
 // Queries, keys and values of all heads side by side, and what is to be done to them before they are turned.

@@ -184,7 +184,9 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "Tensor");
   define_with_twin("rms_norm", "Tensor x, Tensor? weight, float eps", "Tensor");
   define_with_twin("layer_norm", "Tensor x, Tensor? weight, Tensor? bias, float eps", "Tensor");
-  define_with_twin("add_rms_norm", "Tensor x, Tensor residual, Tensor? weight, float eps", "(Tensor, Tensor)");
+  define_with_twin(
+      "add_rms_norm", "Tensor x, Tensor residual, Tensor? weight, float eps, *, Tensor? x_weight=None, float scale=1.0",
+      "(Tensor, Tensor)");
   define_with_twin(
       "rope_into_cache",
       "Tensor x, Tensor? cosines, Tensor? sines, Tensor(a!) keys, Tensor(b!) values, SymInt position, *, "

@@ -95,7 +95,9 @@ struct NormFacts {
   int32_t has_weight;
   int32_t has_bias;
   int32_t is_misaligned;  // whether a tensor begins elsewhere than at a multiple of 16 bytes
-  int64_t epsilon;  // the bits of a double
+  int64_t epsilon;  // the bits of a double, as scale
+  int64_t scale;
+  int64_t has_x_weight;
 };
 
 struct RopeCacheFacts {

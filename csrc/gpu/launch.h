@@ -32,7 +32,8 @@
 #define QUANTIZATION_MLX_PACKED_KEYS 20  // attention: keys and values are codes with scales and biases
 #define QUANTIZATION_MLX_EIGHT_BITS 21  // of these codes; else four
 #define QUANTIZATION_MLX_IS_GATED 22  // matvec: rows of w are gates, then values
-#define QUANTIZATION_MLX_CONSTANTS 23  // how many there are
+#define QUANTIZATION_MLX_HAS_X_WEIGHT 23  // norms: x has one of its own before it is added
+#define QUANTIZATION_MLX_CONSTANTS 24  // how many there are
 
 // How moe_router scores experts.
 #define ROUTER_SOFTMAX 0
@@ -231,6 +232,7 @@ struct NormParams {
   int64_t residual_stride;
   int length;
   float epsilon;
+  float scale;  // of x beside residual
 };
 
 // Heads of x [batch, tokens, query_heads + 2 * key_heads, dim], of which the middle and the last ones go to `position`

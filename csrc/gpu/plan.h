@@ -76,6 +76,7 @@ struct Target {
   EACH(rhs_indices)                  \
   EACH(residual)                     \
   EACH(weight)                       \
+  EACH(x_weight)                     \
   EACH(bias)                         \
   EACH(sum)                          \
   EACH(query_norm)                   \

@@ -51,6 +51,7 @@ Operands operands_of(const NormProblem& problem, const Tensor& y, const Tensor& 
   operands[Role::x] = &problem.x.tensor;
   operands[Role::residual] = &problem.residual.tensor;
   operands[Role::weight] = &problem.weight;
+  operands[Role::x_weight] = &problem.x_weight;
   operands[Role::bias] = &problem.bias;
   operands[Role::sum] = &sum;
   operands[Role::y] = &y;

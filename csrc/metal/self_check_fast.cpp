@@ -37,7 +37,10 @@ Reason failure(const NormFacts& facts, const Launch& launch, const Target& targe
   const OptionalTensor weight = parameter(facts.has_weight);
   const OptionalTensor bias = parameter(facts.has_bias);
   const bool centres = facts.kind == static_cast<int32_t>(NormProblem::Kind::layer);
-  const Tensor sum = residual.defined() ? x.add(residual) : x;
+  const OptionalTensor x_weight = parameter(facts.has_x_weight != 0);
+  const double scale = std::bit_cast<double>(facts.scale);
+  const Tensor added = x_weight.has_value() ? ops::rms_norm(x.to(at::kFloat), x_weight->to(at::kFloat), epsilon) : x;
+  const Tensor sum = residual.defined() ? added.mul(scale).add(residual).to(dtype) : x;
   const Tensor expected = centres ? ops::layer_norm(x, weight, bias, epsilon) : ops::rms_norm(sum, weight, epsilon);
 
   const auto problem_on_mps = [&]() -> NormProblem {
@@ -45,7 +48,8 @@ Reason failure(const NormFacts& facts, const Launch& launch, const Target& targe
       return LayerNormProblem::check(x.to(mps), on_mps(weight), on_mps(bias), epsilon);
     }
     return residual.defined()
-        ? NormProblem(AddRmsNormProblem::check(x.to(mps), residual.to(mps), on_mps(weight), epsilon))
+        ? NormProblem(
+              AddRmsNormProblem::check(x.to(mps), residual.to(mps), on_mps(weight), epsilon, on_mps(x_weight), scale))
         : NormProblem(RmsNormProblem::check(x.to(mps), on_mps(weight), epsilon));
   };
   const NormProblem problem = problem_on_mps();

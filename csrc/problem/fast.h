@@ -22,7 +22,7 @@ struct Vectors {
   int64_t stride = 0;
 };
 
-// Every vector of x, or of x + residual, normalised, times weight, plus bias.
+// Every vector of x, or of a sum with residual, normalised, times weight, plus bias.
 struct NormProblem {
   enum class Kind : uint8_t { rms, layer };
 
@@ -35,6 +35,8 @@ struct NormProblem {
   double epsilon;
   int64_t length;
   Sizes<int64_t> output;
+  at::Tensor x_weight;  // [length], contiguous: x has a norm of its own before the sum; undefined where it has none
+  double scale = 1.0;  // of x in the sum
 
   at::Device device() const { return x.tensor.device(); }
   bool is_empty() const { return x.count == 0 || length == 0; }
@@ -60,12 +62,17 @@ struct LayerNormProblem : NormProblem {
   static Schema<at::Tensor> meta;
 };
 
-// The sum, rounded to its dtype, and the RMS norm of that.
+// The sum of scale * x, which may be normalised before, and residual, rounded to its dtype, and the RMS norm of that.
 struct AddRmsNormProblem : NormProblem {
   static constexpr const char* name = "add_rms_norm";
   template <typename Result>
-  using Schema =
-      Result(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& weight, double eps);
+  using Schema = Result(
+      const at::Tensor& x,
+      const at::Tensor& residual,
+      const std::optional<at::Tensor>& weight,
+      double eps,
+      const std::optional<at::Tensor>& x_weight,
+      double scale);
   static Schema<AddRmsNormProblem> check;
   static Schema<std::tuple<at::Tensor, at::Tensor>> meta;
 };

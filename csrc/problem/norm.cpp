@@ -21,12 +21,13 @@ struct NormArguments {
   const OptionalTensor& weight;
   const OptionalTensor& bias;
   double epsilon;
+  const OptionalTensor& x_weight;
 };
 
 const OptionalTensor none;
 
-// Also the result's dtype: the one that x, residual and weight promote to, and with weight bias; as in MLX, a bias
-// alone does not widen x.
+// Also the result's dtype: the one that x, residual, x_weight and weight promote to, and with weight bias; as in MLX, a
+// bias alone does not widen x.
 template <typename Int>
 ScalarType check_norm(const NormArguments& arguments) {
   const std::string_view op = arguments.op;
@@ -44,7 +45,6 @@ ScalarType check_norm(const NormArguments& arguments) {
         " must have the shape of x, ", sizes, ".");
     dtype = c10::promoteTypes(dtype, residual->scalar_type());
   }
-  const ScalarType sum_dtype = dtype;
   const auto check_parameter = [&](const char* name, const OptionalTensor& parameter, bool promotes) {
     if (parameter.has_value()) {
       check_activation(op, name, *parameter);
@@ -55,6 +55,8 @@ ScalarType check_norm(const NormArguments& arguments) {
       dtype = promotes ? c10::promoteTypes(dtype, parameter->scalar_type()) : dtype;
     }
   };
+  check_parameter("x_weight", arguments.x_weight, true);
+  const ScalarType sum_dtype = dtype;
   check_parameter("weight", arguments.weight, true);
   check_parameter("bias", arguments.bias, arguments.weight.has_value());
   TORCH_CHECK_TYPE(
@@ -79,7 +81,8 @@ NormProblem checked_norm(const NormArguments& arguments) {
       parameter_of(arguments.bias, dtype),
       arguments.epsilon,
       sizes.back(),
-      {sizes.begin(), sizes.end()}};
+      {sizes.begin(), sizes.end()},
+      parameter_of(arguments.x_weight, dtype)};
 }
 
 Tensor empty_norm(const NormArguments& arguments) {
@@ -88,15 +91,20 @@ Tensor empty_norm(const NormArguments& arguments) {
 }
 
 NormArguments rms(const Tensor& x, const OptionalTensor& weight, double epsilon) {
-  return {RmsNormProblem::name, Kind::rms, x, nullptr, weight, none, epsilon};
+  return {RmsNormProblem::name, Kind::rms, x, nullptr, weight, none, epsilon, none};
 }
 
 NormArguments layer(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double epsilon) {
-  return {LayerNormProblem::name, Kind::layer, x, nullptr, weight, bias, epsilon};
+  return {LayerNormProblem::name, Kind::layer, x, nullptr, weight, bias, epsilon, none};
 }
 
-NormArguments add_rms(const Tensor& x, const Tensor& residual, const OptionalTensor& weight, double epsilon) {
-  return {AddRmsNormProblem::name, Kind::rms, x, &residual, weight, none, epsilon};
+NormArguments add_rms(
+    const Tensor& x,
+    const Tensor& residual,
+    const OptionalTensor& weight,
+    double epsilon,
+    const OptionalTensor& x_weight) {
+  return {AddRmsNormProblem::name, Kind::rms, x, &residual, weight, none, epsilon, x_weight};
 }
 
 }  // namespace
@@ -136,16 +144,22 @@ AddRmsNormProblem AddRmsNormProblem::check(
     const Tensor& x,
     const Tensor& residual,
     const OptionalTensor& weight,
-    double eps) {
-  return {checked_norm(add_rms(x, residual, weight, eps))};
+    double eps,
+    const OptionalTensor& x_weight,
+    double scale) {
+  AddRmsNormProblem problem{checked_norm(add_rms(x, residual, weight, eps, x_weight))};
+  problem.scale = scale;
+  return problem;
 }
 
 std::tuple<Tensor, Tensor> AddRmsNormProblem::meta(
     const Tensor& x,
     const Tensor& residual,
     const OptionalTensor& weight,
-    double eps) {
-  const Tensor sum = empty_norm(add_rms(x, residual, weight, eps));
+    double eps,
+    const OptionalTensor& x_weight,
+    double /*scale*/) {
+  const Tensor sum = empty_norm(add_rms(x, residual, weight, eps, x_weight));
   return {sum, at::empty_like(sum)};
 }
 

@@ -1,4 +1,4 @@
-// Norms of the rows of x, or of x + residual: rms_norm and layer_norm.
+// Norms of the rows of x, or of scale * x + residual, where x may have a norm of its own: rms_norm and layer_norm.
 //
 //   threadgroup = row
 //   thread        0          1         ...      threads - 1
@@ -19,6 +19,7 @@ constant bool aligned_x [[function_constant(QUANTIZATION_MLX_ALIGNED_X)]];
 constant bool has_weight [[function_constant(QUANTIZATION_MLX_HAS_WEIGHT)]];
 constant bool has_bias [[function_constant(QUANTIZATION_MLX_HAS_BIAS)]];
 constant bool has_residual [[function_constant(QUANTIZATION_MLX_HAS_RESIDUAL)]];
+constant bool has_x_weight [[function_constant(QUANTIZATION_MLX_HAS_X_WEIGHT)]];
 
 static constant constexpr const int norm_threads = norm_max_threads();
 static constant constexpr const int norm_step = norm_elements();
@@ -80,7 +81,8 @@ template <typename T, bool centres, bool once>
     const device T* bias [[buffer(3), function_constant(has_bias)]],
     device T* sum [[buffer(4), function_constant(has_residual)]],
     device T* y [[buffer(5)]],
-    constant NormParams& params [[buffer(6)]],
+    const device T* x_weight [[buffer(6), function_constant(has_x_weight)]],
+    constant NormParams& params [[buffer(7)]],
     uint row [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -93,15 +95,38 @@ template <typename T, bool centres, bool once>
   const device T* source = x + row * params.x_stride;
   const long place = row * static_cast<long>(length);
   float values[norm_step];
+  float x_factor = params.scale;
+  if (has_x_weight) {
+    float squares = 0.0f;
+    for (int first = begin; first < length; first += step) {
+      load_step(source, first, length, values);
+#pragma unroll
+      for (int i = 0; i < norm_step; ++i) {
+        squares += values[i] * values[i];
+      }
+    }
+    squares = sum_of_threadgroup(squares, shared + norm_threads / 32, simdgroup, simdgroups, lane);
+    x_factor *= rsqrt(squares / length + params.epsilon);
+  }
   float total = 0.0f;
   for (int first = begin; first < length; first += step) {
-    load_step(source, first, length, values);
+    if (!(has_x_weight && once)) {
+      load_step(source, first, length, values);
+    }
     if (has_residual) {
       float addends[norm_step];
       load_step(residual + row * params.residual_stride, first, length, addends);
+      if (has_x_weight) {
+        float factors[norm_step];
+        load_step(x_weight, first, length, factors);
+#pragma unroll
+        for (int i = 0; i < norm_step; ++i) {
+          values[i] *= factors[i];
+        }
+      }
 #pragma unroll
       for (int i = 0; i < norm_step; ++i) {  // what is normalised is the sum as it is stored
-        values[i] = static_cast<float>(static_cast<T>(values[i] + addends[i]));
+        values[i] = static_cast<float>(static_cast<T>(fma(values[i], x_factor, addends[i])));
       }
       store_step(values, sum + place, first, length);
     }

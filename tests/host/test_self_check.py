@@ -104,7 +104,10 @@ NORM_MUTANTS = {
         "? values[i] - mean : 1.0f",
         lambda x, w: fast.layer_norm(x[:, :33], None, None, 0.1),
     ),
-    "residual": ("values[i] + addends[i]", "values[i] - addends[i]", lambda x, w: fast.add_rms_norm(x, x + 1, w, 0.1)),
+    "residual": ("x_factor, addends[i]", "x_factor, -addends[i]", lambda x, w: fast.add_rms_norm(x, x + 1, w, 0.1)),
+    "norm of x": ("squares / length", "squares", lambda x, w: fast.add_rms_norm(x, x + 1, w, 0.1, x_weight=w)),
+    "weight of x": ("*= factors[i];", "*= 1.0f;", lambda x, w: fast.add_rms_norm(x, x + 1, w, 0.1, x_weight=w)),
+    "scale of x": ("= params.scale;", "= 1.0f;", lambda x, w: fast.add_rms_norm(x, x + 1, w, 0.1, scale=0.25)),
     "weight": ("normal * factors[i]", "normal", lambda x, w: fast.rms_norm(x, w, 0.1)),
     "bias": ("scaled + offsets[i]", "scaled - offsets[i]", lambda x, w: fast.layer_norm(x, None, w, 0.1)),
 }

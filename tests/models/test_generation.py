@@ -398,18 +398,6 @@ def test_a_cache_that_others_change(steps: Steps) -> None:
     assert steps.count == 10
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("config", [FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "smollm3")], ids=str)
-def test_launches_of_one_token(config) -> None:
-    """Beside those of all layers: embedding, first norm and the product with the vocabulary."""
-    _, prepared = pair(config, dtype=torch.float16)
-    cache = DynamicCache(config=config)
-    prepared(tokens(1, 5), **{cache_name(): cache})
-    plans = explain(prepared, tokens(1, 1), **{cache_name(): cache}, gpu="applegpu_g15s")
-    assert {"rope_into_cache", "scaled_dot_product_attention", "quantized_gated_matmul"} < {plan.op for plan in plans}
-    assert sum(len(plan.launches) for plan in plans) == 8 * config.num_hidden_layers + 3
-
-
 class TorchKernels(TorchDispatchMode):
     """Counts the ops of torch within the op that compute anything."""
 
@@ -435,20 +423,45 @@ class TorchKernels(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def launches_of_one_token(config: Any) -> tuple[set[str], int]:
+    """The ops that run, and their launches with those of torch's ops within the decoder."""
+    _, prepared = pair(config, dtype=torch.float16)
+    cache = DynamicCache(config=config)
+    prepared(tokens(1, 5), **{cache_name(): cache})
+    plans = explain(prepared, tokens(1, 1), **{cache_name(): cache}, gpu="applegpu_g15s")
+    with TorchKernels() as kernels:
+        prepared(tokens(1, 1), **{cache_name(): cache})
+    return {plan.op for plan in plans}, sum(len(plan.launches) for plan in plans) + kernels.count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3", "granite"]
+)
+def test_launches_of_one_token(name: str) -> None:
+    """Beside those of all layers: embedding, first norm and the product with the vocabulary."""
+    config = FAMILIES[name]
+    ops_that_run, launches = launches_of_one_token(config)
+    assert {"rope_into_cache", "scaled_dot_product_attention", "quantized_gated_matmul"} < ops_that_run
+    assert launches == 8 * config.num_hidden_layers + 3
+
+
+@torch.no_grad()
+def test_launches_of_one_token_of_olmo2() -> None:
+    """No first norm; queries and keys are normalised across heads, by three ops more."""
+    config = transformers.Olmo2Config(**SIZES)
+    _, launches = launches_of_one_token(config)
+    assert launches == 11 * config.num_hidden_layers + 2
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name, per_layer", [("qwen3_moe", 12), ("mixtral", 12), ("gpt_oss", 13)])
 def test_launches_of_one_token_of_a_mixture(name: str, per_layer: int) -> None:
     """Those of torch among them: the router's product and, in gpt-oss, a bias."""
     config = MIXTURES[name]
-    _, prepared = pair(config, dtype=torch.float16)
-    cache = DynamicCache(config=config)
-    prepared(tokens(1, 5), **{cache_name(): cache})
-    plans = explain(prepared, tokens(1, 1), **{cache_name(): cache}, gpu="applegpu_g15s")
-    assert {"moe_router", "swiglu", "moe_combine"} < {plan.op for plan in plans}
-    with TorchKernels() as kernels:
-        prepared(tokens(1, 1), **{cache_name(): cache})
-    launches = sum(len(plan.launches) for plan in plans)
-    assert launches + kernels.count == per_layer * config.num_hidden_layers + 3
+    ops_that_run, launches = launches_of_one_token(config)
+    assert {"moe_router", "swiglu", "moe_combine"} < ops_that_run
+    assert launches == per_layer * config.num_hidden_layers + 3
 
 
 @torch.no_grad()

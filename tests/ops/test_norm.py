@@ -174,6 +174,23 @@ def test_add_rms_norm_normalises_the_stored_sum(device: str, dtype: torch.dtype,
         assert_norm(NORMS["rms_norm"], y, total, w, None)
 
 
+@DTYPE
+@pytest.mark.parametrize("length", [48, 96, 8200])
+@pytest.mark.parametrize("normalises, scale", [(True, 1.0), (False, 0.22), (True, 0.22)])
+def test_add_rms_norm_of_a_norm_or_a_multiple(
+    device: str, dtype: torch.dtype, length: int, normalises: bool, scale: float
+) -> None:
+    x, residual = (oracle.random_x(2, 13, length, seed=seed, dtype=dtype) for seed in range(2))
+    weight, x_weight = (oracle.random_x(length, seed=seed, dtype=dtype).to(device) for seed in (2, 3))
+    given = {"x_weight": x_weight if normalises else None, "scale": scale}
+    total, y = fast.add_rms_norm(x.to(device), residual.to(device), weight, EPSILON, **given)
+    added = F.rms_norm(x.double(), (length,), x_weight.cpu().double(), EPSILON) if normalises else x.double()
+    exact = added * scale + residual.double()
+    rounding = torch.finfo(dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * (1 + added.abs())
+    oracle.assert_within(total.cpu(), exact, rounding)
+    assert_norm(NORMS["rms_norm"], y, total, weight, None)
+
+
 @NORM
 def test_what_is_not_finite(device: str, norm: Norm) -> None:
     x = torch.ones(3, 40)
@@ -219,6 +236,24 @@ def test_gradients_of_add_rms_norm(device: str) -> None:
         return torch.cat([x + residual, F.rms_norm(x + residual, (80,), weight, EPSILON)])
 
     inputs = (x, residual, weight)
+    exact = gradients(theirs, *(each.double() for each in inputs))
+    for mine, expected in zip(gradients(ours, *(each.to(device) for each in inputs)), exact, strict=True):
+        oracle.assert_within(mine, expected, 1e-6 * (1 + expected.abs().amax()))
+
+
+def test_gradients_of_a_norm_that_is_added(device: str) -> None:
+    inputs = (
+        *(oracle.random_x(4, 80, seed=seed) for seed in (1, 2)),
+        *(oracle.random_x(80, seed=seed) for seed in (3, 4)),
+    )
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor, x_weight: Tensor) -> Tensor:
+        return torch.cat(fast.add_rms_norm(x, residual, weight, EPSILON, x_weight=x_weight, scale=0.5))
+
+    def theirs(x: Tensor, residual: Tensor, weight: Tensor, x_weight: Tensor) -> Tensor:
+        total = 0.5 * F.rms_norm(x, (80,), x_weight, EPSILON) + residual
+        return torch.cat([total, F.rms_norm(total, (80,), weight, EPSILON)])
+
     exact = gradients(theirs, *(each.double() for each in inputs))
     for mine, expected in zip(gradients(ours, *(each.to(device) for each in inputs)), exact, strict=True):
         oracle.assert_within(mine, expected, 1e-6 * (1 + expected.abs().amax()))
@@ -310,6 +345,17 @@ def test_opcheck(device: str, name: str, grad: bool) -> None:
     torch.library.opcheck(getattr(ops, name).default, arguments, test_utils=checks)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_opcheck_of_a_norm_that_is_added(device: str, grad: bool) -> None:
+    x, weight = (each.detach().to(device).requires_grad_(grad) for each in (X, WEIGHT))
+    torch.library.opcheck(
+        ops.add_rms_norm.default,
+        (x, x, weight, EPSILON),
+        {"x_weight": weight, "scale": 0.5},
+        test_utils=["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"],
+    )
+
+
 @CALL
 def test_compiles_as_one_graph(name: str) -> None:
     function = getattr(fast, name)
@@ -370,6 +416,11 @@ ERRORS = {
         lambda: fast.add_rms_norm(X, X[:1], None, 0.1),
         ValueError,
         r"residual of shape \[1, 3, 48\] must have",
+    ),
+    "x_weight": (
+        lambda: fast.add_rms_norm(X, X, None, 0.1, x_weight=WEIGHT[:32]),
+        ValueError,
+        r"\[add_rms_norm\] x_weight of shape \[32\] must have one",
     ),
     "device": (lambda: fast.rms_norm(X, WEIGHT.to("meta"), 0.1), ValueError, r"weight is on meta and x on cpu"),
 }

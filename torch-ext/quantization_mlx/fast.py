@@ -44,18 +44,29 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return ops.layer_norm(x, weight, bias, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """``x + residual`` and its ``rms_norm``, in one pass; not in MLX.
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    x_weight: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """``scale * x + residual`` and its ``rms_norm``, in one pass; not in MLX.
 
     Args:
         x, residual: ``[..., K]`` of one shape.
         weight: as that of ``rms_norm``; its dtype must not widen the sum.
         eps: as that of ``rms_norm``.
+        x_weight: ``[K]``: with it, ``rms_norm(x, x_weight, eps)`` takes the place of x, as behind the attention and the
+            MLP of Gemma 2 and 3.
+        scale: of x beside residual, as Granite has it.
 
     Returns:
         The sum, rounded to its dtype, and the norm of that.
     """
-    return ops.add_rms_norm(x, residual, weight, eps)
+    return ops.add_rms_norm(x, residual, weight, eps, x_weight=x_weight, scale=scale)
 
 
 def rope_into_cache(

@@ -18,6 +18,7 @@ class Norm {
       : problem_(problem),
         type_(real_of(problem.x.tensor.scalar_type())),
         weight_(parameter(problem.weight, 1.0f)),
+        x_weight_(problem.x_weight.defined() ? parameter(problem.x_weight, 1.0f) : Floats()),
         bias_(problem.kind == NormProblem::Kind::layer ? parameter(problem.bias, 0.0f) : Floats()) {}
 
   // sum: of x and the residual, where there is one.
@@ -47,6 +48,8 @@ class Norm {
     return values;
   }
 
+  float epsilon() const { return static_cast<float>(problem_.epsilon); }
+
   void load(const Vectors& vectors, int64_t row, float* values) const {
     const auto* data = static_cast<const uint8_t*>(vectors.tensor.const_data_ptr());
     kernels().to_float32(type_, data + row * vectors.stride * vectors.tensor.element_size(), problem_.length, values);
@@ -64,8 +67,12 @@ class Norm {
   void add_residual(float* values, const Tensor& sum, int64_t row) const {
     Floats addends = whole_floats(problem_.length);
     load(problem_.residual, row, addends.data());
+    if (problem_.x_weight.defined()) {
+      kernels().decoder.rms_norm(values, x_weight_.data(), epsilon(), problem_.length, values);
+    }
+    const auto scale = static_cast<float>(problem_.scale);
     for (int64_t i = 0; i < problem_.length; ++i) {
-      values[i] += addends[i];
+      values[i] = values[i] * scale + addends[i];
     }
     store(values, sum, row);
     kernels().to_float32(type_, row_of(sum, row), problem_.length, values);
@@ -73,17 +80,17 @@ class Norm {
 
   void normalise(float* values) const {
     const DecoderKernels& kernel = kernels().decoder;
-    const auto epsilon = static_cast<float>(problem_.epsilon);
     if (problem_.kind == NormProblem::Kind::layer) {
-      kernel.layer_norm(values, weight_.data(), bias_.data(), epsilon, problem_.length, values);
+      kernel.layer_norm(values, weight_.data(), bias_.data(), epsilon(), problem_.length, values);
     } else {
-      kernel.rms_norm(values, weight_.data(), epsilon, problem_.length, values);
+      kernel.rms_norm(values, weight_.data(), epsilon(), problem_.length, values);
     }
   }
 
   const NormProblem& problem_;
   Real type_;
   Floats weight_;
+  Floats x_weight_;
   Floats bias_;
 };
 

@@ -172,13 +172,15 @@ c10::SmallVector<NormFacts, 1> facts_of(const NormProblem& problem) {
     return {};
   }
   bool is_misaligned = false;
-  for (const at::Tensor* tensor : {&problem.x.tensor, &problem.residual.tensor, &problem.weight, &problem.bias}) {
+  for (const at::Tensor* tensor :
+       {&problem.x.tensor, &problem.residual.tensor, &problem.weight, &problem.bias, &problem.x_weight}) {
     is_misaligned |= tensor->defined() && misalignment_of(*tensor) != 0;
   }
   return {NormFacts{
       static_cast<int32_t>(problem.kind), static_cast<int32_t>(problem.x.tensor.scalar_type()), problem.x.count,
       problem.length, problem.x.stride, problem.residual.stride, problem.residual.tensor.defined(),
-      problem.weight.defined(), problem.bias.defined(), is_misaligned, std::bit_cast<int64_t>(problem.epsilon)}};
+      problem.weight.defined(), problem.bias.defined(), is_misaligned, std::bit_cast<int64_t>(problem.epsilon),
+      std::bit_cast<int64_t>(problem.scale), problem.x_weight.defined()}};
 }
 
 c10::SmallVector<RopeCacheFacts, 1> facts_of(const RopeIntoCacheProblem& problem) {

@@ -27,7 +27,8 @@ Plan plan(const NormFacts& facts, std::string_view op, const Target& target) {
   Launch launch = launch_of(Family::norm, kernel, 1, Format{}, facts.dtype);
   launch.kernel.constants = constant(QUANTIZATION_MLX_ALIGNED_X, is_aligned(facts)) |
       constant(QUANTIZATION_MLX_HAS_WEIGHT, facts.has_weight) | constant(QUANTIZATION_MLX_HAS_BIAS, facts.has_bias) |
-      constant(QUANTIZATION_MLX_HAS_RESIDUAL, facts.has_residual);
+      constant(QUANTIZATION_MLX_HAS_RESIDUAL, facts.has_residual) |
+      constant(QUANTIZATION_MLX_HAS_X_WEIGHT, facts.has_x_weight != 0);
   launch.kernel.threads =
       static_cast<uint32_t>(std::min<int64_t>(norm_max_threads(), ceil_div(ceil_div(facts.length, elements), 32) * 32));
   launch.threadgroups = {static_cast<uint32_t>(checked_int(op, "the number of rows", facts.rows)), 1, 1};
@@ -39,10 +40,12 @@ Plan plan(const NormFacts& facts, std::string_view op, const Target& target) {
        given(facts.has_weight, Role::weight),
        given(facts.has_bias, Role::bias),
        given(facts.has_residual, Role::sum),
-       {Role::y}});
+       {Role::y},
+       given(facts.has_x_weight != 0, Role::x_weight)});
   const int length = checked_int(op, "the last size of x", facts.length);
-  const auto epsilon = static_cast<float>(std::bit_cast<double>(facts.epsilon));
-  set_params(launch, NormParams{facts.x_stride, facts.residual_stride, length, epsilon}, 6);
+  const auto number = [](int64_t bits) { return static_cast<float>(std::bit_cast<double>(bits)); };
+  set_params(
+      launch, NormParams{facts.x_stride, facts.residual_stride, length, number(facts.epsilon), number(facts.scale)}, 7);
   return {{launch}, 0};
 }
 
