@@ -85,7 +85,7 @@ MUTANTS = {
     "matvec of 8 rows, ragged": Mutant("_rows_8", "column < params.n)", "column < params.n - 1)", 7),
     "matvec of 8 rows, the last": Mutant("_rows_8", STORED, "if (row < params.rows - (params.rows > 6 ? 1 : 0) &&", 7),
     "matvec, gated": Mutant("qmv_float16", "place + half_columns)", "place)", 1, activation="silu"),
-    "matvec, rows of values": Mutant("qmv_float16", "(r - qmv_y_outputs())", "r", 2, activation="gelu"),
+    "matvec, rows of values": Mutant("qmv_float16", "(r - qmv_y_outputs())", "0", 2, activation="gelu"),
     "matvec, activation": Mutant("qmv_float16", "x * x, tanh_third", "x, tanh_third", 3, activation="gelu_tanh"),
     "matvec, gathered": Mutant("gather_qmv_float16_gs_64_b_4_rows_4", STORED, LOST, 3, experts=(2, 0, 1)),
     "matvec, not transposed": Mutant("qvm_float16_gs_64_b_4_rows_2", STORED, LOST, 2, N=64, transpose=False),
