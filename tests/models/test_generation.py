@@ -791,17 +791,6 @@ def test_unknown_norms_are_refused() -> None:
 # --- The demo's model -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.exhaustive  # small models decode on both devices in every run
-@torch.no_grad()
-def test_real_model_answers(device: str) -> None:
-    demo = load_demo()
-    tokenizer, model = demo.load_gguf()
-    quantize_model(model.half(), group_size=demo.GROUP_SIZE)
-    prompt = demo.chat(tokenizer, "What is the capital of France?")
-    answer = prepare_for_generation(model.to(device)).generate(prompt.to(device), max_new_tokens=10, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, prompt.shape[1] :].cpu())
-
-
 @pytest.mark.exhaustive  # the demo, which test_demo.py runs, compares the two answers as well
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_same_greedy_text_on_a_real_model(dtype: torch.dtype) -> None:

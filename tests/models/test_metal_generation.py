@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from command import Run
-from devices import DEVICES
+from devices import DEVICES, SOFTWARE_GPUS
 from marlin_models import MESSAGES, PROMPTS, chat_tokenizer, greedy, quantized, tiny_model
-from quantization_mlx import quantize_model, save_checkpoint
+from quantization_mlx import prepare_for_generation, quantize_model, save_checkpoint
 from quantization_mlx.marlin import MarlinPipeline, TransformersMarlinPipeline
+from repository import load_demo
 from tiny import TOKENS
 
 NEW_TOKENS = 12
@@ -75,3 +77,20 @@ def test_command(device: str, tmp_path: Path, run: Run, tokenizer: Tokenizer) ->
     flags = ["--prompt", PROMPTS[0], "--max-tokens", NEW_TOKENS, "--temp", 0, "--device", device, "--dtype", "float32"]
     out, _ = run("generate", "--model", tmp_path, *flags)
     assert out.splitlines()[0] == tokenizer.decode(expected, skip_special_tokens=True) != ""
+
+
+@pytest.mark.exhaustive  # small models decode on these in every run
+@pytest.mark.parametrize("gpu", [device for device in DEVICES if device != "cpu"])
+@torch.no_grad()
+def test_real_model_answers(gpu: str) -> None:
+    import software_gpu
+    from softmetal import mps
+
+    software_gpu.install()
+    demo = load_demo()
+    tokenizer, model = demo.load_gguf()
+    prepared = prepare_for_generation(quantize_model(model.half(), group_size=demo.GROUP_SIZE))
+    prompt = demo.chat(tokenizer, "What is the capital of France?").to("mps")
+    with mps.gpu(SOFTWARE_GPUS[gpu]) if gpu in SOFTWARE_GPUS else nullcontext():
+        answer = prepared.to("mps").generate(prompt, max_new_tokens=10, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt.shape[1] :].cpu())
