@@ -82,32 +82,18 @@ Stream added(
   return {sum, norm.has_value() ? normal : sum};
 }
 
-// Queries, keys and values of all heads side by side, and what is to be done to them before they are turned.
+// Queries, keys and values of all heads side by side, and what has to be added to them.
 struct Heads {
   Tensor x;
   OptionalTensor bias;
-  OptionalTensor query_norm;
-  OptionalTensor key_norm;
 };
 
-Heads heads_of(const DecoderLayer& layer, const Tensor& x, const Tensor& keys) {
-  const bool has_norms_of_heads = !layer.query_norm.has_value() || layer.query_norm->numel() == keys.size(3);
-  if (has_norms_of_heads && layer.attention_in.size() == 1) {
-    const Projection& only = *layer.attention_in.front();
-    return {product(only, x), only.bias, layer.query_norm, layer.key_norm};
+Heads heads_of(const DecoderLayer& layer, const Tensor& x) {
+  if (layer.attention_in.size() > 1) {
+    return {project(layer.attention_in, x), std::nullopt};
   }
-  const Tensor all = project(layer.attention_in, x);
-  if (has_norms_of_heads) {
-    return {all, std::nullopt, layer.query_norm, layer.key_norm};
-  }
-  const int64_t key_length = keys.size(1) * keys.size(3);
-  const auto parts = all.split_with_sizes({all.size(-1) - 2 * key_length, key_length, key_length}, -1);
-  const auto normalised = [&](const Tensor& part, const OptionalTensor& norm) {
-    return ops::rms_norm(part, norm, layer.epsilon);
-  };
-  return {
-      at::cat({normalised(parts[0], layer.query_norm), normalised(parts[1], layer.key_norm), parts[2]}, -1),
-      std::nullopt, std::nullopt, std::nullopt};
+  const Projection& only = *layer.attention_in.front();
+  return {product(only, x), only.bias};
 }
 
 // New keys and values [2, batch, heads, tokens, dim], quantized.
@@ -124,10 +110,10 @@ Tensor attention(const DecoderLayer& layer, const Tensor& x, LayerCache cache, c
     return layer.rotation < 0 ? std::nullopt : OptionalTensor(all[layer.rotation]);
   };
   const auto queries_of = [&](const Tensor& keys, const Tensor& values, int64_t position) {
-    const Heads heads = heads_of(layer, x, keys);
+    const Heads heads = heads_of(layer, x);
     return ops::rope_into_cache(
-        heads.x, angles(step.cosines), angles(step.sines), keys, values, position, heads.bias, heads.query_norm,
-        heads.key_norm, layer.epsilon);
+        heads.x, angles(step.cosines), angles(step.sines), keys, values, position, heads.bias, layer.query_norm,
+        layer.key_norm, layer.epsilon);
   };
   const int64_t tokens = x.size(1);
   const int64_t length = step.position + tokens;

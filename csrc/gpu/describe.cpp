@@ -47,7 +47,8 @@ std::string describe(const Plan& plan, const Target& target) {
       {QUANTIZATION_MLX_PACKED_KEYS, "packed_keys"},
       {QUANTIZATION_MLX_EIGHT_BITS, "eight_bits"},
       {QUANTIZATION_MLX_IS_GATED, "is_gated"},
-      {QUANTIZATION_MLX_HAS_X_WEIGHT, "has_x_weight"}};
+      {QUANTIZATION_MLX_HAS_X_WEIGHT, "has_x_weight"},
+      {QUANTIZATION_MLX_WHOLE_HEADS, "whole_heads"}};
   static_assert(std::size(constants) == QUANTIZATION_MLX_CONSTANTS);
   std::ostringstream out;
   const auto list = [&](const auto& items, const auto& write) {

@@ -103,14 +103,13 @@ struct NormFacts {
 struct RopeCacheFacts {
   int32_t dtype;  // of all tensors
   int32_t has_bias;
-  int32_t has_query_norm;
-  int32_t has_key_norm;
-  int32_t has_angles_of_sequences;
-  int32_t reserved;  // without gaps
+  int64_t has_angles_of_sequences;
   int64_t batch;
   int64_t tokens;
   int64_t query_heads;
   int64_t key_heads;
+  int64_t query_norm_heads;  // that a norm is of: one, or all of them; 0 without a norm
+  int64_t key_norm_heads;
   int64_t dim;
   int64_t rotated;
   int64_t capacity;

@@ -33,7 +33,8 @@
 #define QUANTIZATION_MLX_EIGHT_BITS 21  // of these codes; else four
 #define QUANTIZATION_MLX_IS_GATED 22  // matvec: rows of w are gates, then values
 #define QUANTIZATION_MLX_HAS_X_WEIGHT 23  // norms: x has one of its own before it is added
-#define QUANTIZATION_MLX_CONSTANTS 24  // how many there are
+#define QUANTIZATION_MLX_WHOLE_HEADS 24  // attention: every lane has elements of each head
+#define QUANTIZATION_MLX_CONSTANTS 25  // how many there are
 
 // How moe_router scores experts.
 #define ROUTER_SOFTMAX 0
@@ -63,12 +64,18 @@ inline constexpr int qmv_capacity(int steps, int along) {
   return (steps + along * qmv_lanes_along() - 1) & -(along * qmv_lanes_along());
 }
 
-// The simdgroups of a threadgroup that divide K, of `steps` steps; the others compute other columns of y. All of them,
-// for the most loads in flight, unless a quarter of the lanes or more would be idle, and are not with fewer.
+// Whether fewer simdgroups than `along` should divide K: their lanes have one step each, after which they would only
+// add up sums; or a quarter of the lanes or more would be idle, and are not with fewer.
+inline constexpr bool qmv_is_short(int steps, int along) {
+  return steps <= along * qmv_lanes_along() ||
+      (4 * steps <= 3 * qmv_capacity(steps, along) && qmv_capacity(steps, along / 2) < qmv_capacity(steps, along));
+}
+
+// The simdgroups of a threadgroup that divide K, of `steps` steps, all of them for the most loads in flight where K is
+// long; the others compute other columns of y.
 inline constexpr int qmv_simdgroups_along(int steps) {
   int along = qmv_simdgroups();
-  while (along > 1 && 4 * steps <= 3 * qmv_capacity(steps, along) &&
-         qmv_capacity(steps, along / 2) < qmv_capacity(steps, along)) {
+  while (along > 1 && qmv_is_short(steps, along)) {
     along /= 2;
   }
   return along;
@@ -242,6 +249,8 @@ struct RopeCacheParams {
   int tokens;
   int query_heads;
   int key_heads;
+  int query_norm_heads;  // that a norm is of: one, or all of them
+  int key_norm_heads;
   int dim;
   int rotated;  // elements of a head that are turned
   int capacity;

@@ -16,11 +16,6 @@ namespace {
 using at::Tensor;
 using namespace gpu;
 
-bool is_served(const GatedMatmulProblem& problem) {
-  const auto facts = facts_of(problem);
-  return facts.empty() || !plan_of(facts.front(), op_of(problem)).plan.launches.empty();
-}
-
 template <typename Problem>
 void encode_problem(const Problem& problem, const Operands& operands) {
   for (const auto& facts : facts_of(problem)) {
@@ -110,11 +105,16 @@ Tensor run(const GateProblem& problem) {
 
 Tensor run(GatedMatmulProblem given) {
   const GatedMatmulProblem problem = with_kernel_dtype(std::move(given));
-  if (!is_served(problem)) {
+  const auto facts = facts_of(problem);
+  const PreparedPlan* plan = facts.empty() ? nullptr : &plan_of(facts.front(), op_of(problem));
+  if (plan != nullptr && plan->plan.launches.empty()) {  // all facts alike: they differ in places alone
     return run(problem.of_product(run(problem.matmul)));
   }
   const Tensor y = at::empty(problem.output(), problem.matmul.x.tensor.options().dtype(problem.matmul.dtype));
-  encode_problem(problem, operands_of(problem, y));
+  const Operands operands = operands_of(problem, y);
+  for (size_t i = 0; i < facts.size(); ++i) {
+    encode(i == 0 ? *plan : plan_of(facts[i], op_of(problem)), operands);
+  }
   return y;
 }
 

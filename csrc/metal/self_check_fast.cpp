@@ -74,8 +74,9 @@ Reason failure(const RopeCacheFacts& facts, const Launch&, const Target& target)
   const OptionalTensor cosines = given(rotated > 0, {sequences, tokens, rotated});
   const OptionalTensor sines = given(rotated > 0, {sequences, tokens, rotated});
   const OptionalTensor bias = given(facts.has_bias, {width});
-  const OptionalTensor query_norm = given(facts.has_query_norm, {dim});
-  const OptionalTensor key_norm = given(facts.has_key_norm, {dim});
+  const auto norm = [&](int64_t normed, int64_t heads) { return given(normed > 0, {normed > 1 ? heads * dim : dim}); };
+  const OptionalTensor query_norm = norm(facts.query_norm_heads, query_heads);
+  const OptionalTensor key_norm = norm(facts.key_norm_heads, key_heads);
   const Tensor x = make.uniform({batch, tokens, width}, dtype, -1.0f, 1.0f);
   const auto called = [&](const auto& function, const Tensor& keys, const Tensor& values) {
     const auto on = [&](const OptionalTensor& tensor) {

@@ -220,8 +220,8 @@ struct RopeIntoCacheProblem {
   at::Tensor keys;  // [batch, key_heads, capacity, dim], contiguous
   at::Tensor values;  // likewise
   at::Tensor bias;  // [(query_heads + 2 * key_heads) * dim], contiguous; or undefined
-  at::Tensor query_norm;  // [dim], contiguous; or undefined
-  at::Tensor key_norm;
+  at::Tensor query_norm;  // [dim] or, for one norm of all its heads, [query_heads * dim], contiguous; or undefined
+  at::Tensor key_norm;  // [dim] or [key_heads * dim], likewise
   int64_t position;  // of the first token in the cache
   double epsilon;
   int64_t query_heads;
@@ -234,6 +234,9 @@ struct RopeIntoCacheProblem {
   int64_t dim() const { return keys.size(3); }
   int64_t heads() const { return query_heads + 2 * key_heads(); }
   int64_t rotated() const { return cosines.defined() ? cosines.size(-1) : 0; }
+  // That a norm is of: one or all of them; 0 without a norm.
+  int64_t query_norm_heads() const { return query_norm.defined() ? query_norm.numel() / dim() : 0; }
+  int64_t key_norm_heads() const { return key_norm.defined() ? key_norm.numel() / dim() : 0; }
   bool has_angles_of_sequences() const { return cosines.defined() && cosines.size(0) > 1; }
   Sizes<int64_t> output() const { return {batch(), query_heads, tokens(), dim()}; }
 };

@@ -91,13 +91,32 @@ void check_angles(const Arguments<Int>& arguments) {
 }
 
 template <typename Int>
-void check_row(const char* name, const OptionalTensor& tensor, const Tensor& x, const Int& size) {
-  if (tensor.has_value()) {
-    check_like_x(name, *tensor, x);
-    TORCH_CHECK_VALUE(
-        tensor->dim() == 1 && holds(c10::sym_eq(sizes_of<Int>(*tensor)[0], size)), "[", op, "] ", name, " of shape ",
-        sizes_of<Int>(*tensor), " must be [", size, "] for x of shape ", sizes_of<Int>(x), ".");
+void check_bias(const Arguments<Int>& arguments) {
+  if (!arguments.bias.has_value()) {
+    return;
   }
+  check_like_x("bias", *arguments.bias, arguments.x);
+  const auto sizes = sizes_of<Int>(*arguments.bias);
+  const Int& length = sizes_of<Int>(arguments.x)[2];
+  TORCH_CHECK_VALUE(
+      sizes.size() == 1 && holds(c10::sym_eq(sizes[0], length)), "[", op, "] bias of shape ", sizes, " must be [",
+      length, "] for x of shape ", sizes_of<Int>(arguments.x), ".");
+}
+
+// heads: that the norm is of, where it is one of all of them.
+template <typename Int>
+void check_norm(const char* name, const OptionalTensor& norm, const Arguments<Int>& arguments, const Int& heads) {
+  if (!norm.has_value()) {
+    return;
+  }
+  check_like_x(name, *norm, arguments.x);
+  const auto sizes = sizes_of<Int>(*norm);
+  const Int& dim = sizes_of<Int>(arguments.keys)[3];
+  const Int length = heads * dim;
+  TORCH_CHECK_VALUE(
+      sizes.size() == 1 && (is_known(c10::sym_eq(sizes[0], dim)) || holds(c10::sym_eq(sizes[0], length))), "[", op,
+      "] ", name, " of shape ", sizes, " must be [", dim, "], for each head, or [", length,
+      "], for all heads together, for x of shape ", sizes_of<Int>(arguments.x), ".");
 }
 
 // Also the number of query heads.
@@ -107,10 +126,9 @@ Int checked(const Arguments<Int>& arguments) {
   check_cache(arguments);
   const Int query_heads = query_heads_of(arguments);
   check_angles(arguments);
-  const Int& dim = sizes_of<Int>(arguments.keys)[3];
-  check_row("bias", arguments.bias, arguments.x, sizes_of<Int>(arguments.x)[2]);
-  check_row("query_norm", arguments.query_norm, arguments.x, dim);
-  check_row("key_norm", arguments.key_norm, arguments.x, dim);
+  check_bias(arguments);
+  check_norm("query_norm", arguments.query_norm, arguments, query_heads);
+  check_norm("key_norm", arguments.key_norm, arguments, sizes_of<Int>(arguments.keys)[1]);
   return query_heads;
 }
 

@@ -34,6 +34,7 @@ constant bool has_bool_mask [[function_constant(QUANTIZATION_MLX_HAS_BOOL_MASK)]
 constant bool has_added_mask [[function_constant(QUANTIZATION_MLX_HAS_ADDED_MASK)]];
 constant bool has_sinks [[function_constant(QUANTIZATION_MLX_HAS_SINKS)]];
 constant bool is_split [[function_constant(QUANTIZATION_MLX_SPLIT_KEYS)]];
+constant bool whole_heads [[function_constant(QUANTIZATION_MLX_WHOLE_HEADS)]];
 constant bool packed_keys [[function_constant(QUANTIZATION_MLX_PACKED_KEYS)]];
 constant bool eight_bits [[function_constant(QUANTIZATION_MLX_EIGHT_BITS)]];
 
@@ -63,7 +64,8 @@ METAL_FUNC void move(thread DenseRows<T>& rows, int count) {
 template <int count, typename T>
 METAL_FUNC void load_elements(thread const DenseRows<T>& rows, int first, thread float* values) {
   if (aligned_x) {
-    const bool is_inside = first < rows.length;  // no branch, so that the loads of many rows are under way together
+    // No branch, so that the loads of many rows are under way together.
+    const bool is_inside = whole_heads || first < rows.length;
     load_values<count>(rows.row + (is_inside ? first : 0), true, values);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -139,7 +141,7 @@ METAL_FUNC void move(thread PackedRows<T>& rows, int count) {
 
 template <int count, typename T>
 METAL_FUNC void load_elements(thread const PackedRows<T>& rows, int first, thread float* values) {
-  const bool is_inside = first < rows.length;
+  const bool is_inside = whole_heads || first < rows.length;
   const int own = is_inside ? first : 0;
   const float scale = static_cast<float>(rows.scales[own >> rows.group_shift]);
   const float bias = static_cast<float>(rows.biases[own >> rows.group_shift]);
@@ -517,25 +519,33 @@ METAL_FUNC long result_size(constant AttentionParams& params) {
   return static_cast<long>(params.key_heads) * params.group * params.queries * params.value_dim;
 }
 
+// What the kernels of all forms take; PACKED_KEYS those that read packed keys as well.
+// clang-format off
+#define ATTENTION_ARGUMENTS(T)                                                   \
+    const device T* q [[buffer(0)]],                                             \
+    const device T* k [[buffer(1)]],                                             \
+    const device T* v [[buffer(2)]],                                             \
+    const device uchar* visible [[buffer(3), function_constant(has_bool_mask)]], \
+    const device T* added [[buffer(4), function_constant(has_added_mask)]],      \
+    const device T* sinks [[buffer(5), function_constant(has_sinks)]],           \
+    device T* y [[buffer(6)]],                                                   \
+    constant AttentionParams& params [[buffer(12)]],                             \
+    uint3 threadgroup_index [[threadgroup_position_in_grid]],                    \
+    uint simdgroup [[simdgroup_index_in_threadgroup]],                           \
+    uint lane [[thread_index_in_simdgroup]]
+#define PACKED_KEYS(T)                                                       \
+    const device T* k_scales [[buffer(8), function_constant(packed_keys)]],  \
+    const device T* k_biases [[buffer(9), function_constant(packed_keys)]],  \
+    const device T* v_scales [[buffer(10), function_constant(packed_keys)]], \
+    const device T* v_biases [[buffer(11), function_constant(packed_keys)]]
+// clang-format on
+
 // Threadgroups, x dimension: blocks of rows, y dimension: parts of the keys, z dimension: batch and head of keys.
 template <typename T, int elements, int key_steps, int value_steps, int rows>
 [[kernel, max_total_threads_per_threadgroup(attention_threads)]] void attention_vector(
-    const device T* q [[buffer(0)]],
-    const device T* k [[buffer(1)]],
-    const device T* v [[buffer(2)]],
-    const device uchar* visible [[buffer(3), function_constant(has_bool_mask)]],
-    const device T* added [[buffer(4), function_constant(has_added_mask)]],
-    const device T* sinks [[buffer(5), function_constant(has_sinks)]],
-    device T* y [[buffer(6)]],
-    device float* partial_sums [[buffer(7), function_constant(is_split)]],
-    const device T* k_scales [[buffer(8), function_constant(packed_keys)]],
-    const device T* k_biases [[buffer(9), function_constant(packed_keys)]],
-    const device T* v_scales [[buffer(10), function_constant(packed_keys)]],
-    const device T* v_biases [[buffer(11), function_constant(packed_keys)]],
-    constant AttentionParams& params [[buffer(12)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    ATTENTION_ARGUMENTS(T),
+    PACKED_KEYS(T),
+    device float* partial_sums [[buffer(7), function_constant(is_split)]]) {
   constexpr int run = 32 / rows;
   constexpr int key_elements = key_steps * elements;
   constexpr int value_elements = value_steps * elements;
@@ -590,7 +600,7 @@ template <typename T, int elements, int key_steps, int value_steps, int rows>
 #pragma unroll
     for (int e = 0; e < value_elements; ++e) {
       const int element = (e / elements * 32 + static_cast<int>(lane)) * elements + e % elements;
-      if (element < params.value_dim) {
+      if (whole_heads || element < params.value_dim) {
         if (is_split) {
           partial_sums[first_partial + element] = sums.values[e];
         } else {

@@ -143,18 +143,8 @@ METAL_FUNC void store_rows(
 // dim: the largest head size. Threadgroups, x dimension: blocks of rows, z dimension: batch and head of keys.
 template <typename T, int dim>
 [[kernel, max_total_threads_per_threadgroup(attention_tile_threads)]] void attention_tile_nax(
-    const device T* q [[buffer(0)]],
-    const device T* k [[buffer(1)]],
-    const device T* v [[buffer(2)]],
-    const device uchar* visible [[buffer(3), function_constant(has_bool_mask)]],
-    const device T* added [[buffer(4), function_constant(has_added_mask)]],
-    const device T* sinks [[buffer(5), function_constant(has_sinks)]],
-    device T* y [[buffer(6)]],
-    constant AttentionParams& params [[buffer(12)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint3 threadgroups [[threadgroups_per_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    ATTENTION_ARGUMENTS(T),
+    uint3 threadgroups [[threadgroups_per_grid]]) {
   constexpr int rows = attention_tensor_rows(dim);
   constexpr int keys = attention_tensor_keys();
   constexpr int simdgroup_rows = rows / attention_tile_simdgroups();

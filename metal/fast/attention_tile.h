@@ -174,22 +174,9 @@ METAL_FUNC bool are_masked(constant AttentionParams& params, KeyRange range, int
 // dim: the largest head size. Threadgroups, x dimension: blocks of rows, z dimension: batch and head of keys.
 template <typename T, int dim>
 [[kernel, max_total_threads_per_threadgroup(attention_tile_threads)]] void attention_tile(
-    const device T* q [[buffer(0)]],
-    const device T* k [[buffer(1)]],
-    const device T* v [[buffer(2)]],
-    const device uchar* visible [[buffer(3), function_constant(has_bool_mask)]],
-    const device T* added [[buffer(4), function_constant(has_added_mask)]],
-    const device T* sinks [[buffer(5), function_constant(has_sinks)]],
-    device T* y [[buffer(6)]],
-    const device T* k_scales [[buffer(8), function_constant(packed_keys)]],
-    const device T* k_biases [[buffer(9), function_constant(packed_keys)]],
-    const device T* v_scales [[buffer(10), function_constant(packed_keys)]],
-    const device T* v_biases [[buffer(11), function_constant(packed_keys)]],
-    constant AttentionParams& params [[buffer(12)]],
-    uint3 threadgroup_index [[threadgroup_position_in_grid]],
-    uint3 threadgroups [[threadgroups_per_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    ATTENTION_ARGUMENTS(T),
+    PACKED_KEYS(T),
+    uint3 threadgroups [[threadgroups_per_grid]]) {
   constexpr int rows = attention_tile_rows();
   constexpr int keys = attention_tile_keys(dim * sizeof(T));
   constexpr int stride = tile_stride<T>(dim);

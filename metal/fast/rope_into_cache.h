@@ -5,7 +5,8 @@
 //                                  pairs  (0, h)  (1, h + 1)    (31, h + 31), then 32 more     h = rotated / 2
 //
 // A head is read once for its norm and once, from a cache, to be stored; nothing is shared, and no lane waits at a
-// barrier. One launch takes the place of a bias, two norms, two rotations and two copies.
+// barrier. Where a norm is of all heads together, as in OLMo 2, every head's simdgroup reads all of them for it. One
+// launch takes the place of a bias, two norms, two rotations and two copies.
 #pragma once
 
 #include "../../csrc/gpu/launch.h"
@@ -20,7 +21,8 @@ constant bool has_angles [[function_constant(QUANTIZATION_MLX_HAS_ANGLES)]];
 
 static constant constexpr const int rope_cache_threads = 32 * rope_cache_simdgroups();
 
-// One head, from x and bias to float32, and times the weight of its norm.
+// One head, from x and bias to float32, and times the weight of its norm. Where that is of all heads, the others lie
+// before and after these.
 template <typename T>
 struct HeadSource {
   const device T* x;
@@ -42,14 +44,15 @@ METAL_FUNC float value_at(thread const HeadSource<T>& source, int d) {
   return source.normalises ? value * source.factor * static_cast<float>(source.weight[d]) : value;
 }
 
+// Of elements first to first + length.
 template <typename T>
-METAL_FUNC float norm_factor(thread const HeadSource<T>& source, int dim, float epsilon, uint lane) {
+METAL_FUNC float norm_factor(thread const HeadSource<T>& source, int first, int length, float epsilon, uint lane) {
   float squares = 0.0f;
-  for (int d = lane; d < dim; d += 32) {
+  for (int d = first + lane; d < first + length; d += 32) {
     const float value = sum_at(source, d);
     squares += value * value;
   }
-  return rsqrt(simd_sum(squares) / dim + epsilon);
+  return rsqrt(simd_sum(squares) / length + epsilon);
 }
 
 template <typename T>
@@ -90,13 +93,15 @@ template <typename T>
     source.bias = bias + head * dim;
   }
   source.normalises = is_query ? has_query_norm : (is_key && has_key_norm);
+  const int norm_heads = is_query ? params.query_norm_heads : params.key_norm_heads;
+  const int before = norm_heads == 1 ? 0 : (is_query ? head : key_head) * dim;  // elements of the same norm
   if (has_query_norm && is_query) {
-    source.weight = query_norm;
+    source.weight = query_norm + before;
   }
   if (has_key_norm && is_key) {
-    source.weight = key_norm;
+    source.weight = key_norm + before;
   }
-  source.factor = source.normalises ? norm_factor(source, dim, params.epsilon, lane) : 1.0f;
+  source.factor = source.normalises ? norm_factor(source, -before, norm_heads * dim, params.epsilon, lane) : 1.0f;
   const int rotated = has_angles && (is_query || is_key) ? params.rotated : 0;
   const int half_size = rotated / 2;
   if (has_angles) {

@@ -194,9 +194,16 @@ def rope(
 
 
 def rope_into_cache(
-    query_heads: int, key_heads: int, dim: int, rotated: int, tokens: int, dtype: str, has_all: bool = True
+    query_heads: int,
+    key_heads: int,
+    dim: int,
+    rotated: int,
+    tokens: int,
+    dtype: str,
+    has_all: bool = True,
+    norms_all_heads: bool = False,
 ) -> FastCall:
-    """has_all: bias and norms are given."""
+    """has_all: bias and norms are given. norms_all_heads: together."""
     batch, position = 2, 3
     width = (query_heads + 2 * key_heads) * dim
     cache = dense((batch, key_heads, position + tokens + 2, dim), dtype)
@@ -206,7 +213,8 @@ def rope_into_cache(
     tensors += [("keys", cache), ("values", cache)]
     if has_all:
         tensors += [("bias", dense((width,), dtype))]
-        tensors += [(role, dense((dim,), dtype)) for role in ("query_norm", "key_norm")]
+        for role, heads in (("query_norm", query_heads), ("key_norm", key_heads)):
+            tensors.append((role, dense((heads * dim if norms_all_heads else dim,), dtype)))
     return FastCall("rope_into_cache", tuple(tensors), (("position", position), ("eps", 1e-5)), ("keys", "values"))
 
 

@@ -144,7 +144,10 @@ def _rope_into_cache(call: FastCall, given: Arrays, written: Arrays) -> dict[str
     parts = np.split(heads, [count, count + key_heads], 1)
     for i, role in enumerate(("query_norm", "key_norm")):
         if role in given:
-            parts[i] = _rms(parts[i], given[role], call.keywords["eps"])
+            heads = 1 if given[role].size == dim else parts[i].shape[1]  # that are normalised together
+            normed = parts[i].swapaxes(1, 2).reshape(*x.shape[:2], -1, heads * dim)
+            normed = _rms(normed, given[role], call.keywords["eps"])
+            parts[i] = normed.reshape(*x.shape[:2], -1, dim).swapaxes(1, 2)
         parts[i] = _turned(parts[i], given.get("cosines"), given.get("sines"))
     results = {"y": (parts[0], 4 * ROUNDINGS * np.abs(parts[0]).max())}
     begin = call.keywords["position"]

@@ -87,8 +87,8 @@ def _elementwise(dtype: str, ragged: bool) -> Iterator[FastCall]:
 
 def _caches(dtype: str, ragged: bool) -> Iterator[FastCall]:
     sizes = ((7, 1, 90, 20), (3, 3, 34, 0)) if ragged else ((8, 2, 128, 128), (4, 2, 576, 64))
-    for size, has_all in itertools.product(sizes, (True, False)):
-        yield rope_into_cache(*size, tokens=3, dtype=dtype, has_all=has_all)
+    for size, (has_all, norms_all_heads) in itertools.product(sizes, ((True, False), (True, True), (False, False))):
+        yield rope_into_cache(*size, tokens=3, dtype=dtype, has_all=has_all, norms_all_heads=norms_all_heads)
 
 
 def _attention(dtype: str, ragged: bool) -> Iterator[FastCall]:

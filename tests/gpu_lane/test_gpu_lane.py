@@ -178,6 +178,7 @@ FAST_CALLS = [
     fast_calls.rope(3, 5, 50, 36, "bfloat16", traditional=True, has_offsets=True),
     fast_calls.rope(3, 5, 50, 36, "float32", has_freqs=True),
     fast_calls.rope_into_cache(7, 1, 90, 20, tokens=3, dtype="float16"),
+    fast_calls.rope_into_cache(3, 2, 34, 0, tokens=3, dtype="float16", norms_all_heads=True),
     *(fast_calls.attention(77, queries=5, mask=mask, has_sinks=True, capacity=80) for mask in fast_suites.MASKS),
     fast_calls.attention(77, queries=5, mask="causal", window=9, dtype="bfloat16"),
     *(fast_calls.router(7, 60, 6, "bfloat16", before=3, **rules) for rules in fast_suites.ROUTERS),

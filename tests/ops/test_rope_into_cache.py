@@ -33,6 +33,7 @@ class Call:
     angles_of_sequences: bool = False
     has_bias: bool = False
     has_norms: bool = False
+    norms_all_heads: bool = False  # together
 
 
 CALLS = {
@@ -46,6 +47,11 @@ CALLS = {
     "not rotated": Call(tokens=3, rotated=0, has_bias=True),
     "one head of keys": Call(query_heads=7, key_heads=1, dim=128),
     "odd sizes": Call(query_heads=3, key_heads=3, dim=34, has_norms=True),
+    "norms of all heads": Call(
+        batch=2, tokens=3, dim=80, rotated=20, has_bias=True, has_norms=True, norms_all_heads=True
+    ),
+    "odd norms of all heads": Call(query_heads=5, key_heads=3, dim=6, has_norms=True, norms_all_heads=True),
+    "norms of one head": Call(query_heads=4, key_heads=1, dim=34, has_norms=True, norms_all_heads=True),
     "wide heads": Call(dim=576, rotated=64, has_norms=True),
     "nothing": Call(batch=2, tokens=0),
 }
@@ -62,6 +68,7 @@ def arguments_of(call: Call, dtype: torch.dtype, device: str = "cpu") -> dict[st
     angles = 9 * oracle.random_x(call.batch if call.angles_of_sequences else 1, call.tokens, rotated // 2, seed=1)
     angles = angles.repeat(1, 1, 2)
     cache = (call.batch, call.key_heads, call.position + call.tokens + 2, call.dim)
+    normed = (call.query_heads, call.key_heads) if call.norms_all_heads else (1, 1)
     return {
         "x": random(0, call.batch, call.tokens, width),
         "cosines": angles.cos().to(device, dtype) if rotated else None,
@@ -70,8 +77,8 @@ def arguments_of(call: Call, dtype: torch.dtype, device: str = "cpu") -> dict[st
         "values": random(3, *cache),
         "position": call.position,
         "bias": random(4, width) if call.has_bias else None,
-        "query_norm": random(5, call.dim) if call.has_norms else None,
-        "key_norm": random(6, call.dim) if call.has_norms else None,
+        "query_norm": random(5, normed[0] * call.dim) if call.has_norms else None,
+        "key_norm": random(6, normed[1] * call.dim) if call.has_norms else None,
         "eps": EPSILON,
     }
 
@@ -82,10 +89,7 @@ def by_torch(x, cosines, sines, keys, values, position, bias, query_norm, key_no
     x = x if bias is None else x + bias
     heads = x.unflatten(-1, (-1, dim)).transpose(1, 2)
     query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], 1)
-    if query_norm is not None:
-        query = F.rms_norm(query, (dim,), query_norm, eps)
-    if key_norm is not None:
-        key = F.rms_norm(key, (dim,), key_norm, eps)
+    query, key = (normalised(*each, eps) for each in ((query, query_norm), (key, key_norm)))
     if cosines is not None:
         rotated = cosines.shape[-1]
         turned = apply_rotary_pos_emb(query[..., :rotated], key[..., :rotated], cosines, sines)
@@ -95,6 +99,15 @@ def by_torch(x, cosines, sines, keys, values, position, bias, query_norm, key_no
         torch.cat((cache[:, :, :position], new, cache[:, :, end:]), 2) for cache, new in ((keys, key), (values, value))
     )
     return query, keys, values
+
+
+def normalised(heads: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    if norm is None:
+        return heads
+    if len(norm) == heads.shape[-1]:
+        return F.rms_norm(heads, norm.shape, norm, eps)
+    together = F.rms_norm(heads.transpose(1, 2).flatten(2), norm.shape, norm, eps)
+    return together.unflatten(-1, (heads.shape[1], -1)).transpose(1, 2)
 
 
 def moved(arguments: dict, **options) -> dict:
@@ -214,6 +227,11 @@ ERRORS = {
     ),
     "bias": ({"bias": lambda x: x[:3]}, ValueError, r"bias of shape \[3\] must be \[640\]"),
     "norm": ({"key_norm": lambda x: x[None]}, ValueError, r"key_norm of shape \[1, 80\] must be \[80\]"),
+    "norm of some heads": (
+        {"query_norm": lambda x: x.repeat(2)},
+        ValueError,
+        r"query_norm of shape \[160\] must be \[80\], for each head, or \[320\], for all heads together",
+    ),
 }
 
 

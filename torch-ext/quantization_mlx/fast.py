@@ -96,7 +96,8 @@ def rope_into_cache(
         keys, values: ``[B, Hk, capacity, D]``, contiguous, of memory of their own; changed.
         position: of the first token in the caches; ``position + T <= capacity``.
         bias: ``[(Hq + 2 * Hk) * D]``.
-        query_norm, key_norm: ``[D]``, the weights of these norms.
+        query_norm, key_norm: the weights of these norms, ``[D]``; or ``[Hq * D]`` and ``[Hk * D]``, with which all
+            heads of queries, or of keys, are normalised together, as in OLMo 2.
         eps: of these norms.
 
     Returns:

@@ -37,27 +37,38 @@ class Heads {
       load(problem_.cosines, row * rotated, rotated, cosines);
       load(problem_.sines, row * rotated, rotated, sines);
     }
-    const auto head = [&](int64_t number, const Floats& norm, const Tensor& destination, int64_t row) {
-      load(problem_.x, (token * problem_.heads() + number) * dim_, dim_, values);
-      if (problem_.bias.defined()) {
-        add(bias_.data() + number * dim_, values);
-      }
-      if (!norm.empty()) {
-        kernels().decoder.rms_norm(values, norm.data(), static_cast<float>(problem_.epsilon), dim_, values);
-      }
+    const auto turn_and_store = [&](float* head, const Tensor& destination, int64_t row) {
       if (rotated > 0 && &destination != &problem_.values) {
-        rotate(cosines, sines, values);
+        rotate(cosines, sines, head);
       }
-      kernels().from_float32(values, 1.0f, dim_, type_, at(destination, row * dim_));
+      kernels().from_float32(head, 1.0f, dim_, type_, at(destination, row * dim_));
     };
-    for (int64_t i = 0; i < problem_.query_heads; ++i) {
-      head(i, query_norm_, queries_, (batch * problem_.query_heads + i) * problem_.tokens() + place);
-    }
-    for (int64_t i = 0; i < key_heads; ++i) {
-      const int64_t row = (batch * key_heads + i) * problem_.capacity() + position;
-      head(problem_.query_heads + i, key_norm_, problem_.keys, row);
-      head(problem_.query_heads + key_heads + i, Floats(), problem_.values, row);
-    }
+    // Heads first to first + count go to rows row(i).
+    const auto part = [&](int64_t first, int64_t count, int64_t norm_heads, const Floats& norm,
+                          const Tensor& destination, const auto& row) {
+      if (norm_heads > 1) {
+        Floats all = floats(count * dim_ + whole(1));
+        load_heads(token, first, count, all.data());
+        normalise(norm, count * dim_, all.data());
+        for (int64_t i = 0; i < count; ++i) {
+          turn_and_store(all.data() + i * dim_, destination, row(i));
+        }
+        return;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        load_heads(token, first + i, 1, values);
+        if (norm_heads == 1) {
+          normalise(norm, dim_, values);
+        }
+        turn_and_store(values, destination, row(i));
+      }
+    };
+    const auto of_queries = [&](int64_t i) { return (batch * problem_.query_heads + i) * problem_.tokens() + place; };
+    const auto of_cache = [&](int64_t i) { return (batch * key_heads + i) * problem_.capacity() + position; };
+    const int64_t keys = problem_.query_heads;
+    part(0, problem_.query_heads, problem_.query_norm_heads(), query_norm_, queries_, of_queries);
+    part(keys, key_heads, problem_.key_norm_heads(), key_norm_, problem_.keys, of_cache);
+    part(keys + key_heads, key_heads, 0, Floats(), problem_.values, of_cache);
   }
 
  private:
@@ -77,14 +88,20 @@ class Heads {
     kernels().to_float32(type_, at(tensor, element), count, destination);
   }
 
-  static uint8_t* at(const Tensor& tensor, int64_t element) {
-    return static_cast<uint8_t*>(tensor.mutable_data_ptr()) + element * tensor.element_size();
+  // Of x, with the bias.
+  void load_heads(int64_t token, int64_t first, int64_t count, float* destination) const {
+    load(problem_.x, (token * problem_.heads() + first) * dim_, count * dim_, destination);
+    for (int64_t d = 0; problem_.bias.defined() && d < count * dim_; ++d) {
+      destination[d] += bias_[first * dim_ + d];
+    }
   }
 
-  void add(const float* bias, float* values) const {
-    for (int64_t d = 0; d < dim_; ++d) {
-      values[d] += bias[d];
-    }
+  void normalise(const Floats& norm, int64_t length, float* values) const {
+    kernels().decoder.rms_norm(values, norm.data(), static_cast<float>(problem_.epsilon), length, values);
+  }
+
+  static uint8_t* at(const Tensor& tensor, int64_t element) {
+    return static_cast<uint8_t*>(tensor.mutable_data_ptr()) + element * tensor.element_size();
   }
 
   // The halves of what is turned are the real and the imaginary parts of a complex vector.

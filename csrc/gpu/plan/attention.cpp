@@ -101,7 +101,8 @@ class AttentionPlanner {
     const int64_t parts = std::max<int64_t>(ceil_div(keys, part_keys), 1);
 
     Launch launch = launch_of(Family::attention, form.kernel, instance, Format{}, facts_.dtype);
-    launch.kernel.constants = constants() | constant(QUANTIZATION_MLX_SPLIT_KEYS, parts > 1);
+    launch.kernel.constants = constants() | constant(QUANTIZATION_MLX_SPLIT_KEYS, parts > 1) |
+        constant(QUANTIZATION_MLX_WHOLE_HEADS, facts_.dim == form.dim && facts_.value_dim == form.value_dim);
     launch.kernel.threads = 32u * attention_simdgroups();
     launch.threadgroups = {
         static_cast<uint32_t>(blocks), static_cast<uint32_t>(parts),

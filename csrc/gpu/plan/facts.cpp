@@ -190,13 +190,13 @@ c10::SmallVector<RopeCacheFacts, 1> facts_of(const RopeIntoCacheProblem& problem
   RopeCacheFacts facts{};
   facts.dtype = static_cast<int32_t>(problem.x.scalar_type());
   facts.has_bias = problem.bias.defined();
-  facts.has_query_norm = problem.query_norm.defined();
-  facts.has_key_norm = problem.key_norm.defined();
   facts.has_angles_of_sequences = problem.has_angles_of_sequences();
   facts.batch = problem.batch();
   facts.tokens = problem.tokens();
   facts.query_heads = problem.query_heads;
   facts.key_heads = problem.key_heads();
+  facts.query_norm_heads = problem.query_norm_heads();
+  facts.key_norm_heads = problem.key_norm_heads();
   facts.dim = problem.dim();
   facts.rotated = problem.rotated();
   facts.capacity = problem.capacity();

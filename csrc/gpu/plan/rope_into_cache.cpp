@@ -12,8 +12,9 @@ Plan plan(const RopeCacheFacts& facts, std::string_view op, const Target& target
   Launch launch = launch_of(Family::rope_into_cache, "rope_into_cache", 1, Format{}, facts.dtype);
   const bool has_angles = facts.rotated > 0;
   launch.kernel.constants = constant(QUANTIZATION_MLX_HAS_BIAS, facts.has_bias) |
-      constant(QUANTIZATION_MLX_HAS_QUERY_NORM, facts.has_query_norm) |
-      constant(QUANTIZATION_MLX_HAS_KEY_NORM, facts.has_key_norm) | constant(QUANTIZATION_MLX_HAS_ANGLES, has_angles);
+      constant(QUANTIZATION_MLX_HAS_QUERY_NORM, facts.query_norm_heads > 0) |
+      constant(QUANTIZATION_MLX_HAS_KEY_NORM, facts.key_norm_heads > 0) |
+      constant(QUANTIZATION_MLX_HAS_ANGLES, has_angles);
   launch.kernel.threads = 32 * rope_cache_simdgroups();
   const int64_t heads = facts.query_heads + 2 * facts.key_heads;
   const int count = checked_int(op, "the number of heads of all tokens", facts.batch * facts.tokens * heads);
@@ -23,8 +24,8 @@ Plan plan(const RopeCacheFacts& facts, std::string_view op, const Target& target
       launch,
       {{Role::x},
        given(facts.has_bias, Role::bias),
-       given(facts.has_query_norm, Role::query_norm),
-       given(facts.has_key_norm, Role::key_norm),
+       given(facts.query_norm_heads > 0, Role::query_norm),
+       given(facts.key_norm_heads > 0, Role::key_norm),
        given(has_angles, Role::cosines),
        given(has_angles, Role::sines),
        {Role::keys},
@@ -36,11 +37,13 @@ Plan plan(const RopeCacheFacts& facts, std::string_view op, const Target& target
       checked("the number of tokens", facts.tokens),
       checked("the number of query heads", facts.query_heads),
       checked("the number of key heads", facts.key_heads),
+      static_cast<int>(facts.query_norm_heads),
+      static_cast<int>(facts.key_norm_heads),
       checked("the head size", facts.dim),
       static_cast<int>(facts.rotated),
       checked("the capacity of keys", facts.capacity),
       static_cast<int>(facts.position),
-      facts.has_angles_of_sequences,
+      static_cast<int>(facts.has_angles_of_sequences),
       static_cast<float>(std::bit_cast<double>(facts.epsilon))};
   set_params(launch, params, 9);
   return {{launch}, 0};
