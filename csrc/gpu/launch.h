@@ -136,7 +136,7 @@ inline constexpr float router_epsilon() { return 1e-20f; }
 inline constexpr int combine_elements() { return 4; }
 // Attention of few queries: simdgroups of a threadgroup; of what puts parts together, threads.
 inline constexpr int attention_simdgroups() { return 4; }
-inline constexpr int attention_combine_threads() { return 64; }
+inline constexpr int attention_combine_simdgroups() { return 4; }
 
 // Attention of many queries: rows of a block, simdgroups of a threadgroup, and keys of a step, by the bytes of a head.
 inline constexpr int attention_tile_rows() { return 32; }

@@ -615,57 +615,82 @@ template <typename T, int elements, int key_steps, int value_steps, int rows>
   }
 }
 
-// The parts of a row put together. One thread per element of y, x dimension: value_dim, y dimension: rows of y. A lane
-// has the weight of one of 32 parts, and hands it out; so many sums are loaded at once that their latency counts once.
+// The parts of a row put together. Threadgroups, x dimension: 32 elements of y, one to a lane, y dimension: rows of y.
+// The simdgroups share the parts, so that few loads follow one another, and add up what they have in threadgroup
+// memory. A lane has the weight of one of 32 parts, and hands it out; sums are loaded many at a time.
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(attention_combine_threads())]] void attention_combine(
+[[kernel, max_total_threads_per_threadgroup(32 * attention_combine_simdgroups())]] void attention_combine(
     const device float* partial_sums [[buffer(0)]],
     const device T* sinks [[buffer(1), function_constant(has_sinks)]],
     device T* y [[buffer(2)]],
     constant AttentionCombineParams& params [[buffer(3)]],
-    uint2 position [[thread_position_in_grid]],
+    uint3 threadgroup_index [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   constexpr int loads = 16;
-  const int element = min(static_cast<int>(position.x), params.value_dim - 1);
-  const long row = position.y;
+  constexpr int simdgroups = attention_combine_simdgroups();
+  threadgroup float shared_sums[simdgroups * 32];
+  threadgroup float shared_maxima[simdgroups];
+  threadgroup float shared_weights[simdgroups];
+  const int position = threadgroup_index.x * 32 + lane;
+  const int element = min(position, params.value_dim - 1);
+  const long row = threadgroup_index.y;
   const int part_size = params.value_dim + 2;
   const device float* parts = partial_sums + row * params.parts * part_size;
-  device T* result = y + row * params.value_dim + element;
+  const int share = (params.parts + simdgroups - 1) / simdgroups;
+  const int own_begin = static_cast<int>(simdgroup) * share;
+  const int own_end = min(own_begin + share, params.parts);
   float maximum = lowest_score;
-  for (int part = lane; part < params.parts; part += 32) {
-    maximum = max(maximum, parts[part * part_size + params.value_dim]);
-  }
-  maximum = max_of_row<1>(maximum);
-  float weights = 0.0f;
+  float weights = 0.0f;  // of this lane's parts
   float sum = 0.0f;
-  for (int begin = 0; begin < params.parts; begin += 32) {
-    const int part = begin + lane;
-    float factor = 0.0f;
-    if (part < params.parts) {
-      const device float* own = parts + part * part_size + params.value_dim;
-      factor = weight_of(own[0], maximum);
-      weights = fma(factor, own[1], weights);
-    }
-    const int end = min(32, params.parts - begin);
-    for (int first = 0; first < end; first += loads) {
+  for (int begin = own_begin; begin < own_end; begin += 32) {
+    const bool exists = begin + static_cast<int>(lane) < own_end;
+    const device float* own = parts + min(begin + static_cast<int>(lane), own_end - 1) * part_size + params.value_dim;
+    const float larger = max(maximum, max_of_row<1>(exists ? own[0] : lowest_score));
+    const float before = weight_of(maximum, larger);
+    const float factor = exists ? weight_of(own[0], larger) : 0.0f;
+    maximum = larger;
+    weights = fma(factor, own[1], weights * before);
+    sum *= before;
+    const int count = min(32, own_end - begin);
+    for (int first = 0; first < count; first += loads) {
       float sums[loads];
 #pragma unroll
       for (int i = 0; i < loads; ++i) {  // the last part again instead of what is not there
-        sums[i] = parts[min(begin + first + i, params.parts - 1) * part_size + element];
+        sums[i] = parts[min(begin + first + i, own_end - 1) * part_size + element];
       }
 #pragma unroll
       for (int i = 0; i < loads; ++i) {
         const float added = fma(simd_shuffle(factor, static_cast<ushort>(first + i)), sums[i], sum);
-        sum = first + i < end ? added : sum;
+        sum = first + i < count ? added : sum;
       }
     }
   }
-  const int head = position.y / params.queries % params.heads;
-  const float sink = has_sinks ? static_cast<float>(sinks[head]) : 0.0f;
-  const float mean = sum * final_factor(maximum, sum_of_row<1>(weights), sink);
-  if (static_cast<int>(position.x) < params.value_dim) {
-    *result = static_cast<T>(mean);
+  weights = sum_of_row<1>(weights);
+  shared_sums[simdgroup * 32 + lane] = sum;
+  if (lane == 0) {
+    shared_maxima[simdgroup] = maximum;
+    shared_weights[simdgroup] = weights;
   }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup > 0 || position >= params.value_dim) {
+    return;
+  }
+#pragma unroll
+  for (int i = 1; i < simdgroups; ++i) {
+    maximum = max(maximum, shared_maxima[i]);
+  }
+  sum = 0.0f;
+  weights = 0.0f;
+#pragma unroll
+  for (int i = 0; i < simdgroups; ++i) {
+    const float factor = weight_of(shared_maxima[i], maximum);
+    sum = fma(factor, shared_sums[i * 32 + lane], sum);
+    weights = fma(factor, shared_weights[i], weights);
+  }
+  const int head = threadgroup_index.y / params.queries % params.heads;
+  const float sink = has_sinks ? static_cast<float>(sinks[head]) : 0.0f;
+  y[row * params.value_dim + position] = static_cast<T>(sum * final_factor(maximum, weights, sink));
 }
 
 }  // namespace quantization_mlx

@@ -96,6 +96,18 @@ def test_any_order_of_threads(rows, seed):
             assert torch.equal(product(x.to("mps"), on_mps(packed)).cpu(), in_order.cpu())
 
 
+def test_attention_to_more_parts_of_keys_than_lanes():
+    """160 parts, of which a simdgroup of the kernel that puts them together has 40."""
+    query, keys, values = (oracle.random_x(1, 1, length, 64, seed=length).half() for length in (1, 10240, 10241))
+    values = values[:, :, 1:]
+    with mps.gpu("applegpu_g14d"):
+        operands = [each.to("mps") for each in (query, keys, values)]
+        y = q.fast.scaled_dot_product_attention(*operands, scale=1.0)
+        *_, combine = mps.launched()
+    assert combine.kernel == "attention_combine_float16"
+    assert_close(y, F.scaled_dot_product_attention(query, keys, values, scale=1.0))
+
+
 def expected_launches(plan: str) -> list[str]:
     return [launch["kernel"] for launch in json.loads(plan)["launches"]]
 

@@ -13,11 +13,12 @@ from quantization_mlx import fast
 from repository import ROOT
 from softmetal import mps
 
-# By header: the headers whose barriers stand before its own in a kernel's source, and queries that its kernel takes.
+# By header: the headers whose barriers stand before its own in a kernel's source, and queries and keys that its kernels
+# take.
 HEADERS = {
-    "attention": ((), 2),
-    "attention_tile": (("attention",), 40),
-    "attention_tensor": (("attention", "attention_tile"), 40),
+    "attention": ((), 2, 300),
+    "attention_tile": (("attention",), 40, 100),
+    "attention_tensor": (("attention", "attention_tile"), 40, 100),
 }
 
 
@@ -30,7 +31,7 @@ CASES = [(header, number) for header in HEADERS for number in range(barriers(hea
 
 @pytest.mark.parametrize(("header", "number"), CASES)
 def test_every_barrier_is_needed(header, number, monkeypatch):
-    before, queries = HEADERS[header]
+    before, queries, keys = HEADERS[header]
     index = sum(map(barriers, before)) + number
     compile = mps.device.compile
     changed = []
@@ -45,7 +46,7 @@ def test_every_barrier_is_needed(header, number, monkeypatch):
     monkeypatch.setenv("CI", "")
     monkeypatch.setattr(mps.device, "compile", compile_without)
     q = oracle.random_x(1, 2, queries, 64).half().to("mps")
-    k = oracle.random_x(1, 1, 100, 64, seed=2).half().to("mps")
+    k = oracle.random_x(1, 1, keys, 64, seed=2).half().to("mps")
     mps.clear()
     macos = 2602 if header == "attention_tensor" else 2600
     with mps.gpu(f"applegpu_g{700 + CASES.index((header, number))}p", macos), suppress(RuntimeError):

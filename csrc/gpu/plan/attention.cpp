@@ -165,9 +165,9 @@ class AttentionPlanner {
     const int64_t count = facts_.batch * facts_.query_heads * facts_.queries;
     Launch launch = launch_of(Family::attention, "attention_combine", 1, Format{}, facts_.dtype);
     launch.kernel.constants = constant(QUANTIZATION_MLX_HAS_SINKS, facts_.has_sinks);
-    launch.kernel.threads = attention_combine_threads();
+    launch.kernel.threads = 32u * attention_combine_simdgroups();
     launch.threadgroups = {
-        static_cast<uint32_t>(ceil_div(facts_.value_dim, attention_combine_threads())),
+        static_cast<uint32_t>(ceil_div(facts_.value_dim, 32)),
         static_cast<uint32_t>(checked_int(op_, "batch times heads times queries", count)), 1};
     const Argument sinks = facts_.has_sinks ? Argument{Role::sinks} : Argument{};
     set_arguments(launch, {{Role::workspace}, sinks, {Role::y}});
