@@ -1,25 +1,23 @@
 """A cache's layer in buffers with spare capacity, into which ops write keys and values of new tokens."""
 
-from collections.abc import Sequence
 from functools import cache as memoized
 from typing import Any
 
 from torch import Tensor
 
+from ..nn.buffers import Buffers
 from . import compat
 
 SPARE_POSITIONS = 256  # of a new buffer, beyond what it has to hold
 
 
-class GrowingLayer:
+class GrowingLayer(Buffers):
     """What the class of a cache's layer has in front, to hold keys and values in buffers that grow by doubling.
 
-    While there are `buffers` [batch, heads, capacity, head_dim], of keys and of values, `length` of their positions are
-    taken, and `keys` and `values` are views of those. Who assigns to either ends that.
+    While there are `buffers` [batch, heads, capacity, head_dim], of keys and of values, `keys` and `values` are views
+    of what is taken of them. Who assigns to either ends that.
     """
 
-    buffers: tuple[Tensor, ...] | None = None
-    length: int = 0
     packed_format: tuple[int, int] | None = None  # group size and bits, where the buffers are packed
 
     def reserve(self, tokens: int, sizes: tuple[int, int, int, int], like: Tensor) -> tuple[Tensor, ...]:
@@ -29,35 +27,16 @@ class GrowingLayer:
             `like`.
         """
         length = self.get_seq_length()
-        capacity = 0 if self.buffers is None else self.buffers[0].shape[-2]
-        if self.buffers is None or length + tokens > capacity:
+        if self.buffers is None or length + tokens > self.capacity:
             batch, heads, *dims = sizes
             parts = self._parts() if length else [like.new_empty(batch, heads, 0, dim) for dim in dims]
-            self.hold(parts, max(2 * capacity, length + tokens + SPARE_POSITIONS))
+            self.hold(parts, max(2 * self.capacity, length + tokens + SPARE_POSITIONS))
             self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
         return self.buffers
 
-    def advance(self, tokens: int) -> None:
-        """So many positions of the buffers have been written."""
-        self.length += tokens
-
     def _parts(self) -> list[Tensor]:
         """What is held, [..., positions, n] each."""
-        if self.buffers is None:
-            return self._states
-        return [buffer.narrow(-2, 0, self.length) for buffer in self.buffers]
-
-    def hold(self, parts: Sequence[Tensor], capacity: int) -> None:
-        """Copies these parts into new buffers: parts of two sizes, as of latent attention, into one, side by side."""
-        length = parts[0].shape[-2]
-        sizes = [part.shape[-1] for part in parts]
-        if len(parts) == 2 and sizes[0] != sizes[1]:
-            buffers = parts[0].new_empty(*parts[0].shape[:-2], capacity, sum(sizes)).split(sizes, -1)
-        else:
-            buffers = tuple(part.new_empty(*part.shape[:-2], capacity, part.shape[-1]) for part in parts)
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer[..., :length, :] = part
-        self.buffers, self.length = buffers, length
+        return self._states if self.buffers is None else self.held()
 
     def fits(self, batch: int, like: Tensor) -> bool:
         """Whether what is held is of this batch, and of the dtype and the device of `like`."""
@@ -82,7 +61,7 @@ class GrowingLayer:
         if self.buffers is None or tokens_to_remove > 0:
             super().crop(tokens_to_remove)
         else:
-            self.length = max(self.length + tokens_to_remove, 0)
+            self.keep(max(self.length + tokens_to_remove, 0))
 
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self.buffers is None else self.length

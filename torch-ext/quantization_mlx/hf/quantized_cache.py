@@ -111,12 +111,8 @@ def _layer_class() -> type:
                 return states
             tokens = key_states.shape[-2]
             batch, heads, _, head_dim = key_states.shape
-            for buffer, part in zip(
-                self.reserve(tokens, (batch, heads, head_dim, head_dim), key_states),
-                self._packed(key_states, value_states),
-                strict=True,
-            ):
-                buffer[..., self.length : self.length + tokens, :] = part
+            self.reserve(tokens, (batch, heads, head_dim, head_dim), key_states)
+            self.write(self._packed(key_states, value_states))
             self.length += tokens
             return self._state(0), self._state(1)
 

@@ -1,5 +1,6 @@
 """Marlin's interface: weights packed by columns, the products that its documentation names, layers and models."""
 
+from .cache import KVCacheTorch, MetalKVCache, MetalKVCacheConfig
 from .functions import (
     benchmark_dequant_fp4,
     dispatch_dequant_fp4,
@@ -22,8 +23,11 @@ from .saved import load_quantized, save_quantized
 
 __all__ = [
     "ColumnPackedLinear",
+    "KVCacheTorch",
     "MarlinLinear",
     "MarlinPipeline",
+    "MetalKVCache",
+    "MetalKVCacheConfig",
     "MetalKernelLibrary",
     "MetalQuantizedLinear",
     "ReplacementStats",
