@@ -143,6 +143,14 @@ prepare_for_generation
     DynamicSlidingWindowLayer.activate_past_recording: sets record_past, and then it may not
   transformers
     MistralConfig(sliding_window): the keys that attention sees
+from_float
+  transformers.models.llama.modeling_llama
+    LlamaRotaryEmbedding(config): the frequencies of rope_parameters, as in other families; has attention_scaling
+  transformers
+    LlamaConfig(rope_parameters, max_position_embeddings): which frequencies
+    MistralConfig(sliding_window): the keys that attention sees
+  transformers.integrations.moe
+    use_experts_implementation(is_concatenated, is_transposed): says how experts store their weights
 offload
   accelerate.utils.modeling
     set_module_tensor_to_device(module, tensor_name): patched: moves a parameter by the attribute of its name

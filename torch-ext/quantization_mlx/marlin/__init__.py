@@ -1,5 +1,7 @@
 """Marlin's interface: weights packed by columns, the products that its documentation names, layers and models."""
 
+from .attention import MetalAttention
+from .block import MetalTransformerBlock
 from .cache import KVCacheTorch, MetalKVCache, MetalKVCacheConfig
 from .functions import (
     benchmark_dequant_fp4,
@@ -15,8 +17,11 @@ from .functions import (
     pack_int4_sym_weights,
     pack_int4_weights,
 )
+from .latent_attention import MetalMLAAttention
 from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
 from .library import MetalKernelLibrary, get_default_library
+from .mixture import MetalMoELayer
+from .mlp import MetalMLP
 from .models import ReplacementStats, load_and_quantize, quantize_model, replace_linear_layers
 from .pipelines import MarlinPipeline, TransformersMarlinPipeline
 from .saved import load_quantized, save_quantized
@@ -26,10 +31,15 @@ __all__ = [
     "KVCacheTorch",
     "MarlinLinear",
     "MarlinPipeline",
+    "MetalAttention",
     "MetalKVCache",
     "MetalKVCacheConfig",
     "MetalKernelLibrary",
+    "MetalMLAAttention",
+    "MetalMLP",
+    "MetalMoELayer",
     "MetalQuantizedLinear",
+    "MetalTransformerBlock",
     "ReplacementStats",
     "TransformersMarlinPipeline",
     "benchmark_dequant_fp4",
