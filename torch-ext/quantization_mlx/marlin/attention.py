@@ -172,7 +172,7 @@ class MetalAttention(nn.Module):
         if kv_cache is not None:
             k, v = kv_cache.update(layer_idx, k, v)
         y = attend(op, q, k, v, self.scale, attention_mask, self.window)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1).to(hidden_states.dtype))
+        return self.o_proj(y.transpose(1, 2).flatten(2).to(hidden_states.dtype))
 
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"

@@ -179,7 +179,7 @@ class MetalMLAAttention(nn.Module):
             latent, k_turned = kv_cache.update(layer_idx, latent, k_turned)
         form = self._absorbed if self._absorbs(tokens) else self._expanded
         y = form(op, q, q_turned, latent, k_turned, attention_mask)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1).to(hidden_states.dtype))
+        return self.o_proj(y.transpose(1, 2).flatten(2).to(hidden_states.dtype))
 
     def _queries(self, hidden_states: Tensor) -> Tensor:
         if self.q_proj is not None:
@@ -213,10 +213,10 @@ class MetalMLAAttention(nn.Module):
         (k_words, v_words), (k_scales, v_scales) = self._by_head(words.view(torch.int32)), self._by_head(scales)
         group_size, bits, mode = format[1:]
         keys = dequantize(k_words, k_scales, None, group_size, bits, mode, dtype=q.dtype)
-        q = torch.bmm(_heads_first(q), keys.mT).view(self.num_heads, batch, tokens, -1).transpose(0, 1)
+        q = torch.bmm(_heads_first(q), keys.mT).unflatten(1, (batch, tokens)).transpose(0, 1)
         y = attend(op, torch.cat((q, q_turned), -1), side_by_side(latent, k_turned), latent, self.scale, mask)
         y = _quantized_matmul(_heads_first(y), v_words, v_scales, None, False, group_size, bits, mode)
-        return y.view(self.num_heads, batch, tokens, -1).transpose(0, 1)
+        return y.unflatten(1, (batch, tokens)).transpose(0, 1)
 
     def _by_head(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """The columns of keys and of values in a table [rows, num_heads * both] of kv_b_proj: [num_heads, rows, n]."""
