@@ -13,7 +13,9 @@ from .parts import (
     RMSNorm,
     Rotary,
     attend,
+    check_heads,
     check_hidden_states,
+    check_positive,
     check_sizes,
     new_rotary,
     size_of_heads,
@@ -79,6 +81,8 @@ class MetalAttention(nn.Module):
             raise ValueError(f"[{op}] num_heads is {num_heads}, which is no multiple of num_kv_heads, {num_kv_heads}")
         head_dim = size_of_heads(op, hidden_size, num_heads) if head_dim is None else head_dim
         check_sizes(op, head_dim=head_dim, window=1 if window is None else window)
+        check_heads(op, head_dim, head_dim)
+        check_positive(op, "rms_norm_eps", rms_norm_eps)
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.window = head_dim, window
         self.scale = head_dim**-0.5 if scale is None else scale

@@ -13,11 +13,15 @@ from .cache import MetalKVCache
 from .layers import MetalQuantizedLinear
 from .origins import check_origin, norm_of, rotary_of
 from .parts import (
+    MOST_DIM,
+    MOST_VALUE_DIM,
     Projections,
     RMSNorm,
     Rotary,
     attend,
+    check_heads,
     check_hidden_states,
+    check_positive,
     check_sizes,
     new_rotary,
     size_of_heads,
@@ -27,7 +31,6 @@ from .parts import (
 _quantized_matmul = ops.quantized_matmul.default
 
 _MOST_ABSORBED = 16  # new tokens: of more, expanding the keys is less work
-_MOST_DIM, _MOST_VALUE_DIM = 576, 512  # of heads, in the attention op
 
 
 class MetalMLAAttention(nn.Module):
@@ -91,11 +94,8 @@ class MetalMLAAttention(nn.Module):
         head_dim = _head_dim(op, hidden_size, num_heads, qk_rope_head_dim, head_dim, qk_nope_head_dim)
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         check_sizes(op, v_head_dim=v_head_dim)
-        if head_dim > _MOST_DIM or v_head_dim > _MOST_VALUE_DIM:
-            raise ValueError(
-                f"[{op}] head_dim is {head_dim} and v_head_dim {v_head_dim}; supported are up to {_MOST_DIM} and "
-                f"{_MOST_VALUE_DIM}"
-            )
+        check_positive(op, "rms_norm_eps", rms_norm_eps)
+        check_heads(op, head_dim, v_head_dim)
         self.hidden_size, self.num_heads, self.head_dim, self.v_head_dim = hidden_size, num_heads, head_dim, v_head_dim
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.qk_nope_head_dim = head_dim - qk_rope_head_dim
@@ -190,7 +190,7 @@ class MetalMLAAttention(nn.Module):
         """Whether so many new tokens attend to latent vectors, which takes the place of calling `kv_b_proj`."""
         layer = self.kv_b_proj
         is_plain = type(layer) is MetalQuantizedLinear and layer.bias is None and "forward" not in vars(layer)
-        fits = self.kv_lora_rank <= _MOST_VALUE_DIM and self.kv_lora_rank + self.qk_rope_head_dim <= _MOST_DIM
+        fits = self.kv_lora_rank <= MOST_VALUE_DIM and self.kv_lora_rank + self.qk_rope_head_dim <= MOST_DIM
         return tokens <= _MOST_ABSORBED and fits and is_plain and not any(getattr(layer, table) for table in HOOKS)
 
     def _expanded(

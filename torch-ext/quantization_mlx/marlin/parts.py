@@ -14,6 +14,8 @@ from ..formats import FLOATS
 from .functions import check_groups, check_size
 from .layers import MetalQuantizedLinear, mode_of_bits
 
+MOST_DIM, MOST_VALUE_DIM = 576, 512  # of heads of keys and of values, in the attention op
+
 # Checking
 
 
@@ -36,6 +38,15 @@ def size_of_heads(op: str, hidden_size: int, num_heads: int) -> int:
     if hidden_size % num_heads:
         raise ValueError(f"[{op}] hidden_size is {hidden_size}, which is no multiple of num_heads, {num_heads}")
     return hidden_size // num_heads
+
+
+def check_heads(op: str, head_dim: int, v_head_dim: int) -> None:
+    """Raises ValueError if heads of these sizes are more than the attention op takes."""
+    if head_dim > MOST_DIM or v_head_dim > MOST_VALUE_DIM:
+        raise ValueError(
+            f"[{op}] heads of queries and keys have {head_dim} elements and those of values {v_head_dim}; supported "
+            f"are up to {MOST_DIM} and {MOST_VALUE_DIM}"
+        )
 
 
 def check_hidden_states(op: str, hidden_states: Any, hidden_size: int) -> None:
