@@ -664,6 +664,10 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         run(attention(), attention_mask=torch.ones(BATCH, 7, dtype=torch.bool)),
         "[MetalAttention] attention_mask has shape [2, 7]; supported are bool or integers of [batch, keys] = [2, 20]",
     ),
+    "mask of new tokens alone": (
+        run(attention(), attention_mask=torch.ones(BATCH, 1, dtype=torch.int64)),
+        "[MetalAttention] attention_mask has shape [2, 1]; supported are bool or integers of [batch, keys] = [2, 20]",
+    ),
     "mask of other texts": (
         run(latent(), attention_mask=torch.ones(3, TOKENS, dtype=torch.int64)),
         "[MetalMLAAttention] attention_mask has shape [3, 20]; supported are",

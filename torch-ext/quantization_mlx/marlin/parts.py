@@ -223,8 +223,10 @@ def _visible(
     is_padding = mask.dim() == 2 and mask.dtype in _INTEGERS
     if not is_padding and mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"[{op}] attention_mask has dtype {mask.dtype}{_supported(scores)}")
-    wanted = (batch, keys) if is_padding else scores
-    if not _broadcasts(tuple(mask.shape), wanted):
+    shape = tuple(mask.shape)
+    # One key for all would be the mask of new tokens alone, beside a cache.
+    fits = shape[0] in (1, batch) and shape[1] == keys if is_padding else _broadcasts(shape, scores)
+    if not fits:
         raise ValueError(f"[{op}] attention_mask has shape {list(mask.shape)}{_supported(scores)}")
     if not is_padding:
         return (mask if mask.dtype == torch.bool else mask.to(dtype)), None
