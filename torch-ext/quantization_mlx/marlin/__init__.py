@@ -24,6 +24,7 @@ from .mixture import MetalMoELayer
 from .mlp import MetalMLP
 from .models import ReplacementStats, load_and_quantize, quantize_model, replace_linear_layers
 from .pipelines import MarlinPipeline, TransformersMarlinPipeline
+from .sampler import MetalSampler
 from .saved import load_quantized, save_quantized
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "MetalMoELayer",
     "MetalQuantizedLinear",
     "MetalTransformerBlock",
+    "MetalSampler",
     "ReplacementStats",
     "TransformersMarlinPipeline",
     "benchmark_dequant_fp4",

@@ -10,6 +10,7 @@ what is no tensor; the message names the function and shows what was given and w
 """
 
 import time
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -54,36 +55,51 @@ def check_groups(function: str, what: str, K: int, group_size: int) -> None:
         raise ValueError(f"[{function}] {what} is {K}, which does not divide into groups of {group_size}")
 
 
-def _check_tensor(function: str, name: str, value: Any, dimensions: int | None = None) -> None:
+def check_tensor(function: str, name: str, value: Any, dimensions: int | None = None) -> None:
+    """Raises TypeError unless a value is a tensor, and ValueError unless it has so many dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"[{function}] {name} is of type {type(value).__name__}; it must be a tensor")
     if dimensions is not None and value.dim() != dimensions:
         raise ValueError(f"[{function}] {name} has shape {list(value.shape)}; it must have {dimensions} dimensions")
 
 
-def _check_packed(function: str, mode: str, group_size: int, K: int, N: int, **packed: Any) -> None:
-    """Checks packed weights under their documented names: first the words, then scales and maybe zeros."""
-    check_groups(function, "K", K, group_size)
-    check_size(function, "N", N)
+def check_shape(function: str, name: str, tensor: Any, shape: tuple[int, ...], sizes: Mapping[str, int]) -> None:
+    """Raises TypeError unless a value is a tensor, and ValueError unless it has this shape, which follows from `sizes`
+    by their documented names."""
+    if isinstance(tensor, Tensor) and tensor.shape == shape:
+        return
+    check_tensor(function, name, tensor, len(shape))
+    *others, last = (f"{size} = {number}" for size, number in sizes.items())
+    given = f"{', '.join(others)} and {last}" if others else last
+    raise ValueError(f"[{function}] {name} has shape {list(tensor.shape)}; with {given} it must be {list(shape)}")
+
+
+def check_packed(function: str, mode: str, sizes: Mapping[str, int], packed: Mapping[str, Any]) -> None:
+    """Checks packed weights, under their documented names: first the words, then scales and maybe zeros.
+
+    sizes: by their documented names: how many matrices there are, where that is a size of the tensors, K, N and the
+        group_size.
+    """
+    *matrices, K, N, group_size = sizes.values()
+    K_name, N_name, _ = list(sizes)[-3:]
+    check_groups(function, K_name, K, group_size)
+    check_size(function, N_name, N)
     rows, dtypes = K * BITS[mode] // 32, (torch.uint32, torch.int32)
     for name, tensor in packed.items():
-        _check_tensor(function, name, tensor, 2)
-        if tuple(tensor.shape) != (rows, N):
-            raise ValueError(
-                f"[{function}] {name} has shape {list(tensor.shape)}; with K = {K}, N = {N} and group_size = "
-                f"{group_size} it must be {[rows, N]}"
-            )
-        _check_dtype(function, name, tensor, dtypes)
+        check_shape(function, name, tensor, (*matrices, rows, N), sizes)
+        check_dtype(function, name, tensor, dtypes)
         rows, dtypes = K // group_size, (torch.float16,)
-    _check_devices(function, **packed)
+    check_devices(function, **packed)
 
 
-def _check_dtype(function: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_dtype(function: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises TypeError unless a tensor has one of these dtypes."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"[{function}] {name} has dtype {tensor.dtype}; supported are {', '.join(map(str, dtypes))}")
 
 
-def _check_devices(function: str, **tensors: Tensor) -> None:
+def check_devices(function: str, **tensors: Tensor) -> None:
+    """Raises ValueError unless the tensors are where the first of them is."""
     (first, one), *others = tensors.items()
     for name, tensor in others:
         if tensor.device != one.device:
@@ -97,7 +113,7 @@ def _check_devices(function: str, **tensors: Tensor) -> None:
 
 def pack(function: str, mode: str, weights: Tensor, group_size: int, name: str = "weights") -> tuple[Tensor, ...]:
     """`quantize` of weights [K, N] in a marlin mode; errors carry the name of `function`, and that of its argument."""
-    _check_tensor(function, name, weights, 2)
+    check_tensor(function, name, weights, 2)
     if not weights.is_floating_point():
         raise TypeError(f"[{function}] {name} has dtype {weights.dtype}; it must be a floating-point one")
     check_groups(function, f"K, the number of rows of {name},", weights.shape[0], group_size)
@@ -154,16 +170,16 @@ def pack_int4_sym_weights(weights: Tensor, group_size: int = 128) -> tuple[Tenso
 def _multiply(
     function: str, mode: str, A: Tensor, group_size: int, K: int, N: int, B_packed: Tensor, **tables: Tensor
 ) -> Tensor:
-    _check_dtype(function, "A", A, FLOATS)
-    _check_packed(function, mode, group_size, K, N, B_packed=B_packed, **tables)
-    _check_devices(function, A=A, B_packed=B_packed)
+    check_dtype(function, "A", A, FLOATS)
+    check_packed(function, mode, {"K": K, "N": N, "group_size": group_size}, {"B_packed": B_packed, **tables})
+    check_devices(function, A=A, B_packed=B_packed)
     operands = A, B_packed, tables["scales"], tables.get("zeros")
     return _quantized_matmul(*operands, False, group_size, BITS[mode], mode, op=function)
 
 
 def _gemm(function: str, mode: str, A: Tensor, group_size: int, B_packed: Tensor, **tables: Tensor) -> Tensor:
-    _check_tensor(function, "A", A)
-    _check_tensor(function, "B_packed", B_packed, 2)
+    check_tensor(function, "A", A)
+    check_tensor(function, "B_packed", B_packed, 2)
     if not A.dim():
         raise ValueError(f"[{function}] A has no dimensions; it must be [..., K]")
     return _multiply(function, mode, A, group_size, A.shape[-1], B_packed.shape[-1], B_packed, **tables)
@@ -190,7 +206,8 @@ def marlin_gemm_int4(A: Tensor, B_packed: Tensor, scales: Tensor, zeros: Tensor,
     return _gemm("marlin_gemm_int4", "marlin_int4", A, group_size, B_packed, scales=scales, zeros=zeros)
 
 
-def _check_library(function: str, lib: Any) -> None:
+def check_library(function: str, lib: Any) -> None:
+    """Raises TypeError unless it is a MetalKernelLibrary."""
     if not isinstance(lib, MetalKernelLibrary):
         raise TypeError(f"[{function}] lib is of type {type(lib).__name__}; it must be a MetalKernelLibrary")
 
@@ -199,12 +216,10 @@ def _dispatch(
     function: str, mode: str, lib: Any, A: Tensor, B_packed: Tensor, scales: Tensor, sizes: tuple[int, ...], group: int
 ) -> Tensor:
     M, N, K = sizes
-    _check_library(function, lib)
-    _check_tensor(function, "A", A, 2)
+    check_library(function, lib)
     check_size(function, "M", M)
     check_size(function, "K", K)
-    if tuple(A.shape) != (M, K):
-        raise ValueError(f"[{function}] A has shape {list(A.shape)}; with M = {M} and K = {K} it must be [{M}, {K}]")
+    check_shape(function, "A", A, (M, K), {"M": M, "K": K})
     return _multiply(function, mode, A, group, K, N, B_packed, scales=scales)
 
 
@@ -245,8 +260,8 @@ def dispatch_dequant_fp4(
 ) -> Tensor:
     """The weights, float16 [K, N], of packed uint32 [K / 8, N] and scales float16 [K / group_size, N]."""
     function, mode = "dispatch_dequant_fp4", "marlin_fp4"
-    _check_library(function, lib)
-    _check_packed(function, mode, group_size, K, N, packed=packed, scales=scales)
+    check_library(function, lib)
+    check_packed(function, mode, {"K": K, "N": N, "group_size": group_size}, {"packed": packed, "scales": scales})
     return dequantize(packed, scales, None, group_size, BITS[mode], mode)
 
 
@@ -270,7 +285,7 @@ def benchmark_dequant_fp4(
         each scale and 16 written for each word; throughput_gop_s: 10^9 weights unpacked per second.
     """
     function = "benchmark_dequant_fp4"
-    _check_library(function, lib)
+    check_library(function, lib)
     check_group_size(function, group_size)
     check_size(function, "num_packed", num_packed, 1)
     check_size(function, "warmup_iters", warmup_iters)

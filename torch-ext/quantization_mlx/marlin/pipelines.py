@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,8 @@ from ..hf import compat
 from ..optional import PreTrainedModel, PreTrainedTokenizerBase
 from .layers import mode_of_bits, mode_of_quant_type
 from .models import LayerFilter, load_dense, quantize_model, replace_linear_layers
+from .sampler import usable_options
 from .saved import is_saved, load_quantized, usable_device
-
-# name -> (type, test, description of valid values)
-_SAMPLING: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "max_tokens": (Integral, lambda count: count >= 1, "a whole number of at least 1"),
-    "temperature": (Real, lambda number: 0 <= number < math.inf, "a finite number of at least 0"),
-    "top_p": (Real, lambda number: 0 < number <= 1, "a number above 0 and at most 1"),
-    "top_k": (Integral, lambda count: count >= 0, "a whole number of at least 0"),
-}
 
 
 class TransformersMarlinPipeline:
@@ -190,13 +181,11 @@ class TransformersMarlinPipeline:
                     "prompt, and its method generate what the model returns"
                 )
         given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        for name, (kind, fits, wanted) in _SAMPLING.items():
-            if not isinstance(given[name], kind) or isinstance(given[name], bool) or not fits(given[name]):
-                raise ValueError(f"[{type(self).__name__}] {name} is {given[name]!r}; it must be {wanted}")
+        filters = usable_options(type(self).__name__, **given)
+        count = filters.pop("max_tokens")
         if temperature == 0:
-            return {"max_new_tokens": max_tokens, "do_sample": False, **options}
-        filters = {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
-        return {"max_new_tokens": max_tokens, "do_sample": True, **filters, **options}
+            return {"max_new_tokens": count, "do_sample": False, **options}
+        return {"max_new_tokens": count, "do_sample": True, **filters, **options}
 
     @property
     def _pad_token_id(self) -> int:
