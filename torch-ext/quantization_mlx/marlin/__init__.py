@@ -23,6 +23,7 @@ from .library import MetalKernelLibrary, get_default_library
 from .mixture import MetalMoELayer
 from .mlp import MetalMLP
 from .models import ReplacementStats, load_and_quantize, quantize_model, replace_linear_layers
+from .moe_dispatch import dispatch_moe_decode, dispatch_moe_optimized
 from .pipelines import MarlinPipeline, TransformersMarlinPipeline
 from .sampler import MetalSampler
 from .saved import load_quantized, save_quantized
@@ -49,6 +50,8 @@ __all__ = [
     "dispatch_gemm_fp4",
     "dispatch_gemm_fp8",
     "dispatch_gemm_int2",
+    "dispatch_moe_decode",
+    "dispatch_moe_optimized",
     "get_default_library",
     "load_and_quantize",
     "load_quantized",
