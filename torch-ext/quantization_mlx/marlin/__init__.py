@@ -18,6 +18,7 @@ from .functions import (
     pack_int4_weights,
 )
 from .latent_attention import MetalMLAAttention
+from .generate import CacheFullError, CausalLM, GenerationConfig, generate_stream
 from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
 from .library import MetalKernelLibrary, get_default_library
 from .mixture import MetalMoELayer
@@ -29,7 +30,10 @@ from .sampler import MetalSampler
 from .saved import load_quantized, save_quantized
 
 __all__ = [
+    "CacheFullError",
+    "CausalLM",
     "ColumnPackedLinear",
+    "GenerationConfig",
     "KVCacheTorch",
     "MarlinLinear",
     "MarlinPipeline",
@@ -52,6 +56,7 @@ __all__ = [
     "dispatch_gemm_int2",
     "dispatch_moe_decode",
     "dispatch_moe_optimized",
+    "generate_stream",
     "get_default_library",
     "load_and_quantize",
     "load_quantized",
