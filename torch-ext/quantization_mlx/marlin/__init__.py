@@ -17,8 +17,8 @@ from .functions import (
     pack_int4_sym_weights,
     pack_int4_weights,
 )
-from .latent_attention import MetalMLAAttention
 from .generate import CacheFullError, CausalLM, GenerationConfig, generate_stream
+from .latent_attention import MetalMLAAttention
 from .layers import ColumnPackedLinear, MarlinLinear, MetalQuantizedLinear
 from .library import MetalKernelLibrary, get_default_library
 from .mixture import MetalMoELayer
@@ -45,8 +45,8 @@ __all__ = [
     "MetalMLP",
     "MetalMoELayer",
     "MetalQuantizedLinear",
-    "MetalTransformerBlock",
     "MetalSampler",
+    "MetalTransformerBlock",
     "ReplacementStats",
     "TransformersMarlinPipeline",
     "benchmark_dequant_fp4",
