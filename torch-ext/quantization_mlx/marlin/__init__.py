@@ -3,6 +3,7 @@
 from .attention import MetalAttention
 from .block import MetalTransformerBlock
 from .cache import KVCacheTorch, MetalKVCache, MetalKVCacheConfig
+from .deprecated import MetalGenerationConfig, MetalGLM47Model, QuantizedLlamaLayer, QuantizedModel
 from .functions import (
     benchmark_dequant_fp4,
     dispatch_dequant_fp4,
@@ -38,6 +39,8 @@ __all__ = [
     "MarlinLinear",
     "MarlinPipeline",
     "MetalAttention",
+    "MetalGLM47Model",
+    "MetalGenerationConfig",
     "MetalKVCache",
     "MetalKVCacheConfig",
     "MetalKernelLibrary",
@@ -47,6 +50,8 @@ __all__ = [
     "MetalQuantizedLinear",
     "MetalSampler",
     "MetalTransformerBlock",
+    "QuantizedLlamaLayer",
+    "QuantizedModel",
     "ReplacementStats",
     "TransformersMarlinPipeline",
     "benchmark_dequant_fp4",

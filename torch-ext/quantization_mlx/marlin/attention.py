@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import MetalKVCache
-from .layers import MetalQuantizedLinear
+from .layers import packed_linear
 from .origins import check_origin, norm_of, rotary_of, window_of
 from .parts import (
     Projections,
@@ -104,7 +104,7 @@ class MetalAttention(nn.Module):
     @classmethod
     def from_float(cls, module: nn.Module, bits: int = 4, group_size: int = 128) -> MetalAttention:
         """Quantizes the attention of a Llama, Mistral, Qwen2, Qwen3, SmolLM3, Mixtral or Qwen3-MoE model of
-        Transformers, which shares nothing with the result.
+        Transformers, which shares nothing with the result but layers that are packed already.
 
         Raises:
             TypeError: it is none of these, or has a forward of its own.
@@ -127,7 +127,7 @@ class MetalAttention(nn.Module):
             device="meta",
         )
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(made, name, MetalQuantizedLinear.from_float(getattr(module, name), bits, group_size))
+            setattr(made, name, packed_linear(getattr(module, name), bits, group_size))
         if hasattr(module, "q_norm"):
             made.q_norm, made.k_norm = norm_of(op, module.q_norm), norm_of(op, module.k_norm)
         return made.train(module.training)

@@ -75,7 +75,7 @@ class MetalTransformerBlock(nn.Module):
     @classmethod
     def from_float(cls, module: nn.Module, bits: int = 4, group_size: int = 128) -> MetalTransformerBlock:
         """Quantizes a decoder's layer of a Llama, Mistral, Qwen2, Qwen3, SmolLM3, Mixtral, Qwen3-MoE, DeepSeek-V3 or
-        GLM-4.7-Flash model of Transformers, which shares nothing with the result.
+        GLM-4.7-Flash model of Transformers, which shares nothing with the result but layers that are packed already.
 
         Raises:
             TypeError, ValueError: as `MetalAttention.from_float` and `MetalMLP.from_float`.

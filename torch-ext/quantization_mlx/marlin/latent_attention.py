@@ -10,7 +10,7 @@ from ..nn.buffers import side_by_side
 from ..nn.obstacles import HOOKS
 from ..ops import dequantize
 from .cache import MetalKVCache
-from .layers import MetalQuantizedLinear
+from .layers import MetalQuantizedLinear, packed_linear
 from .origins import check_origin, norm_of, rotary_of
 from .parts import (
     MOST_DIM,
@@ -125,7 +125,7 @@ class MetalMLAAttention(nn.Module):
     @classmethod
     def from_float(cls, module: nn.Module, bits: int = 4, group_size: int = 128) -> MetalMLAAttention:
         """Quantizes the attention of a DeepSeek-V3 or GLM-4.7-Flash model of Transformers, which shares nothing with
-        the result.
+        the result but layers that are packed already.
 
         Raises:
             TypeError, ValueError: as `MetalAttention.from_float`.
@@ -149,7 +149,7 @@ class MetalMLAAttention(nn.Module):
         )
         for name, layer in made.named_children():
             if isinstance(layer, MetalQuantizedLinear):
-                setattr(made, name, MetalQuantizedLinear.from_float(getattr(module, name), bits, group_size))
+                setattr(made, name, packed_linear(getattr(module, name), bits, group_size))
             elif isinstance(layer, RMSNorm):
                 setattr(made, name, norm_of(op, getattr(module, name)))
         return made.train(module.training)

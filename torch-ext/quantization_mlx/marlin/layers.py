@@ -186,3 +186,10 @@ class MetalQuantizedLinear(ColumnPackedLinear):
     def from_float(cls, linear: nn.Linear, bits: int = 4, group_size: int = 128) -> MetalQuantizedLinear:
         """Quantizes `linear`, which shares nothing with the layer that is returned."""
         return cls.quantized("from_float", linear, nn.Linear, bits=bits, group_size=group_size)
+
+
+def packed_linear(linear: nn.Module, bits: int, group_size: int) -> nn.Module:
+    """`MetalQuantizedLinear.from_float`, but that a layer which is packed already is taken as it is."""
+    if isinstance(linear, ColumnPackedLinear):
+        return linear
+    return MetalQuantizedLinear.from_float(linear, bits, group_size)

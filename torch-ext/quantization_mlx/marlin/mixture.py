@@ -145,7 +145,7 @@ class MetalMoELayer(nn.Module):
     @classmethod
     def from_float(cls, module: nn.Module, bits: int = 4, group_size: int = 128) -> MetalMoELayer:
         """Quantizes the mixture of experts of a Mixtral, Qwen3-MoE, DeepSeek-V3 or GLM-4.7-Flash model of Transformers,
-        which shares nothing with the result. The router stays as it is.
+        which shares nothing with the result but layers that are packed already. The router stays as it is.
 
         Raises:
             TypeError, ValueError: as `MetalMLP.from_float`.
@@ -157,9 +157,10 @@ class MetalMoELayer(nn.Module):
         check_origin(op, router, "router")
         check_origin(op, experts, "experts")
         check_activation(op, experts)
-        if experts.is_transposed or not experts.is_concatenated or not isinstance(experts.down_proj, nn.Parameter):
+        down_proj = experts.down_proj.weight if isinstance(experts.down_proj, nn.Module) else experts.down_proj
+        if experts.is_transposed or not experts.is_concatenated or down_proj.dim() != 3:
             raise TypeError(f"[{op}] these {type(experts).__name__} do not hold their weights as the known ones")
-        num_experts, hidden_size, intermediate_size = experts.down_proj.shape
+        num_experts, hidden_size, intermediate_size = down_proj.shape
         if num_experts != len(router.weight):
             raise ValueError(f"[{op}] {len(router.weight)} experts can be chosen, of which {num_experts} are here")
         routing = dict(family.routing(router))
@@ -171,9 +172,7 @@ class MetalMoELayer(nn.Module):
             made.gate.e_score_correction_bias = score_bias.detach().float().clone()
         mode = mode_of_bits(op, bits, group_size)
         for name in ("gate_up_proj", "down_proj"):
-            fused = SwitchLinear(getattr(experts, name).detach())
-            packed = ColumnPackedSwitchLinear.from_switch_linear(fused, mode, group_size)
-            setattr(made.experts, name, packed)
+            setattr(made.experts, name, _packed_experts(op, experts, name, mode, group_size))
         if getattr(module, "shared_experts", None) is not None:
             made.shared_experts = MetalMLP.from_float(module.shared_experts, bits, group_size)
         return made.train(module.training)
@@ -189,3 +188,24 @@ class MetalMoELayer(nn.Module):
         experts, weights = self.gate(rows)
         shared = None if self.shared_experts is None else self.shared_experts(rows)
         return fast.moe_combine(self.experts(rows, experts), weights, residual=shared).view_as(hidden_states)
+
+
+def _packed_experts(op: str, experts: nn.Module, name: str, mode: str, group_size: int) -> ColumnPackedSwitchLinear:
+    """The projection of that name; what is packed already is taken as it is."""
+    if (fused := experts._parameters.get(name)) is not None:
+        return ColumnPackedSwitchLinear.from_switch_linear(SwitchLinear(fused.detach()), mode, group_size)
+    parts = [getattr(experts, each) for each in (("gate_proj", "up_proj") if name == "gate_up_proj" else (name,))]
+    if any(type(part) is not ColumnPackedSwitchLinear or part.bias is not None for part in parts):
+        raise TypeError(f"[{op}] these {type(experts).__name__} are packed, but not by columns")
+    if len({tuple(part.format.items()) for part in parts}) > 1:
+        raise TypeError(f"[{op}] gates and values of these {type(experts).__name__} have different formats")
+    return parts[0] if len(parts) == 1 else _side_by_side(*parts)
+
+
+def _side_by_side(gates: ColumnPackedSwitchLinear, values: ColumnPackedSwitchLinear) -> ColumnPackedSwitchLinear:
+    columns = gates.out_features + values.out_features
+    sizes = gates.num_experts, gates.in_features, columns
+    made = ColumnPackedSwitchLinear(*sizes, gates.mode, gates.group_size, device="meta")
+    pairs = zip(gates.packed()[:3], values.packed()[:3], strict=True)
+    made.take([torch.cat(pair, -1) for pair in pairs if pair[0] is not None], gates.weight)
+    return made.train(gates.training)

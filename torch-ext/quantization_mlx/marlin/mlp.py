@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import fast
-from .layers import MetalQuantizedLinear
+from .layers import packed_linear
 from .origins import check_activation, check_origin
 from .parts import Projections, check_sizes
 
@@ -45,7 +45,8 @@ class MetalMLP(nn.Module):
 
     @classmethod
     def from_float(cls, module: nn.Module, bits: int = 4, group_size: int = 128) -> MetalMLP:
-        """Quantizes the MLP of a decoder's layer of Transformers, which shares nothing with the result.
+        """Quantizes the MLP of a decoder's layer of Transformers, which shares nothing with the result but layers that
+        are packed already.
 
         Raises:
             TypeError: it is none of a known kind; the message lists these.
@@ -58,7 +59,7 @@ class MetalMLP(nn.Module):
         in_features, out_features = module.gate_proj.in_features, module.gate_proj.out_features
         made = cls(in_features, out_features, bits, group_size, device="meta")
         for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(made, name, MetalQuantizedLinear.from_float(getattr(module, name), bits, group_size))
+            setattr(made, name, packed_linear(getattr(module, name), bits, group_size))
         return made.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
