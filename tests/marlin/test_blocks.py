@@ -569,12 +569,6 @@ def changed_class() -> MetalAttention:
     return MetalAttention.from_float(module, 8, GROUP_SIZE)
 
 
-def in_use() -> MetalAttention:
-    block = decoder("Llama").model.layers[0]
-    block.self_attn.q_proj = MetalQuantizedLinear.from_float(block.self_attn.q_proj, 8, GROUP_SIZE)
-    return MetalAttention.from_float(block.self_attn, 8, GROUP_SIZE)
-
-
 def beyond_the_cache() -> Any:
     module = attention()
     return in_chunks(module, states(), (20,), new_cache(module, most=16))
@@ -755,7 +749,6 @@ TYPE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         "[MetalAttention.from_float] Other has a forward of its own and may compute something else than LlamaAttention",
     ),
     "norm": (changed_norm, "[MetalTransformerBlock.from_float] module is of type Louder; supported are classes of Tra"),
-    "packed already": (in_use, "[MetalQuantizedLinear.from_float] MetalQuantizedLinear has a forward of its own"),
 }
 
 
