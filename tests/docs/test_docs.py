@@ -19,7 +19,10 @@ from foreign import AWQ, GPTQ, foreign_checkpoint
 from quantization_mlx import quantize_model, save_checkpoint, unpatch_peft, unpatch_transformers
 from repository import ROOT
 
-PAGES = ("load", "quantize", "convert", "moe", "train", "troubleshoot", "command-line", "generate", "marlin", "migrate")
+PAGES = (
+    *("load", "quantize", "convert", "moe", "train", "troubleshoot"),
+    *("command-line", "generate", "marlin", "blocks", "migrate"),
+)
 # The server's example is a file; the kernels' pages show what needs certain machines.
 OTHER_PAGES = {"serve", "cpu", "metal"}
 

@@ -98,7 +98,6 @@ def test_a_saved_model(name: str, bits: int, saved: Callable[..., Path]) -> None
         cache.advance(chunk.shape[1])
     tiny.assert_close(torch.cat(parts, 1), expected)
     wanted = theirs.generate(tiny.TOKENS, max_new_tokens=16, do_sample=False, pad_token_id=0, **NO_END)
-    ours.max_position_embeddings = 64  # GLM-4.7-Flash's 202752 would be reserved
     assert torch.equal(ours.generate(tiny.TOKENS, 16, temperature=0, repetition_penalty=1.0, **NO_END), wanted)
 
 
@@ -112,7 +111,8 @@ def test_a_model_of_sizes(saved: Callable[..., Path]) -> None:
     ours.load_state_dict(theirs.state_dict())
     assert torch.equal(ours(tiny.TOKENS), stored(tiny.TOKENS))
     tiny.assert_close(ours(tiny.TOKENS), theirs(tiny.TOKENS).logits)
-    assert ours.create_kv_cache().max_seq_len == 4096
+    assert ours.create_kv_cache().max_seq_len == ours.create_kv_cache(2, 10**6).max_seq_len == 4096
+    assert ours.create_kv_cache(max_seq_len=5).max_seq_len == 5
     half = quiet(MetalGLM47Model, **SIZES, dtype=torch.bfloat16)
     half.load_state_dict(theirs.state_dict())
     tiny.assert_close(half(tiny.TOKENS), theirs(tiny.TOKENS).logits, 0.05)
@@ -131,7 +131,6 @@ def test_padding(saved: Callable[..., Path]) -> None:
 def test_text(saved: Callable[..., Path]) -> None:
     """By the function of this name, whose defaults these are."""
     model = quiet(MetalGLM47Model.from_quantized, saved("dense"), device="cpu")
-    model.max_position_embeddings = 320
     config = GenerationConfig(12, 0.9, 0.8, 20, 1.3, NO_END["eos_token_id"])
     state = torch.get_rng_state()
     torch.manual_seed(3)

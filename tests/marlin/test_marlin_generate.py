@@ -13,15 +13,18 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
+import blocks
 import marlin_models
 import oracle
 import tiny
+from process import printed
 from quantization_mlx import load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
 from quantization_mlx.marlin import (
     CacheFullError,
     MetalKVCache,
     MetalKVCacheConfig,
     MetalSampler,
+    MetalTransformerBlock,
     generate_stream,
     replace_linear_layers,
 )
@@ -172,6 +175,22 @@ def test_no_new_tokens() -> None:
     model = Handmade()
     assert torch.equal(generate(model, PROMPT, GenerationConfig(0)), PROMPT)
     assert model.caches[0].seq_len == 5
+
+
+def test_a_new_cache_has_the_room_that_is_needed() -> None:
+    """Where the model can be told; the last token does not go through it."""
+
+    class Told(Handmade):
+        def create_kv_cache(self, batch_size: int = 1, max_seq_len: int = 64) -> MetalKVCache:
+            self.capacity = max_seq_len
+            return super().create_kv_cache(batch_size)
+
+    for rows in (PROMPT, ROWS):
+        for count, positions in ((0, 5), (1, 5), (20, 24)):
+            model = Told()
+            result = generate(model, rows, GenerationConfig(count, **GREEDY))
+            assert torch.equal(result, generate(Handmade(), rows, GenerationConfig(count, **GREEDY)))
+            assert model.caches[0].max_seq_len == model.caches[0].seq_len == positions
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7])
@@ -469,6 +488,46 @@ def test_prompts_move_to_the_model(device: str) -> None:
     result = generate(model, tiny.TOKENS, GenerationConfig(3, **GREEDY))
     assert result.device.type == device
     assert result.tolist() == own_text(marlin_models.quantized("llama"), tiny.TOKENS, 3).tolist()
+
+
+# --- Models of blocks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Mixtral", "DeepseekV3"])
+def test_models_of_blocks(family: str) -> None:
+    """As without a cache, of which each step sees the whole text; rows of a batch and chunks of prompts, too."""
+    made = blocks.decoder(family)
+    layers = [MetalTransformerBlock.from_float(layer, 4, blocks.GROUP_SIZE) for layer in made.model.layers]
+    model = blocks.randomized(blocks.Decoder(layers)).eval()
+    rows = torch.stack([tiny.TOKENS[0], tiny.TOKENS[0].flip(0)])
+    expected = [blocks.greedy(model, row[None], 12, cached=False) for row in rows]
+    config = GenerationConfig(12, prefill_chunk_size=4, **GREEDY)
+    for index, row in enumerate(rows):
+        assert generate(model, row[None], config)[0, 10:].tolist() == expected[index]
+    assert generate(model, rows, config)[:, 10:].tolist() == expected
+
+
+def test_no_transformers_are_needed() -> None:
+    """By a process in which they cannot be imported."""
+    program = """
+import sys
+sys.modules["transformers"] = None
+import torch
+from quantization_mlx.marlin.generate import GenerationConfig, generate
+
+class Model:
+    vocab_size = 8
+
+    def create_kv_cache(self):
+        from quantization_mlx.marlin import MetalKVCache, MetalKVCacheConfig
+        return MetalKVCache(MetalKVCacheConfig(1, 1, 1, 16))
+
+    def __call__(self, input_ids, kv_cache):
+        return torch.nn.functional.one_hot((input_ids + 1) % 8, 8).float()
+
+print(generate(Model(), torch.tensor([[1, 2]]), GenerationConfig(4, do_sample=False, eos_token_id=6)).tolist())
+"""
+    assert printed("-c", program) == "[[1, 2, 3, 4, 5]]\n"
 
 
 # --- The documented example, with another model -----------------------------------------------------------------------

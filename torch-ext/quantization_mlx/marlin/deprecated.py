@@ -205,11 +205,12 @@ class MetalGLM47Model(nn.Module):
         return self.lm_head(self.model.norm(x))
 
     def create_kv_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> MetalKVCache:
-        """An empty cache for so many texts, with room for so many positions, or for max_position_embeddings; in the
-        dtype of the model."""
+        """An empty cache for so many texts, in the dtype of the model, with room for max_position_embeddings, or for
+        max_seq_len if that is less."""
         attention, like = self.model.layers[0].self_attn, self.model.norm.weight
         most = self.max_position_embeddings if max_seq_len is None else max_seq_len
         check_size("MetalGLM47Model.create_kv_cache", "max_seq_len", most, 1)
+        most = min(most, self.max_position_embeddings)
         places = {"max_seq_len": most, "dtype": like.dtype, "device": like.device}
         return MetalKVCache(MetalKVCacheConfig(len(self.model.layers), **attention.cache_sizes, **places), batch_size)
 

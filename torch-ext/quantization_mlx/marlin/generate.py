@@ -32,7 +32,8 @@ class CausalLM(Protocol):
         The cache is not advanced."""
 
     def create_kv_cache(self) -> KVCacheTorch:
-        """An empty cache. For batches of several rows it takes the keyword argument batch_size."""
+        """An empty cache. For batches of several rows it takes the keyword argument batch_size; and max_seq_len, the
+        positions that will do, where it can make use of that."""
 
     @property
     def vocab_size(self) -> int:
@@ -154,7 +155,8 @@ class _Text:
         self.prompt_length = input_ids.shape[1]
         self.pad = _usable_padding(op, config, self.model.vocab_size) if len(input_ids) > 1 else None
         self.keeps_cache = cache is not None
-        self.cache = _usable_cache(op, self.model, len(input_ids), cache)
+        positions = self.prompt_length + max(self.count - 1, 0)  # the last token does not go through the model
+        self.cache = _usable_cache(op, self.model, len(input_ids), positions, cache)
 
     @torch.no_grad()
     def grow(self) -> Iterator[list[int]]:
@@ -229,7 +231,8 @@ def _usable_model(op: str, model: Any) -> CausalLM:
     return model
 
 
-def _usable_cache(op: str, model: CausalLM, rows: int, cache: Any) -> KVCacheTorch:
+def _usable_cache(op: str, model: CausalLM, rows: int, positions: int, cache: Any) -> KVCacheTorch:
+    """positions: how many a new cache needs."""
     if isinstance(model, TransformersLM):
         if cache is not None and not hasattr(cache, "get_seq_length"):
             raise TypeError(
@@ -239,14 +242,16 @@ def _usable_cache(op: str, model: CausalLM, rows: int, cache: Any) -> KVCacheTor
         return model.create_kv_cache() if cache is None else model.with_positions(cache)
     if cache is not None and not isinstance(cache, KVCacheTorch):
         raise TypeError(f"[{op}] kv_cache is of type {type(cache).__name__}; it must have what KVCacheTorch says")
-    if cache is not None or rows == 1:
-        return model.create_kv_cache() if cache is None else cache
-    if "batch_size" not in inspect.signature(model.create_kv_cache).parameters:
+    if cache is not None:
+        return cache
+    accepted = inspect.signature(model.create_kv_cache).parameters
+    if rows > 1 and "batch_size" not in accepted:
         raise ValueError(
             f"[{op}] input_ids has {rows} rows, and create_kv_cache of {type(model).__name__} has no batch_size; give "
             "one row, or a kv_cache for all of them"
         )
-    return model.create_kv_cache(batch_size=rows)
+    options = {"max_seq_len": positions} if "max_seq_len" in accepted else {}
+    return model.create_kv_cache(**options, **({"batch_size": rows} if rows > 1 else {}))
 
 
 def _rules(op: str, config: GenerationConfig) -> dict[str, Any]:
