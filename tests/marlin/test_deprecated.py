@@ -120,6 +120,25 @@ def test_a_model_of_sizes(saved: Callable[..., Path]) -> None:
 
 
 @torch.no_grad()
+def test_a_model_of_sizes_is_saved_and_loaded(saved: Callable[..., Path], tmp_path: Path) -> None:
+    """Into another one of these sizes, whose layers are packed already; or of other bits, which change with them."""
+    stored = quiet(MetalGLM47Model.from_quantized, saved("dense"), device="cpu")
+    save_quantized(stored, tmp_path)
+    with pytest.raises(ValueError, match="holds a model of the class MetalGLM47Model, which is none of Transformers"):
+        quiet(MetalGLM47Model.from_quantized, tmp_path, device="cpu")
+    for sizes in (SIZES, {**SIZES, "bits": 8}):
+        loaded = load_quantized(tmp_path, "cpu", model=quiet(MetalGLM47Model, **sizes))
+        assert torch.equal(loaded(tiny.TOKENS), stored(tiny.TOKENS))
+    before = quiet(MetalGLM47Model, **{**SIZES, "hidden_size": 256})
+    tensors = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"wrong tensors: .*q_a_proj\.weight_packed is uint32 \[16, 64\] and should"
+    ):
+        load_quantized(tmp_path, "cpu", model=before)
+    assert all(torch.equal(before.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+@torch.no_grad()
 def test_padding(saved: Callable[..., Path]) -> None:
     model = quiet(MetalGLM47Model.from_quantized, saved("dense"), device="cpu")
     rows = torch.cat([torch.zeros(1, 3, dtype=torch.int64), tiny.TOKENS[:, :7]], 1)

@@ -167,8 +167,9 @@ def load_quantized(
     Args:
         path: holds config.json, quantization_config.json and the weights.
         device: where the model is put: "mps" or "cpu".
-        model: made by the code that made the saved model, with its `nn.Linear` layers, maybe on the meta device. It is
-            changed in place and returned. None builds the model of Transformers that config.json describes.
+        model: made by the code that made the saved model, with its `nn.Linear` layers or with packed ones, such as
+            those of `MetalTransformerBlock`, maybe on the meta device. It is changed in place and returned. None
+            builds the model of Transformers that config.json describes.
         trust_remote_code: whether Python code that config.json names may run.
 
     Raises:
@@ -376,13 +377,14 @@ def _shells(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint)
     linear = {
         path: as_linear(layer)
         for path, layer in model.named_modules(remove_duplicate=False)
-        if type(layer) in (nn.Linear, SwitchLinear) or is_conv1d(layer)
+        if type(layer) in (nn.Linear, SwitchLinear, *_CLASSES.values()) or is_conv1d(layer)
     }
     if unknown := [path for path in record["layers"] if path not in linear]:
         raise ValueError(f"[{_LOAD}] {file} has layers that the model has not: {listed(unknown)}")
     shells = {}
     for path, entry in record["layers"].items():
-        if (reason := why_not(path, linear[path], DTYPES)) is not None:
+        is_packed = isinstance(linear[path], ColumnPackedModule)
+        if not is_packed and (reason := why_not(path, linear[path], DTYPES)) is not None:
             raise ValueError(f"[{_LOAD}] {file} has {path} as a packed layer, which it cannot be: {reason}")
         try:
             shells[path] = _shell(linear[path], entry)
