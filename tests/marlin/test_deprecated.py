@@ -131,9 +131,7 @@ def test_a_model_of_sizes_is_saved_and_loaded(saved: Callable[..., Path], tmp_pa
         assert torch.equal(loaded(tiny.TOKENS), stored(tiny.TOKENS))
     before = quiet(MetalGLM47Model, **{**SIZES, "hidden_size": 256})
     tensors = {name: tensor.clone() for name, tensor in before.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=r"wrong tensors: .*q_a_proj\.weight_packed is uint32 \[16, 64\] and should"
-    ):
+    with pytest.raises(ValueError, match=r"wrong tensors: .*q_a_proj\.weight_packed is uint32 \[16, 64\] and should"):
         load_quantized(tmp_path, "cpu", model=before)
     assert all(torch.equal(before.state_dict()[name], tensor) for name, tensor in tensors.items())
 
