@@ -38,6 +38,8 @@ ON_THE_OLDEST = {
     "test_cli": "bounded or adapters_add",
     "test_quantized_cache": "llama or change or generate",
     "test_blocks": "block_computes or mixture_computes or rope_parameters or depends_on_the_length",
+    "test_marlin_generate": "transformers",
+    "test_deprecated": "saved_model or layer_computes",
     "test_training": "merging_rounds or save_and_load or two_adapters or needs_the_float_weight",
 }
 

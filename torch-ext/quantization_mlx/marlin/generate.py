@@ -118,16 +118,15 @@ def generate_stream(
     config: GenerationConfig | None = None,
     kv_cache: KVCacheTorch | None = None,
 ) -> Iterator[int]:
-    """The tokens that `generate` appends to one prompt, each as soon as it is known, without that of the end.
+    """The tokens that `generate` appends to one prompt, each as soon as it is known, without the one of the end.
 
-    Arguments are checked, and the errors of `generate` raised, when the first token is asked for.
+    Raises:
+        CacheFullError, IndexError, TypeError, ValueError: as `generate`; what is wrong with arguments at once.
     """
     text = _Text("generate_stream", model, input_ids, config, kv_cache)
     if len(text.output_ids) > 1:
         raise ValueError(f"[generate_stream] input_ids has {len(text.output_ids)} rows; there must be one prompt")
-    for (token,) in text.grow():
-        if token not in text.ends:
-            yield token
+    return (token for (token,) in text.grow() if token not in text.ends)
 
 
 class _Text:
@@ -300,4 +299,5 @@ def _check_vocabulary(op: str, input_ids: Tensor, vocab_size: int) -> None:
 
 def _device_of(model: Any, input_ids: Tensor) -> torch.device:
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return input_ids.device if parameter is None else parameter.device
+    # One that accelerate keeps elsewhere is on "meta"; then its hooks move the tokens.
+    return input_ids.device if parameter is None or parameter.is_meta else parameter.device
