@@ -401,6 +401,20 @@ def test_compiles_to_one_graph_for_all_lengths(kind: str) -> None:
     assert graphs == graphs[:1] * 3
 
 
+@pytest.mark.parametrize("kind", ["attention", "latent"])
+def test_few_tokens_compile_with_and_without_a_cache(kind: str) -> None:
+    """As latent attention attends to the latent vectors themselves."""
+    torch._dynamo.reset()
+    block = randomized(nn.Sequential(*small_blocks(kind)))[0]
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    x = states()
+    with torch.no_grad():
+        expected = block(x).double()
+        oracle.assert_within(compiled(x[:, :5]), expected[:, :5], 1e-5)
+        found = in_chunks(compiled, x, (3, 15, 1, 1), new_cache(block.self_attn))
+    oracle.assert_within(found, expected, 1e-5)
+
+
 def test_a_mixture_does_not_wait_for_the_device() -> None:
     """Tensors without values show it: reading one would raise."""
     layer = MetalMoELayer(HIDDEN, 64, 8, 3, group_size=GROUP_SIZE, shared_intermediate_size=64)

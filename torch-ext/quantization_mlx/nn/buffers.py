@@ -55,11 +55,12 @@ class Buffers:
 def side_by_side(first: Tensor, second: Tensor) -> Tensor:
     """The two along their last dimension: a view where `Buffers` hold them so, else a copy."""
     together = (
-        first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        not torch.compiler.is_compiling()  # a graph has no addresses
         and first.storage_offset() + first.shape[-1] == second.storage_offset()
         and first.stride() == second.stride()
         and first.stride(-1) == 1
         and first.stride(-2) >= first.shape[-1] + second.shape[-1]
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     )
     if not together:
         return torch.cat((first, second), -1)
