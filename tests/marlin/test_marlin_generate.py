@@ -464,6 +464,28 @@ def test_caches_of_transformers() -> None:
         generate(model, PROMPT, kv_cache=Handmade().create_kv_cache())
 
 
+def in_static_cache(model: nn.Module, room: int) -> Tensor:
+    """The prompt with 8 new tokens."""
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    return generate(model, tiny.TOKENS, GenerationConfig(8, **GREEDY), cache)
+
+
+def test_a_full_static_cache() -> None:
+    model = marlin_models.quantized("llama")
+    expected = own_text(model, tiny.TOKENS, 8)
+    assert torch.equal(in_static_cache(model, 17), expected)
+    with pytest.raises(CacheFullError, match="the cache has 12 positions, and 12 of them are taken: .* 3 new") as caught:
+        in_static_cache(model, 12)
+    assert torch.equal(caught.value.output_ids, expected[:, :13])
+    with pytest.raises(CacheFullError, match="has 4 positions, and 0 of them are taken: .* the prompt of 10 tokens"):
+        in_static_cache(model, 4)
+
+
+def test_a_static_cache_of_windows_is_never_full() -> None:
+    model = tiny.tiny_model(family="Mistral", sliding_window=4)
+    assert torch.equal(in_static_cache(model, 12), own_text(model, tiny.TOKENS, 8))
+
+
 def test_positions_of_a_model_of_transformers() -> None:
     """GPT-2's embedding has 32 of them."""
     model = marlin_models.tiny_model("gpt2")

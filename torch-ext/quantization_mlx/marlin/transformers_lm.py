@@ -21,7 +21,7 @@ def is_of_transformers(model: Any) -> bool:
 class TransformersCache:
     """A cache of Transformers, which counts its positions by itself.
 
-    max_seq_len: the positions that the model is for; None where its config does not say.
+    max_seq_len: the positions that the model is for, or for which a static cache has room; None where nothing says so.
     """
 
     def __init__(self, cache: Any, max_seq_len: int | None) -> None:
@@ -30,7 +30,7 @@ class TransformersCache:
 
     @property
     def seq_len(self) -> int:
-        return self.cache.get_seq_length()
+        return int(self.cache.get_seq_length())  # a tensor, in static caches
 
     def advance(self, num_tokens: int = 1) -> None:
         """Nothing: the layers of the model have done so."""
@@ -66,7 +66,13 @@ class TransformersLM:
 
     def with_positions(self, cache: Any) -> TransformersCache:
         """A cache of Transformers as `generate` takes caches."""
-        return TransformersCache(cache, self._max_seq_len)
+        rooms = (
+            getattr(layer, "max_cache_len", None)
+            for layer in getattr(cache, "layers", ())
+            if not getattr(layer, "is_sliding", False)  # these forget the first ones
+        )
+        known = [most for most in (self._max_seq_len, *rooms) if most is not None]
+        return TransformersCache(cache, min(known, default=None))
 
     def __call__(self, input_ids: Tensor, kv_cache: TransformersCache) -> Tensor:
         return self.model(input_ids=input_ids, **{self._cache_name: kv_cache.cache}, **self._options).logits
