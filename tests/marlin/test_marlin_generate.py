@@ -370,6 +370,7 @@ OTHER_ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "config is of type transformers.generation.configuration_utils.GenerationConfig; it must be the",
     ),
     "eos_token_id": (TypeError, lambda: run(eos_token_id=["2"]), "eos_token_id holds '2'; it must be a token"),
+    "one eos_token_id": (TypeError, lambda: run(eos_token_id=2.0), "eos_token_id is 2.0; it must be a token, several"),
     "output": (
         TypeError,
         lambda: run(Wrong(lambda logits: (logits,))),
@@ -474,10 +475,10 @@ def test_a_full_static_cache() -> None:
     model = marlin_models.quantized("llama")
     expected = own_text(model, tiny.TOKENS, 8)
     assert torch.equal(in_static_cache(model, 17), expected)
-    with pytest.raises(CacheFullError, match="the cache has 12 positions, and 12 of them are taken: .* 3 new") as caught:
+    with pytest.raises(CacheFullError, match=r"has 12 positions, and 12 of them are taken: .* 3 new") as caught:
         in_static_cache(model, 12)
     assert torch.equal(caught.value.output_ids, expected[:, :13])
-    with pytest.raises(CacheFullError, match="has 4 positions, and 0 of them are taken: .* the prompt of 10 tokens"):
+    with pytest.raises(CacheFullError, match=r"has 4 positions, and 0 of them are taken: .* the prompt of 10 tokens"):
         in_static_cache(model, 4)
 
 

@@ -158,8 +158,8 @@ def test_filters_that_leave_one_or_all(device: str) -> None:
         token = plain.sample_categorical(logits)
         assert token == all_kept.sample(logits, top_k=0, top_p=1.0, repetition_penalty=2.0, generated_ids=[])
     plain, all_kept = (MetalSampler(V, seed=3) for _ in range(2))
-    for _ in range(5):
-        assert plain.sample_categorical(logits) == all_kept.sample_top_k(logits, 10**6)
+    for k in (V, V + 1, 10**6, 2**63, 10**30):
+        assert plain.sample_categorical(logits) == all_kept.sample_top_k(logits, k)
 
 
 def test_excluded_tokens_are_never_drawn(device: str) -> None:
@@ -318,6 +318,7 @@ OTHER_ERRORS: dict[str, tuple[type[Exception], Call, str]] = {
         "[MetalSampler.apply_repetition_penalty] generated_ids holds -1; it must be from 0",
     ),
     "text as token": (TypeError, lambda s: s.sample(ROW, generated_ids=["1"]), "generated_ids holds '1'; it must hold"),
+    "one token": (TypeError, lambda s: s.sample(ROW, generated_ids=3), "[MetalSampler.sample] generated_ids is 3; it"),
     "whole numbers as logits": (TypeError, lambda s: s.argmax(ROW.long()), "[MetalSampler.argmax] logits has dtype"),
     "list as logits": (TypeError, lambda s: s.argmax([0.0] * V), "[MetalSampler.argmax] logits is of type list"),
     "lib": (TypeError, lambda _: MetalSampler(V, "mps"), "[MetalSampler] lib is of type str; it must be a Metal"),

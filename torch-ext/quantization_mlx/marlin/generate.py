@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
@@ -264,6 +264,8 @@ def _rules(op: str, config: GenerationConfig) -> dict[str, Any]:
 
 def _ends(op: str, config: GenerationConfig) -> frozenset[int]:
     given = config.eos_token_id
+    if not (given is None or isinstance(given, (Integral, Iterable))):
+        raise TypeError(f"[{op}] eos_token_id is {given!r}; it must be a token, several of them, or None")
     tokens = () if given is None else (given,) if isinstance(given, Integral) else tuple(given)
     if strange := [token for token in tokens if not isinstance(token, Integral)]:
         raise TypeError(f"[{op}] eos_token_id holds {strange[0]!r}; it must be a token, several of them, or None")

@@ -73,6 +73,8 @@ def draw(op: str, logits: Tensor, seed: int, offset: int, **rules: Any) -> tuple
     Raises:
         ValueError: a row has NaN or infinity, or nothing but -infinity.
     """
+    if "top_k" in rules:
+        rules["top_k"] = min(rules["top_k"], logits.shape[-1])  # the op takes 64 bits
     cause = None
     try:
         tokens = sample(logits, seed, offset=offset, **rules)
@@ -203,6 +205,8 @@ class MetalSampler:
 
     def _known_tokens(self, op: str, generated_ids: Iterable[int]) -> list[int]:
         """Each once. Raises IndexError if one is not in the vocabulary, TypeError if it is no number."""
+        if not isinstance(generated_ids, Iterable):
+            raise TypeError(f"[{op}] generated_ids is {generated_ids!r}; it must hold whole numbers")
         given = generated_ids.flatten().tolist() if isinstance(generated_ids, Tensor) else generated_ids
         tokens = list(dict.fromkeys(given))
         for token in tokens:
