@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,7 +43,11 @@ from quantization_mlx.marlin import (
     MetalMoELayer,
     MetalQuantizedLinear,
     MetalTransformerBlock,
+    Rotary,
+    load_quantized,
+    save_quantized,
 )
+from quantization_mlx.marlin.generate import GenerationConfig, generate
 from repository import load_demo
 
 TOKENS = 20
@@ -148,6 +153,26 @@ def test_rope_parameters(family: str, rope_type: str) -> None:
     half = copy.deepcopy(block).bfloat16()
     assert half.self_attn.rotary.freqs.dtype == torch.float32
     oracle.assert_identical(half.self_attn.rotary.freqs, block.self_attn.rotary.freqs)
+
+
+def test_blocks_with_other_frequencies_are_saved_and_loaded(tmp_path: Path) -> None:
+    """Into others of the same sizes, which have room for these."""
+    parameters = {"rope_type": "llama3", "rope_theta": 10000.0, **ROPES["llama3"]}
+    block, _, model = block_of("Llama", rope_parameters=parameters)
+    save_quantized(nn.Sequential(block), tmp_path)
+    positions = model.config.max_position_embeddings
+
+    def made(**options: Any) -> nn.Module:
+        attention = MetalAttention(HIDDEN, 4, 2, bits=8, group_size=GROUP_SIZE, **options)
+        sizes = {"bits": 8, "group_size": GROUP_SIZE, "rms_norm_eps": block.input_layernorm.eps}
+        return nn.Sequential(
+            MetalTransformerBlock(HIDDEN, 4, model.config.intermediate_size, self_attn=attention, **sizes)
+        )
+
+    loaded = load_quantized(tmp_path, "cpu", model=made(rotary=Rotary(32, positions, freqs=torch.empty(16))))
+    oracle.assert_identical(loaded(states()), block(states()))
+    with pytest.raises(ValueError, match=r"unexpected tensors: 0\.self_attn\.rotary\.freqs"):
+        load_quantized(tmp_path, "cpu", model=made())
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -337,13 +362,13 @@ def test_real_model_through_blocks() -> None:
     ours = Smol(model, blocks)
     question = demo.chat(tokenizer, "What is the capital of France?")
     found = ours(question)
-    answer = greedy(ours, question, 12)
+    text = generate(ours, question, GenerationConfig(12, do_sample=False, eos_token_id=None))
+    answer = text[0, question.shape[1] :].tolist()
     assert "Paris" in tokenizer.decode(answer)
     for index, block in enumerate(blocks):
         model.model.layers[index] = twin(block, model.model.layers[index], torch.float32)
     expected = model(question).logits.double()
     oracle.assert_within(found, expected, 1e-4 * expected.abs().max())
-    text = torch.cat((question, torch.tensor([answer])), 1)
     assert model(text).logits[0, question.shape[1] - 1 : -1].argmax(-1).tolist() == answer
 
 
@@ -588,6 +613,10 @@ def beyond_the_cache() -> Any:
     return in_chunks(module, states(), (20,), new_cache(module, most=16))
 
 
+def cache_elsewhere() -> MetalKVCache:
+    return MetalKVCache(MetalKVCacheConfig(1, 4, HIDDEN // 4, 64, torch.float32, device="meta"), BATCH)
+
+
 VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "heads": (
         lambda: attention(num_heads=3),
@@ -614,6 +643,8 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "bits": (lambda: attention(bits=3), "[MetalAttention] bits is 3; supported are [2, 4, 8]"),
     "theta": (lambda: attention(rope_theta=0.0), "[MetalAttention] rope_theta is 0.0; it must be finite and above 0"),
     "ratio": (lambda: attention(rope_ratio=float("nan")), "[MetalAttention] rope_ratio is nan; it must be finite"),
+    "scale": (lambda: attention(scale=float("nan")), "[MetalAttention] scale is nan; it must be finite and above 0"),
+    "latent scale": (lambda: latent(scale=0.0), "[MetalMLAAttention] scale is 0.0; it must be finite and above 0"),
     "positions": (
         lambda: attention(max_position_embeddings=0),
         "[MetalAttention] max_position_embeddings is 0; it must be at least 1",
@@ -696,6 +727,10 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "cache of other heads": (
         run(attention().requires_grad_(False), kv_cache=new_cache(attention(num_kv_heads=2))),
         "[MetalKVCache.update] k_new has shape [2, 4, 20, 32]; with batch_size = 2, num_kv_heads = 2",
+    ),
+    "cache of another device": (
+        run(attention().requires_grad_(False), kv_cache=cache_elsewhere()),
+        "[MetalKVCache.update] k_new is on cpu, and layer 0 of the cache on meta",
     ),
     "cache of another kind": (
         run(latent().requires_grad_(False), kv_cache=new_cache(attention())),

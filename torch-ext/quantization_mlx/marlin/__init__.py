@@ -26,6 +26,7 @@ from .mixture import MetalMoELayer
 from .mlp import MetalMLP
 from .models import ReplacementStats, load_and_quantize, quantize_model, replace_linear_layers
 from .moe_dispatch import dispatch_moe_decode, dispatch_moe_optimized
+from .parts import Rotary
 from .pipelines import MarlinPipeline, TransformersMarlinPipeline
 from .sampler import MetalSampler
 from .saved import load_quantized, save_quantized
@@ -53,6 +54,7 @@ __all__ = [
     "QuantizedLlamaLayer",
     "QuantizedModel",
     "ReplacementStats",
+    "Rotary",
     "TransformersMarlinPipeline",
     "benchmark_dequant_fp4",
     "dispatch_dequant_fp4",

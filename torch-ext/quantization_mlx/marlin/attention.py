@@ -86,6 +86,7 @@ class MetalAttention(nn.Module):
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.window = head_dim, window
         self.scale = head_dim**-0.5 if scale is None else scale
+        check_positive(op, "scale", self.scale)
         make = Projections(op, bits, group_size, device, dtype).linear
         self.q_proj = make("q_proj", hidden_size, num_heads * head_dim, bias)
         self.k_proj = make("k_proj", hidden_size, num_kv_heads * head_dim, bias)
@@ -153,6 +154,7 @@ class MetalAttention(nn.Module):
             [B, S, hidden_size], of the dtype of hidden_states.
 
         Raises:
+            IndexError: the cache has no layer `layer_idx`.
             TypeError: a dtype is not supported, or kv_cache is no cache.
             ValueError: shapes or devices do not fit, or there is no room for the tokens in the cache or in
                 max_position_embeddings.

@@ -100,6 +100,7 @@ class MetalMLAAttention(nn.Module):
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.qk_nope_head_dim = head_dim - qk_rope_head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
+        check_positive(op, "scale", self.scale)
         make = Projections(op, bits, group_size, device, dtype).linear
         for_norm = rms_norm_eps, device, dtype
         if q_lora_rank is None:

@@ -155,6 +155,7 @@ class Rotary(Float32Buffers):
         self.magnitude, self.interleaved = magnitude, interleaved
 
     def check_positions(self, op: str, first: int, tokens: int) -> None:
+        """Raises ValueError unless there are all of so many positions from `first` on; the message names `op`."""
         if first + tokens > self.max_position_embeddings:
             raise ValueError(
                 f"[{op}] positions {first} to {first + tokens - 1} are asked for; max_position_embeddings is "
