@@ -95,6 +95,7 @@ class MetalKVCache:
 
     @property
     def max_seq_len(self) -> int:
+        """How many positions there are."""
         return self.config.max_seq_len
 
     def update(self, layer_idx: int, k_new: Tensor, v_new: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from .library import MetalKernelLibrary
 
 BITS = {name: mode.bits[0] for name, mode in MARLIN_MODES.items()}
 GROUP_SIZES = tuple(sorted(MARLIN_MODES["marlin_fp4"].group_sizes, reverse=True))  # the same in all modes
+_MOST_EXPERTS, _MOST_CHOSEN = 512, 32  # of moe_router
 
 # Called with all arguments: the fastest way from Python into the dispatcher.
 _quantized_matmul = ops.quantized_matmul.default
@@ -53,6 +54,18 @@ def check_groups(function: str, what: str, K: int, group_size: int) -> None:
     check_size(function, what, K, 1)
     if K % group_size:
         raise ValueError(f"[{function}] {what} is {K}, which does not divide into groups of {group_size}")
+
+
+def check_choice(function: str, num_experts: Any, top_k: Any) -> None:
+    """Raises TypeError unless both are whole numbers, and ValueError unless `moe_router` chooses so many of so many."""
+    check_size(function, "num_experts", num_experts, 1)
+    check_size(function, "top_k", top_k, 1)
+    if num_experts > _MOST_EXPERTS:
+        raise ValueError(f"[{function}] num_experts is {num_experts}; it must be at most {_MOST_EXPERTS}")
+    if top_k > min(num_experts, _MOST_CHOSEN):
+        raise ValueError(
+            f"[{function}] top_k is {top_k} of {num_experts} experts; it must be at most that, and {_MOST_CHOSEN}"
+        )
 
 
 def check_tensor(function: str, name: str, value: Any, dimensions: int | None = None) -> None:

@@ -13,13 +13,11 @@ from .. import fast
 from ..nn.module import own
 from ..nn.switch import SwitchLinear
 from .experts import ColumnPackedSwitchLinear
-from .functions import check_groups
+from .functions import check_choice, check_groups
 from .layers import mode_of_bits
 from .mlp import MetalMLP
 from .origins import check_activation, check_origin, family_of_origin
-from .parts import Float32Buffers, check_hidden_states, check_sizes
-
-_MOST_EXPERTS, _MOST_CHOSEN = 512, 32  # of fast.moe_router
+from .parts import Float32Buffers, check_hidden_states
 
 
 class Router(Float32Buffers, nn.Linear):
@@ -124,12 +122,7 @@ class MetalMoELayer(nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        check_sizes(op, num_experts=num_experts, top_k=top_k)
-        if num_experts > _MOST_EXPERTS or top_k > min(num_experts, _MOST_CHOSEN):
-            raise ValueError(
-                f"[{op}] num_experts is {num_experts} and top_k {top_k}; supported are up to {_MOST_EXPERTS}, and up "
-                f"to {_MOST_CHOSEN} of them"
-            )
+        check_choice(op, num_experts, top_k)
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             check_groups(op, name, size, group_size)
         mode_of_bits(op, bits, group_size)

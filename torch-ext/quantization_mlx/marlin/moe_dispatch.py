@@ -7,11 +7,19 @@ from torch import Tensor
 
 from .._ops import ops
 from ..formats import FLOATS
-from .functions import BITS, check_devices, check_dtype, check_library, check_packed, check_shape, check_size
+from .functions import (
+    BITS,
+    check_choice,
+    check_devices,
+    check_dtype,
+    check_library,
+    check_packed,
+    check_shape,
+    check_size,
+)
 from .library import MetalKernelLibrary
 
 _MODE = "marlin_fp4"
-_MOST_EXPERTS, _MOST_SELECTED = 512, 32  # of moe_router
 
 # Called with all arguments: the fastest way from Python into the dispatcher.
 _moe_router = ops.moe_router.default
@@ -109,7 +117,7 @@ def _mixed(
 ) -> Tensor:
     """tokens: the sizes of activations, by name."""
     check_library(function, lib)
-    _check_choice(function, num_experts, top_k)
+    check_choice(function, num_experts, top_k)
     check_size(function, "hidden_dim", hidden_dim, 1)
     check_shape(function, "activations", activations, tuple(tokens.values()), tokens)
     router = {"hidden_dim": hidden_dim, "num_experts": num_experts}
@@ -137,14 +145,3 @@ def _mixed(
     residual = _quantized_matmul(rows, *shared, None, False, *format) if has_shared else None
     mixed = _moe_combine(products.squeeze(-2), weights, residual, None, None)
     return mixed if activations.dim() == 2 else mixed[0]
-
-
-def _check_choice(function: str, num_experts: int, top_k: int) -> None:
-    check_size(function, "num_experts", num_experts, 1)
-    check_size(function, "top_k", top_k, 1)
-    if num_experts > _MOST_EXPERTS:
-        raise ValueError(f"[{function}] num_experts is {num_experts}; it must be at most {_MOST_EXPERTS}")
-    if top_k > min(num_experts, _MOST_SELECTED):
-        raise ValueError(
-            f"[{function}] top_k is {top_k} of {num_experts} experts; it must be at most that, and {_MOST_SELECTED}"
-        )

@@ -44,6 +44,7 @@ _WINDOW_IN_CONFIG = ("mistral", "mixtral")
 
 
 def is_origin(module: Any, part: str) -> bool:
+    """Whether it is of a class that is known as such a part."""
     return _class_of(module, part) is not None
 
 
@@ -104,6 +105,7 @@ def _origin(module: nn.Module) -> tuple[str, type]:
 
 
 def family_of_origin(module: nn.Module) -> Family:
+    """That of a module that `check_origin` has let pass."""
     return _NAMES[_origin(module)[0]][1]
 
 
