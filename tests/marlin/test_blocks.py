@@ -582,6 +582,12 @@ def hooked() -> MetalTransformerBlock:
     return MetalTransformerBlock.from_float(layer, 8, GROUP_SIZE)
 
 
+def hooked_activation(family: str) -> MetalTransformerBlock:
+    layer = decoder(family).model.layers[1]
+    (layer.mlp if family == "Llama" else layer.mlp.experts).act_fn.register_forward_hook(lambda *_: None)
+    return MetalTransformerBlock.from_float(layer, 8, GROUP_SIZE)
+
+
 def of_model(family: str, group_size: int = GROUP_SIZE, bits: int = 8, train: bool = False, **options: Any) -> Any:
     layer = decoder(family, **options).model.layers[1].train(train)
     return MetalTransformerBlock.from_float(layer, bits, group_size)
@@ -743,6 +749,14 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         "k_new requires a gradient, which does not pass a cache",
     ),
     "hooks": (hooked, "[MetalAttention.from_float] this LlamaAttention has hooks, which cannot be kept"),
+    "hooks of the activation": (
+        lambda: hooked_activation("Llama"),
+        "[MetalMLP.from_float] the activation of this LlamaMLP has hooks or a forward of its own, which cannot be kept",
+    ),
+    "hooks of that of experts": (
+        lambda: hooked_activation("Mixtral"),
+        "[MetalMoELayer.from_float] the activation of this MixtralExperts has hooks",
+    ),
     "activation": (
         lambda: of_model("Llama", hidden_act="gelu"),
         "[MetalMLP.from_float] this LlamaMLP has the activation GELUActivation; supported is SiLU",

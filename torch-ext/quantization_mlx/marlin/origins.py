@@ -110,10 +110,15 @@ def family_of_origin(module: nn.Module) -> Family:
 
 
 def check_activation(op: str, module: nn.Module) -> None:
-    """Raises ValueError unless the MLP or the experts have SiLU for their gates."""
+    """Raises ValueError unless the MLP or the experts have SiLU for their gates, and nothing else with it."""
     name = type(module.act_fn).__name__
     if name not in _SILU:
         raise ValueError(f"[{op}] this {type(module).__name__} has the activation {name}; supported is SiLU")
+    if "forward" in vars(module.act_fn) or any(getattr(module.act_fn, table) for table in HOOKS):
+        raise ValueError(
+            f"[{op}] the activation of this {type(module).__name__} has hooks or a forward of its own, which cannot be "
+            "kept"
+        )
 
 
 def norm_of(op: str, module: nn.Module) -> RMSNorm:
