@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "problem/fast.h"
+#include "problem/image.h"
 #include "problem/problem.h"
 
 namespace quantization_mlx {
@@ -50,6 +51,7 @@ inline constexpr Op<RopeProblem> rope;
 inline constexpr Op<SwigluProblem> swiglu;
 inline constexpr Op<GegluProblem> geglu;
 inline constexpr Op<GatedMatmulProblem> quantized_gated_matmul;
+inline constexpr Op<ImageProblem> resample_image;
 
 // The activation of a gated product, by its name.
 inline at::Tensor activated(const at::Tensor& gates, const at::Tensor& values, std::string_view activation) {
@@ -76,6 +78,7 @@ void for_each(const Visitor& visit) {
   visit(swiglu);
   visit(geglu);
   visit(quantized_gated_matmul);
+  visit(resample_image);
 }
 
 }  // namespace ops

@@ -232,6 +232,12 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
       "str mode='affine', str activation='silu', *, Tensor? global_scale=None",
       "Tensor");
 
+  define_with_twin(
+      "resample_image",
+      "Tensor x, SymInt height, SymInt width, str mode='bilinear', bool antialias=False, Tensor? mean=None, "
+      "Tensor? std=None, float scale=1.0, bool channels_last=False",
+      "Tensor");
+
   [&m]<size_t... index>(std::index_sequence<index...>) {
     (define_explicit<index>(m), ...);
   }(std::make_index_sequence<explicit_ops.size()>());
@@ -276,6 +282,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("swiglu", autograd::swiglu);
   m.impl("geglu", autograd::geglu);
   m.impl("quantized_gated_matmul", autograd::quantized_gated_matmul);
+  m.impl("resample_image", torch::autograd::autogradNotImplementedFallback());
   m.impl("decoder_step", torch::autograd::autogradNotImplementedFallback());
 }
 

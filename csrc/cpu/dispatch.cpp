@@ -317,6 +317,8 @@ std::string describe(const RopeProblem&) { return described(nullptr); }
 
 std::string describe(const GateProblem&) { return described(nullptr); }
 
+std::string describe(const ImageProblem&) { return described(nullptr); }
+
 std::string describe(const GatedMatmulProblem& problem) { return describe(problem.matmul); }
 
 Tensor run(const MatmulProblem& problem) {

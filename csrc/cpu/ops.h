@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../problem/fast.h"
+#include "../problem/image.h"
 #include "../problem/problem.h"
 #include "kernels.h"
 
@@ -46,6 +47,8 @@ at::Tensor run(const GateProblem& problem);
 
 at::Tensor run(const GatedMatmulProblem& problem);
 
+at::Tensor run(const ImageProblem& problem);
+
 // What a product multiplies: the activations that it is given, or those quantized to int8 group by group.
 enum class Activations : uint8_t { exact, int8 };
 
@@ -80,5 +83,6 @@ std::string describe(const AttentionProblem& problem);
 std::string describe(const RopeProblem& problem);
 std::string describe(const GateProblem& problem);
 std::string describe(const GatedMatmulProblem& problem);
+std::string describe(const ImageProblem& problem);
 
 }  // namespace quantization_mlx::cpu

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "../problem/fast.h"
+#include "../problem/image.h"
 #include "../problem/problem.h"
 
 namespace quantization_mlx::gpu {
@@ -231,6 +232,25 @@ struct GateFacts {
   int64_t is_misaligned;
 };
 
+struct ImageFacts {
+  int32_t dtype;  // of x
+  int32_t has_statistics;
+  int64_t images;
+  int64_t channels;
+  int64_t height;  // of x
+  int64_t width;
+  int64_t new_height;
+  int64_t new_width;
+  int64_t image_stride;
+  int64_t channel_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+  int32_t cubic;
+  int32_t antialias;
+  int32_t channels_last;
+  int32_t scale;  // the bits of a float
+};
+
 // EACH(facts), for what is there once for each kind of them.
 #define QUANTIZATION_MLX_FACTS(EACH) \
   EACH(ProductFacts)                 \
@@ -243,7 +263,8 @@ struct GateFacts {
   EACH(CombineFacts)                 \
   EACH(AttentionFacts)               \
   EACH(RopeFacts)                    \
-  EACH(GateFacts)
+  EACH(GateFacts)                    \
+  EACH(ImageFacts)
 
 // Of a problem with_kernel_dtype. A product with more than two batch dimensions is several, one after the other.
 c10::SmallVector<ProductFacts, 1> facts_of(const MatmulProblem& problem);
@@ -259,6 +280,7 @@ c10::SmallVector<CombineFacts, 1> facts_of(const CombineProblem& problem);
 c10::SmallVector<AttentionFacts, 1> facts_of(const AttentionProblem& problem);
 c10::SmallVector<RopeFacts, 1> facts_of(const RopeProblem& problem);
 c10::SmallVector<GateFacts, 1> facts_of(const GateProblem& problem);
+c10::SmallVector<ImageFacts, 1> facts_of(const ImageProblem& problem);
 
 // Compares and hashes plain data without gaps as bytes.
 struct Bytewise {

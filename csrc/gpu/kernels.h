@@ -92,6 +92,10 @@
 
 #define MOE_HALF_KERNELS(KERNEL, after, T) KERNEL("moe_combine_float32_weights" after, moe_combine<T, float>)
 
+// --- Images, of the type of their pixels ----------------------------------------------------------------------------
+
+#define IMAGE_KERNELS(KERNEL, after, T) KERNEL("resample_image" after, resample_image<T>)
+
 // --- Attention, of a type alone
 // ---------------------------------------------------------------------------------------
 

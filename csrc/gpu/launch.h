@@ -157,6 +157,9 @@ inline constexpr int rope_max_bits() { return 12; }
 // Gates: elements of a thread.
 inline constexpr int gate_elements() { return 8; }
 
+// resample_image: channels of a thread.
+inline constexpr int image_channels() { return 4; }
+
 // --- Parameters -----------------------------------------------------------------------------------------------------
 
 // The z dimension of a grid counts two batch dimensions, z = outer * inner_size + inner. Every operand has its own
@@ -375,6 +378,24 @@ struct GateParams {
   float alpha;
   float limit;
   float offset;
+};
+
+// y of images [channels, new_height, new_width] or [new_height, new_width, channels], contiguous, from x of any
+// strides.
+struct ImageParams {
+  int64_t image_stride;  // of x
+  int64_t channel_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+  int channels;
+  int height;  // of x
+  int width;
+  int new_height;
+  int new_width;
+  int cubic;
+  int antialias;
+  int channels_last;
+  float scale;
 };
 
 }  // namespace quantization_mlx

@@ -33,7 +33,8 @@ namespace quantization_mlx::gpu {
   EACH(attention)                       \
   EACH(sample)                          \
   EACH(router)                          \
-  EACH(combine)
+  EACH(combine)                         \
+  EACH(image)
 
 #define ENUMERATOR(name) name,
 enum class Family : uint8_t { QUANTIZATION_MLX_FAMILIES(ENUMERATOR) };
@@ -163,6 +164,7 @@ inline const CombineProblem& with_kernel_dtype(const CombineProblem& problem) { 
 inline const AttentionProblem& with_kernel_dtype(const AttentionProblem& problem) { return problem; }
 inline const RopeProblem& with_kernel_dtype(const RopeProblem& problem) { return problem; }
 inline const GateProblem& with_kernel_dtype(const GateProblem& problem) { return problem; }
+inline const ImageProblem& with_kernel_dtype(const ImageProblem& problem) { return problem; }
 
 // Raise NotImplementedError for sizes beyond a kernel's 32-bit counters and RuntimeError where every family is
 // excluded; op: the name that errors carry.
@@ -178,6 +180,7 @@ Plan plan(const CombineFacts& facts, std::string_view op, const Target& target);
 Plan plan(const AttentionFacts& facts, std::string_view op, const Target& target);
 Plan plan(const RopeFacts& facts, std::string_view op, const Target& target);
 Plan plan(const GateFacts& facts, std::string_view op, const Target& target);
+Plan plan(const ImageFacts& facts, std::string_view op, const Target& target);
 
 // Of a problem with_kernel_dtype.
 template <typename Problem>

@@ -138,4 +138,13 @@ Operands operands_of(const GateProblem& problem, const Tensor& y) {
   return operands;
 }
 
+Operands operands_of(const ImageProblem& problem, const Tensor& y) {
+  Operands operands;
+  operands[Role::x] = &problem.x;
+  operands[Role::bias] = &problem.mean;
+  operands[Role::weight] = &problem.deviation;
+  operands[Role::y] = &y;
+  return operands;
+}
+
 }  // namespace quantization_mlx::metal

@@ -8,6 +8,7 @@
 
 #include "../gpu/plan.h"
 #include "../problem/fast.h"
+#include "../problem/image.h"
 #include "../problem/problem.h"
 
 namespace quantization_mlx::metal {
@@ -39,5 +40,6 @@ Operands operands_of(const CombineProblem& problem, const at::Tensor& y);
 Operands operands_of(const AttentionProblem& problem, const at::Tensor& y);
 Operands operands_of(const RopeProblem& problem, const at::Tensor& y);
 Operands operands_of(const GateProblem& problem, const at::Tensor& y);
+Operands operands_of(const ImageProblem& problem, const at::Tensor& y);
 
 }  // namespace quantization_mlx::metal

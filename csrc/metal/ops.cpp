@@ -145,4 +145,10 @@ Tensor run(const CombineProblem& problem) {
   return y;
 }
 
+Tensor run(const ImageProblem& problem) {
+  const Tensor y = at::empty(problem.output, problem.x.options().dtype(at::kFloat));
+  encode_problem(problem, operands_of(problem, y));
+  return y;
+}
+
 }  // namespace quantization_mlx::metal

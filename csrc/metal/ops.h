@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../problem/fast.h"
+#include "../problem/image.h"
 #include "../problem/problem.h"
 
 namespace quantization_mlx::metal {
@@ -40,5 +41,7 @@ std::tuple<at::Tensor, at::Tensor> run(const RouterProblem& problem);
 at::Tensor run(const CombineProblem& problem);
 
 at::Tensor run(const AttentionProblem& problem);
+
+at::Tensor run(const ImageProblem& problem);
 
 }  // namespace quantization_mlx::metal

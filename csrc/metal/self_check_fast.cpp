@@ -368,4 +368,36 @@ Reason failure(const GateFacts& facts, const Launch& launch, const Target& targe
   return judged(y, expected, dtype);
 }
 
+// Several threadgroups, the last one not full, and channels of two; both filters, to more rows and fewer columns.
+Reason failure(const ImageFacts& facts, const Launch&, const Target& target) {
+  constexpr int64_t images = 2, channels = 5, height = 9, width = 61, new_height = 13, new_width = 14;
+  constexpr double scale = 0.25;
+  const auto dtype = static_cast<at::ScalarType>(facts.dtype);
+  const bool channels_last = facts.channels_last != 0;
+  Maker make{at::Device(at::kCPU)};
+  const float most = dtype == at::kByte ? 255.0f : 1.0f;
+  const Tensor planes = make.uniform({images, channels, height, width}, dtype, 0.0f, most);
+  const Tensor x = channels_last ? planes.view({images, height, width, channels}) : planes;
+  OptionalTensor mean;
+  OptionalTensor deviation;
+  if (facts.has_statistics != 0) {
+    mean = make.uniform({channels}, at::kFloat, 0.0f, 0.25f * most);
+    deviation = make.uniform({channels}, at::kFloat, 0.5f, 2.0f);
+  }
+  for (const char* mode : {"bilinear", "bicubic"}) {
+    for (const bool antialias : {false, true}) {
+      const Tensor expected =
+          ops::resample_image(x, new_height, new_width, mode, antialias, mean, deviation, scale, channels_last);
+      const ImageProblem problem = ImageProblem::check(
+          x.to(mps), new_height, new_width, mode, antialias, on_mps(mean), on_mps(deviation), scale, channels_last);
+      const Tensor y = at::empty(problem.output, problem.x.options().dtype(at::kFloat));
+      run(gpu::plan(problem, target), operands_of(problem, y));
+      if (Reason reason = judged(y, expected, at::kFloat)) {
+        return reason;
+      }
+    }
+  }
+  return std::nullopt;
+}
+
 }  // namespace quantization_mlx::metal

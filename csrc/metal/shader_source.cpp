@@ -14,6 +14,7 @@
   FILE(functions, "csrc/functions.h")                                \
   FILE(launch, "csrc/gpu/launch.h")                                  \
   FILE(sampling, "csrc/sampling.h")                                  \
+  FILE(resampling, "csrc/resampling.h")                              \
   FILE(activation, "metal/common/activation.h")                      \
   FILE(cooperative, "metal/common/cooperative.h")                    \
   FILE(load, "metal/common/load.h")                                  \
@@ -29,6 +30,8 @@
   FILE(attention_tile_kernels, "metal/fast/attention_tile.metal")    \
   FILE(gates, "metal/fast/gates.h")                                  \
   FILE(gates_kernels, "metal/fast/gates.metal")                      \
+  FILE(image, "metal/fast/image.h")                                  \
+  FILE(image_kernels, "metal/fast/image.metal")                      \
   FILE(norm, "metal/fast/norm.h")                                    \
   FILE(norm_kernels, "metal/fast/norm.metal")                        \
   FILE(rope_into_cache, "metal/fast/rope_into_cache.h")              \

@@ -21,7 +21,7 @@ from repository import ROOT
 
 PAGES = (
     *("load", "quantize", "convert", "moe", "train", "troubleshoot"),
-    *("command-line", "generate", "marlin", "blocks", "migrate"),
+    *("command-line", "generate", "marlin", "blocks", "vision", "migrate"),
 )
 # The server's example is a file; the kernels' pages show what needs certain machines.
 OTHER_PAGES = {"serve", "cpu", "metal"}

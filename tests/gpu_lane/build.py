@@ -43,7 +43,7 @@ CACHE = ROOT / "build" / "gpu_lane" / "cache"
 # Without tensor operations, by the calls that run them.
 FILES = {
     "products": ("matvec", "matmul", "quantize", "sort_pairs", "sum_parts"),
-    "fast": ("norm", "rope_into_cache", "rope", "gates", "attention", "attention_tile", "moe", "sample"),
+    "fast": ("norm", "rope_into_cache", "rope", "gates", "attention", "attention_tile", "moe", "sample", "image"),
 }
 # Of the function constants of launch.h, the indices by name.
 CONSTANTS = {

@@ -121,6 +121,14 @@ def _combine_results(call: FastCall) -> dict[str, Shaped]:
     return {"y": ((tokens, length), call.dtype)}
 
 
+def _image_results(call: FastCall) -> dict[str, Shaped]:
+    images, *others = call.layouts["x"].shape
+    options = call.keywords
+    size = (options["height"], options["width"])
+    shape = (images, *size, others[2]) if options["channels_last"] else (images, others[0], *size)
+    return {"y": (shape, "float32")}
+
+
 def _as_first(*roles: str):
     return lambda call: {role: (call.tensors[0][1].shape, call.dtype) for role in roles}
 
@@ -137,6 +145,7 @@ RESULTS = {
     "sample": lambda call: {"y": (call.tensors[0][1].shape[:1], "int64")},
     "moe_router": _router_results,
     "moe_combine": _combine_results,
+    "resample_image": _image_results,
     "quantized_scaled_dot_product_attention": _packed_attention_results,
 }
 
@@ -294,6 +303,30 @@ def combine(
         tensors += [("bias", Layout((experts, length), dtype, (length + before, 1), before))]
         tensors += [("experts", dense((tokens, k), "int64"))]
     return FastCall("moe_combine", tuple(tensors))
+
+
+def resample_image(
+    old: tuple[int, int],
+    new: tuple[int, int],
+    channels: int,
+    dtype: str,
+    mode: str = "bilinear",
+    antialias: bool = False,
+    channels_last: bool = False,
+    has_statistics: bool = False,
+    before: int = 0,
+) -> FastCall:
+    """before: as many pixels lie between rows, too."""
+    height, width = old
+    row = width + before
+    if channels_last:
+        x = Layout((2, *old, channels), dtype, (height * row * channels, row * channels, channels, 1), before)
+    else:
+        x = Layout((2, channels, *old), dtype, (channels * height * row, height * row, row, 1), before)
+    tensors = [("x", x)]
+    tensors += [(role, dense((channels,), "float32")) for role in ("bias", "weight")] if has_statistics else []
+    options = {"height": new[0], "width": new[1], "mode": mode, "antialias": antialias, "scale": 0.5}
+    return FastCall("resample_image", tuple(tensors), (*options.items(), ("channels_last", channels_last)))
 
 
 def packed_attention(call: FastCall, group_size: int, bits: int) -> FastCall:

@@ -313,6 +313,47 @@ def _is_drawn(token: int, place: float, weights: np.ndarray, kept: np.ndarray) -
     return bool(kept[token]) and begin / sums[-1] - slack <= place <= sums[token] / sums[-1] + slack
 
 
+# --- Images -----------------------------------------------------------------------------------------------------------
+
+
+def _filter(distance: np.ndarray, mode: str, antialias: bool) -> np.ndarray:
+    x = np.abs(distance)
+    if mode == "bilinear":
+        return np.maximum(1 - x, 0)
+    a = -0.5 if antialias else -0.75
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def _resampling(old: int, new: int, mode: str, antialias: bool) -> np.ndarray:
+    """The matrix [new, old] that resizes a side."""
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    border = 0 if antialias else 3  # pixels that go on beyond the image
+    places = np.arange(-border, old + border)
+    unit = max(old / new, 1) if antialias else 1
+    weights = _filter((places - centres[:, None]) / unit, mode, antialias)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix.T, np.clip(places, 0, old - 1), weights.T)
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+def _resample_image(call: FastCall, given: Arrays, written: Arrays) -> dict[str, tuple]:
+    options = call.keywords
+    x = np.moveaxis(given["x"], -1, 1) if options["channels_last"] else given["x"]
+    filter = (options["mode"], options["antialias"])
+    down, across = (
+        _resampling(old, new, *filter)
+        for old, new in zip(x.shape[2:], (options["height"], options["width"]), strict=True)
+    )
+    y = (down @ x @ across.T) * options["scale"]
+    size = (np.abs(down) @ np.abs(x) @ np.abs(across).T) * options["scale"]
+    if "bias" in given:
+        mean, std = (given[role][:, None, None] for role in ("bias", "weight"))
+        y, size = (y - mean) / std, (size + np.abs(mean)) / np.abs(std)
+    y, size = (np.moveaxis(each, 1, -1) if options["channels_last"] else each for each in (y, size))
+    return {"y": (y, ROUNDINGS * size)}
+
+
 # By op, what each result is compared with and how far from that it may be beyond one rounding. What is no float is
 # judged by them.
 REFERENCES: dict[str, Callable[[FastCall, Arrays, Arrays], dict[str, tuple]]] = {
@@ -327,6 +368,7 @@ REFERENCES: dict[str, Callable[[FastCall, Arrays, Arrays], dict[str, tuple]]] = 
     "moe_router": _moe_router,
     "moe_combine": _moe_combine,
     "sample": _sample,
+    "resample_image": _resample_image,
     "quantized_scaled_dot_product_attention": _packed_attention,
 }
 

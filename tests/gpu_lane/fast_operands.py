@@ -85,6 +85,8 @@ def _draw(role: str, dtype: str, shape: tuple[int, ...], seed: int) -> np.ndarra
     rng = np.random.default_rng([seed, *("angles" if role in ("cosines", "sines") else role).encode()])
     if dtype == "bool":
         return rng.random(shape) < 0.7
+    if dtype == "uint8":
+        return rng.integers(0, 256, shape, np.uint8)
     if dtype == "uint32":
         return rng.integers(0, 2**32, shape, np.uint32)
     return DRAWS.get(role, _normal)(rng, shape)

@@ -13,6 +13,7 @@ from fast_calls import (
     gate,
     norm,
     packed_attention,
+    resample_image,
     rope,
     rope_into_cache,
     router,
@@ -66,6 +67,7 @@ def candidates(dtype: str, ragged: bool) -> Iterator[FastCall]:
     yield from _attention(dtype, ragged)
     yield from _mixtures(dtype, ragged)
     yield from _samples(dtype, ragged)
+    yield from _images(dtype, ragged)
 
 
 def _norms(dtype: str, ragged: bool) -> Iterator[FastCall]:
@@ -125,6 +127,17 @@ def _samples(dtype: str, ragged: bool) -> Iterator[FastCall]:
     for number, (rules, vocabulary) in enumerate(itertools.product(RULES, (1037, 20011) if ragged else (1536, 65536))):
         penalises = "repetition_penalty" in rules
         yield sample(4, vocabulary, dtype, 40 * penalises, number % 2 == 0, **layout, **rules)
+
+
+def _images(dtype: str, ragged: bool) -> Iterator[FastCall]:
+    """Those of bytes beside those of float32."""
+    for pixel, (mode, antialias) in itertools.product(
+        (dtype, "uint8") if dtype == "float32" else (dtype,), itertools.product(("bilinear", "bicubic"), (False, True))
+    ):
+        for has_statistics in (False, True):
+            old, channels = ((31, 17), 5) if ragged else ((32, 64), 4)
+            options = (mode, antialias, antialias != has_statistics, has_statistics, int(ragged))
+            yield resample_image(old, (13, 40), channels, pixel, *options)
 
 
 def timed() -> Iterator[tuple[FastCall | LayerCall, str]]:

@@ -89,6 +89,12 @@ def _rope_into_cache(t: Tensors, o: Options) -> torch.Tensor:
     )
 
 
+def _resample_image(t: Tensors, o: Options) -> torch.Tensor:
+    size, names = (o["height"], o["width"]), ("mode", "antialias", "scale", "channels_last")
+    options = {name: o[name] for name in names}
+    return fast.resample_image(t["x"], size, mean=t.get("bias"), std=t.get("weight"), **options)
+
+
 def _attention(t: Tensors, o: Options) -> torch.Tensor:
     options = {"scale": o["scale"], "window": o["window"], "sinks": t.get("sinks")}
     mask = "causal" if o["causal"] else t.get("mask")
@@ -131,6 +137,7 @@ FUNCTIONS: dict[str, Callable[[Tensors, Options], Any]] = {
     "rope_into_cache": _rope_into_cache,
     "scaled_dot_product_attention": _attention,
     "sample": _sample,
+    "resample_image": _resample_image,
     "moe_router": _router,
     "moe_combine": lambda t, o: fast.moe_combine(
         t["x"], t["weight"], **{name: t.get(name) for name in ("residual", "bias", "experts")}

@@ -8,14 +8,26 @@ Every op raises ``ValueError`` for shapes and devices that do not fit, ``TypeErr
 ``NotImplementedError`` for more than 2**30 rows or elements of a row.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._ops import ops
 
 __all__ = [
-    *("add_rms_norm", "geglu", "layer_norm", "moe_combine", "moe_router", "rms_norm", "rope", "rope_into_cache"),
+    *(
+        "add_rms_norm",
+        "geglu",
+        "layer_norm",
+        "moe_combine",
+        "moe_router",
+        "resample_image",
+        "rms_norm",
+        "rope",
+        "rope_into_cache",
+    ),
     *("quantized_gated_matmul", "quantized_scaled_dot_product_attention", "sample"),
     *("scaled_dot_product_attention", "swiglu"),
 ]
@@ -430,3 +442,45 @@ def quantized_gated_matmul(
     return ops.quantized_gated_matmul(
         x, w, scales, biases, group_size, bits, mode, activation, global_scale=global_scale
     )
+
+
+def resample_image(
+    x: Tensor,
+    size: tuple[int, int],
+    *,
+    mode: str = "bilinear",
+    antialias: bool = False,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    scale: float = 1.0,
+    channels_last: bool = False,
+) -> Tensor:
+    """Images of another size, normalised, in one pass: ``(resized(x) * scale - mean) / std``; not in MLX.
+
+    Resized as by ``torch.nn.functional.interpolate`` with ``align_corners=False``: the centres of pixels lie half a
+    pixel from their borders, and the size of x itself changes nothing. Nothing is clipped or rounded. There are no
+    gradients.
+
+    Args:
+        x: ``[C, H, W]`` or ``[N, C, H, W]``, uint8, float32, float16 or bfloat16; N and C may be 0.
+        size: height and width of the result, as those of x from 1 to 32000.
+        mode: "bilinear", or "bicubic" with the coefficient -0.75, which is -0.5 with `antialias`, both as in torch.
+        antialias: a smaller image is made of all pixels of x, as PIL makes it; and the filter ends at the border of x,
+            where without it the border's pixels go on.
+        mean, std: one number for each channel, a sequence or a tensor ``[C]``; None for 0 and 1.
+        scale: of the values of x, ``1 / 255`` for those of uint8 from 0 to 1.
+        channels_last: x is ``[H, W, C]`` or ``[N, H, W, C]``, and so is the result.
+
+    Returns:
+        float32, contiguous.
+    """
+    if len(size) != 2:
+        raise ValueError(f"[resample_image] size is {tuple(size)}; it must be a height and a width.")
+    mean, std = (_of_channels(x, each) for each in (mean, std))
+    return ops.resample_image(x, *size, mode, antialias, mean, std, scale, channels_last)
+
+
+def _of_channels(x: Tensor, given: Sequence[float] | Tensor | None) -> Tensor | None:
+    if given is None or isinstance(given, Tensor):
+        return given
+    return torch.tensor(tuple(given), dtype=torch.float32, device=x.device)

@@ -16,7 +16,7 @@ _OPS = (
     *("quantize", "dequantize", "quantized_matmul", "gather_qmm"),
     *("rms_norm", "layer_norm", "add_rms_norm", "rope", "rope_into_cache", "swiglu", "geglu", "quantized_gated_matmul"),
     *("scaled_dot_product_attention", "quantized_scaled_dot_product_attention"),
-    *("moe_router", "moe_combine", "sample"),
+    *("moe_router", "moe_combine", "sample", "resample_image"),
 )
 
 
@@ -28,7 +28,7 @@ class Launch:
     instance: the template of that file, with its arguments, that the kernel is.
     family: "tensor" (Metal 4 tensor operations, "NAX"), "tile" (8x8 simdgroup matrices), "matvec", "gated_matvec",
         "quantize", "dequantize"; between products "norm", "rope", "rope_into_cache", "gate", "attention", "sample",
-        "router" and "combine".
+        "router", "combine" and "image".
     constants: the facts about shapes and alignment that the kernel is specialised for.
     threadgroups: of the grid, by x, y and z; threads: of one threadgroup.
     arguments: by buffer index, the operand's role ("none": left unbound) and the element that it begins with.

@@ -318,4 +318,15 @@ c10::SmallVector<GateFacts, 1> facts_of(const GateProblem& problem) {
       std::bit_cast<int64_t>(problem.offset), is_misaligned}};
 }
 
+c10::SmallVector<ImageFacts, 1> facts_of(const ImageProblem& problem) {
+  if (problem.is_empty()) {
+    return {};
+  }
+  const auto& [image_stride, channel_stride, row_stride, column_stride] = problem.strides;
+  return {ImageFacts{
+      static_cast<int32_t>(problem.x.scalar_type()), problem.mean.defined(), problem.images, problem.channels,
+      problem.height, problem.width, problem.new_height, problem.new_width, image_stride, channel_stride, row_stride,
+      column_stride, problem.cubic, problem.antialias, problem.channels_last, std::bit_cast<int32_t>(problem.scale)}};
+}
+
 }  // namespace quantization_mlx::gpu

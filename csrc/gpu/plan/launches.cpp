@@ -50,7 +50,8 @@ const std::vector<KernelTable>& kernel_tables() {
        {ATTENTION_TILE_KERNELS(ROW, "%", TYPE) ATTENTION_TILE_HALF_KERNELS(ROW, "%", TYPE)}},
       {"attention_tensor", std::nullopt, {ATTENTION_TENSOR_KERNELS(ROW, "%", TYPE)}},
       {"sample", std::nullopt, {SAMPLE_KERNELS(ROW, "%", TYPE)}},
-      {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE) MOE_HALF_KERNELS(ROW, "%", TYPE)}}};
+      {"moe", std::nullopt, {MOE_KERNELS(ROW, "%", TYPE) MOE_HALF_KERNELS(ROW, "%", TYPE)}},
+      {"image", std::nullopt, {IMAGE_KERNELS(ROW, "%", TYPE)}}};
   return all;
 }
 
@@ -65,12 +66,15 @@ std::string replaced(std::string text, std::string_view place, const std::string
 }
 
 const char* name_of(at::ScalarType dtype) {
-  return dtype == at::kHalf ? "float16" : dtype == at::kBFloat16 ? "bfloat16" : "float32";
+  return dtype == at::kHalf    ? "float16"
+      : dtype == at::kBFloat16 ? "bfloat16"
+      : dtype == at::kByte     ? "uint8"
+                               : "float32";
 }
 
 // Of a type in Metal's language.
 const char* metal_name_of(at::ScalarType dtype) {
-  return dtype == at::kHalf ? "half" : dtype == at::kBFloat16 ? "bfloat" : "float";
+  return dtype == at::kHalf ? "half" : dtype == at::kBFloat16 ? "bfloat" : dtype == at::kByte ? "uchar" : "float";
 }
 
 }  // namespace
