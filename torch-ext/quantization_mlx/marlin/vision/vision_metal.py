@@ -43,10 +43,11 @@ class VisionMetal:
         self.device = None if device is None else torch.device(device)
 
     def uint8_to_float(self, image: Tensor) -> Tensor:
-        """``image / 255`` of a uint8 tensor of any shape."""
+        """``image / 255`` of uint8, in either layout."""
         if image.dtype != torch.uint8:
             raise TypeError(f"[uint8_to_float] image has dtype {image.dtype}; it must be uint8.")
-        return self._here(image).to(torch.float32) / _WHITE
+        # Of the same size, whichever dimensions that is taken to be.
+        return resample_image(self._here(image), _sides("uint8_to_float", image, nhwc=False), scale=1 / _WHITE)
 
     def center_crop(self, image: Tensor, size: tuple[int, int], nhwc: bool = False) -> Tensor:
         """The middle `size` pixels; where an odd number is left over, the crop is nearer to the top and the left."""
