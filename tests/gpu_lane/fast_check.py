@@ -346,7 +346,8 @@ def _resample_image(call: FastCall, given: Arrays, written: Arrays) -> dict[str,
         for old, new in zip(x.shape[2:], (options["height"], options["width"]), strict=True)
     )
     y = (down @ x @ across.T) * options["scale"]
-    size = (np.abs(down) @ np.abs(x) @ np.abs(across).T) * options["scale"]
+    # Weights near 0 are differences of larger numbers, so any pixel may count with their error.
+    size = np.full(y.shape, np.abs(x).max() * options["scale"])
     if "bias" in given:
         mean, std = (given[role][:, None, None] for role in ("bias", "weight"))
         y, size = (y - mean) / std, (size + np.abs(mean)) / np.abs(std)
