@@ -232,6 +232,19 @@ FAST_MUTANTS = {
 }
 
 
+# A text of the shader and another.
+IMAGE_MUTANTS = {
+    "coefficient": ("antialias ? -0.5f : -0.75f", "-0.75f"),
+    "border": ("side.antialias != 0 && first < 0", "first < 0"),
+    "width of the filter": ("antialias && from > to", "from > to"),
+    "later columns": ("tx += step_columns", "tx += end_of_columns"),
+    "later channels": ("+ channel * params.channel_stride", ""),
+    "statistics": ("mean[channel + c]", "mean[c]"),
+    "scale": ("/ sums.weights * params.scale", "/ sums.weights"),
+    "images": ("image * params.image_stride + ", ""),
+}
+
+
 @contextmanager
 def compiled_as(mutant: Mutant) -> Iterator[list[str]]:
     """For a while, the names of the kernels that were compiled as the mutant says."""
@@ -264,6 +277,19 @@ def test_wrong_norm_is_refused(name, monkeypatch, capfd):
         call(x.to("mps"), w.to("mps"))
     kind = "layer_norm" if name in ("elements past the end", "bias") else "rms_norm"
     assert f'family "norm" fails its self-check for Half and {kind} on' in capfd.readouterr().err
+    mps.clear()
+
+
+@pytest.mark.parametrize("name", IMAGE_MUTANTS)
+def test_wrong_image_is_refused(name, monkeypatch, capfd):
+    old, new = IMAGE_MUTANTS[name]
+    monkeypatch.setenv("CI", "")
+    software_gpu.install()
+    x = oracle.random_x(3, 6, 5).to("mps")
+    gpu = f"applegpu_g{400 + list(IMAGE_MUTANTS).index(name)}p"
+    with mps.gpu(gpu, 2600), compiled_as(Mutant("image", old, new, 3)), pytest.raises(RuntimeError, match="resample"):
+        fast.resample_image(x, (4, 4), mean=(1.0, 2.0, 3.0))
+    assert 'family "image" fails its self-check for Float on' in capfd.readouterr().err
     mps.clear()
 
 
