@@ -8,6 +8,7 @@
 #include "../csrc/autocast.h"
 #include "../csrc/autograd.h"
 #include "../csrc/cpu/ops.h"
+#include "../csrc/custom_kernels.h"
 #include "../csrc/decoder.h"
 #include "../csrc/gpu/describe.h"
 #include "../csrc/namespace.h"
@@ -252,12 +253,16 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
   m.def("_get_cpu_activations() -> str", cpu::get_activations);
 
   define_decoder(m);
+  define_custom_kernels(m);
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) { implement<Cpu>(m); }
 
 // Made of other ops, on any device.
-TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CompositeExplicitAutograd, m) { implement_decoder(m); }
+TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CompositeExplicitAutograd, m) {
+  implement_decoder(m);
+  refuse_custom_kernels(m);
+}
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Meta, m) {
   ops::for_each([&]<typename Problem>(ops::Op<Problem>) { m.impl(Problem::name, Problem::meta); });

@@ -1,20 +1,17 @@
 #include "library.h"
 
-#include <ATen/mps/MPSDevice.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <map>
-#include <memory>
 #include <mutex>
 #include <string>
-#include <unordered_map>
 #include <utility>
 
-#include "device.h"
+#include "compile.h"
+#include "once.h"
 #include "shader_source.h"
 
 #ifdef EMBEDDED_METALLIB_HEADER
@@ -26,12 +23,6 @@ namespace {
 
 using gpu::KernelInstance;
 
-const char* text_of(NSError* error) {
-  return error != nil ? error.localizedDescription.UTF8String : "Metal gives no reason";
-}
-
-id<MTLDevice> device() { return at::mps::MPSDevice::getInstance()->device(); }
-
 // --- Libraries -----------------------------------------------------------------------------------------------------
 
 // The library that was compiled beforehand: embedded by kernel-builder, or a file beside the extension, of a wheel. Nil
@@ -39,7 +30,7 @@ id<MTLDevice> device() { return at::mps::MPSDevice::getInstance()->device(); }
 id<MTLLibrary> compiled_library() {
   NSError* error = nil;
 #ifdef EMBEDDED_METALLIB_HEADER
-  return EMBEDDED_METALLIB_NAMESPACE::createLibrary(device(), &error);
+  return EMBEDDED_METALLIB_NAMESPACE::createLibrary(mtl_device(), &error);
 #else
   Dl_info info;
   if (dladdr(reinterpret_cast<const void*>(&compiled_library), &info) == 0) {
@@ -52,32 +43,10 @@ id<MTLLibrary> compiled_library() {
   std::ifstream file(path, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator<char>(file), {}};
   dispatch_data_t data = dispatch_data_create(bytes.data(), bytes.size(), nil, DISPATCH_DATA_DESTRUCTOR_DEFAULT);
-  id<MTLLibrary> library = [device() newLibraryWithData:data error:&error];
+  id<MTLLibrary> library = [mtl_device() newLibraryWithData:data error:&error];
   [data release];
   return library;
 #endif
-}
-
-// The newest that this release of macOS compiles. As numbers: an older SDK does not have the newer names.
-MTLLanguageVersion language_version() {
-  const int macos = macos_version();
-  const auto version = [](NSUInteger major, NSUInteger minor) {
-    return static_cast<MTLLanguageVersion>(major << 16 | minor);
-  };
-  return macos >= 2600 ? version(4, 0) : (macos >= 1500 ? version(3, 2) : version(3, 1));
-}
-
-MTLCompileOptions* compile_options() {
-  MTLCompileOptions* options = [[MTLCompileOptions new] autorelease];
-  options.languageVersion = language_version();
-  // Infinity and NaN are values that weights and results may have.
-  if (__builtin_available(macOS 15.0, *)) {
-    options.mathMode = MTLMathModeSafe;
-    options.mathFloatingPointFunctions = MTLMathFloatingPointFunctionsPrecise;
-  } else {
-    options.fastMathEnabled = NO;
-  }
-  return options;
 }
 
 // The templates of a file and the one instance that is the kernel: all instances would take minutes to compile.
@@ -88,11 +57,12 @@ std::string source_of(const KernelInstance& kernel) {
       "\")]] [[kernel]] decltype(", instance, ") ", instance, ";\n}\n");
 }
 
+// In safe math: infinity and NaN are values that weights and results may have.
 id<MTLLibrary> new_library(const KernelInstance& kernel) {
   NSError* error = nil;
-  id<MTLLibrary> library = [device() newLibraryWithSource:[NSString stringWithUTF8String:source_of(kernel).c_str()]
-                                                  options:compile_options()
-                                                    error:&error];
+  id<MTLLibrary> library = [mtl_device() newLibraryWithSource:[NSString stringWithUTF8String:source_of(kernel).c_str()]
+                                                      options:compile_options("safe")
+                                                        error:&error];
   TORCH_CHECK(
       library != nil, "[quantization_mlx] Metal does not compile ", kernel.name(), " of ", kernel.file, ".metal:\n",
       text_of(error));
@@ -101,40 +71,8 @@ id<MTLLibrary> new_library(const KernelInstance& kernel) {
 
 // --- What is made once for each GPU --------------------------------------------------------------------------------
 
-// One object by its key, made by the first thread that asks: others wait for this one alone.
 template <typename Object>
-class Cache {
- public:
-  template <typename Make>
-  Object get(const KernelInstance& key, const Make& make) {
-    Entry& entry = entry_of(key);
-    const std::lock_guard lock(entry.mutex);
-    if (entry.object == nil) {
-      @autoreleasepool {
-        entry.object = make();
-      }
-    }
-    return entry.object;
-  }
-
- private:
-  struct Entry {
-    std::mutex mutex;
-    Object object = nil;
-  };
-
-  Entry& entry_of(const KernelInstance& key) {
-    const std::lock_guard lock(mutex_);
-    std::unique_ptr<Entry>& entry = entries_[key];
-    if (entry == nullptr) {
-      entry = std::make_unique<Entry>();
-    }
-    return *entry;
-  }
-
-  std::mutex mutex_;
-  std::unordered_map<KernelInstance, std::unique_ptr<Entry>, gpu::Bytewise, gpu::Bytewise> entries_;
-};
+using Cache = Once<KernelInstance, Object, gpu::Bytewise, gpu::Bytewise>;
 
 struct Shaders {
   std::once_flag loaded;
@@ -143,17 +81,7 @@ struct Shaders {
   Cache<id<MTLComputePipelineState>> pipelines;
 };
 
-// Never freed.
-Shaders& shaders() {
-  static std::mutex mutex;
-  static auto* by_gpu = new std::map<const void*, std::unique_ptr<Shaders>>;
-  const std::lock_guard lock(mutex);
-  std::unique_ptr<Shaders>& found = (*by_gpu)[current_gpu()];
-  if (found == nullptr) {
-    found = std::make_unique<Shaders>();
-  }
-  return *found;
-}
+Shaders& shaders() { return of_current_gpu<Shaders>(); }
 
 // A kernel ignores the constants that it does not use.
 void set_constants(MTLFunctionConstantValues* values, uint32_t constants) {
@@ -191,7 +119,8 @@ id<MTLFunction> function_of(const KernelInstance& kernel) {
 
 id<MTLComputePipelineState> new_pipeline(const KernelInstance& kernel) {
   NSError* error = nil;
-  id<MTLComputePipelineState> state = [device() newComputePipelineStateWithFunction:function_of(kernel) error:&error];
+  id<MTLComputePipelineState> state = [mtl_device() newComputePipelineStateWithFunction:function_of(kernel)
+                                                                                  error:&error];
   TORCH_CHECK(
       state != nil, "[quantization_mlx] Metal makes no pipeline of shader ", kernel.name(), ": ", text_of(error));
   if (state.maxTotalThreadsPerThreadgroup < kernel.threads) {
@@ -208,9 +137,11 @@ id<MTLComputePipelineState> new_pipeline(const KernelInstance& kernel) {
 
 PreparedPlan prepared(gpu::Plan plan) {
   PreparedPlan result{std::move(plan), {}};
-  for (const gpu::Launch& launch : result.plan.launches) {
-    const KernelInstance& kernel = launch.kernel;
-    result.pipelines.push_back(shaders().pipelines.get(kernel, [&] { return new_pipeline(kernel); }));
+  @autoreleasepool {
+    for (const gpu::Launch& launch : result.plan.launches) {
+      const KernelInstance& kernel = launch.kernel;
+      result.pipelines.push_back(shaders().pipelines.get(kernel, [&] { return new_pipeline(kernel); }));
+    }
   }
   return result;
 }

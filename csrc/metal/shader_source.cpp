@@ -12,11 +12,13 @@
   FILE(format, "csrc/format.h")                                      \
   FILE(formats, "csrc/formats.h")                                    \
   FILE(functions, "csrc/functions.h")                                \
+  FILE(gpu_kernels, "csrc/gpu/kernels.h")                            \
   FILE(launch, "csrc/gpu/launch.h")                                  \
   FILE(sampling, "csrc/sampling.h")                                  \
   FILE(resampling, "csrc/resampling.h")                              \
   FILE(activation, "metal/common/activation.h")                      \
   FILE(cooperative, "metal/common/cooperative.h")                    \
+  FILE(instantiate, "metal/common/instantiate.h")                    \
   FILE(load, "metal/common/load.h")                                  \
   FILE(metal, "metal/common/metal.h")                                \
   FILE(polynomial, "metal/common/polynomial.h")                      \
@@ -41,6 +43,7 @@
   FILE(rope, "metal/fast/rope.h")                                    \
   FILE(rope_kernels, "metal/fast/rope.metal")                        \
   FILE(dequantize, "metal/quantized/dequantize.h")                   \
+  FILE(quantized_formats, "metal/quantized/formats.h")               \
   FILE(matmul, "metal/quantized/matmul.h")                           \
   FILE(matmul_kernels, "metal/quantized/matmul.metal")               \
   FILE(matmul_tensor, "metal/quantized/matmul_tensor.h")             \
@@ -92,7 +95,7 @@ std::string resolved(std::string_view folder, std::string_view include) {
 }
 
 // Appends a file and what it includes but for what is in the result already.
-void append(const std::string& path, std::set<std::string>& seen, std::string& result) {
+void append(const std::string& path, bool with_instances, std::set<std::string>& seen, std::string& result) {
   if (!seen.insert(path).second) {
     return;
   }
@@ -109,14 +112,21 @@ void append(const std::string& path, std::set<std::string>& seen, std::string& r
     rest.remove_prefix(end);
     if (line.substr(0, include.size()) == include) {
       const std::string_view name = line.substr(include.size());
-      append(resolved(folder, name.substr(0, name.find('"'))), seen, result);
+      append(resolved(folder, name.substr(0, name.find('"'))), with_instances, seen, result);
       mark(number + 1);
-    } else if (line.find("// --- Instances") == 0) {
+    } else if (!with_instances && line.find("// --- Instances") == 0) {
       return;
     } else {
       result += line.find("#pragma once") == 0 ? "\n" : line;
     }
   }
+}
+
+std::string source_of(const File& file, bool with_instances) {
+  std::set<std::string> seen;
+  std::string result;
+  append(std::string(file.path), with_instances, seen, result);
+  return result;
 }
 
 }  // namespace
@@ -127,9 +137,19 @@ std::string shader_source(std::string_view stem) {
     return f.path.substr(name) == c10::str(stem, ".metal");
   });
   TORCH_INTERNAL_ASSERT(file != std::end(files), "no shader ", stem);
-  std::set<std::string> seen;
-  std::string result;
-  append(std::string(file->path), seen, result);
+  return source_of(*file, /*with_instances=*/false);
+}
+
+std::vector<std::pair<std::string, std::string>> all_shader_sources() {
+  constexpr std::string_view suffix = ".metal";
+  std::vector<std::pair<std::string, std::string>> result;
+  for (const File& file : files) {
+    const size_t end = file.path.find(suffix);
+    if (end != std::string_view::npos) {
+      const size_t name = file.path.rfind('/') + 1;
+      result.emplace_back(file.path.substr(name, end - name), source_of(file, /*with_instances=*/true));
+    }
+  }
   return result;
 }
 

@@ -13,10 +13,13 @@ from softmetal.cache import digest
 # quantization_mlx::metal::encode: plan_check.cpp comes between its callers and it.
 ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_12PreparedPlanENS0_8OperandsE"
 # The installed extension has these: schemas, gradients and the CPU's kernels.
-INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto", "csrc/decoder")
+INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto", "csrc/decoder", "csrc/custom_kernels")
 # It keeps these to itself; what was compiled for it serves here as well.
 SHARED = ("csrc/problem/", "csrc/gpu/")
-SHADER_HEADERS = ("format.h", "formats.h", "functions.h", "resampling.h", "sampling.h", "gpu/launch.h")
+SHADER_HEADERS = (
+    *("format.h", "formats.h", "functions.h", "resampling.h", "sampling.h"),
+    *("gpu/kernels.h", "gpu/launch.h"),
+)
 FLAGS = (
     *("-DTORCH_EXTENSION_NAME=_C", "-DQUANTIZATION_MLX_NAMESPACE=quantization_mlx"),
     *(f"-I{ROOT}", f"-I{ROOT / 'csrc'}", f'-DSOFTMETAL_ENCODE="{ENCODE}"'),

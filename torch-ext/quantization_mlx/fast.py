@@ -15,20 +15,11 @@ import torch
 from torch import Tensor
 
 from ._ops import ops
+from .metal_kernel import metal_kernel as metal_kernel
 
 __all__ = [
-    *(
-        "add_rms_norm",
-        "geglu",
-        "layer_norm",
-        "moe_combine",
-        "moe_router",
-        "resample_image",
-        "rms_norm",
-        "rope",
-        "rope_into_cache",
-    ),
-    *("quantized_gated_matmul", "quantized_scaled_dot_product_attention", "sample"),
+    *("add_rms_norm", "geglu", "layer_norm", "metal_kernel", "moe_combine", "moe_router", "resample_image", "rms_norm"),
+    *("quantized_gated_matmul", "quantized_scaled_dot_product_attention", "rope", "rope_into_cache", "sample"),
     *("scaled_dot_product_attention", "swiglu"),
 ]
 

@@ -237,6 +237,48 @@ static std::map<int, std::string>& state(MTLFunctionConstantValues* values) {
 }
 @end
 
+// An argument [[buffer(index)]], as the compiled kernel has it.
+@interface SoftmetalBufferBinding : NSObject <MTLBinding> {
+ @public
+  NSUInteger _index;
+  bool _writable;
+}
+@end
+
+@implementation SoftmetalBufferBinding
+- (MTLBindingType)type {
+  return MTLBindingTypeBuffer;
+}
+- (MTLBindingAccess)access {
+  return _writable ? MTLBindingAccessReadWrite : MTLBindingAccessReadOnly;
+}
+- (NSUInteger)index {
+  return _index;
+}
+- (BOOL)isUsed {
+  return YES;
+}
+- (BOOL)isArgument {
+  return YES;
+}
+@end
+
+@implementation MTLComputePipelineReflection
+- (NSArray*)bindings {
+  const auto& pipeline = *static_cast<const SoftmetalPipeline*>(_state);
+  std::vector<id> found;
+  for (NSUInteger index = 0; index < max_buffers; ++index) {
+    if (pipeline.buffers >> index & 1u) {
+      SoftmetalBufferBinding* binding = [[SoftmetalBufferBinding new] autorelease];
+      binding->_index = index;
+      binding->_writable = pipeline.writable_buffers >> index & 1u;
+      found.push_back(binding);
+    }
+  }
+  return [NSArray arrayWithObjects:found.data() count:found.size()];
+}
+@end
+
 @interface SoftmetalLibrary : NSObject <MTLLibrary> {
  @public
   std::shared_ptr<Shaders>* _shaders;
@@ -590,6 +632,13 @@ void softmetal_end_encoder(id<MTLComputeCommandEncoder> encoder) {
 
 // --- The device -----------------------------------------------------------------------------------------------------
 
+// Nothing but an identity: commands go through torch's encoder.
+@interface SoftmetalCommandQueue : NSObject <MTLCommandQueue>
+@end
+
+@implementation SoftmetalCommandQueue
+@end
+
 @interface SoftmetalDevice : NSObject <MTLDevice>
 @end
 
@@ -680,6 +729,22 @@ static id<MTLLibrary> new_library(NSError** error, const Make& make) {
   } catch (const CompileFailure& failure) {
     return fail(error, @"AGXMetal", 3, failure.what());
   }
+}
+- (id<MTLComputePipelineState>)newComputePipelineStateWithFunction:(id<MTLFunction>)function
+                                                           options:(MTLPipelineOption)options
+                                                        reflection:(MTLComputePipelineReflection**)reflection
+                                                             error:(NSError**)error {
+  SoftmetalPipelineState* pipeline =
+      static_cast<SoftmetalPipelineState*>([self newComputePipelineStateWithFunction:function error:error]);
+  if (pipeline != nil && reflection != nullptr && options != MTLPipelineOptionNone) {
+    *reflection = [[MTLComputePipelineReflection new] autorelease];
+    // Whoever asks looks at once: the pipeline, which has this, is theirs.
+    (*reflection)->_state = const_cast<SoftmetalPipeline*>((*pipeline->_kernel)->pipeline());
+  }
+  return pipeline;
+}
+- (id<MTLCommandQueue>)newCommandQueue {
+  return static_cast<id<MTLCommandQueue>>(static_cast<id>([SoftmetalCommandQueue new]));
 }
 @end
 

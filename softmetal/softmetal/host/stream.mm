@@ -50,7 +50,10 @@ bool is_apple_family_or_newer(AppleGPUFamily family) {
   return [MPSDevice::getInstance()->device() supportsFamily:static_cast<MTLGPUFamily>(family)];
 }
 
-MPSStream::MPSStream(Stream stream) : _stream(stream), _serialQueue(dispatch_queue_create("mps", nullptr)) {}
+MPSStream::MPSStream(Stream stream)
+    : _stream(stream),
+      _commandQueue([MPSDevice::getInstance()->device() newCommandQueue]),
+      _serialQueue(dispatch_queue_create("mps", nullptr)) {}
 
 MPSStream::~MPSStream() = default;
 

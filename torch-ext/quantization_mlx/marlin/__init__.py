@@ -4,6 +4,7 @@ from .attention import MetalAttention
 from .block import MetalTransformerBlock
 from .cache import KVCacheTorch, MetalKVCache, MetalKVCacheConfig
 from .deprecated import MetalGenerationConfig, MetalGLM47Model, QuantizedLlamaLayer, QuantizedModel
+from .dispatch import MetalBuffer, dispatch_kernel, metal_buffer_to_numpy, mps_tensor_to_metal_buffer
 from .functions import (
     benchmark_dequant_fp4,
     dispatch_dequant_fp4,
@@ -40,6 +41,7 @@ __all__ = [
     "MarlinLinear",
     "MarlinPipeline",
     "MetalAttention",
+    "MetalBuffer",
     "MetalGLM47Model",
     "MetalGenerationConfig",
     "MetalKVCache",
@@ -61,6 +63,7 @@ __all__ = [
     "dispatch_gemm_fp4",
     "dispatch_gemm_fp8",
     "dispatch_gemm_int2",
+    "dispatch_kernel",
     "dispatch_moe_decode",
     "dispatch_moe_optimized",
     "generate_stream",
@@ -69,6 +72,8 @@ __all__ = [
     "load_quantized",
     "marlin_gemm_fp4",
     "marlin_gemm_int4",
+    "metal_buffer_to_numpy",
+    "mps_tensor_to_metal_buffer",
     "pack_fp4_weights",
     "pack_fp8_weights",
     "pack_int2_weights",

@@ -24,7 +24,6 @@ NS_ASSUME_NONNULL_BEGIN
 , MTLCommandBuffer, MTLCommandQueue, MTLComputeCommandEncoder;
 @protocol MTLComputePipelineState
 , MTLDevice, MTLEvent, MTLFunction, MTLLibrary, MTLSharedEvent;
-@class MTLComputePipelineReflection;
 
 // --- Devices --------------------------------------------------------------------------------------------------------
 
@@ -234,6 +233,32 @@ typedef NS_OPTIONS(NSUInteger, MTLPipelineOption) {
   MTLPipelineOptionNone = 0,
 };
 
+typedef NS_ENUM(NSInteger, MTLBindingType) {
+  MTLBindingTypeBuffer = 0,
+  MTLBindingTypeThreadgroupMemory = 1,
+  MTLBindingTypeTexture = 2,
+  MTLBindingTypeSampler = 3,
+};
+
+typedef NS_ENUM(NSUInteger, MTLBindingAccess) {
+  MTLBindingAccessReadOnly = 0,
+  MTLBindingAccessReadWrite = 1,
+  MTLBindingAccessWriteOnly = 2,
+};
+
+@protocol MTLBinding <NSObject>
+@property(readonly) NSString* name;
+@property(readonly) MTLBindingType type;
+@property(readonly) MTLBindingAccess access;
+@property(readonly) NSUInteger index;
+@property(readonly, getter=isUsed) BOOL used;
+@property(readonly, getter=isArgument) BOOL argument;
+@end
+
+@interface MTLComputePipelineReflection : NSObject
+@property(nonnull, readonly) NSArray<id<MTLBinding>>* bindings;
+@end
+
 @interface MTLComputePipelineDescriptor : NSObject <NSCopying>
 @property(nullable, copy, nonatomic) NSString* label;
 @property(nullable, readwrite, nonatomic, strong) id<MTLFunction> computeFunction;
@@ -356,6 +381,11 @@ typedef void (^MTLSharedEventNotificationBlock)(id<MTLSharedEvent> event, uint64
                                           error:(NSError* _Nullable* _Nullable)error;
 - (nullable id<MTLComputePipelineState>)newComputePipelineStateWithFunction:(id<MTLFunction>)function
                                                                       error:(NSError* _Nullable* _Nullable)error;
+- (nullable id<MTLComputePipelineState>)
+    newComputePipelineStateWithFunction:(id<MTLFunction>)function
+                                options:(MTLPipelineOption)options
+                             reflection:(MTLComputePipelineReflection* _Nullable* _Nullable)reflection
+                                  error:(NSError* _Nullable* _Nullable)error;
 - (nullable id<MTLComputePipelineState>)
     newComputePipelineStateWithDescriptor:(MTLComputePipelineDescriptor*)descriptor
                                   options:(MTLPipelineOption)options
