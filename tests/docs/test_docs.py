@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from devices import DEVICES
 from foreign import AWQ, GPTQ, foreign_checkpoint
 from quantization_mlx import quantize_model, save_checkpoint, unpatch_peft, unpatch_transformers
 from repository import ROOT
@@ -24,7 +25,7 @@ PAGES = (
     *("command-line", "generate", "marlin", "blocks", "vision", "migrate"),
 )
 # The server's example is a file; the kernels' pages show what needs certain machines.
-OTHER_PAGES = {"serve", "cpu", "metal"}
+OTHER_PAGES = {"serve", "cpu", "metal", "custom-kernels"}
 
 
 @pytest.fixture(scope="session")
@@ -53,21 +54,30 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def run_examples(page: str) -> None:
+    examples = blocks(page, "python")
+    assert examples
+    namespace: dict[str, object] = {"__name__": "example"}
+    for number, example in enumerate(examples, 1):
+        exec(compile(example, f"{page}.md, example {number}", "exec"), namespace)
+
+
 @pytest.mark.xdist_group("demo model")
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for model in models.iterdir():
         (tmp_path / model.name).symlink_to(model)
-    examples = blocks(page, "python")
-    assert examples
-    namespace: dict[str, object] = {"__name__": "example"}
     try:
-        for number, example in enumerate(examples, 1):
-            exec(compile(example, f"{page}.md, example {number}", "exec"), namespace)
+        run_examples(page)
     finally:
         unpatch_transformers()
         unpatch_peft()
+
+
+@pytest.mark.parametrize("device", [name for name in DEVICES if name != "cpu"][-1:], indirect=True)
+def test_examples_for_a_gpu_run(device: str) -> None:
+    run_examples("custom-kernels")
 
 
 def test_no_page_is_left_out() -> None:

@@ -141,7 +141,9 @@ class MetalKernelLibrary:
     def get_pipeline(self, function_name: str, library_name: str | None = None) -> MetalPipeline:
         """A kernel's compute pipeline state, of that library or of the first that has the kernel.
 
-        Raises ValueError for a name that no library has.
+        Raises:
+            ValueError: a name that no library has.
+            RuntimeError: a kernel that needs function constants, as many of this package do: no values can be given.
         """
         op = "get_pipeline"
         source = self.source_of(op, function_name, library_name)
