@@ -29,6 +29,7 @@ HEADERS = ("Foundation/Foundation.h", "Metal/Metal.h")
 KNOWN_BY_HAND = {
     "MTLCompileOptions": {"mathFloatingPointFunctions", "mathMode", "preprocessorMacros"}
     | {"setMathFloatingPointFunctions:", "setMathMode:", "setPreprocessorMacros:"},
+    "MTLComputePipelineReflection": {"bindings"},
     "NSAutoreleasePool": {"drain"},
     "NSDictionary": {"allKeys", "dictionaryWithObject:forKey:", "objectForKeyedSubscript:"},
     "NSError": {"errorWithDomain:code:userInfo:"},
