@@ -99,6 +99,22 @@ SIGNATURES: dict[str, tuple[str, dict[str, Any]]] = {
         "self, hidden_states",
         {"attention_mask": None, "position_ids": None, "kv_cache": None, "layer_idx": 0},
     ),
+    "vision.vision_metal.VisionMetal": ("", {"device": None}),
+    "vision.vision_metal.VisionMetal.uint8_to_float": ("self, image", {}),
+    "vision.vision_metal.VisionMetal.center_crop": ("self, image, size", {"nhwc": False}),
+    "vision.vision_metal.VisionMetal.resize_bilinear": ("self, input, target_size", {"nhwc": False}),
+    "vision.vision_metal.VisionMetal.resize_bicubic": ("self, input, target_size", {"nhwc": False}),
+    "vision.vision_metal.VisionMetal.normalize": ("self, image, mean, std", {"nhwc": False}),
+    "vision.vision_metal.VisionMetal.resize_and_normalize": ("self, image, size, mean, std", {"nhwc": False}),
+    "vision.vision_metal.VisionMetal.extract_patches": ("self, image, patch_size", {}),
+    "vision.vision_metal.VisionMetal.preprocess_qwen2vl": (
+        "self, image",
+        {"max_pixels": 1024 * 1024, "patch_size": 14, "nhwc": False},
+    ),
+    "vision.vision_metal.preprocess_for_vit": (
+        "images",
+        {"target_size": (224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    ),
     "MarlinPipeline": ("model", {"tokenizer": None, "device": "mps"}),
 }
 

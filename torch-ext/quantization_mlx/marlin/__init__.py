@@ -31,6 +31,7 @@ from .parts import Rotary
 from .pipelines import MarlinPipeline, TransformersMarlinPipeline
 from .sampler import MetalSampler
 from .saved import load_quantized, save_quantized
+from .vision import VisionMetal, preprocess_for_vit
 
 __all__ = [
     "CacheFullError",
@@ -58,6 +59,7 @@ __all__ = [
     "ReplacementStats",
     "Rotary",
     "TransformersMarlinPipeline",
+    "VisionMetal",
     "benchmark_dequant_fp4",
     "dispatch_dequant_fp4",
     "dispatch_gemm_fp4",
@@ -79,6 +81,7 @@ __all__ = [
     "pack_int2_weights",
     "pack_int4_sym_weights",
     "pack_int4_weights",
+    "preprocess_for_vit",
     "quantize_model",
     "replace_linear_layers",
     "save_quantized",
