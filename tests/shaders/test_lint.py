@@ -47,7 +47,7 @@ MISTAKES = {
         SAFE + FLAG + THREADS + "void f(device int* p [[buffer(0)]], device int* q [[buffer(1)]]) "
         "{ p[0] = flag ? q[0] : 1; }",
         SAFE + FLAG + THREADS + "void f(device int* p [[buffer(0)]], "
-        "device int* q [[buffer(1), function_constant(flag)]]) { p[0] = flag ? q[0] : 1; }",
+        "device int* q [[buffer(1), function_constant(flag)]]) { int a = flag ? q[0] : 1; p[0] = a; }",
     ),
     "optional-argument in a block": (
         SAFE + FLAG + THREADS + "void f(device int* p [[buffer(0)]], device int* q [[buffer(1)]]) "

@@ -367,12 +367,14 @@ class _Linter(_Rewriter):
     def _is_guarded(self, use: int, brace: int, flags: set[str]) -> bool:
         """True behind `flag ?` in the statement, or in a block that `if (flag)` begins."""
         k = use
+        in_statement = True
         while k > brace:
             k -= 1
             text = self._text(k)
+            in_statement &= text not in (";", "}")
             if text in CLOSING:
                 k = self._opening(k)
-            elif text == "?" and self._text(k - 1) in flags:
+            elif text == "?" and in_statement and self._text(k - 1) in flags:
                 return True
             elif text == "{" and self._text(k - 1) == ")":
                 condition = self._opening(k - 1)
