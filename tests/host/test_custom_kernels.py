@@ -278,6 +278,24 @@ def test_runs_in_the_order_of_torchs_ops(device: str) -> None:
     torch.testing.assert_close(y.cpu(), (12 * (x + 1) - x).cpu())
 
 
+def test_compiled_code_calls_it(device: str) -> None:
+    kernel = metal_kernel(
+        name="doubled",
+        input_names=["x"],
+        output_names=["out"],
+        source="out[thread_position_in_grid.x] = 2 * x[thread_position_in_grid.x];",
+    )
+
+    @torch.compile(backend="eager")
+    def doubled_and_more(x: Tensor) -> Tensor:
+        shapes = {"output_shapes": [x.shape], "output_dtypes": [x.dtype]}
+        (y,) = kernel(inputs=[x * 1], grid=(x.numel(), 1, 1), threadgroup=(8, 1, 1), **shapes)
+        return y + 1
+
+    x = random(16).to(device)
+    torch.testing.assert_close(doubled_and_more(x).cpu(), 2 * x.cpu() + 1)
+
+
 def test_gradients_are_the_users(device: str) -> None:
     kernel = double(device)
 

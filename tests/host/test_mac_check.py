@@ -120,7 +120,7 @@ def changed(command: mac_check.CompileCommand, folder: Path, *mistakes: tuple[st
     [
         ("encode.mm", "setComputePipelineState:", "setComputePipelineStat:", "setComputePipelineStat:"),
         ("encode.mm", "setBytes:launch.params.data()", "setBytes:launch.params_size", "cannot initialize a parameter"),
-        ("library.mm", "if (__builtin_available(macOS 15.0, *))", "if (true)", "only available on macOS 15.0"),
+        ("compile.mm", "if (__builtin_available(macOS 15.0, *))", "if (true)", "only available on macOS 15.0"),
     ],
     ids=["selector", "argument type", "availability"],
 )

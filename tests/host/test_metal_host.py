@@ -538,6 +538,7 @@ for gpu in ("applegpu_g14s", "applegpu_g17s"):
             q.fast.scaled_dot_product_attention(heads, x[None, None], x[None, None], scale=0.1)
         q.fast.moe_router(x, 2)
         q.fast.sample(x, 0)
+        q.fast.resample_image(x[None], (20, 30))
         product(long, q.quantize(long, 64, 4))  # its K is split
         experts = [part[None] for part in packed]
         pairs = torch.zeros(40, dtype=torch.int64, device="mps")  # which are sorted

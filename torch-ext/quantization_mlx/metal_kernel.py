@@ -1,5 +1,6 @@
 """`mlx.core.fast.metal_kernel` for torch: from the body of a Metal function to a function of tensors."""
 
+import functools
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -159,6 +160,17 @@ class _Template:
         raise _fail(f"template argument {name} is {value!r}; it is a torch.dtype, an int or a bool", TypeError)
 
 
+def _left_out_of_graphs(method: Callable) -> Callable:
+    """`torch.compiler.disable`, which imports the compiler, for when something is compiled."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        run = torch.compiler.disable(method) if torch.compiler.is_compiling() else method
+        return run(*args, **kwargs)
+
+    return call
+
+
 class MetalKernel:
     """What `metal_kernel` returns. Called, it generates a Metal function for the types at hand, which is compiled once,
     and gives it to torch's MPS stream."""
@@ -190,7 +202,7 @@ class MetalKernel:
     def __repr__(self) -> str:
         return f"metal_kernel({self.name!r}, inputs={list(self._inputs)}, outputs={list(self._outputs)})"
 
-    @torch.compiler.disable
+    @_left_out_of_graphs
     def __call__(
         self,
         *,
