@@ -23,12 +23,28 @@ GEMM = "lib, A, B_packed, scales, M, N, K"
 EXPERTS = "lib, activations, router_weights, expert_weights, expert_scales, shared_weights, shared_scales"
 RULES = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1, "eos_token_id": 2}
 SIGNATURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "marlin_gemm_fp4": ("A, B_packed, scales", {"group_size": 128}),
+    "marlin_gemm_int4": ("A, B_packed, scales, zeros", {"group_size": 128}),
+    "pack_fp4_weights": ("weights", {"group_size": 128}),
+    "MarlinLinear": ("in_features, out_features", {"bias": True, "quant_type": "fp4", "group_size": 128}),
+    "MarlinLinear.from_linear": ("linear", {}),
+    "quantize_model": (
+        "model",
+        {"quant_type": "fp4", "group_size": 128, "skip_layers": {"lm_head", "embed_tokens"}},
+    ),
     "replace_linear_layers": ("model", {**PACKED, "skip_layers": None, "layer_filter": None}),
     "load_and_quantize": ("model_id_or_path", {**PACKED, "device": "mps"}),
     "save_quantized": ("model, output_dir", {}),
     "load_quantized": ("path", {"device": "mps"}),
     "metal_dispatch.MetalKernelLibrary": ("", {"device": None}),
+    "metal_dispatch.MetalKernelLibrary.from_source_dir": ("", {"src_dir": None}),
+    "metal_dispatch.MetalKernelLibrary.compile_source": ("self, name, source", {}),
+    "metal_dispatch.MetalKernelLibrary.get_pipeline": ("self, function_name", {"library_name": None}),
+    "metal_dispatch.MetalKernelLibrary.list_functions": ("self, library_name", {}),
     "metal_dispatch.get_default_library": ("", {}),
+    "metal_dispatch.dispatch_kernel": ("lib, function_name, grid, threadgroup, buffers", {"wait": True}),
+    "metal_dispatch.mps_tensor_to_metal_buffer": ("tensor", {"device": "mps"}),  # documented without the default
+    "metal_dispatch.metal_buffer_to_numpy": ("buffer, dtype, shape", {}),
     "metal_dispatch.dispatch_gemm_fp4": (GEMM, {"group_size": 32}),
     "metal_dispatch.dispatch_gemm_fp8": (GEMM, {"group_size": 128}),
     "metal_dispatch.dispatch_gemm_int2": (GEMM, {"group_size": 128}),
@@ -116,6 +132,7 @@ SIGNATURES: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_size": (224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
     ),
     "MarlinPipeline": ("model", {"tokenizer": None, "device": "mps"}),
+    "MarlinPipeline.from_pretrained": ("path", {"quant_type": "fp4", "device": None}),
 }
 
 
