@@ -64,18 +64,12 @@ inline constexpr int qmv_capacity(int steps, int along) {
   return (steps + along * qmv_lanes_along() - 1) & -(along * qmv_lanes_along());
 }
 
-// Whether fewer simdgroups than `along` should divide K: their lanes have one step each, after which they would only
-// add up sums; or a quarter of the lanes or more would be idle, and are not with fewer.
-inline constexpr bool qmv_is_short(int steps, int along) {
-  return steps <= along * qmv_lanes_along() ||
-      (4 * steps <= 3 * qmv_capacity(steps, along) && qmv_capacity(steps, along / 2) < qmv_capacity(steps, along));
-}
-
-// The simdgroups of a threadgroup that divide K, of `steps` steps, all of them for the most loads in flight where K is
-// long; the others compute other columns of y.
+// The simdgroups of a threadgroup that divide K, of `steps` steps; the others compute other columns of y. All of them,
+// for the most loads in flight, unless a quarter of the lanes or more would be idle, and are not with fewer.
 inline constexpr int qmv_simdgroups_along(int steps) {
   int along = qmv_simdgroups();
-  while (along > 1 && qmv_is_short(steps, along)) {
+  while (along > 1 && 4 * steps <= 3 * qmv_capacity(steps, along) &&
+         qmv_capacity(steps, along / 2) < qmv_capacity(steps, along)) {
     along /= 2;
   }
   return along;

@@ -98,11 +98,10 @@ def launch(stem, name, constants, buffers, threadgroups, threads):
 
 
 def simdgroups_along(steps: int) -> int:
-    """Of qmv's four, those that divide K: half as many where their lanes have one step each at most, or where a quarter
-    of the lanes is idle, and fewer are then."""
+    """Of qmv's four, those that divide K: half as many where a quarter of the lanes is idle, and fewer are then."""
     busy = {along: steps / (16 * along * ceil(steps, 16 * along)) for along in (4, 2, 1)}
     along = 4
-    while along > 1 and (steps <= 16 * along or (busy[along] <= 0.75 and busy[along // 2] > busy[along])):
+    while along > 1 and busy[along] <= 0.75 and busy[along // 2] > busy[along]:
         along //= 2
     return along
 
