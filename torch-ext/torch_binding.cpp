@@ -11,6 +11,7 @@
 #include "../csrc/custom_kernels.h"
 #include "../csrc/decoder.h"
 #include "../csrc/gpu/describe.h"
+#include "../csrc/linear_experts.h"
 #include "../csrc/namespace.h"
 #include "../csrc/ops.h"
 
@@ -253,14 +254,19 @@ TORCH_LIBRARY_EXPAND(QUANTIZATION_MLX_NAMESPACE, m) {
   m.def("_get_cpu_activations() -> str", cpu::get_activations);
 
   define_decoder(m);
+  define_linear_experts(m);
   define_custom_kernels(m);
 }
 
-TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) { implement<Cpu>(m); }
+TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CPU, m) {
+  implement<Cpu>(m);
+  implement_linear_experts_cpu(m);
+}
 
 // Made of other ops, on any device.
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, CompositeExplicitAutograd, m) {
   implement_decoder(m);
+  implement_linear_experts(m);
   refuse_custom_kernels(m);
 }
 
@@ -289,6 +295,7 @@ TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, Autograd, m) {
   m.impl("quantized_gated_matmul", autograd::quantized_gated_matmul);
   m.impl("resample_image", torch::autograd::autogradNotImplementedFallback());
   m.impl("decoder_step", torch::autograd::autogradNotImplementedFallback());
+  implement_linear_experts_autograd(m);
 }
 
 TORCH_LIBRARY_IMPL_EXPAND(QUANTIZATION_MLX_NAMESPACE, AutocastCPU, m) { implement_autocast(m); }

@@ -8,7 +8,6 @@ from torch import Tensor
 from .._ops import ops
 from ..formats import FLOATS
 from .functions import (
-    BITS,
     check_choice,
     check_devices,
     check_dtype,
@@ -22,10 +21,7 @@ from .library import MetalKernelLibrary
 _MODE = "marlin_fp4"
 
 # Called with all arguments: the fastest way from Python into the dispatcher.
-_moe_router = ops.moe_router.default
-_moe_combine = ops.moe_combine.default
-_gather_qmm = ops.gather_qmm.default
-_quantized_matmul = ops.quantized_matmul.default
+_linear_experts = ops._linear_experts.default
 
 
 def dispatch_moe_optimized(
@@ -117,6 +113,32 @@ def _mixed(
 ) -> Tensor:
     """tokens: the sizes of activations, by name."""
     check_library(function, lib)
+    sizes = (hidden_dim, out_dim, num_experts, top_k, group_size)
+    tensors = (activations, router_weights, *experts, *shared)
+    # The op refuses what does not fit. To find out what it is takes as long as a product of one token, so that waits
+    # until it is needed.
+    try:
+        return _linear_experts(*tensors, tokens.get("batch_size"), *sizes)
+    except (RuntimeError, TypeError, ValueError) as error:
+        failure = error
+    _check(function, activations, tokens, router_weights, experts, shared, *sizes)
+    raise failure
+
+
+def _check(
+    function: str,
+    activations: Any,
+    tokens: Mapping[str, Any],
+    router_weights: Any,
+    experts: tuple[Any, Any],
+    shared: tuple[Any, Any],
+    hidden_dim: Any,
+    out_dim: Any,
+    num_experts: Any,
+    top_k: Any,
+    group_size: Any,
+) -> None:
+    """Raises an error for what does not fit, under its documented name."""
     check_choice(function, num_experts, top_k)
     check_size(function, "hidden_dim", hidden_dim, 1)
     check_shape(function, "activations", activations, tuple(tokens.values()), tokens)
@@ -129,19 +151,8 @@ def _mixed(
     packed = dict(zip(("expert_weights", "expert_scales"), experts, strict=True))
     check_packed(function, _MODE, {"num_experts": num_experts, **sizes}, packed)
     tensors |= packed
-    has_shared = shared != (None, None)
-    if has_shared:
+    if shared != (None, None):
         packed = dict(zip(("shared_weights", "shared_scales"), shared, strict=True))
         check_packed(function, _MODE, sizes, packed)
         tensors |= packed
     check_devices(function, **tensors)
-
-    format = (group_size, BITS[_MODE], _MODE)
-    rows = activations if activations.dim() == 2 else activations[None]
-    # Rounded to half precision, logits would be wrong by as much as the weights of experts differ.
-    logits = rows.float() @ router_weights.float()
-    indices, weights = _moe_router(logits, top_k, "softmax_of_selected", None, 1, 1, False, 1.0)
-    products = _gather_qmm(rows[:, None, None], *experts, None, None, indices, False, *format)
-    residual = _quantized_matmul(rows, *shared, None, False, *format) if has_shared else None
-    mixed = _moe_combine(products.squeeze(-2), weights, residual, None, None)
-    return mixed if activations.dim() == 2 else mixed[0]

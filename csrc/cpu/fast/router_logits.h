@@ -1,0 +1,14 @@
+// The product of few tokens and a router, for which float32 copies of the router would take longer than the product.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace quantization_mlx::cpu {
+
+// Whether x [tokens, K] and router [K, experts] are so few rows, and of dtypes and strides that the product takes.
+bool multiplies_without_copies(const at::Tensor& x, const at::Tensor& router);
+
+// x @ router in float32. The bits of a result do not depend on the number of threads.
+at::Tensor product_without_copies(const at::Tensor& x, const at::Tensor& router);
+
+}  // namespace quantization_mlx::cpu
