@@ -15,6 +15,8 @@ import oracle
 from cases import DTYPES
 from oracle import Quantized, name_of
 from packed_columns import format_of
+from quantization_mlx import explain
+from quantization_mlx._ops import ops
 from quantization_mlx.marlin import dispatch_moe_decode, dispatch_moe_optimized, get_default_library, pack_fp4_weights
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -164,8 +166,59 @@ def test_logits_close_to_each_other_choose_as_exact_ones(device: str) -> None:
     oracle.assert_within(close.run(device), activations.double() @ mixture.experts.dense[2], 0.05)
 
 
-def test_gradients(device: str) -> None:
-    mixture = Mixture.of(Sizes(), torch.float32)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_logits_of_autocast_are_float32(tokens: int) -> None:
+    """Experts that rounded logits would have in common."""
+    router = torch.zeros(256, 3)
+    router[0], router[1, 2] = 100.0, 0.0625
+    mixture = Mixture.of(Sizes(tokens=tokens, experts=3, top_k=1, has_shared=False), torch.float32)
+    activations = torch.zeros(tokens, 256)
+    activations[:, :2] = 1.0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = replace(mixture, activations=activations, router=router).run()
+    assert result.dtype == torch.bfloat16, "that of the products"
+    oracle.assert_within(result, activations.double() @ mixture.experts.dense[2], 0.05)
+
+
+# Tokens and experts; whole vectors or not, of one part of the inner size or several, and more than a block has rows of.
+LOGITS = {(1, 64): 2048, (4, 7): 1300, (3, 512): 96, (2, 16): 512, (5, 33): 640, (1, 1): 1, (0, 8): 64}
+
+
+@pytest.mark.parametrize("router_dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("sizes", LOGITS, ids="{0[0]} of {0[1]}".format)
+def test_logits(sizes: tuple[int, int], router_dtype: torch.dtype) -> None:
+    """As float32 sums of exact products, whatever the strides and the number of threads are."""
+    (tokens, experts), K = sizes, LOGITS[sizes]
+    router = oracle.random_x(K, experts, dtype=router_dtype, seed=3)
+    threads = torch.get_num_threads()
+    for dtype in DTYPES:
+        x = oracle.random_x(tokens, K, dtype=dtype)
+        exact = x.double() @ router.double()
+        bound = 4 * torch.finfo(torch.float32).eps * (x.double().abs() @ router.double().abs()) + 1e-30
+        results = [ops._router_logits(x, router)]
+        torch.set_num_threads(3 - min(threads, 2))
+        results.append(ops._router_logits(x, router))
+        torch.set_num_threads(threads)
+        results += [ops._router_logits(each, router) for each in (x.mT.contiguous().mT, torch.cat([x, x], 1)[:, :K])]
+        results += [ops._router_logits(x, router.mT.contiguous().mT)]
+        for result in results:
+            assert result.dtype == torch.float32 and result.shape == exact.shape
+            assert ((result.double() - exact).abs() <= bound).all()
+        if tokens < 5:  # more of them are a product of torch's
+            oracle.assert_identical(results[1], results[0])
+
+
+def test_logits_that_are_not_finite() -> None:
+    x, router = torch.ones(1, 40), torch.zeros(40, 20)
+    router[3, 5], router[4, 6], router[20, 7], x[0, 21] = torch.inf, -torch.inf, torch.nan, torch.inf
+    router[21, 8] = 1.0
+    logits = ops._router_logits(x, router)[0]
+    assert torch.equal(logits.nan_to_num(7.0, 8.0, 9.0), (x @ router)[0].nan_to_num(7.0, 8.0, 9.0))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_gradients(tokens: int, device: str) -> None:
+    mixture = Mixture.of(Sizes(tokens=tokens), torch.float32)
     lib, activations, router, *rest = mixture.arguments(device)
     given = [each.clone().requires_grad_() for each in (activations, router)]
     upstream = oracle.random_x(mixture.sizes.tokens, mixture.sizes.N, seed=9)
@@ -187,6 +240,12 @@ def test_nothing_waits_for_the_device() -> None:
     assert result.shape == (mixture.sizes.tokens, mixture.sizes.N) and result.dtype == torch.float16
 
 
+def test_plans_are_those_of_its_ops() -> None:
+    mixture = Mixture.of(SIZES["one token"], torch.float16)
+    plans = explain(dispatch_moe_optimized, *mixture.arguments(), 1, *mixture.numbers)
+    assert [plan.op for plan in plans] == ["moe_router", "gather_qmm", "quantized_matmul", "moe_combine"]
+
+
 def test_compiles_to_one_graph() -> None:
     mixture = Mixture.of(Sizes(), torch.float32)
     lib, activations, *rest = mixture.arguments()
@@ -196,7 +255,7 @@ def test_compiles_to_one_graph() -> None:
     def compiled(x: Tensor) -> Tensor:
         return dispatch_moe_optimized(lib, x, *rest, x.shape[0], *mixture.numbers).relu()
 
-    for rows in (2, 5):
+    for rows in (2, 5):  # a product that needs no copies, and torch's
         x = activations[:rows]
         oracle.assert_identical(compiled(x), dispatch_moe_optimized(lib, x, *rest, rows, *mixture.numbers).relu())
 
@@ -248,6 +307,7 @@ VALUE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "num_experts": ({"num_experts": 9}, "router_weights has shape [256, 8]; with hidden_dim = 256 and num_experts = 9"),
     "experts of words": ({"expert_weights": torch.zeros(7, 32, 16, dtype=torch.uint32)}, "it must be [8, 32, 16]"),
     "groups": ({"group_size": 64}, "expert_scales has shape [8, 2, 16]; with num_experts = 8, hidden_dim = 256"),
+    "fraction as group_size": ({"group_size": 128.0}, "group_size is 128.0; supported are 128, 64, 32"),
     "group_size": ({"group_size": 48}, "group_size is 48; supported are 128, 64, 32"),
     "shape of shared words": (
         {"shared_weights": torch.zeros(32, 8, dtype=torch.uint32)},
@@ -277,6 +337,7 @@ TYPE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "shared words alone": ({"shared_scales": None}, "shared_scales is of type NoneType; it must be a tensor"),
     "shared scales alone": ({"shared_weights": None}, "shared_weights is of type NoneType; it must be a tensor"),
     "text as top_k": ({"top_k": "2"}, "top_k is '2'; it must be a whole number"),
+    "no batch_size": ({"batch_size": None}, "batch_size is None; it must be a whole number"),
     "fraction as out_dim": ({"out_dim": 16.0}, "out_dim is 16.0; it must be a whole number"),
 }
 
@@ -287,6 +348,30 @@ def test_wrong_arguments_are_named(name: str) -> None:
     error = TypeError if name in TYPE_ERRORS else ValueError
     with pytest.raises(error, match=rf"^\[dispatch_moe_optimized\] .*{re.escape(message)}"):
         dispatch_moe_optimized(**{**GIVEN, **changes})
+
+
+def test_sizes_are_any_whole_numbers() -> None:
+    np = pytest.importorskip("numpy")
+    sizes = {name: np.int64(value) for name, value in GIVEN.items() if isinstance(value, int)}
+    assert dispatch_moe_optimized(**{**GIVEN, **sizes}).shape == (3, 16)
+
+
+def test_the_op_alone_refuses_as_much() -> None:
+    """Whoever calls it by itself: nothing is read that is not there."""
+    tensors = [value for value in GIVEN.values() if isinstance(value, Tensor)]
+    sizes = [3, 256, 16, 8, 2, 128]
+    assert ops._linear_experts(*tensors, *sizes).shape == (3, 16)
+    for place in range(len(tensors)):
+        for wrong in (tensors[place][:-1], tensors[place].to("meta"), tensors[place].double()):
+            given = [*tensors[:place], wrong, *tensors[place + 1 :]]
+            with pytest.raises((ValueError, RuntimeError)):
+                ops._linear_experts(*given, *sizes)
+    for place, wrong in [(0, 4), (1, 0), (1, 128), (2, 17), (3, 9), (4, 0), (4, 9), (5, 0), (5, -128), (5, 48)]:
+        with pytest.raises(ValueError):
+            ops._linear_experts(*tensors, *sizes[:place], wrong, *sizes[place + 1 :])
+    for router in (half(255, 8), half(257, 8), half(255)):
+        with pytest.raises(RuntimeError):
+            ops._router_logits(half(1, 256), router)
 
 
 def test_decode_takes_one_token() -> None:

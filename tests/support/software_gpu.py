@@ -13,7 +13,7 @@ from softmetal.cache import digest
 # quantization_mlx::metal::encode: plan_check.cpp comes between its callers and it.
 ENCODE = "_ZN16quantization_mlx5metal6encodeERKNS0_12PreparedPlanENS0_8OperandsE"
 # The installed extension has these: schemas, gradients and the CPU's kernels.
-INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto", "csrc/decoder", "csrc/custom_kernels")
+INSTALLED = ("torch-ext/", "csrc/cpu/", "csrc/auto", "csrc/decoder", "csrc/custom_kernels", "csrc/linear_experts")
 # It keeps these to itself; what was compiled for it serves here as well.
 SHARED = ("csrc/problem/", "csrc/gpu/")
 SHADER_HEADERS = (
