@@ -18,14 +18,23 @@ constexpr int64_t most_tokens = 4;
 // Rows of the router whose products are one sum. The sums of all parts are added afterwards, in order.
 constexpr int64_t part_rows = 512;
 // Rows that become float32 at a time: they stay in the first cache.
-constexpr int64_t block_floats = usual_floats - 16;
+constexpr int64_t block_floats = usual_floats - 32;
+// Rows take turns with several sums, so that none waits for the one before.
+constexpr int64_t turns = 4;
 
-bool is_real(const Tensor& tensor) {
-  const auto dtype = tensor.scalar_type();
-  return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
+bool is_half(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
 }
 
+bool is_real(const Tensor& tensor) { return is_half(tensor) || tensor.scalar_type() == at::kFloat; }
+
 int64_t whole(int64_t length) { return (length + 15) / 16 * 16; }
+
+// Of floats that have 16 more than are needed: vectors that cross cache lines are slow.
+float* aligned(Floats& floats) {
+  constexpr uintptr_t line = 64;
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(floats.data()) + line - 1) / line * line);
+}
 
 // `count` elements of a contiguous tensor, from the one of this number on.
 void to_float32(const Tensor& tensor, int64_t first, int64_t count, float* values) {
@@ -40,33 +49,38 @@ class LogitsOfFew {
       : x_(x), router_(router), tokens_(x.size(0)), K_(x.size(1)), experts_(router.size(1)) {}
 
   int64_t parts() const { return (K_ + part_rows - 1) / part_rows; }
-  int64_t sums_of_part() const { return tokens_ * whole(experts_); }
+  int64_t sums_of_turn() const { return tokens_ * whole(experts_); }
+  int64_t sums_of_part() const { return turns * sums_of_turn(); }
 
-  // sums [tokens, experts up to whole vectors] of one part of K.
+  // sums [turns, tokens, experts up to whole vectors] of one part of K.
   void add_part(int64_t part, float* sums) const {
     std::fill_n(sums, sums_of_part(), 0.0f);
     const int64_t end = std::min(K_, (part + 1) * part_rows);
     const int64_t rows = std::clamp<int64_t>(block_floats / experts_, 1, part_rows);
-    Floats block = whole_floats(rows * experts_ + 16);  // the last row, too, is read as whole vectors
-    Floats x = whole_floats(tokens_ * whole(rows));
+    Floats block_buffer = floats(rows * experts_ + 32);  // the last row, too, is read as whole vectors
+    Floats x_buffer = floats(tokens_ * whole(rows) + 16);
+    float* block = aligned(block_buffer);
+    float* x = aligned(x_buffer);
+    const auto add_multiple = kernels().decoder.add_multiple;
     for (int64_t k = part * part_rows; k < end; k += rows) {
       const int64_t count = std::min(rows, end - k);
-      to_float32(router_, k * experts_, count * experts_, block.data());
+      to_float32(router_, k * experts_, count * experts_, block);
       for (int64_t token = 0; token < tokens_; ++token) {
-        to_float32(x_, token * K_ + k, count, x.data() + token * whole(rows));
+        to_float32(x_, token * K_ + k, count, x + token * whole(rows));
       }
       for (int64_t row = 0; row < count; ++row) {
+        float* sums_of_row = sums + row % turns * sums_of_turn();
         for (int64_t token = 0; token < tokens_; ++token) {
-          kernels().decoder.add_multiple(
-              block.data() + row * experts_, x[token * whole(rows) + row], experts_, sums + token * whole(experts_));
+          add_multiple(
+              block + row * experts_, x[token * whole(rows) + row], experts_, sums_of_row + token * whole(experts_));
         }
       }
     }
   }
 
   void write(float* sums, float* logits) const {
-    for (int64_t part = 1; part < parts(); ++part) {
-      kernels().decoder.add_multiple(sums + part * sums_of_part(), 1.0f, sums_of_part(), sums);
+    for (int64_t turn = 1; turn < parts() * turns; ++turn) {
+      kernels().decoder.add_multiple(sums + turn * sums_of_turn(), 1.0f, sums_of_turn(), sums);
     }
     for (int64_t token = 0; token < tokens_; ++token) {
       std::copy_n(sums + token * whole(experts_), experts_, logits + token * experts_);
@@ -85,19 +99,21 @@ class LogitsOfFew {
 
 bool multiplies_without_copies(const Tensor& x, const Tensor& router) {
   return x.dim() == 2 && router.dim() == 2 && x.size(1) == router.size(0) && x.numel() > 0 && router.numel() > 0 &&
-      x.size(0) <= most_tokens && router.is_cpu() && router.is_contiguous() && is_real(x) && is_real(router);
+      x.size(0) <= most_tokens && router.is_cpu() && router.is_contiguous() && is_real(x) && is_half(router);
 }
 
 Tensor product_without_copies(const Tensor& x, const Tensor& router) {
   const Tensor rows = x.contiguous();
   const LogitsOfFew product(rows, router);
-  Floats sums = floats(product.parts() * product.sums_of_part());
-  const bool worth_it = x.numel() * router.size(1) >= 2 * task_multiplications;
+  Floats buffer = floats(product.parts() * product.sums_of_part() + 16);
+  float* sums = aligned(buffer);
+  // Below that, beginning a parallel region takes about as long as it saves.
+  const bool worth_it = x.numel() * router.size(1) >= 8 * task_multiplications;
   parallel_tasks(
-      product.parts(), [&](int64_t part, int) { product.add_part(part, sums.data() + part * product.sums_of_part()); },
+      product.parts(), [&](int64_t part, int) { product.add_part(part, sums + part * product.sums_of_part()); },
       worth_it);
   const Tensor logits = at::empty({x.size(0), router.size(1)}, x.options().dtype(at::kFloat));
-  product.write(sums.data(), logits.mutable_data_ptr<float>());
+  product.write(sums, logits.mutable_data_ptr<float>());
   return logits;
 }
 

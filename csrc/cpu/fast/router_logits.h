@@ -5,7 +5,7 @@
 
 namespace quantization_mlx::cpu {
 
-// Whether x [tokens, K] and router [K, experts] are so few rows, and of dtypes and strides that the product takes.
+// Whether x [tokens, K] and router [K, experts] are so few rows, the router in half precision and contiguous.
 bool multiplies_without_copies(const at::Tensor& x, const at::Tensor& router);
 
 // x @ router in float32. The bits of a result do not depend on the number of threads.
