@@ -530,6 +530,22 @@ def test_models_of_blocks(family: str) -> None:
     assert generate(model, rows, config)[:, 10:].tolist() == expected
 
 
+def test_long_texts_of_blocks() -> None:
+    """Of 300 new tokens, each is the likeliest after those before it, as of a pass over the whole text without a cache.
+
+    Positions do not see those behind them, so that is what a loop without a cache chooses.
+    """
+    made = blocks.decoder("Qwen3")
+    layers = [MetalTransformerBlock.from_float(layer, 4, blocks.GROUP_SIZE) for layer in made.model.layers]
+    model = blocks.randomized(blocks.Decoder(layers)).eval()
+    assert len(layers) == 2
+    text = generate(model, tiny.TOKENS, GenerationConfig(300, **GREEDY))
+    assert text.shape == (1, 310) and len(text[0, 10:].unique()) > 20
+    with torch.no_grad():
+        logits = model(text[:, :-1])[0, 9:]
+    assert torch.equal(logits.argmax(-1), text[0, 10:])
+
+
 def test_no_transformers_are_needed() -> None:
     """By a process in which they cannot be imported."""
     program = """
@@ -556,14 +572,14 @@ print(generate(Model(), torch.tensor([[1, 2]]), GenerationConfig(4, do_sample=Fa
 # --- The documented example, with another model -----------------------------------------------------------------------
 
 
-def test_documented_example() -> None:
-    model: CausalLM = tiny.tiny_model()
-    input_ids = tiny.TOKENS
+def test_documented_example(device: str) -> None:
+    model: CausalLM = tiny.tiny_model().to(device)
+    input_ids = tiny.TOKENS.to(device)
     replace_linear_layers(model, bits=4, group_size=128)
 
     config = GenerationConfig(max_new_tokens=128, temperature=0.7, top_p=0.9)
     output_ids = generate(model, input_ids, config=config)
 
-    assert output_ids.shape[0] == 1 and 10 <= output_ids.shape[1] <= 138
+    assert output_ids.shape[0] == 1 and 10 <= output_ids.shape[1] <= 138 and output_ids.device.type == device
     assert torch.equal(output_ids[:, :10], input_ids)
     assert ((output_ids >= 0) & (output_ids < tiny.VOCABULARY)).all()
