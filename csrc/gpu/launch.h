@@ -64,15 +64,21 @@ inline constexpr int qmv_capacity(int steps, int along) {
   return (steps + along * qmv_lanes_along() - 1) & -(along * qmv_lanes_along());
 }
 
-// The simdgroups of a threadgroup that divide K, of `steps` steps; the others compute other columns of y. All of them,
-// for the most loads in flight, unless a quarter of the lanes or more would be idle, and are not with fewer.
-inline constexpr int qmv_simdgroups_along(int steps) {
+// Of y, from which on half as many threadgroups still fill a GPU.
+inline constexpr int qmv_many_columns() { return 16384; }
+
+// The simdgroups of a threadgroup that divide K, of `steps` steps; the others compute other columns of y, n of them in
+// all. All simdgroups, for the most loads in flight, unless a quarter of the lanes or more would be idle, and are not
+// with fewer. Where a lane has one step, and columns are many, half of them: what comes before and after the steps is a
+// third of the work then, and is done half as often.
+inline constexpr int qmv_simdgroups_along(int steps, int n) {
   int along = qmv_simdgroups();
   while (along > 1 && 4 * steps <= 3 * qmv_capacity(steps, along) &&
          qmv_capacity(steps, along / 2) < qmv_capacity(steps, along)) {
     along /= 2;
   }
-  return along;
+  const bool halves = along > 1 && steps <= along * qmv_lanes_along() && n >= qmv_many_columns();
+  return halves ? along / 2 : along;
 }
 
 // Of simdgroups along K: 1, 2 or 4. Shifts instead of divisions, which shaders would do at run time.

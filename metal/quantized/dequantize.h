@@ -184,6 +184,38 @@ METAL_FUNC void decode_finite_chunk(thread const uint* words, int chunk, thread 
   }
 }
 
+// Whether products with x of type T take the codes of decode_small_chunk. Those with half stay normal numbers in
+// float32; with the smallest numbers of bfloat and float they would not.
+template <typename T, Mode mode, int bits>
+struct TakesSmallCodes {
+  static constexpr constant bool value = false;
+};
+
+template <>
+struct TakesSmallCodes<half, Mode::affine, 4> {
+  static constexpr constant bool value = true;
+};
+
+// The codes of one chunk of a run at 4 bits, where they are: as the lowest bits of half numbers, subnormal ones, which
+// are exact. Those at even places are too small by 2^24, the others by 2^20. Sums of products are put right at once;
+// code_pair does it for each pair, which is two operations in three.
+METAL_FUNC float2 small_pair(uint word) {
+  const half2 pair = as_type<half2>(word);
+  return float2(static_cast<float>(pair.x), static_cast<float>(pair.y));
+}
+
+METAL_FUNC void decode_small_chunk(thread const uint* words, int chunk, thread float* values) {
+  const uint low = words[chunk];
+  const uint high = low >> 8;
+  set_pair(small_pair(low & 0x000F000Fu), 0, 4, values);
+  set_pair(small_pair(low & 0x00F000F0u), 1, 5, values);
+  set_pair(small_pair(high & 0x000F000Fu), 2, 6, values);
+  set_pair(small_pair(high & 0x00F000F0u), 3, 7, values);
+}
+
+// Of the sums of products at even and at odd places, the sum that whole codes have.
+METAL_FUNC float sum_of_small(float even, float odd) { return fma(odd, 1048576.0f, even * 16777216.0f); }
+
 // The elements of one chunk of a run, without scale and bias.
 template <Mode mode, int bits>
 METAL_FUNC void decode_chunk(thread const uint* words, int chunk, thread float* values) {

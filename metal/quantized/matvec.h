@@ -120,6 +120,11 @@ METAL_FUNC void load_rows(
   }
 }
 
+// As a tree: the additions of one chunk do not wait for one another, nor for the chunk before.
+METAL_FUNC float sum_of_chunk(thread const float* values) {
+  return ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]));
+}
+
 // Adds the products of all rows of x, from their first elements on, with loaded rows of w to sums[m * outputs + r].
 //
 // Few rows: codes are summed first, and the sums are scaled; the bias meets the sum of x. More rows: weights are scaled
@@ -131,11 +136,14 @@ METAL_FUNC void multiply_rows(
     thread const PackedRows<words, outputs>& w,
     thread float* sums) {
   constexpr bool scales_sums = rows <= 3;
-  float partial[scales_sums ? rows * outputs : 1];
+  // Of one row: more have no registers left for two kinds of sums.
+  constexpr bool small = rows == 1 && TakesSmallCodes<T, mode, bits>::value;
+  constexpr int kinds = small ? 2 : 1;  // of sums: at even places, at odd ones
+  float partial[scales_sums ? kinds * rows * outputs : 1];
   float x_sums[rows];
   if (scales_sums) {
 #pragma unroll
-    for (int i = 0; i < rows * outputs; ++i) {
+    for (int i = 0; i < kinds * rows * outputs; ++i) {
       partial[i] = 0.0f;
     }
   }
@@ -148,7 +156,11 @@ METAL_FUNC void multiply_rows(
     float weights[outputs * chunk_elements];
 #pragma unroll
     for (int r = 0; r < outputs; ++r) {
-      decode_finite_chunk<mode, bits>(w.packed + r * words, chunk, weights + r * chunk_elements);
+      if (small) {
+        decode_small_chunk(w.packed + r * words, chunk, weights + r * chunk_elements);
+      } else {
+        decode_finite_chunk<mode, bits>(w.packed + r * words, chunk, weights + r * chunk_elements);
+      }
       if (!scales_sums) {
 #pragma unroll
         for (int i = 0; i < chunk_elements; ++i) {
@@ -163,14 +175,18 @@ METAL_FUNC void multiply_rows(
       float activations[chunk_elements];
       load_values<chunk_elements>(x + (row + chunk * chunk_elements), aligned_x, activations);
       thread float* target = scales_sums ? partial : sums;
+      if (small) {
+        x_sums[m] += sum_of_chunk(activations);
+      }
 #pragma unroll
       for (int i = 0; i < chunk_elements; ++i) {
-        if (scales_sums && has_biases(mode)) {
+        if (scales_sums && has_biases(mode) && !small) {
           x_sums[m] += activations[i];
         }
 #pragma unroll
         for (int r = 0; r < outputs; ++r) {
-          target[m * outputs + r] = fma(weights[r * chunk_elements + i], activations[i], target[m * outputs + r]);
+          const int place = (i % kinds * rows + m) * outputs + r;
+          target[place] = fma(weights[r * chunk_elements + i], activations[i], target[place]);
         }
       }
     }
@@ -181,9 +197,23 @@ METAL_FUNC void multiply_rows(
 #pragma unroll
       for (int r = 0; r < outputs; ++r) {
         const float sum = fma(w.biases[r], x_sums[m], sums[m * outputs + r]);
-        sums[m * outputs + r] = fma(w.scales[r], partial[m * outputs + r], sum);
+        thread const float* products = partial + m * outputs + r;
+        const float whole = small ? sum_of_small(products[0], products[(kinds - 1) * rows * outputs]) : products[0];
+        sums[m * outputs + r] = fma(w.scales[r], whole, sum);
       }
     }
+  }
+}
+
+// Lanes whose numbers differ in bit `mask` have sums of the same `count` columns. Each adds the other's to its own for
+// half of them, the `upper` lane for the second half: what is given away need not be added twice.
+template <int count>
+METAL_FUNC void share_columns(ushort mask, bool upper, thread float* sums) {
+#pragma unroll
+  for (int i = 0; i < count / 2; ++i) {
+    const float first = sums[i];  // values, not places: those of a choice would put the sums in memory
+    const float second = sums[count / 2 + i];
+    sums[i] = (upper ? second : first) + simd_shuffle_xor(upper ? first : second, mask);
   }
 }
 
@@ -193,7 +223,7 @@ inline constexpr int qmv_memory(int rows) { return qmv_simdgroups() * rows * qmv
 // As the plans count them.
 template <int rows, int group_size, typename T>
 METAL_FUNC int simdgroups_along(constant ProductParams& params) {
-  return qmv_simdgroups_along(params.k / qmv_elements(rows, group_size, sizeof(T)));
+  return qmv_simdgroups_along(params.k / qmv_elements(rows, group_size, sizeof(T)), params.n);
 }
 
 // shared: qmv_memory(rows) floats. along: simdgroups_along.
@@ -248,13 +278,21 @@ METAL_FUNC void matvec_transposed(
   }
 #pragma unroll
   for (int i = 0; i < rows * outputs; ++i) {
-    float sum = has_nan(nan_bits[i % outputs]) ? quiet_nan() : sums[i];  // where one of its weights is no number
-#pragma unroll
-    for (int mask = 1; mask < qmv_lanes_along(); mask *= 2) {
-      sum += simd_shuffle_xor(sum, static_cast<ushort>(mask));
+    if (has_nan(nan_bits[i % outputs])) {
+      sums[i] = quiet_nan();  // where one of its weights is no number
     }
-    if (lane_step == 0) {
-      shared[(simdgroup * rows + i / outputs) * columns + qmv_lanes_across() * (i % outputs) + column] = sum;
+  }
+  // Sixteen lanes add up the sums of four rows of w: two steps leave one of them to each lane, and two more add it up.
+  const int row = lane_step / 4;
+#pragma unroll
+  for (int m = 0; m < rows; ++m) {
+    thread float* own = sums + m * outputs;
+    share_columns<outputs>(8, (lane_step & 8) != 0, own);
+    share_columns<outputs / 2>(4, (lane_step & 4) != 0, own);
+    own[0] += simd_shuffle_xor(own[0], 2);
+    own[0] += simd_shuffle_xor(own[0], 1);
+    if (lane_step % 4 == 0) {
+      shared[(simdgroup * rows + m) * columns + qmv_lanes_across() * row + column] = own[0];
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -354,18 +392,6 @@ METAL_FUNC void accumulate_run_of_columns(
         }
       }
     }
-  }
-}
-
-// Lanes whose numbers differ in bit `mask` have sums of the same `count` columns. Each adds the other's to its own for
-// half of them, the `upper` lane for the second half: what is given away need not be added twice.
-template <int count>
-METAL_FUNC void share_columns(ushort mask, bool upper, thread float* sums) {
-#pragma unroll
-  for (int i = 0; i < count / 2; ++i) {
-    const float first = sums[i];  // values, not places: those of a choice would put the sums in memory
-    const float second = sums[count / 2 + i];
-    sums[i] = (upper ? second : first) + simd_shuffle_xor(upper ? first : second, mask);
   }
 }
 

@@ -206,6 +206,10 @@ def test_simdgroups_of_a_matvec_go_along_n_where_k_is_short():
         [launch] = matmul_plan("applegpu_g14s", 1, 4096, K).launches
         assert launch.threadgroups == (4096 // columns, 1, 1), K
         assert launch.threads == 128
+    # Of many columns: twice as many, where a lane would have one step.
+    for K, columns in ((512, 32), (768, 32), (1024, 32), (2048, 16), (2880, 16), (4096, 8)):
+        [launch] = matmul_plan("applegpu_g14s", 1, 16384, K).launches
+        assert launch.threadgroups == (16384 // columns, 1, 1), K
     [launch] = matmul_plan("applegpu_g14s", 1, 40, 512).launches
     assert launch.threadgroups == (2, 1, 1)
     assert "aligned_outputs" not in launch.constants

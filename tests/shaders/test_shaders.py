@@ -9,7 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -97,13 +97,16 @@ def launch(stem, name, constants, buffers, threadgroups, threads):
     return report
 
 
-def simdgroups_along(steps: int) -> int:
-    """Of qmv's four, those that divide K: half as many where a quarter of the lanes is idle, and fewer are then."""
+def simdgroups_along(steps: int, n: int) -> int:
+    """Of qmv's four, those that divide K: half as many where a quarter of the lanes is idle, and fewer are then.
+
+    Half of these for many columns, where their lanes have one step each.
+    """
     busy = {along: steps / (16 * along * ceil(steps, 16 * along)) for along in (4, 2, 1)}
     along = 4
     while along > 1 and busy[along] <= 0.75 and busy[along // 2] > busy[along]:
         along //= 2
-    return along
+    return along // 2 if along > 1 and steps <= 16 * along and n >= 16384 else along
 
 
 # --- Products, planned as a host would -------------------------------------------------------------------------------
@@ -134,14 +137,14 @@ class Kernel:
     def transpose(self) -> bool:
         return "qmv" in self.op or "_t" in self.op
 
-    def columns(self, k: int, dtype: torch.dtype, format: Format) -> int:
+    def columns(self, k: int, n: int, dtype: torch.dtype, format: Format) -> int:
         """Of y, to a threadgroup."""
         if self.is_tiled or self.column_packed:
             return 64
         if not self.transpose:
             return 256
         step = 32 if self.instance <= 3 and format.group_size >= 32 and dtype.itemsize == 2 else 16
-        return 8 * 4 // simdgroups_along(k // step)
+        return 8 * 4 // simdgroups_along(k // step, n)
 
     @property
     def threads(self) -> int:
@@ -162,7 +165,7 @@ class Kernel:
     def constants(self, x: Tensor, weights: Quantized, n: int) -> set[int]:
         load_bytes = 8 if self.column_packed else {2: 8, 4: 16, 6: 8, 8: 16}.get(weights.format.bits, 4)
         aligned = {
-            ALIGNED_OUTPUTS: n % self.columns(x.shape[-1], x.dtype, weights.format) == 0,
+            ALIGNED_OUTPUTS: n % self.columns(x.shape[-1], n, x.dtype, weights.format) == 0,
             ALIGNED_WEIGHTS: weights.w.shape[-1] * 4 % load_bytes == 0,
             ALIGNED_X: all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]),
             ALIGNED_K: x.shape[-1] % self.depth(x.dtype) == 0,
@@ -190,7 +193,7 @@ def product(kernel: Kernel, x: Tensor, weights: Quantized, parts: int = 1, align
     ]
     params = struct.pack(PRODUCT_PARAMS, *strides, x.stride(-2), rows * n, inner, rows, k, n, parts, part_k)
     buffers = [x, *weights.tensors, weights.global_scale, y, params]
-    threadgroups = kernel.threadgroups(rows, n, kernel.columns(k, dtype, weights.format), parts, outer * inner)
+    threadgroups = kernel.threadgroups(rows, n, kernel.columns(k, n, dtype, weights.format), parts, outer * inner)
     name = kernel.name(weights.format, dtype)
     report = launch(kernel.stem, name, constants, buffers, threadgroups, kernel.threads)
     if kernel.op in SPLIT:
@@ -227,7 +230,7 @@ def gather(
         *(PRODUCT_PARAMS, *strides, x.stride(-2), rows * n, batch, counted, k, n, parts),
         depth * ceil(k, depth * parts),
     )
-    threadgroups = kernel.threadgroups(counted, n, kernel.columns(k, dtype, weights.format), parts, batch)
+    threadgroups = kernel.threadgroups(counted, n, kernel.columns(k, n, dtype, weights.format), parts, batch)
     if in_tiles:
         lists = tiles_of_pairs(lhs, rhs, len(x), len(weights.w), kernel.instance)
         threadgroups = (threadgroups[0], len(lists[0]), 1)
@@ -439,6 +442,26 @@ def test_simdgroups_of_a_matvec(op, k):
     for rows, dtype in ((1, torch.float16), (4, torch.bfloat16), (1, torch.float32)):
         check(op, FOUR_BIT, dtype, rows, 64, k)
         check(op, FOUR_BIT, dtype, rows, 37, k, aligned=False)
+
+
+@pytest.mark.parametrize(("rows", "dtype", "n", "k"), ((1, torch.float16, 16390, 576), (4, torch.float32, 16384, 320)))
+def test_simdgroups_of_a_matvec_of_many_columns(rows, dtype, n, k):
+    """Where a lane has one step, and two simdgroups would go along K, one does, and each lane has two steps."""
+    check("qmv", FOUR_BIT, dtype, rows, n, k, aligned=n % 32 == 0)
+
+
+@pytest.mark.parametrize("rows", (1, 3))
+@pytest.mark.parametrize(
+    ("dtype", "x_exponent", "scale_exponent"),
+    ((torch.float16, -20, 10), (torch.bfloat16, -120, 118), (torch.float32, -120, 118)),
+)
+def test_smallest_x(rows, dtype, x_exponent, scale_exponent):
+    """Subnormal numbers of half, and of the other types nearly the smallest normal ones, count as any others."""
+    weights = oracle.random_quantized(FOUR_BIT, 24, 192, dtype=dtype)
+    larger = replace(weights, scales=weights.scales * 2.0**scale_exponent, biases=weights.biases * 2.0**scale_exponent)
+    x = oracle.random_x(1, 1, rows, 192, dtype=dtype) * 2.0**x_exponent
+    y, _ = product(Kernel.of("qmv", rows), x, expanded(larger))
+    oracle.assert_product(y[0, 0], x[0, 0], larger.matrix(True), dtype)
 
 
 @pytest.mark.parametrize("op", SPLIT)

@@ -215,7 +215,8 @@ class ProductPlanner {
     const char* op = gathered ? "gather_qmv" : "qmv";
     const int element_size = static_cast<int>(c10::elementSize(dtype()));
     const int elements = qmv_elements(instance, format_.group_size, element_size);
-    const int columns = qmv_columns(qmv_simdgroups_along(static_cast<int>(facts_.K / elements))) / halves();
+    const int along = qmv_simdgroups_along(static_cast<int>(facts_.K / elements), static_cast<int>(facts_.N));
+    const int columns = qmv_columns(along) / halves();
     const Family family = is_gated() ? Family::gated_matvec : Family::matvec;
     return {family, op, instance, columns, qmv_step_k, 32u * qmv_simdgroups(), no_split};
   }
