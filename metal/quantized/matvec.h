@@ -287,12 +287,27 @@ METAL_FUNC void matvec_transposed(
 #pragma unroll
   for (int m = 0; m < rows; ++m) {
     thread float* own = sums + m * outputs;
-    share_columns<outputs>(8, (lane_step & 8) != 0, own);
-    share_columns<outputs / 2>(4, (lane_step & 4) != 0, own);
-    own[0] += simd_shuffle_xor(own[0], 2);
-    own[0] += simd_shuffle_xor(own[0], 1);
-    if (lane_step % 4 == 0) {
-      shared[(simdgroup * rows + m) * columns + qmv_lanes_across() * row + column] = own[0];
+    // Not for other types and rows, of which it made bfloat16 slower (docs/gpu-lane.md).
+    if (rows == 1 && TakesSmallCodes<T, mode, bits>::value) {
+      share_columns<outputs>(8, (lane_step & 8) != 0, own);
+      share_columns<outputs / 2>(4, (lane_step & 4) != 0, own);
+      own[0] += simd_shuffle_xor(own[0], 2);
+      own[0] += simd_shuffle_xor(own[0], 1);
+      if (lane_step % 4 == 0) {
+        shared[(simdgroup * rows + m) * columns + qmv_lanes_across() * row + column] = own[0];
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < outputs; ++r) {
+        float sum = own[r];
+#pragma unroll
+        for (int mask = 1; mask < qmv_lanes_along(); mask *= 2) {
+          sum += simd_shuffle_xor(sum, static_cast<ushort>(mask));
+        }
+        if (lane_step == 0) {
+          shared[(simdgroup * rows + m) * columns + qmv_lanes_across() * r + column] = sum;
+        }
+      }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
