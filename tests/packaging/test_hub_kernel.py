@@ -1,12 +1,7 @@
-"""In the place of the Hub kernel `mlx-quantization-metal-kernels`: the functions of both versions, and the benchmark.
-
-SIGNATURES is what the two versions document.
-"""
+"""In the place of the Hub kernel `mlx-quantization-metal-kernels`: functions of both versions, and the benchmark."""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import os
 import shutil
@@ -23,65 +18,16 @@ from torch import Tensor
 import oracle
 import quantization_mlx as qm
 from cases import DTYPES, FLOAT_FORMATS
+from documented import HUB_1, HUB_2, arguments_of
 from kernel_builder import ROOT
 from oracle import Format, Quantized, name_of
 from process import NO_NETWORK, printed
 
 PUBLISHED = "kernels-community/mlx-quantization-metal-kernels"
-VERSION_1 = {
-    "mxfp4_qmm_n": "x, w, scales, output_features",
-    "mxfp4_qmv": "x, w, scales, output_features",
-    "affine_qmv": "x, w, scales, biases, output_features, group_size=128, bits=4",
-    "affine_qmm_t": "x, w, scales, biases, group_size=128, bits=4",
-    "affine_qmm_n": "x, w, scales, biases, output_features, group_size=128, bits=4",
-    "affine_qmm_t_nax": "x, w, scales, biases, group_size=128, bits=4",
-    "affine_qmm_n_nax": "x, w, scales, biases, output_features, group_size=128, bits=4",
-    "affine_gather_qmm_rhs_nax": (
-        "x, w, scales, biases, indices, output_features, group_size=128, bits=4, transpose=True"
-    ),
-}
-VERSION_2 = {
-    **VERSION_1,
-    "quantize": "w, group_size=None, bits=None, mode='affine', global_scale=None",
-    "dequantize": ("w, scales, biases=None, group_size=None, bits=None, mode='affine', global_scale=None, dtype=None"),
-    "quantized_matmul": "x, w, scales, biases=None, transpose=True, group_size=None, bits=None, mode='affine'",
-    "gather_qmm": (
-        "x, w, scales, biases=None, lhs_indices=None, rhs_indices=None, transpose=True, group_size=None, bits=None, "
-        "mode='affine', global_scale=None, sorted_indices=False"
-    ),
-    "qqmm": ("x, w, scales=None, group_size=None, bits=None, mode='nvfp4', global_scale_x=None, global_scale_w=None"),
-    "gather_qqmm": (
-        "x, w, scales=None, lhs_indices=None, rhs_indices=None, group_size=None, bits=None, mode='nvfp4', "
-        "global_scale_x=None, global_scale_w=None, sorted_indices=False"
-    ),
-}
-SIGNATURES = {1: VERSION_1, 2: VERSION_2}
+SIGNATURES = {1: HUB_1, 2: HUB_2}
 VERSION = pytest.mark.parametrize("version", SIGNATURES)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the local build stands for kernel-builder's Linux build")
 pytestmark = pytest.mark.xdist_group("packaging")  # one process builds the variant for all of them
-
-REQUIRED = inspect.Parameter.empty
-
-
-def parameters(signature: str) -> dict[str, Any]:
-    """Names with defaults, in order."""
-    arguments = ast.parse(f"def f({signature}): pass").body[0].args
-    defaults = [ast.literal_eval(value) for value in arguments.defaults]
-    names = [argument.arg for argument in arguments.args]
-    return dict(zip(names, [REQUIRED] * (len(names) - len(defaults)) + defaults, strict=True))
-
-
-@VERSION
-def test_signatures(version: int) -> None:
-    """All of a version's parameters, by position and by name; those that only this package has are optional."""
-    assert set(SIGNATURES[version]) <= set(qm.__all__)
-    for name, signature in SIGNATURES[version].items():
-        published = parameters(signature)
-        ours = list(inspect.signature(getattr(qm, name)).parameters.values())
-        assert {p.name: p.default for p in ours[: len(published)]} == published, name
-        assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in ours[: len(published)]), name
-        assert all(p.default is not REQUIRED for p in ours[len(published) :]), name
-
 
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
@@ -100,7 +46,7 @@ class Call:
 
     def positional(self, version: int) -> list[Any]:
         """As many of all parameters as it takes to reach the last that is given."""
-        published = parameters(SIGNATURES[version][self.function])
+        published = arguments_of(SIGNATURES[version][self.function])
         last = max(list(published).index(name) for name in self.arguments)
         return [self.arguments.get(name, default) for name, default in published.items()][: last + 1]
 
