@@ -1,13 +1,19 @@
-"""fast.metal_kernel: bodies in the forms that MLX's documentation and code for it use, compared with torch."""
+"""fast.metal_kernel, and dispatch_kernel on the same bodies (support/custom_kernels.py), compared with torch."""
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from custom_kernels import KERNELS
 from devices import DEVICES
 from quantization_mlx.fast import metal_kernel
+from quantization_mlx.marlin import MetalKernelLibrary, dispatch_kernel
 
 GPUS = [name for name in DEVICES if name != "cpu"][-1:]
 pytestmark = pytest.mark.parametrize("device", GPUS, indirect=True)
@@ -25,7 +31,89 @@ def elementwise(kernel, *inputs, like: Tensor, threads: int = 256, **options) ->
     return result.cpu()
 
 
-# --- One thread for an element ---------------------------------------------------------------------------------------
+# --- As in MLX's documentation, and in code that uses it --------------------------------------------------------------
+
+
+def on(device: str, value: Any) -> Any:
+    """With its strides."""
+    if not isinstance(value, Tensor):
+        return value
+    there = value.to(device)
+    return (
+        there
+        if there.stride() == value.stride()
+        else elements(value).to(device).as_strided(value.shape, value.stride())
+    )
+
+
+def elements(x: Tensor) -> Tensor:
+    """All between a tensor's first and last one in memory, gaps included."""
+    count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((count,), (1,))
+
+
+def run_by_metal_kernel(device: str, name: str) -> list[Tensor]:
+    """Its body alone; the printed source goes to standard output."""
+    kernel = KERNELS[name]
+    run = metal_kernel(
+        name, list(kernel.inputs), list(kernel.outputs), kernel.source, kernel.header, **kernel.definition
+    )
+    return run(
+        inputs=[on(device, value) for value in kernel.inputs.values()],
+        template=list(kernel.template.items()),
+        grid=kernel.grid,
+        threadgroup=kernel.threadgroup,
+        output_shapes=[like.shape for like in kernel.outputs.values()],
+        output_dtypes=[like.dtype for like in kernel.outputs.values()],
+        init_value=kernel.init_value,
+        verbose=True,
+    )
+
+
+def run_by_dispatch_kernel(device: str, name: str, printed: str) -> list[Tensor]:
+    """The whole source, as `verbose=True` prints it, on buffers."""
+    kernel = KERNELS[name]
+    function, source = re.search(r"source code for `(\w+)`:\n```\n(.*)```", printed, re.DOTALL).groups()
+    library = MetalKernelLibrary(device)
+    library.compile_source(name, source)
+    buffers: list[Any] = []
+    for input_name, value in kernel.inputs.items():
+        value = on(device, value)
+        buffers.append(elements(value) if isinstance(value, Tensor) else value)
+        buffers += [facts for suffix, facts in facts_of(value) if f"{input_name}_{suffix}" in kernel.source]
+    results = [torch.empty(like.shape, dtype=like.dtype, device=device) for like in kernel.outputs.values()]
+    for result in results:
+        if kernel.init_value is not None:
+            result.copy_(torch.full(result.shape, kernel.init_value).to(result.dtype))
+    groups = [threads // size for threads, size in zip(kernel.grid, kernel.threadgroup, strict=True)]
+    dispatch_kernel(library, function, groups, kernel.threadgroup, [*buffers, *results])
+    return results
+
+
+def facts_of(value: Any) -> list[tuple[str, bytes]]:
+    if not isinstance(value, Tensor):
+        return []
+    shape, strides = np.array(value.shape, np.int32), np.array(value.stride(), np.int64)
+    return [("shape", shape.tobytes()), ("strides", strides.tobytes()), ("ndim", np.int32(value.dim()).tobytes())]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels(device: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In both ways, with the same body."""
+    kernel = KERNELS[name]
+    ours = run_by_metal_kernel(device, name)
+    printed = capsys.readouterr().out
+    assert kernel.source in printed
+    for results in (ours, run_by_dispatch_kernel(device, name, printed)):
+        for result, like, exact in zip(results, kernel.outputs.values(), kernel.references(), strict=True):
+            assert result.device.type == "mps" and result.shape == like.shape and result.dtype == like.dtype
+            if kernel.tolerance == 0:
+                assert torch.equal(result.cpu(), exact)
+            else:
+                torch.testing.assert_close(result.cpu(), exact, rtol=kernel.tolerance, atol=kernel.tolerance)
+
+
+# --- Variants --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -58,42 +146,6 @@ def test_strided_inputs(device: str, contiguous: bool) -> None:
     torch.testing.assert_close(elementwise(kernel, x, like=x), 2 * x.cpu(), rtol=0, atol=0)
 
 
-def test_positions_of_three_axes(device: str) -> None:
-    kernel = metal_kernel(
-        name="positions",
-        input_names=["x"],
-        output_names=["out"],
-        source="""
-            uint3 at = thread_position_in_grid;
-            size_t row = at.y + size_t(threads_per_grid.y) * at.z;
-            out[row * threads_per_grid.x + at.x] = x[elem_to_loc(at, x_shape, x_strides, x_ndim)];
-        """,
-        ensure_row_contiguous=False,
-    )
-    x = random(2, 3, 5, 7).to(device).permute(3, 0, 2, 1)
-    sizes = (x.shape[3], x.shape[2], x.shape[0] * x.shape[1])
-    (y,) = kernel(inputs=[x], grid=sizes, threadgroup=(2, 4, 8), output_shapes=[x.shape], output_dtypes=[torch.float32])
-    torch.testing.assert_close(y.cpu(), x.cpu().contiguous(), rtol=0, atol=0)
-
-
-def test_scalars_header_and_template_numbers(device: str) -> None:
-    kernel = metal_kernel(
-        name="scaled",
-        input_names=["x", "scale", "shift", "flag"],
-        output_names=["out"],
-        header="template <typename T> T squared(T x) { return x * x; }",
-        source="""
-            uint i = thread_position_in_grid.x;
-            float y = scale * squared(x[i]) + shift + N;
-            out[i] = (Negative && flag) ? -y : y;
-        """,
-    )
-    x = random(40)
-    template = [("N", 3), ("Negative", True)]
-    y = elementwise(kernel, x.to(device), 0.5, -2, True, like=x, template=template)
-    torch.testing.assert_close(y, -(0.5 * x * x + 1), rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_small_inputs_are_constants_and_offsets_count(device: str, start: int) -> None:
     kernel = metal_kernel(
@@ -112,92 +164,6 @@ def test_small_inputs_are_constants_and_offsets_count(device: str, start: int) -
     x_there = torch.arange(24, dtype=torch.uint8).to(device)[start:]
     expected = table[torch.arange(len(x)) % 5] + x
     assert torch.equal(elementwise(kernel, table_there, x_there, like=x), expected)
-
-
-def test_several_outputs_of_other_dtypes(device: str) -> None:
-    kernel = metal_kernel(
-        name="parts",
-        input_names=["x"],
-        output_names=["whole", "is_negative", "bits"],
-        source="""
-            uint i = thread_position_in_grid.x;
-            whole[i] = int64_t(x[i]) << 33;
-            is_negative[i] = x[i] < 0;
-            bits[i] = as_type<uint>(x[i]);
-        """,
-    )
-    x = 10 * random(33)
-    whole, negative, bits = kernel(
-        inputs=[x.to(device)],
-        grid=(33, 1, 1),
-        threadgroup=(8, 1, 1),
-        output_shapes=[(33,), (3, 11), (33,)],
-        output_dtypes=[torch.int64, torch.bool, torch.uint32],
-    )
-    assert torch.equal(whole.cpu(), x.trunc().long() * 2**33)
-    assert torch.equal(negative.cpu(), (x < 0).reshape(3, 11))
-    assert torch.equal(bits.cpu().view(torch.float32), x)
-
-
-# --- Threads together ------------------------------------------------------------------------------------------------
-
-
-def test_sum_of_a_simdgroup(device: str) -> None:
-    kernel = metal_kernel(
-        name="row_sums",
-        input_names=["x"],
-        output_names=["out"],
-        source="""
-            uint row = threadgroup_position_in_grid.x * simdgroups_per_threadgroup + simdgroup_index_in_threadgroup;
-            float sum = 0;
-            for (int k = thread_index_in_simdgroup; k < x_shape[1]; k += threads_per_simdgroup) {
-              sum += x[row * x_shape[1] + k];
-            }
-            sum = simd_sum(sum);
-            if (thread_index_in_simdgroup == 0) out[row] = sum;
-        """,
-    )
-    x = random(4, 70)
-    (y,) = kernel(
-        inputs=[x.to(device)],
-        grid=(4 * 32, 1, 1),
-        threadgroup=(64, 1, 1),
-        output_shapes=[(4,)],
-        output_dtypes=[torch.float32],
-    )
-    torch.testing.assert_close(y.cpu(), x.double().sum(1).float(), rtol=1e-5, atol=1e-5)
-
-
-def test_softmax_in_threadgroup_memory(device: str) -> None:
-    kernel = metal_kernel(
-        name="softmax",
-        input_names=["x"],
-        output_names=["out"],
-        source="""
-            threadgroup float parts[4];
-            uint row = threadgroup_position_in_grid.y, lane = thread_position_in_threadgroup.x;
-            float value = x[row * 128 + lane];
-            float most = simd_max(value);
-            if (thread_index_in_simdgroup == 0) parts[simdgroup_index_in_threadgroup] = most;
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            most = max(max(parts[0], parts[1]), max(parts[2], parts[3]));
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            float part = metal::precise::exp(value - most);
-            float sum = simd_sum(part);
-            if (thread_index_in_simdgroup == 0) parts[simdgroup_index_in_threadgroup] = sum;
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            out[row * 128 + lane] = part / (parts[0] + parts[1] + parts[2] + parts[3]);
-        """,
-    )
-    x = random(3, 128)
-    (y,) = kernel(
-        inputs=[x.to(device)],
-        grid=(128, 3, 1),
-        threadgroup=(128, 1, 1),
-        output_shapes=[x.shape],
-        output_dtypes=[x.dtype],
-    )
-    torch.testing.assert_close(y.cpu(), x.double().softmax(1).float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 0.0), (torch.int32, 5), (torch.uint32, 7)])
@@ -222,37 +188,6 @@ def test_atomic_outputs_start_from_init_value(device: str, dtype: torch.dtype, v
         init_value=value,
     )
     assert torch.equal(counts.cpu().long(), bins.bincount(minlength=7) + int(value))
-
-
-def test_padded_channels_and_sums_before_atomics(device: str) -> None:
-    """As the gradient of MLX's grid_sample example does it."""
-    kernel = metal_kernel(
-        name="channel_sums",
-        input_names=["x"],
-        output_names=["sums"],
-        source="""
-            int C = x_shape[1];
-            int padded = ceildiv(C, threads_per_simdgroup) * threads_per_simdgroup;
-            uint row = thread_position_in_grid.x / padded;
-            int channel = thread_position_in_grid.x % padded;
-            float value = channel < C ? float(x[row * C + channel]) : 0.0f;
-            value = simd_sum(value);
-            if (thread_index_in_simdgroup == 0) {
-              atomic_fetch_add_explicit(&sums[row], value, memory_order_relaxed);
-            }
-        """,
-        atomic_outputs=True,
-    )
-    x = random(5, 40, dtype=torch.float16)
-    (sums,) = kernel(
-        inputs=[x.to(device)],
-        grid=(5 * 64, 1, 1),
-        threadgroup=(64, 1, 1),
-        output_shapes=[(5,)],
-        output_dtypes=[torch.float32],
-        init_value=0,
-    )
-    torch.testing.assert_close(sums.cpu(), x.double().sum(1).float(), rtol=1e-4, atol=1e-4)
 
 
 # --- Among torch's ops -----------------------------------------------------------------------------------------------
