@@ -10,11 +10,15 @@ namespace {
 //
 // arguments, by buffer index: 0 for the next one of the tensors; 1, a number of bytes, and the 64-bit words that hold
 // them; or 2, the address of an MTLBuffer, and an offset in bytes.
+//
+// constants: the names of function constants, or their indices in decimals, and as many values.
 constexpr const char* schemas[] = {
     "_metal_functions(Tensor gpu, str op, str name, str source, str math_mode) -> str[]",
-    "_metal_pipeline(Tensor gpu, str op, str name, str source, str math_mode, str function) -> int[]",
-    "_metal_dispatch(Tensor gpu, str op, str name, str source, str math_mode, str function, Tensor(a!)[] tensors, "
-    "int[] arguments, int[] grid, int[] threadgroup, bool grid_in_threads, int[] threadgroup_memory, bool wait) -> ()",
+    "_metal_pipeline(Tensor gpu, str op, str name, str source, str math_mode, str function, "
+    "str[] constants, Scalar[] values) -> int[]",
+    "_metal_dispatch(Tensor gpu, str op, str name, str source, str math_mode, str function, "
+    "str[] constants, Scalar[] values, Tensor(a!)[] tensors, int[] arguments, int[] grid, int[] threadgroup, "
+    "bool grid_in_threads, int[] threadgroup_memory, bool wait) -> ()",
     "_metal_buffer(Tensor tensor, str op) -> int[]",
     "_metal_queue(Tensor gpu, str op) -> int",
     "_metal_shaders(Tensor gpu, str op) -> str[]",

@@ -1,15 +1,19 @@
 // Kernels that users write (schemas: csrc/custom_kernels.cpp), on torch's MPS stream. Who calls these ops has made the
 // arguments; what could end the process or reach other memory is checked here all the same.
+#include <ATen/core/Formatting.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/mps/MPSStream.h>
 #include <torch/library.h>
 
 #include <array>
+#include <cmath>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -75,6 +79,145 @@ std::vector<std::string> functions_of(const Source& source) {
   return names;
 }
 
+// Says in errors where they belong.
+struct Call {
+  std::string_view op;
+  std::string_view function;
+
+  template <typename... Parts>
+  void check(bool holds, const Parts&... parts) const {
+    TORCH_CHECK_VALUE(holds, "[", op, "] ", function, ": ", parts...);
+  }
+};
+
+// --- Function constants --------------------------------------------------------------------------------------------
+
+// As given: names, or indices in decimals.
+struct Constants {
+  std::vector<std::string> names;
+  at::ArrayRef<at::Scalar> values;
+
+  std::string key() const {
+    std::string result;
+    for (size_t i = 0; i < names.size(); ++i) {
+      const at::Scalar& value = values[i];
+      // Text would round.
+      const auto bits = value.isFloatingPoint() ? __builtin_bit_cast(int64_t, value.toDouble()) : value.to<int64_t>();
+      result += c10::str(names[i], '=', static_cast<int>(value.type()), ':', bits, '\n');
+    }
+    return result;
+  }
+};
+
+// Those of a kernel, by index.
+using KnownConstants = std::map<NSUInteger, MTLFunctionConstant*>;
+
+KnownConstants constants_of(id<MTLFunction> function) {
+  KnownConstants result;
+  NSDictionary* all = function.functionConstantsDictionary;
+  NSArray* names = all.allKeys;
+  for (NSUInteger i = 0; i < names.count; ++i) {
+    MTLFunctionConstant* constant = [all objectForKey:[names objectAtIndex:i]];
+    result[constant.index] = constant;
+  }
+  return result;
+}
+
+// Whether the type has the value, which is then in `to`.
+template <typename T>
+bool store(const at::Scalar& value, void* to) {
+  T converted{};
+  if constexpr (std::is_same_v<T, bool>) {
+    if (!value.isBoolean()) {
+      return false;
+    }
+    converted = value.toBool();
+  } else if constexpr (std::is_integral_v<T>) {
+    if (!value.isIntegral(false) || !std::in_range<T>(value.toLong())) {
+      return false;
+    }
+    converted = static_cast<T>(value.toLong());
+  } else {
+    if (value.isBoolean() || value.isComplex()) {
+      return false;
+    }
+    const double given = value.toDouble();
+    converted = static_cast<T>(static_cast<float>(given));
+    if (std::isfinite(given) && !std::isfinite(static_cast<float>(converted))) {
+      return false;
+    }
+  }
+  std::memcpy(to, &converted, sizeof(T));
+  return true;
+}
+
+struct ConstantType {
+  MTLDataType type;
+  const char* name;
+  bool (*store)(const at::Scalar&, void*);
+};
+
+constexpr ConstantType constant_types[] = {
+    {MTLDataTypeBool, "bool", store<bool>},         {MTLDataTypeChar, "char", store<int8_t>},
+    {MTLDataTypeUChar, "uchar", store<uint8_t>},    {MTLDataTypeShort, "short", store<int16_t>},
+    {MTLDataTypeUShort, "ushort", store<uint16_t>}, {MTLDataTypeInt, "int", store<int32_t>},
+    {MTLDataTypeUInt, "uint", store<uint32_t>},     {MTLDataTypeHalf, "half", store<c10::Half>},
+    {MTLDataTypeFloat, "float", store<float>},
+};
+
+const ConstantType* type_of(MTLFunctionConstant* constant) {
+  for (const ConstantType& type : constant_types) {
+    if (type.type == constant.type) {
+      return &type;
+    }
+  }
+  return nullptr;
+}
+
+std::string described(const KnownConstants& constants) {
+  std::vector<std::string> result;
+  for (const auto& [index, constant] : constants) {
+    const ConstantType* type = type_of(constant);
+    result.push_back(
+        c10::str(constant.name.UTF8String, " (", index, ", ", type != nullptr ? type->name : "of another type", ")"));
+  }
+  return result.empty() ? "none" : c10::Join(", ", result);
+}
+
+MTLFunctionConstant* constant_named(const KnownConstants& known, const std::string& name) {
+  for (const auto& [index, constant] : known) {
+    if (name == std::to_string(index) || name == constant.name.UTF8String) {
+      return constant;
+    }
+  }
+  return nil;
+}
+
+MTLFunctionConstantValues* constant_values(const Call& call, const KnownConstants& known, const Constants& given) {
+  MTLFunctionConstantValues* values = [[MTLFunctionConstantValues new] autorelease];
+  KnownConstants missing = known;
+  for (size_t i = 0; i < given.names.size(); ++i) {
+    MTLFunctionConstant* constant = constant_named(known, given.names[i]);
+    call.check(
+        constant != nil, "the kernel has no function constant '", given.names[i], "'; it has ", described(known), ".");
+    call.check(missing.erase(constant.index) == 1, "function constant ", constant.name.UTF8String, " is given twice.");
+    const ConstantType* type = type_of(constant);
+    call.check(
+        type != nullptr, "function constant ", constant.name.UTF8String,
+        " is neither a bool nor a number; these can be given.");
+    std::array<std::byte, 8> bytes{};
+    call.check(
+        type->store(given.values[i], bytes.data()), "function constant ", constant.name.UTF8String, " is ",
+        given.values[i], "; it has the type ", type->name, ".");
+    [values setConstantValue:bytes.data() type:type->type atIndex:constant.index];
+  }
+  std::erase_if(missing, [](const auto& each) { return !each.second.required; });
+  call.check(missing.empty(), "the kernel needs values of the function constants ", described(missing), ".");
+  return values;
+}
+
+// --- Pipelines -----------------------------------------------------------------------------------------------------
+
 void note_buffers(CustomPipeline& pipeline, NSArray* bindings) {
   for (NSUInteger i = 0; i < bindings.count; ++i) {
     const id<MTLBinding> binding = [bindings objectAtIndex:i];
@@ -87,11 +230,28 @@ void note_buffers(CustomPipeline& pipeline, NSArray* bindings) {
   }
 }
 
-const CustomPipeline* new_pipeline(const Source& source, const std::string& function) {
+id<MTLFunction> function_of(const Source& source, const std::string& function, const Constants& constants) {
   id<MTLFunction> found = [[library_of(source) newFunctionWithName:text(function)] autorelease];
   TORCH_CHECK_VALUE(
       found != nil, "[", source.op, "] ", source.name, " has no kernel '", function, "'; it has ",
       c10::Join(", ", functions_of(source)));
+  const KnownConstants known = constants_of(found);
+  if (known.empty() && constants.names.empty()) {
+    return found;
+  }
+  NSError* error = nil;
+  id<MTLFunction> specialised =
+      [[library_of(source) newFunctionWithName:text(function)
+                                constantValues:constant_values({source.op, function}, known, constants)
+                                         error:&error] autorelease];
+  TORCH_CHECK(
+      specialised != nil, "[", source.op, "] Metal does not specialise ", source.name, "'s kernel ", function, ":\n",
+      text_of(error));
+  return specialised;
+}
+
+const CustomPipeline* new_pipeline(const Source& source, const std::string& function, const Constants& constants) {
+  id<MTLFunction> found = function_of(source, function, constants);
   NSError* error = nil;
   MTLComputePipelineReflection* reflection = nil;
   // The names of this option differ between SDKs.
@@ -108,9 +268,9 @@ const CustomPipeline* new_pipeline(const Source& source, const std::string& func
   return pipeline.release();
 }
 
-const CustomPipeline& pipeline_of(const Source& source, const std::string& function) {
-  const std::string key = c10::str(function, '\n', source.key());
-  return *of_current_gpu<CustomShaders>().pipelines.get(key, [&] { return new_pipeline(source, function); });
+const CustomPipeline& pipeline_of(const Source& source, const std::string& function, const Constants& constants) {
+  const std::string key = c10::str(function, '\n', constants.key(), source.key());
+  return *of_current_gpu<CustomShaders>().pipelines.get(key, [&] { return new_pipeline(source, function, constants); });
 }
 
 // --- Arguments -----------------------------------------------------------------------------------------------------
@@ -121,17 +281,6 @@ struct Argument {
   int64_t offset = 0;
   std::vector<int64_t> words;
   int64_t bytes = 0;
-};
-
-// Says in errors where they belong.
-struct Call {
-  std::string_view op;
-  std::string_view function;
-
-  template <typename... Parts>
-  void check(bool holds, const Parts&... parts) const {
-    TORCH_CHECK_VALUE(holds, "[", op, "] ", function, ": ", parts...);
-  }
 };
 
 // The data pointer of an MPS tensor's storage is the buffer.
@@ -270,6 +419,11 @@ std::vector<std::string> functions(
   }
 }
 
+Constants given_constants(const Call& call, const c10::List<std::string>& names, at::ArrayRef<at::Scalar> values) {
+  call.check(names.size() == values.size(), names.size(), " function constants and ", values.size(), " values.");
+  return {names.vec(), values};
+}
+
 // Its address, the most threads of a threadgroup, and the threads of a simdgroup.
 std::vector<int64_t> pipeline(
     const Tensor&,
@@ -277,9 +431,13 @@ std::vector<int64_t> pipeline(
     std::string_view name,
     std::string_view source,
     std::string_view math_mode,
-    std::string_view function) {
+    std::string_view function,
+    const c10::List<std::string>& constants,
+    at::ArrayRef<at::Scalar> values) {
   @autoreleasepool {
-    const id<MTLComputePipelineState> state = pipeline_of({op, name, source, math_mode}, std::string(function)).state;
+    const Source where{op, name, source, math_mode};
+    const Constants given = given_constants({op, function}, constants, values);
+    const id<MTLComputePipelineState> state = pipeline_of(where, std::string(function), given).state;
     return {
         __builtin_bit_cast(int64_t, state), static_cast<int64_t>(state.maxTotalThreadsPerThreadgroup),
         static_cast<int64_t>(state.threadExecutionWidth)};
@@ -304,6 +462,8 @@ void dispatch(
     std::string_view source,
     std::string_view math_mode,
     std::string_view function,
+    const c10::List<std::string>& constants,
+    at::ArrayRef<at::Scalar> values,
     at::TensorList tensors,
     IntArrayRef codes,
     IntArrayRef grid,
@@ -316,7 +476,8 @@ void dispatch(
     const MTLSize size = size_of(call, "grid", grid);
     const MTLSize group = size_of(call, "threadgroup", threadgroup);
     const std::vector<Argument> arguments = ArgumentReader(call, codes, tensors).read();
-    const CustomPipeline& kernel = pipeline_of({op, name, source, math_mode}, std::string(function));
+    const Constants given = given_constants(call, constants, values);
+    const CustomPipeline& kernel = pipeline_of({op, name, source, math_mode}, std::string(function), given);
     check_arguments(call, kernel, arguments);
     check_sizes(call, kernel, size, group, grid_in_threads);
     check_memory(call, threadgroup_memory);

@@ -330,15 +330,24 @@ class Library:
             self._pipelines[key] = Pipeline(kernel, module, packed, check)
         return self._pipelines[key]
 
-    def _require_constants(self, name: str, module: _Module, packed: Mapping[int, bytes]) -> None:
+    def constants_of(self, name: str) -> list[tuple[int, str, str, bool]]:
+        """The function constants that a kernel uses, by index: index, name, type, and whether it needs a value."""
+        used = self._used_constants(self._load(name, True))
+        return sorted((c.index, c.name, c.kind, is_needed) for c, is_needed in used)
+
+    def _used_constants(self, module: _Module) -> list[tuple[msl.Constant, bool]]:
+        """Those that have an index, and whether the kernel does without asking if they are defined."""
         constants = {constant.slot: constant for constant in self._program.constants}
         used, optional = set(module.slots), set(module.optional_slots)
-        for slot in sorted(used, reverse=True):  # a derived constant comes after its inputs
-            used.update(constants[slot].inputs)
-            optional.update(constants[slot].inputs if constants[slot].is_optional else ())
-        for slot in sorted(used - optional - set(packed)):
-            constant = constants[slot]
-            if constant.index >= 0:
+        for slot in sorted(constants, reverse=True):  # a derived constant comes after its inputs, which may be derived
+            if slot in used:
+                used.update(constants[slot].inputs)
+                optional.update(constants[slot].inputs if constants[slot].is_optional else ())
+        return [(constants[slot], slot not in optional) for slot in sorted(used) if constants[slot].index >= 0]
+
+    def _require_constants(self, name: str, module: _Module, packed: Mapping[int, bytes]) -> None:
+        for constant, is_needed in self._used_constants(module):
+            if is_needed and constant.slot not in packed:
                 raise ValueError(f"kernel {name} needs function constant {constant.index} ({constant.name})")
 
     def launch(

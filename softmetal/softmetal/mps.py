@@ -145,6 +145,9 @@ class _Shaders:
     def uses_tensor_ops(self, name: str) -> bool:
         return name in self._with_tensor_ops
 
+    def constants_of(self, name: str) -> list[tuple[int, str, str, bool]]:
+        return self._libraries[name].constants_of(name)
+
     def pipeline(self, name: str, constants: Mapping[int, bytes]) -> device.Pipeline:
         return self._libraries[name].pipeline(name, constants)
 

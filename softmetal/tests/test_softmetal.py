@@ -618,6 +618,14 @@ def test_missing_function_constants():
     assert library.pipeline("other").name == "other"
 
 
+def test_constants_of_a_kernel():
+    library = softmetal.compile(HEADER + CONSTANTS)
+    scaled = [(3, "negate", "bool", True), (4, "offset", "int2", True), (5, "given", "float", False)]
+    assert library.constants_of("scaled") == scaled
+    assert library.constants_of("plain") == [(4, "offset", "int2", False)]
+    assert library.constants_of("other") == []
+
+
 def raw_launch(pipeline, allocations, threads):
     """A launch as a host makes it; returns the errors' texts."""
     device = softmetal.device

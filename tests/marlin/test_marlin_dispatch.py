@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from devices import DEVICES
+from quantization_mlx import explain, fast
 from quantization_mlx.marlin import (
     MetalKernelLibrary,
     dispatch_kernel,
@@ -260,6 +261,115 @@ def test_what_does_not_fit(
     with pytest.raises(error, match=r"^\[dispatch_kernel\] " + message):
         dispatch_kernel(library, **arguments)
     assert x.tolist() == [1.0] * 8
+
+
+# --- Function constants ----------------------------------------------------------------------------------------------
+
+SPECIALISED = """#include <metal_stdlib>
+constant bool doubled [[function_constant(0)]];
+constant int shift [[function_constant(3)]];
+constant uchar step [[function_constant(4)]];
+constant half factor [[function_constant(7)]];
+constant float start [[function_constant(8)]];
+constant float from = is_function_constant_defined(start) ? start : 100.0f;
+
+kernel void line(device float* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  const float value = from + shift + float(factor) * (step * i);
+  y[i] = doubled ? 2 * value : value;
+}
+
+constant int2 place [[function_constant(9)]];
+kernel void at_a_place(device float* y [[buffer(0)]]) { y[place.x] = place.y; }
+
+kernel void plain(device float* y [[buffer(0)]]) { y[0] = 1; }
+"""
+NEEDED = {"doubled": True, "shift": -3, "step": 2, "factor": 0.5}
+
+
+@pytest.fixture
+def specialised(device: str) -> MetalKernelLibrary:
+    library = MetalKernelLibrary(device)
+    library.compile_source("lines", SPECIALISED)
+    return library
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("constants", "expected"),
+    [
+        (NEEDED, lambda i: 2 * (97 + 0.5 * 2 * i)),
+        ({0: False, 3: 2**31 - 1 - 2**24, 4: 255, 7: -65504, 8: 1}, lambda i: 2**31 - 2**24 - 65504 * 255 * i),
+        ({**NEEDED, 8: 7.25}, lambda i: 2 * (4.25 + 0.5 * 2 * i)),
+    ],
+)
+def test_function_constants(device: str, specialised: MetalKernelLibrary, constants: dict, expected) -> None:
+    y = torch.empty(8, device=device)
+    dispatch_kernel(specialised, "line", (2, 1, 1), (4, 1, 1), [y], constants=constants)
+    torch.testing.assert_close(y.cpu().double(), expected(torch.arange(8, dtype=torch.float64)), rtol=1e-6, atol=0)
+    pipeline = specialised.get_pipeline("line", constants=constants)
+    assert pipeline.address == specialised.get_pipeline("line", "lines", constants=constants).address
+    others = [specialised.get_pipeline("line", constants={**constants, 8: start}) for start in (9, 9.000001)]
+    assert len({pipeline.address, *(other.address for other in others)}) == 3
+
+
+@on_a_gpu
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("key", [6, "has_bias"])
+def test_a_kernel_of_this_package_with_constants(device: str, key: int | str, statistics: bool) -> None:
+    """On the arguments that `explain` names."""
+    x = torch.rand(2, 3, 9, 14, generator=torch.Generator().manual_seed(3)).to(device)
+    options = {name: torch.tensor([0.5, 1, 2], device=device) for name in ("mean", "std") if statistics}
+    y = fast.resample_image(x, (13, 6), **options)
+    (launch,) = explain(fast.resample_image, x, (13, 6), **options)[0].launches
+    result = torch.empty_like(y)
+    buffers = [x, options.get("mean", x), options.get("std", x), result, launch.params]
+    library, size = MetalKernelLibrary.from_source_dir(), (launch.threads, 1, 1)
+    assert library.get_pipeline(launch.kernel, constants={key: statistics}).name == launch.kernel
+    dispatch_kernel(library, launch.kernel, launch.threadgroups, size, buffers, constants={key: statistics})
+    assert torch.equal(result.cpu(), y.cpu())
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("constants", "error", "message"),
+    [
+        (None, ValueError, r"needs values of the function constants doubled \(0, bool\), shift \(3, int\), step .*"),
+        ({"doubled": True, 3: 1, 7: 1}, ValueError, r"needs values of the function constants step \(4, uchar\)\."),
+        ({**NEEDED, "stepp": 1}, ValueError, r"has no function constant 'stepp'; it has doubled \(0, bool\), .*"),
+        ({**NEEDED, 5: 1}, ValueError, r"has no function constant '5'; it has .*"),
+        ({**NEEDED, 4: 1}, ValueError, "function constant step is given twice"),
+        ({**NEEDED, "doubled": 1}, ValueError, "function constant doubled is 1; it has the type bool"),
+        ({**NEEDED, "shift": True}, ValueError, "function constant shift is true; it has the type int"),
+        ({**NEEDED, "shift": 1.5}, ValueError, "function constant shift is 1.5; it has the type int"),
+        ({**NEEDED, "step": 256}, ValueError, "function constant step is 256; it has the type uchar"),
+        ({**NEEDED, "factor": 1e6}, ValueError, r"function constant factor is 1e\+06; it has the type half"),
+        ({**NEEDED, "start": False}, ValueError, "function constant start is false; it has the type float"),
+    ],
+)
+def test_constants_that_do_not_fit(
+    device: str, specialised: MetalKernelLibrary, constants: dict | None, error: type[Exception], message: str
+) -> None:
+    y = torch.zeros(8, device=device)
+    with pytest.raises(error, match=r"^\[get_pipeline\] line: (the kernel )?" + message):
+        specialised.get_pipeline("line", constants=constants)
+    with pytest.raises(error, match=r"^\[dispatch_kernel\] line: (the kernel )?" + message):
+        dispatch_kernel(specialised, "line", (1, 1, 1), (8, 1, 1), [y], constants=constants)
+    assert y.tolist() == [0] * 8
+
+
+@on_a_gpu
+def test_constants_of_no_kind(device: str, specialised: MetalKernelLibrary) -> None:
+    for constants, error, message in (
+        ({True: 1}, TypeError, "constants has the key True"),
+        ({"shift": "1"}, TypeError, "function constant shift is '1'"),
+        ({"shift": 2**63}, ValueError, "function constant shift is 9223372036854775808"),
+        ({}, ValueError, r"at_a_place: the kernel needs values of the function constants place \(9, of another type\)"),
+        ({"place": 1}, ValueError, "at_a_place: function constant place is neither a bool nor a number"),
+        ({"shift": 1}, ValueError, "plain: the kernel has no function constant 'shift'; it has none"),
+    ):
+        with pytest.raises(error, match=r"^\[get_pipeline\] " + message):
+            specialised.get_pipeline("at_a_place" if "place" in message else "plain", constants=constants)
+    assert specialised.get_pipeline("plain").maxTotalThreadsPerThreadgroup() >= 32
 
 
 # --- Buffers ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Metal code of the user's on torch's MPS stream: what `fast.metal_kernel` and `marlin.dispatch_kernel` share."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,21 @@ def function_names(op: str, source: Source) -> list[str]:
     return ops._metal_functions(a_tensor_of_the_gpu(), op, source.name, source.text, source.math_mode)
 
 
+Constants = Mapping[int | str, bool | int | float]
+
+
+def constant_lists(op: str, constants: Constants | None) -> tuple[list[str], list[bool | int | float]]:
+    """Names, or indices in decimals, and values. Raises TypeError for other keys and values than numbers."""
+    for key, value in (constants or {}).items():
+        if isinstance(key, bool) or not isinstance(key, int | str):
+            raise TypeError(f"[{op}] constants has the key {key!r}; keys are names or indices of function constants")
+        if not isinstance(value, bool | int | float):
+            raise TypeError(f"[{op}] function constant {key} is {value!r}; it is a bool, an int or a float")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"[{op}] function constant {key} is {value}, which no type of Metal's has")
+    return [str(key) for key in constants or {}], list((constants or {}).values())
+
+
 class Arguments:
     """What the buffers of a launch are bound to, by index."""
 
@@ -68,10 +83,12 @@ def launch(
     grid_in_threads: bool,
     threadgroup_memory: Sequence[int] = (),
     wait: bool = False,
+    constants: Constants | None = None,
 ) -> None:
     """Gives a kernel to the stream. Raises ValueError, with the function's name, for what does not fit it."""
     ops._metal_dispatch(
         *(a_tensor_of_the_gpu(), op, source.name, source.text, source.math_mode, function),
+        *constant_lists(op, constants),
         *(arguments.tensors, arguments.codes, grid, threadgroup, grid_in_threads, threadgroup_memory, wait),
     )
 

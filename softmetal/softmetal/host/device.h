@@ -96,11 +96,20 @@ class Kernel {
   virtual std::string describe(const SoftmetalError& error) const = 0;
 };
 
+struct FunctionConstant {
+  int index;
+  std::string name;
+  std::string type;  // as the source has it
+  bool required;
+};
+
 class Shaders {
  public:
   virtual ~Shaders() = default;
   virtual std::vector<std::string> kernels() const = 0;
   virtual bool uses_tensor_ops(const std::string& kernel) const = 0;
+  // Those that a kernel uses. Throws CompileFailure.
+  virtual std::vector<FunctionConstant> constants(const std::string& kernel) const = 0;
   // Throws CompileFailure, also where a constant that the kernel uses is missing or has another size.
   virtual std::shared_ptr<Kernel> kernel(const std::string& name, const std::map<int, std::string>& constants) = 0;
 };

@@ -41,6 +41,20 @@ size_t size_of(MTLDataType type) {
   }
 }
 
+// Of a function constant, by its name in the source; none for vectors.
+MTLDataType type_of(const std::string& name) {
+  static const std::map<std::string, MTLDataType> types{
+      {"bool", MTLDataTypeBool},     {"char", MTLDataTypeChar},     {"int8_t", MTLDataTypeChar},
+      {"uchar", MTLDataTypeUChar},   {"uint8_t", MTLDataTypeUChar}, {"short", MTLDataTypeShort},
+      {"int16_t", MTLDataTypeShort}, {"ushort", MTLDataTypeUShort}, {"uint16_t", MTLDataTypeUShort},
+      {"int", MTLDataTypeInt},       {"int32_t", MTLDataTypeInt},   {"uint", MTLDataTypeUInt},
+      {"uint32_t", MTLDataTypeUInt}, {"half", MTLDataTypeHalf},     {"bfloat", MTLDataTypeBFloat},
+      {"float", MTLDataTypeFloat},
+  };
+  const auto found = types.find(name);
+  return found != types.end() ? found->second : MTLDataTypeNone;
+}
+
 NSError* error(NSString* domain, NSInteger code, const std::string& text) {
   NSString* description = [NSString stringWithUTF8String:text.c_str()];
   return [NSError errorWithDomain:domain
@@ -191,6 +205,29 @@ static std::map<int, std::string>& state(MTLFunctionConstantValues* values) {
 }
 @end
 
+static const FunctionConstant& state(MTLFunctionConstant* constant) {
+  return *static_cast<FunctionConstant*>(constant->_state);
+}
+
+@implementation MTLFunctionConstant
+- (NSString*)name {
+  return [NSString stringWithUTF8String:state(self).name.c_str()];
+}
+- (MTLDataType)type {
+  return type_of(state(self).type);
+}
+- (NSUInteger)index {
+  return state(self).index;
+}
+- (BOOL)required {
+  return state(self).required;
+}
+- (void)dealloc {
+  delete static_cast<FunctionConstant*>(_state);
+  [super dealloc];
+}
+@end
+
 @interface SoftmetalFunction : NSObject <MTLFunction> {
  @public
   std::string* _name;
@@ -205,6 +242,22 @@ static std::map<int, std::string>& state(MTLFunctionConstantValues* values) {
 }
 - (MTLFunctionType)functionType {
   return MTLFunctionTypeKernel;
+}
+- (NSDictionary*)functionConstantsDictionary {
+  std::vector<id> names, constants;
+  std::vector<FunctionConstant> used;
+  try {
+    used = (*_shaders)->constants(*_name);
+  } catch (const CompileFailure&) {
+    // Which whoever makes a pipeline of it is told.
+  }
+  for (FunctionConstant& each : used) {
+    names.push_back([NSString stringWithUTF8String:each.name.c_str()]);
+    MTLFunctionConstant* constant = [[MTLFunctionConstant new] autorelease];
+    constant->_state = new FunctionConstant(std::move(each));
+    constants.push_back(constant);
+  }
+  return [NSDictionary dictionaryWithObjects:constants.data() forKeys:names.data() count:names.size()];
 }
 - (void)dealloc {
   delete _name;

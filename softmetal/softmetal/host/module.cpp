@@ -54,6 +54,16 @@ class PythonShaders final : public Shaders {
   bool uses_tensor_ops(const std::string& kernel) const override {
     return in_python([&] { return py::handle(library_).attr("uses_tensor_ops")(kernel).cast<bool>(); });
   }
+  std::vector<FunctionConstant> constants(const std::string& kernel) const override {
+    return in_python([&] {
+      std::vector<FunctionConstant> result;
+      for (const py::handle& each : py::handle(library_).attr("constants_of")(kernel)) {
+        const auto [index, name, type, required] = each.cast<std::tuple<int, std::string, std::string, bool>>();
+        result.push_back({index, name, type, required});
+      }
+      return result;
+    });
+  }
   std::shared_ptr<Kernel> kernel(const std::string& name, const std::map<int, std::string>& constants) override {
     return in_python([&]() -> std::shared_ptr<Kernel> {
       py::dict values;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._ops import ops
-from ..metal import Arguments, Source, launch, three_sizes
+from ..metal import Arguments, Constants, Source, launch, three_sizes
 from ..optional import require
 from .library import MetalKernelLibrary, MetalObject
 
@@ -40,6 +40,7 @@ def dispatch_kernel(
     wait: bool = True,
     *,
     threadgroup_memory: Sequence[int] = (),
+    constants: Constants | None = None,
 ) -> None:
     """Runs a kernel of `lib` on torch's MPS stream, behind what torch has given to it before.
 
@@ -54,11 +55,13 @@ def dispatch_kernel(
             a bool. Autograd does not see what is written.
         wait: returns when the kernel is done. False returns at once, and torch's ops wait for it as for each other.
         threadgroup_memory: bytes of each ``[[threadgroup(i)]]`` argument, multiples of 16.
+        constants: values of the kernel's function constants, as `MetalKernelLibrary.get_pipeline` takes them. Buffers
+            that its arguments do not have under these are still counted; any tensor will do for one.
 
     Raises:
-        ValueError: names, counts and sizes that do not fit the kernel or the GPU, tensors that are not contiguous, or
-            elsewhere than on "mps".
-        TypeError: something else among the buffers.
+        ValueError: names, counts, sizes and constants that do not fit the kernel or the GPU, tensors that are not
+            contiguous, or elsewhere than on "mps".
+        TypeError: something else among the buffers or the constants.
         NotImplementedError: there is no Apple GPU.
     """
     op = "dispatch_kernel"
@@ -75,6 +78,7 @@ def dispatch_kernel(
         grid_in_threads=False,
         threadgroup_memory=list(threadgroup_memory),
         wait=wait,
+        constants=constants,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .._ops import ops
-from ..metal import MATH_MODES, Source, a_tensor_of_the_gpu, function_names, line_mark
+from ..metal import MATH_MODES, Constants, Source, a_tensor_of_the_gpu, constant_lists, function_names, line_mark
 
 
 def _default_device() -> torch.device:
@@ -138,17 +138,27 @@ class MetalKernelLibrary:
         """The names of a library's kernels, sorted. Raises ValueError for a name that no library has."""
         return sorted(function_names("list_functions", self._named("list_functions", library_name)))
 
-    def get_pipeline(self, function_name: str, library_name: str | None = None) -> MetalPipeline:
+    def get_pipeline(
+        self, function_name: str, library_name: str | None = None, *, constants: Constants | None = None
+    ) -> MetalPipeline:
         """A kernel's compute pipeline state, of that library or of the first that has the kernel.
 
+        Args:
+            function_name: of the kernel.
+            library_name: of the library; None for the first that has it.
+            constants: values of its function constants by index or name. A bool for a bool, an int for an integer, an
+                int or a float for a half or a float.
+
         Raises:
-            ValueError: a name that no library has.
-            RuntimeError: a kernel that needs function constants, as many of this package do: no values can be given.
+            ValueError: a name that no library has; a constant that the kernel does not have, that it needs and is not
+                given, that is given twice, or whose type does not have the value.
+            TypeError: a constant that is no bool, int or float, or whose key is no index and no name.
         """
         op = "get_pipeline"
         source = self.source_of(op, function_name, library_name)
         gpu = a_tensor_of_the_gpu()
-        facts = ops._metal_pipeline(gpu, op, source.name, source.text, source.math_mode, function_name)
+        library = gpu, op, source.name, source.text, source.math_mode
+        facts = ops._metal_pipeline(*library, function_name, *constant_lists(op, constants))
         return MetalPipeline(function_name, *facts)
 
     def source_of(self, op: str, function_name: str, library_name: str | None = None) -> Source:
