@@ -20,7 +20,12 @@ from devices import NATIVE_DEVICES
 from quantization_mlx.marlin.vision.vision_metal import VisionMetal, preprocess_for_vit
 
 NHWC = pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
-SHAPES = pytest.mark.parametrize("shape", [(2, 3, 15, 22), (1, 30, 17), (0, 5, 9, 8)], ids=str)
+# 1 to 5 channels, single images, and no image.
+SHAPES = pytest.mark.parametrize(
+    "shape", [(2, 3, 15, 22), (1, 30, 17), (2, 11, 9), (1, 4, 13, 8), (3, 5, 17, 11), (0, 5, 9, 8)], ids=str
+)
+# Smaller, larger and wider, and larger.
+SIZES = pytest.mark.parametrize("new", [(7, 5), (9, 31), (33, 35)], ids=str)
 # PIL rounds to uint8 after rows and again after columns; bicubic weights grow the first of these by up to a quarter.
 ROUNDED = 1.15 / 255
 
@@ -56,7 +61,8 @@ def interpolated(image: Tensor, size: tuple[int, int], **options: object) -> Ten
 
 @NHWC
 @SHAPES
-def test_methods(device: str, shape: tuple[int, ...], nhwc: bool) -> None:
+@SIZES
+def test_methods(device: str, shape: tuple[int, ...], new: tuple[int, int], nhwc: bool) -> None:
     """The image is moved where the class works, and then stays there."""
     vision = VisionMetal(device)
     image = pixels(shape)
@@ -65,7 +71,6 @@ def test_methods(device: str, shape: tuple[int, ...], nhwc: bool) -> None:
     statistics = torch.linspace(10, 90, channels).tolist(), torch.linspace(2, 70, channels)
     mean, std = (torch.as_tensor(each).double().reshape(-1, 1, 1) for each in statistics)
     statistics = statistics[0], statistics[1].to(device)
-    new = (9, 31)
     bilinear = interpolated(image, new, mode="bilinear")
     expected: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
         "bytes": (lambda: vision.uint8_to_float(given), image.double() / 255),
@@ -92,7 +97,9 @@ def cropped(image: Tensor, height: int, width: int) -> Tensor:
     return torch.nn.functional.pad(image, sides)
 
 
-@pytest.mark.parametrize("shape", [(2, 12, 20, 3), (8, 4, 5), (0, 4, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 12, 20, 3), (8, 4, 5), (1, 8, 8, 2), (4, 12, 4), (4, 4, 1), (0, 4, 4, 1)], ids=str
+)
 def test_patches(device: str, shape: tuple[int, ...]) -> None:
     """As unfold has them, which counts a patch's channels first."""
     image, size = pixels(shape), 4
@@ -121,6 +128,14 @@ def test_qwen2vl_sizes(device: str, old: tuple[int, int], max_pixels: int, new: 
     image = pixels((3, *old))
     result = VisionMetal().preprocess_qwen2vl(laid_out(image, nhwc).to(device), max_pixels, nhwc=nhwc)
     oracle.assert_within(planes_of(result, nhwc), interpolated(image, new, mode="bilinear"), 1e-3)
+
+
+@NHWC
+@pytest.mark.parametrize("shape", [(1, 29, 43), (2, 2, 29, 43), (4, 29, 43), (1, 5, 29, 43), (0, 3, 29, 43)], ids=str)
+def test_qwen2vl_images(device: str, shape: tuple[int, ...], nhwc: bool) -> None:
+    image = pixels(shape)
+    result = VisionMetal(device).preprocess_qwen2vl(laid_out(image, nhwc), nhwc=nhwc)
+    oracle.assert_within(planes_of(result, nhwc), interpolated(image, (28, 42), mode="bilinear"), 1e-3)
 
 
 def test_works_without_copies(device: str) -> None:
