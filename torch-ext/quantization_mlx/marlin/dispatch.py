@@ -55,8 +55,8 @@ def dispatch_kernel(
             a bool. Autograd does not see what is written.
         wait: returns when the kernel is done. False returns at once, and torch's ops wait for it as for each other.
         threadgroup_memory: bytes of each ``[[threadgroup(i)]]`` argument, multiples of 16.
-        constants: values of the kernel's function constants, as `MetalKernelLibrary.get_pipeline` takes them. Buffers
-            that its arguments do not have under these are still counted; any tensor will do for one.
+        constants: values of the kernel's function constants, as `MetalKernelLibrary.get_pipeline` takes them. An
+            argument that they leave out keeps its place among the buffers, where any tensor will do.
 
     Raises:
         ValueError: names, counts, sizes and constants that do not fit the kernel or the GPU, tensors that are not
