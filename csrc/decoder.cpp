@@ -12,6 +12,8 @@
 #include <tuple>
 #include <utility>
 
+#include "cpu/parallel.h"
+
 namespace quantization_mlx {
 
 using namespace classes;
@@ -22,6 +24,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* op = "decoder_step";
+
+// New tokens whose step keeps the CPU's threads waiting for the next op's tasks.
+constexpr int64_t most_tokens_of_team = 16;
 
 // Everything that a layer reads and writes beside its weights.
 struct Step {
@@ -321,6 +326,27 @@ Tensor mlp(const DecoderLayer& layer, const Tensor& x) {
   return layer.mixture ? mixed(*layer.mixture, x) : gated(layer.mlp_in, layer.mlp_out, layer.activation, x);
 }
 
+bool are_packed(const Projections& projections) {
+  return std::all_of(
+      projections.begin(), projections.end(), [](const auto& projection) { return projection->scales.has_value(); });
+}
+
+bool is_packed(const DecoderLayer& layer) {
+  const LatentAttention* latent = layer.latent.get();
+  const Mixture* mixture = layer.mixture.get();
+  return are_packed(layer.attention_in) && are_packed(layer.attention_out) && are_packed(layer.mlp_in) &&
+      are_packed(layer.mlp_out) &&
+      (latent == nullptr || (are_packed(latent->in) && are_packed(latent->queries) && are_packed({latent->heads}))) &&
+      (mixture == nullptr ||
+       (are_packed(mixture->in) && are_packed({mixture->out}) && are_packed(mixture->shared_in) &&
+        are_packed(mixture->shared_out)));
+}
+
+// But for routers, which are small.
+bool has_packed_products(const Decoder& decoder) {
+  return std::all_of(decoder.layers.begin(), decoder.layers.end(), [](const auto& layer) { return is_packed(*layer); });
+}
+
 void check_lists(
     const Decoder& decoder,
     const Step& step,
@@ -355,6 +381,34 @@ void check_lists(
   TORCH_CHECK_VALUE(x.dim() == 3, "[", op, "] x of shape ", x.sizes(), " must be [batch, tokens, hidden size].");
 }
 
+// Tokens through all layers.
+Tensor run_layers(
+    const Decoder& decoder,
+    const Tensor& x,
+    at::TensorList keys,
+    at::TensorList values,
+    const Step& step) {
+  const auto& layers = decoder.layers;
+  const auto& first = layers.front()->attention_norm;
+  Stream stream{x, first.has_value() ? ops::rms_norm(x, first, layers.front()->epsilon) : x};
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const DecoderLayer& layer = *layers[i];
+    const auto add = [&](const Tensor& y, const OptionalTensor& norm_out, const OptionalTensor& norm, double epsilon) {
+      stream = added(stream, y, norm_out, norm, layer.residual_scale, epsilon);
+    };
+    const Tensor states[] = {keys[i], step.bits == 0 ? values[i] : Tensor()};
+    const LayerCache cache = step.bits == 0 ? LayerCache(states) : keys.slice(3 * i, 3);
+    const Tensor attended = layer.latent ? latent_attention(layer, stream.normal, cache[0], cache[1], step)
+                                         : attention(layer, stream.normal, cache, step);
+    add(attended, layer.attention_norm_out, layer.mlp_norm, layer.epsilon);
+    const Tensor y = mlp(layer, stream.normal);
+    const bool is_last = i + 1 == layers.size();
+    add(y, layer.mlp_norm_out, is_last ? decoder.norm : layers[i + 1]->attention_norm,
+        is_last ? decoder.epsilon : layers[i + 1]->epsilon);
+  }
+  return stream.normal;
+}
+
 Tensor decoder_step(
     const c10::intrusive_ptr<Decoder>& decoder,
     const Tensor& x,
@@ -369,25 +423,14 @@ Tensor decoder_step(
   const Step step{cosines, sines, position, mask, group_size, bits};
   check_lists(*decoder, step, keys, values, x);
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  const auto& layers = decoder->layers;
-  const auto& first = layers.front()->attention_norm;
-  Stream stream{x, first.has_value() ? ops::rms_norm(x, first, layers.front()->epsilon) : x};
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const DecoderLayer& layer = *layers[i];
-    const auto add = [&](const Tensor& y, const OptionalTensor& norm_out, const OptionalTensor& norm, double epsilon) {
-      stream = added(stream, y, norm_out, norm, layer.residual_scale, epsilon);
-    };
-    const Tensor states[] = {keys[i], bits == 0 ? values[i] : Tensor()};
-    const LayerCache cache = bits == 0 ? LayerCache(states) : keys.slice(3 * i, 3);
-    const Tensor attended = layer.latent ? latent_attention(layer, stream.normal, cache[0], cache[1], step)
-                                         : attention(layer, stream.normal, cache, step);
-    add(attended, layer.attention_norm_out, layer.mlp_norm, layer.epsilon);
-    const Tensor y = mlp(layer, stream.normal);
-    const bool is_last = i + 1 == layers.size();
-    add(y, layer.mlp_norm_out, is_last ? decoder->norm : layers[i + 1]->attention_norm,
-        is_last ? decoder->epsilon : layers[i + 1]->epsilon);
+  const auto run = [&] { return run_layers(*decoder, x, keys, values, step); };
+  // Of many tokens, and in torch's own products, each op has work enough for waking threads.
+  if (!x.is_cpu() || x.size(0) * x.size(1) > most_tokens_of_team || !has_packed_products(*decoder)) {
+    return run();
   }
-  return stream.normal;
+  Tensor y;
+  cpu::with_waiting_threads([&] { y = run(); });
+  return y;
 }
 
 c10::intrusive_ptr<LatentAttention> make_latent_attention(

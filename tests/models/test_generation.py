@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -614,21 +615,104 @@ def test_what_takes_the_place_of_projections_is_called(change: str) -> None:
     assert not torch.allclose(ours, before, rtol=1e-2, atol=1e-2)
 
 
+PARTS = ["norm", *(f"layers.1{part}" for part in ("", ".self_attn", ".mlp", ".input_layernorm", ".mlp.act_fn"))]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("part", ["layer", "self_attn", "mlp"])
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("change", ["hook", "forward"])
-def test_what_changes_a_part_of_a_layer_runs(part: str, change: str, steps: Steps) -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["before", "after"])
+def test_what_changes_a_part_of_a_layer_runs(part: str, change: str, first: bool, steps: Steps) -> None:
+    """Also where the op has run before, and only as long as it is there."""
     _, prepared = pair(FAMILIES["llama"])
-    layer = prepared.model.layers[1]
-    module = layer if part == "layer" else getattr(layer, part)
-    calls = []
+    module = prepared.model.get_submodule(part)
+    ids, calls = tokens(1, 6), []
+    if first:
+        logits_of(prepared, ids, 4)
+    before = steps.count
     if change == "hook":
-        module.register_forward_hook(lambda *_: calls.append(1))
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
     else:  # as accelerate gives it to a module
         original = module.forward
         module.forward = lambda *arguments, **options: (calls.append(1), original(*arguments, **options))[1]
-    logits_of(prepared, tokens(1, 6), 4)
-    assert (len(calls), steps.count) == (3, 0)
+    logits_of(prepared, ids, 4)
+    assert (len(calls), steps.count) == (3, before)
+    if change == "hook":
+        handle.remove()
+    else:
+        del module.forward
+    logits_of(prepared, ids, 4)
+    assert (len(calls), steps.count) == (3, before + 3)
+
+
+def set_epsilon(model: LlamaModel, *norms: str) -> None:
+    for name in norms:
+        getattr(model.layers[1], name).variance_epsilon = 9.0
+
+
+CHANGES = {
+    "scale": ("qwen3", lambda model: setattr(model.layers[1].self_attn, "scaling", 0.3), 3),
+    "epsilon": ("llama", lambda model: set_epsilon(model, "input_layernorm", "post_attention_layernorm"), 3),
+    "one epsilon": ("llama", lambda model: set_epsilon(model, "input_layernorm"), 0),
+    "norm": ("qwen3", lambda model: setattr(model, "norm", copy.deepcopy(model.layers[0].input_layernorm)), 3),
+    "layers": ("llama", lambda model: model.layers.__delitem__(2), 3),
+    "number of layers": ("llama", lambda model: setattr(model.config, "num_hidden_layers", 2), 3),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, change, count", CHANGES.values(), ids=CHANGES.keys())
+def test_what_changes_after_the_first_step_counts(family: str, change: Any, count: int, steps: Steps) -> None:
+    model, prepared = pair(FAMILIES[family])
+    ids = tokens(1, 9)
+    unchanged = logits_of(prepared, ids, 7)
+    before = steps.count
+    assert before == 3
+    change(model.model)
+    change(prepared.model)
+    logits = logits_of(prepared, ids, 7)
+    assert steps.count == before + count
+    assert_same(logits, logits_of(model, ids, 7))
+    assert not torch.allclose(logits, unchanged, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1024}
+
+
+@torch.no_grad()
+def test_the_same_bits_whatever_the_number_of_threads(threads: Any) -> None:
+    config = Qwen3Config(**{**SIZES, **WIDE}, head_dim=64)
+    prepared = prepare_for_generation(tiny_model(config))
+    ids = tokens(1, 40)
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        results.append(logits_of(prepared, ids, 20))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@torch.no_grad()
+def test_several_threads_decode_at_once(threads: Any) -> None:
+    config = Qwen3Config(**{**SIZES, **WIDE}, head_dim=64)
+    prepared = prepare_for_generation(tiny_model(config))
+    inputs = [tokens(1, 30, seed) for seed in range(6)]
+    threads(2)
+    expected = [logits_of(prepared, ids, 10) for ids in inputs]
+
+    def decode(ids: Tensor) -> Tensor:
+        with torch.no_grad():  # which is a thread's own
+            return logits_of(prepared, ids, 10)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(decode, inputs))
+    assert all(torch.equal(*each) for each in zip(results, expected, strict=True))
 
 
 def test_second_call_changes_nothing() -> None:
@@ -754,7 +838,7 @@ def op_arguments() -> dict[str, Any]:
     cosines, sines = stack.rotary_emb(x, torch.arange(2)[None])
     keys, values = ([torch.zeros(1, 2, 5, 64) for _ in stack.layers] for _ in range(2))
     with torch.no_grad():
-        decoder_of_stack, _ = stack._decoder()
+        decoder_of_stack = stack._decoder().decoder
     lists = {"cosines": [cosines], "sines": [sines], "keys": keys, "values": values}
     return {"decoder": decoder_of_stack, "x": x, **lists, "position": 0, "mask": None}
 

@@ -334,6 +334,6 @@ def test_op_refuses_what_does_not_fit(change: Callable[[list], list], message: s
     cosines, sines = stack.rotary_emb(x, torch.arange(1)[None])
     of_layer = [torch.zeros(2, 1, 2, 5, 8, dtype=torch.int32), *(torch.zeros(2, 1, 2, 5, 1) for _ in range(2))]
     packed = [each.clone() for _ in stack.layers for each in of_layer]
-    arguments = (stack._decoder()[0], x, [cosines], [sines], change(packed), [], 0, None, 32, 8)
+    arguments = (stack._decoder().decoder, x, [cosines], [sines], change(packed), [], 0, None, 32, 8)
     with pytest.raises(ValueError, match=rf"\[decoder_step\] {message}"):
         decoder._decoder_step(*arguments)

@@ -6,8 +6,11 @@ a prompt comes or a token. What that op does not cover is left to the model's ow
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache as memoized
 from itertools import groupby
+from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -48,6 +51,8 @@ _MLP_INPUTS = (("gate_up_proj",), ("gate_proj", "up_proj"))
 # What the op takes of `moe_router` and of `swiglu`, in its order, where a family has nothing else to say.
 _ROUTING = {"k": 1, "scoring": "softmax", "bias": None, "groups": 1, "groups_used": 1, "normalise": False, "scale": 1.0}
 _GATE = {"alpha": 1.0, "limit": None, "offset": 0.0}
+
+_LINEAR = (nn.Linear, QuantizedLinear, QuantizedSwitchLinear)
 
 _classes = getattr(torch.classes, ops.name)
 _decoder_step = ops.decoder_step.default  # the overload: the fastest way from Python into the dispatcher
@@ -202,6 +207,37 @@ class _Made:
         return _Made, ()
 
 
+class _State:
+    """What a module's parts with these names hold, to tell whether they still do: modules, parameters, buffers, simple
+    attributes and hooks, and the values that `tensors` has copies of.
+
+    Every token asks, of some thousands of things: so these are lists, which builtins go through.
+    """
+
+    _SIMPLE = (bool, int, float, str, type(None))
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], tensors: "_Tensors") -> None:
+        parts = {name: module._modules[name] for name in names}
+        every = [part for named in parts.values() for part in named.modules()]
+        held = [table for part in every for table in (part._modules, part._parameters, part._buffers) if table]
+        entries = [(module._modules, *each) for each in parts.items()]
+        entries += [(table, *each) for table in held for each in table.items()]
+        for part in every:
+            if not isinstance(part, _LINEAR):  # whose parameters say all
+                entries += [(vars(part), *each) for each in vars(part).items() if isinstance(each[1], self._SIMPLE)]
+        self._tables, self._names, self._values = map(list, zip(*entries, strict=True))
+        self._sized = [*held, *map(vars, every), *(getattr(part, table) for part in every for table in HOOKS)]
+        self._sizes = [*map(len, self._sized)]
+        self._tensors = tensors
+
+    def is_current(self) -> bool:
+        try:
+            same = all(map(is_, map(getitem, self._tables, self._names), self._values))
+        except KeyError:
+            return False
+        return same and [*map(len, self._sized)] == self._sizes and self._tensors.are_current()
+
+
 class _Same:
     """Objects, equal to the same ones. It keeps them, so that no other one gets their place in memory."""
 
@@ -256,17 +292,18 @@ class _JoinedLayer(_Prepared):
         """Whether nothing but the parameters decides what it computes."""
         attention = self._modules["self_attn"]
         mlp = self._modules["mlp"]
-        parts = (self, attention, mlp)
-        if (experts := mlp._modules.get("experts")) is not None:
-            parts += tuple(mlp._modules.values())
-            if experts._is_expert_parallel or (self.training and getattr(mlp, "jitter_noise", 0.0)):
-                return False
+        if (experts := mlp._modules.get("experts")) is not None and (
+            experts._is_expert_parallel or (self.training and getattr(mlp, "jitter_noise", 0.0))
+        ):
+            return False
         dropouts = (attention.attention_dropout, *(each.p for each in self.children() if isinstance(each, nn.Dropout)))
-        changed = any("forward" in vars(part) or any(getattr(part, table) for table in HOOKS) for part in parts)
+        changed = not all(map(_computes_as_its_class, self.modules()))
         # Only Transformers' eager attention caps scores.
         capped = _softcap(attention) is not None and attention.config._attn_implementation != "eager"
         clipped = getattr(attention.config, "clip_qkv", None) is not None
-        return attention.is_causal and not (changed or capped or clipped or (self.training and any(dropouts)))
+        alike = len({_epsilon(norm) for norm in _norms(self).values()}) == 1
+        dropped = self.training and any(dropouts)
+        return attention.is_causal and alike and not (changed or capped or clipped or dropped)
 
 
 def _parameters_of(inputs: Mapping[str, list[nn.Module | None]]) -> list[Tensor | None]:
@@ -296,9 +333,12 @@ def _format(layer: nn.Module) -> tuple[int, int, str]:
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer computes what its class does with its parameters, without hooks and a forward of its own."""
-    known = type(layer) in (nn.Linear, QuantizedLinear, QuantizedSwitchLinear) and "forward" not in vars(layer)
-    return known and not any(getattr(layer, table) for table in HOOKS)
+    return type(layer) in _LINEAR and _computes_as_its_class(layer)
+
+
+def _computes_as_its_class(module: nn.Module) -> bool:
+    """Whether it has no hooks, and no forward of its own."""
+    return "forward" not in vars(module) and not any(getattr(module, table) for table in HOOKS)
 
 
 def _join(layers: list[nn.Module]) -> Any:
@@ -447,6 +487,19 @@ def _sliding_window(attention: nn.Module) -> int | None:
 # Stacks of layers
 
 
+@dataclass(frozen=True)
+class _Described:
+    """A stack's layers for the op: None where it does not take them as they are.
+
+    rotations: the kinds of their rotations. indices: of their layers in a cache. caps_scores: whether one of them does.
+    """
+
+    decoder: Any
+    rotations: list[str | None]
+    indices: list[int]
+    caps_scores: bool
+
+
 class _FastStack(_Prepared):
     """What the class of a stack of decoder layers, with embedding and last norm, has in front of its own `forward`."""
 
@@ -511,16 +564,16 @@ class _FastStack(_Prepared):
             return None
         if config._attn_implementation not in _ATTENTION:
             return None
-        decoder, rotations = self._decoder()
+        described = self._decoder()
         like = self._like()
-        if decoder is None or not _serves(like, inputs.device):
+        if described.decoder is None or not _serves(like, inputs.device):
             return None
         if caches and cache is None:
             from transformers import DynamicCache
 
             cache = DynamicCache(config=config)
         batch, tokens = inputs.shape[:2]
-        held = self._held(cache, batch) if cache is not None else None
+        held = self._held(cache, batch, described) if cache is not None else None
         if cache is not None and held is None:
             return None
         length = held[0].get_seq_length() if held else 0
@@ -534,9 +587,9 @@ class _FastStack(_Prepared):
             position_ids = torch.arange(length, length + tokens, device=x.device)[None]
         keys, values, packed_format = self._cached_states(held, batch, tokens)
         x = _decoder_step(
-            decoder,
+            described.decoder,
             x * self.embedding_multiplier if hasattr(self, "embedding_multiplier") else x,
-            *self._angles(x, position_ids, rotations),
+            *self._angles(x, position_ids, described.rotations),
             keys,
             values,
             length,
@@ -547,29 +600,36 @@ class _FastStack(_Prepared):
             each.advance(tokens)
         return self.output_class(last_hidden_state=x, **{self.cache_name: cache})
 
-    def _decoder(self) -> tuple[Any, list[str | None]]:
-        """The description of all layers for the op, None if it does not take them as they are, and the kinds of their
-        rotations."""
+    def _decoder(self) -> "_Described":
+        """The description of all layers for the op, which is made again when they have changed."""
+        made = self.__dict__.setdefault("_made", _Made())
+        config = self.config
+        # What no module holds: is_plain asks for them.
+        options = (config._attn_implementation, getattr(config, "clip_qkv", None), config.num_hidden_layers)
+        if made.key is None or made.key[0] != options or not made.key[1].is_current():
+            made.value, state = self._describe()
+            made.key = options, state
+        return made.value
+
+    def _describe(self) -> tuple["_Described", "_State"]:
         layers = self._layers()
         products = [layer.products() for layer in layers]
-        if any(product is None for each in products for product in each.values()):
-            return None, []
-        if not all(layer.is_plain() for layer in layers):
-            return None, []
-        made = self.__dict__.setdefault("_made", _Made())
-        # New projections, which a layer makes of replaced parameters, are another list.
-        dtype = self._like().dtype
-        norms = [self.norm, *(norm for layer in layers for norm in _norms(layer).values())]
-        key = dtype, _Same([*products, *(norm.weight for norm in norms)])
-        if made.key != key or not made.value[-1].are_current():
+        tensors = _Tensors(self._like().dtype)
+        described = _Described(None, [], [], False)
+        if (
+            all(product is not None for each in products for product in each.values())
+            and all(layer.is_plain() for layer in layers)
+            and _computes_as_its_class(self.norm)
+        ):
             rotations = sorted({_rotation(layer) for layer in layers}, key=str)
-            tensors = _Tensors(dtype)
-            try:
-                described = self._described(products, rotations, tensors)
-            except _WiderTensor:
-                described = None
-            made.key, made.value = key, (described, rotations, tensors)
-        return made.value[:2]
+            with suppress(_WiderTensor):
+                described = _Described(
+                    self._described(products, rotations, tensors),
+                    rotations,
+                    [layer.self_attn.layer_idx for layer in layers],
+                    any(_softcap(layer.self_attn) is not None for layer in layers),
+                )
+        return described, _State(self, ("embed_tokens", "norm", "layers"), tensors)
 
     def _described(self, products: list[dict[str, Any]], rotations: list[str | None], tensors: _Tensors) -> Any:
         layers = [
@@ -585,7 +645,7 @@ class _FastStack(_Prepared):
         return weight if weight.dtype == dtype else weight.new_empty(0, dtype=dtype)
 
     def _layers(self) -> list[nn.Module]:
-        return list(self.layers[: self.config.num_hidden_layers])
+        return list(self.layers)[: self.config.num_hidden_layers]
 
     def _angles(self, x: Tensor, position_ids: Tensor, rotations: list[str | None]) -> list[list[Tensor]]:
         """Cosines, and sines, by kind of rotation."""
@@ -595,15 +655,15 @@ class _FastStack(_Prepared):
             angles = [[torch.cat((each, each), -1) for each in of_kind] for of_kind in angles]
         return [[each.to(x.dtype) for each in of_kinds] for of_kinds in zip(*angles, strict=True)]
 
-    def _held(self, cache: Any, batch: int) -> list[GrowingLayer] | None:
+    def _held(self, cache: Any, batch: int, described: "_Described") -> list[GrowingLayer] | None:
         """The cache's layers, of one length; None if these are no such ones."""
         if getattr(cache, "offloading", False):
             return None
-        held = [growing_layer(cache, layer.self_attn.layer_idx) for layer in self._layers()]
+        held = [growing_layer(cache, index) for index in described.indices]
         like = self._like()
         if any(each is None or not each.fits(batch, like) for each in held):
             return None
-        if held[0].packed_format is not None and any(_softcap(layer.self_attn) is not None for layer in self._layers()):
+        if held[0].packed_format is not None and described.caps_scores:
             return None
         return held if len({(each.get_seq_length(), each.packed_format) for each in held}) == 1 else None
 

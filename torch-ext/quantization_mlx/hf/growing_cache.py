@@ -40,9 +40,9 @@ class GrowingLayer(Buffers):
 
     def fits(self, batch: int, like: Tensor) -> bool:
         """Whether what is held is of this batch, and of the dtype and the device of `like`."""
-        states = self._state(0)
         if self.get_seq_length() == 0:
             return True
+        states = (self._states if self.buffers is None else self.buffers)[0]
         return states.shape[0] == batch and states.dtype == like.dtype and states.device == like.device
 
     def _state(self, which: int) -> Tensor | None:
