@@ -69,8 +69,8 @@ def prepare_for_generation(model: PreTrainedModel) -> PreTrainedModel:
 
     Results are those of the unprepared model up to rounding: sums are float32, and there are fewer roundings between.
     Prompts, single tokens and several at once, padded batches and sliding windows take one op for all layers. With
-    gradients, under `torch.autocast` and `torch.compile`, with a cache that does not keep all positions, and where a
-    layer or a projection has hooks or a forward of its own, everything is the model's own.
+    gradients, under `torch.autocast` and `torch.compile`, with a cache that does not keep all positions, and where
+    anything in a layer has hooks or a forward of its own, everything is the model's own.
 
     `forward` of the prepared model raises TypeError for keyword arguments that Transformers does not document.
 
