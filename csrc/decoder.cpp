@@ -9,6 +9,7 @@
 #include <ATen/ops/stack.h>
 
 #include <algorithm>
+#include <array>
 #include <tuple>
 #include <utility>
 
@@ -110,6 +111,17 @@ void pack_into_cache(const Tensor& heads, LayerCache cache, const Step& step) {
   }
 }
 
+// Of states [batch, heads, capacity, dim]: in one call what narrow does in three.
+Tensor first_positions(const Tensor& states, int64_t length) {
+  return states.as_strided({states.size(0), states.size(1), length, states.size(3)}, states.strides());
+}
+
+// [batch, heads, tokens, dim] -> [batch, tokens, heads * dim]
+Tensor heads_side_by_side(const Tensor& y) {
+  const std::array<int64_t, 3> sizes{y.size(0), y.size(2), y.size(1) * y.size(3)};
+  return y.size(2) == 1 ? y.view(sizes) : y.transpose(1, 2).reshape(sizes);
+}
+
 Tensor attention(const DecoderLayer& layer, const Tensor& x, LayerCache cache, const Step& step) {
   const auto angles = [&](at::TensorList all) {
     return layer.rotation < 0 ? std::nullopt : OptionalTensor(all[layer.rotation]);
@@ -127,7 +139,7 @@ Tensor attention(const DecoderLayer& layer, const Tensor& x, LayerCache cache, c
   const auto window = causal ? layer.window : std::nullopt;
   Tensor y;
   if (step.bits == 0) {
-    const auto filled = [&](const Tensor& states) { return states.narrow(2, 0, length); };
+    const auto filled = [&](const Tensor& states) { return first_positions(states, length); };
     const Tensor queries = queries_of(cache[0], cache[1], step.position);
     y = ops::scaled_dot_product_attention(
         queries, filled(cache[0]), filled(cache[1]), layer.scale, step.mask, causal, layer.sinks, window,
@@ -144,7 +156,7 @@ Tensor attention(const DecoderLayer& layer, const Tensor& x, LayerCache cache, c
         queries, filled(0, 0), filled(1, 0), filled(2, 0), filled(0, 1), filled(1, 1), filled(2, 1), layer.scale,
         step.mask, causal, layer.sinks, window, step.group_size, step.bits);
   }
-  return project(layer.attention_out, y.transpose(1, 2).reshape({x.size(0), tokens, -1}));
+  return project(layer.attention_out, heads_side_by_side(y));
 }
 
 // --- Latent attention ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Patience {
   void renew() { waits_ = 0; }
 
  private:
-  static constexpr int short_waits = 1000;
+  static constexpr int short_waits = 5000;
 
   static void relax() {
 #if defined(__x86_64__) || defined(_M_X64)

@@ -20,9 +20,10 @@ using at::Tensor;
 
 constexpr float lowest = std::numeric_limits<float>::lowest();
 
-// Keys of a part, and the blocks of rows from which on the keys are not cut up. Neither depends on the number of
-// threads, so that results do not.
-constexpr int64_t part_keys = 512;
+// Keys of a part, and the blocks of rows from which on the keys are not cut up. None depends on the number of threads,
+// so that results do not.
+constexpr int64_t least_part_keys = 64;
+constexpr int64_t most_part_keys = 512;
 constexpr int64_t enough_blocks = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -61,6 +62,7 @@ class AttentionTasks {
         head_blocks_(ceil_div(group_, block_heads_)),
         query_blocks_(ceil_div(problem.queries(), block_queries_)),
         blocks_(problem.batch() * problem.key_heads() * head_blocks_ * query_blocks_),
+        part_keys_(keys_of_part()),
         sinks_(problem.sinks.defined() ? floats(problem.query_heads() + 16) : Floats()) {
     if (problem.sinks.defined()) {
       kernels().to_float32(type_, problem.sinks.const_data_ptr(), problem.query_heads(), sinks_.data());
@@ -71,7 +73,7 @@ class AttentionTasks {
     const int64_t multiplications = problem_.batch() * problem_.query_heads() * problem_.queries() * problem_.keys() *
         (problem_.dim() + problem_.value_dim());
     const bool worth_it = multiplications >= task_multiplications;
-    const int64_t parts = blocks_ < enough_blocks ? std::max<int64_t>(ceil_div(problem_.keys(), part_keys), 1) : 1;
+    const int64_t parts = std::max<int64_t>(ceil_div(problem_.keys(), part_keys_), 1);
     if (parts == 1) {
       parallel_tasks(
           blocks_,
@@ -93,8 +95,8 @@ class AttentionTasks {
         blocks_ * parts,
         [&](int64_t task, int) {
           const Block block = block_of(task / parts);
-          const int64_t begin = std::max(block.begin, task % parts * part_keys);
-          const int64_t end = std::min(block.end, (task % parts + 1) * part_keys);
+          const int64_t begin = std::max(block.begin, task % parts * part_keys_);
+          const int64_t end = std::min(block.end, (task % parts + 1) * part_keys_);
           attend(block, begin, std::max(begin, end), partial(task));
         },
         worth_it);
@@ -111,6 +113,13 @@ class AttentionTasks {
   }
 
  private:
+  // So that there are enough tasks, of a size that is worth one.
+  int64_t keys_of_part() const {
+    return blocks_ >= enough_blocks
+        ? std::max<int64_t>(problem_.keys(), 1)
+        : std::clamp(ceil_div(problem_.keys() * blocks_, enough_blocks), least_part_keys, most_part_keys);
+  }
+
   int64_t partial_floats() const { return block_heads_ * block_queries_ * (2 + problem_.value_dim()); }
 
   Partial partial_of(float* memory) const {
@@ -248,6 +257,7 @@ class AttentionTasks {
   int64_t head_blocks_;
   int64_t query_blocks_;
   int64_t blocks_;
+  int64_t part_keys_;
   Floats sinks_;
 };
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as memoized
-from itertools import groupby
+from itertools import chain, groupby
 from operator import getitem, is_
 from typing import Any
 
@@ -211,31 +211,42 @@ class _State:
     """What a module's parts with these names hold, to tell whether they still do: modules, parameters, buffers, simple
     attributes and hooks, and the values that `tensors` has copies of.
 
-    Every token asks, of some thousands of things: so these are lists, which builtins go through.
+    Every token asks, of some thousands of things that no cache has at hand: so builtins go through lists of them, and
+    each thing is looked at once.
     """
 
     _SIMPLE = (bool, int, float, str, type(None))
+    _OTHERS = ("_is_full_backward_hook", "_is_hf_initialized")  # attributes that no result depends on
+    _CALLED = ("_forward_hooks", "_forward_pre_hooks")  # the other tables are of gradients, or of options of these
 
     def __init__(self, module: nn.Module, names: tuple[str, ...], tensors: "_Tensors") -> None:
         parts = {name: module._modules[name] for name in names}
         every = [part for named in parts.values() for part in named.modules()]
-        held = [table for part in every for table in (part._modules, part._parameters, part._buffers) if table]
-        entries = [(module._modules, *each) for each in parts.items()]
-        entries += [(table, *each) for table in held for each in table.items()]
+        self._held = [table for part in every for table in (part._modules, part._parameters, part._buffers) if table]
+        self._values = [value for table in self._held for value in table.values()]
+        attributes = [(module._modules, *each) for each in parts.items()]
         for part in every:
             if not isinstance(part, _LINEAR):  # whose parameters say all
-                entries += [(vars(part), *each) for each in vars(part).items() if isinstance(each[1], self._SIMPLE)]
-        self._tables, self._names, self._values = map(list, zip(*entries, strict=True))
-        self._sized = [*held, *map(vars, every), *(getattr(part, table) for part in every for table in HOOKS)]
+                simple = {name: value for name, value in vars(part).items() if isinstance(value, self._SIMPLE)}
+                attributes += [(vars(part), *each) for each in simple.items() if each[0] not in self._OTHERS]
+        self._attributes = [*map(list, zip(*attributes, strict=True))]
+        self._sized = [*map(vars, every)]  # which grow by a forward of their own
         self._sizes = [*map(len, self._sized)]
+        self._hooks = [getattr(part, table) for part in every for table in self._CALLED]
+        self._has_hooks = any(self._hooks)  # which may be gone by the next time
         self._tensors = tensors
 
     def is_current(self) -> bool:
+        if self._has_hooks or any(self._hooks) or [*map(len, self._sized)] != self._sizes:
+            return False
+        values = [*chain.from_iterable(map(dict.values, self._held))]
+        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
+            return False
+        tables, names, attributes = self._attributes
         try:
-            same = all(map(is_, map(getitem, self._tables, self._names), self._values))
+            return all(map(is_, map(getitem, tables, names), attributes)) and self._tensors.are_current()
         except KeyError:
             return False
-        return same and [*map(len, self._sized)] == self._sizes and self._tensors.are_current()
 
 
 class _Same:
