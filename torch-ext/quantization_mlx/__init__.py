@@ -6,6 +6,7 @@ from . import marlin as marlin
 from .convert.awq import convert_awq
 from .convert.checkpoint import convert_foreign_checkpoint
 from .convert.compressed_tensors import convert_compressed_tensors
+from .convert.gguf import convert_gguf_checkpoint
 from .convert.gptq import convert_gptq
 from .hf.decoder import prepare_for_generation
 from .hf.distributed import prepare_for_ddp
@@ -58,6 +59,7 @@ __all__ = [
     "convert_awq",
     "convert_compressed_tensors",
     "convert_foreign_checkpoint",
+    "convert_gguf_checkpoint",
     "convert_gptq",
     "cpu_activations",
     "dequantize",

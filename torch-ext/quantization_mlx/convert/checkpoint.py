@@ -76,7 +76,7 @@ def convert_foreign_checkpoint(
             report = _write_converted(source, stored, layers, experts, scratch, dtype, requantize)
             write_json(scratch / "config.json", _mlx_config(config, report, stored))
             _copy_companions(source, scratch)
-            _check_that_it_loads(scratch)
+            check_that_it_loads(scratch, OP)
     return report
 
 
@@ -248,13 +248,14 @@ def _zero_biases_of_no_layer(source: Path, stored: _StoredTensors, paths: Iterab
     return names - model.state_dict().keys()
 
 
-def _check_that_it_loads(directory: Path) -> None:
-    """Raises ValueError if Transformers knows the model, and the written tensors are not those that it wants."""
+def check_that_it_loads(directory: Path, op: str) -> None:
+    """Raises ValueError, naming `op`, if Transformers knows the model, and the written tensors are not those that it
+    wants."""
     try:
         check_checkpoint(Checkpoint.at(directory))
     except ValueError as error:
         message = str(error).removeprefix(f"[from_pretrained] {directory}: ")
-        raise ValueError(f"[{OP}] the converted checkpoint would not load: {message}") from error
+        raise ValueError(f"[{op}] the converted checkpoint would not load: {message}") from error
 
 
 def _mlx_config(config: Mapping[str, Any], report: ConversionReport, stored: _StoredTensors) -> dict[str, Any]:

@@ -60,24 +60,26 @@ class Method(NamedTuple):
 
 @dataclass
 class ConversionReport:
-    """What `convert_foreign_checkpoint` did.
+    """What `convert_foreign_checkpoint` or `convert_gguf_checkpoint` did.
 
     - `formats`: group_size, bits and mode by the path of each quantized layer;
     - `dtype`: that of the scales and biases;
     - `rounding`: the largest difference that rounding scales and biases made to any value, in steps of its group;
     - `requantized`: the paths of the layers that were quantized anew, with the relative error of each in the Frobenius
-      norm.
+      norm;
+    - `rounded`: of GGUF, the tensors without codes whose values `dtype` does not hold exactly.
     """
 
     formats: dict[str, dict[str, Any]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     rounding: float = 0.0
     requantized: dict[str, float] = field(default_factory=dict)
+    rounded: list[str] = field(default_factory=list)
 
     @property
     def lossless(self) -> bool:
         """Whether every layer of the new checkpoint has the very values of the old one."""
-        return self.rounding == 0.0 and not self.requantized
+        return self.rounding == 0.0 and not self.requantized and not self.rounded
 
 
 # Codes
@@ -162,11 +164,16 @@ def is_exact(layer: StoredLayer) -> bool:
 
 def rounding(layer: StoredLayer, dtype: torch.dtype) -> float:
     """The largest change to a value by scales and biases in `dtype`, in steps of its group."""
-    exact_scales, exact_biases = (each.double() for each in _scales_and_biases(layer))
+    return step_error(*_scales_and_biases(layer), layer.bits, dtype)
+
+
+def step_error(scales: Tensor, biases: Tensor, bits: int, dtype: torch.dtype) -> float:
+    """`rounding` of exact scales and biases."""
+    exact_scales, exact_biases = scales.double(), biases.double()
     scale_error = exact_scales.to(dtype).double() - exact_scales
     bias_error = exact_biases.to(dtype).double() - exact_biases
     # The error is linear in the code, so it is largest at one end.
-    ends = torch.maximum(bias_error.abs(), (((1 << layer.bits) - 1) * scale_error + bias_error).abs())
+    ends = torch.maximum(bias_error.abs(), (((1 << bits) - 1) * scale_error + bias_error).abs())
     steps = exact_scales.abs()
     return float(torch.where(steps > 0, ends / steps, 0.0).max())
 
