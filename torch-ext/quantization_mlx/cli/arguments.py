@@ -182,8 +182,18 @@ def _convert_arguments(add: AddFlag) -> None:
     add("--q-group-size", type=int, metavar="SIZE", help=f"weights that share a scale ({_defaults('group_sizes')})")
     add("--q-mode", choices=list(MLX_MODES), help="kind of the format (default: affine)")
     add("--quant-predicate", choices=list(RECIPES), help="recipe that mixes two numbers of bits")
+    add(
+        "--lossless",
+        action="store_true",
+        help="keep the codes of a GGUF file; with -q, tensors that MLX's groups cannot hold are quantized anew (then "
+        "default: affine 8 bits, groups of 32)",
+    )
     add("-d", "--dequantize", action="store_true", help="make an MLX checkpoint floating-point again")
-    add("--dtype", choices=_DTYPES, help="of what stays in floating point; as stored, GGUF: bfloat16")
+    add(
+        "--dtype",
+        choices=_DTYPES,
+        help="of what stays floating point; as stored, GGUF: bfloat16, or exact if --lossless",
+    )
     add("--report", metavar="FILE", help="write error of each layer, and what stays floating point, in Markdown")
     add("--plot", metavar="FILE", help="draw the error of each layer, as .png, .svg or .pdf")
     _remote_code_argument(add)

@@ -5,22 +5,31 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.staging import is_vacant
+from ..convert.gguf import convert_gguf_checkpoint
 from ..formats import complete_format
 from ..hf.save import save_checkpoint
+from ..messages import listed, short_name
 from ..optional import PreTrainedModel, require
 from ..quantization.model import quantize_model
 from ..quantization.report import QuantizationReport
 from .arguments import PLOTS, UsageError, check_output_directory, check_output_file, refuse
 from .info import Summary
-from .models import copy_code, read_source
+from .models import copy_code, gguf_file, read_source
 from .run import note, peak_memory
+
+_FEW = {"group_size": 32, "bits": 8}  # of layers whose codes --lossless cannot keep
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes a Transformers model, or a GGUF file, as an MLX checkpoint, quantized with -q; -d does the reverse."""
     target = Path(arguments.mlx_path)
     _check_conversion(arguments, target)
+    if arguments.lossless:
+        _keep_codes(arguments, target)
+        return
     model, tokenizer = read_source(arguments)
     with_errors = not (arguments.report is None and arguments.plot is None)
     report = QuantizationReport(with_errors)
@@ -39,6 +48,28 @@ def run(arguments: argparse.Namespace) -> None:
             Path(arguments.report).write_text(report.table() + "\n", encoding="utf-8")
         if arguments.plot is not None:
             report.plot(arguments.plot)
+    note(peak_memory())
+
+
+def _keep_codes(arguments: argparse.Namespace, target: Path) -> None:
+    """Writes a GGUF file as an MLX checkpoint with the same codes."""
+    if (file := gguf_file(arguments)) is None:
+        raise UsageError(f"--lossless keeps the codes of GGUF files, and {arguments.hf_path} is none")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    requantize = _requested_format(arguments) if arguments.quantize else None
+    report = convert_gguf_checkpoint(file, target, dtype, requantize)
+    print(f"{target}: {Summary.read(target).headline()}")
+    kept = len(report.formats) - len(report.requantized)
+    print(f"{kept} layers have the codes of the file, with scales in {short_name(report.dtype)}")
+    if report.rounding:
+        print(f"their scales and biases are rounded, which moves a weight by up to {report.rounding:.1e} steps")
+    if report.rounded:
+        print(f"rounded without being quantized: {listed(report.rounded)}")
+    if report.requantized:
+        error = max(report.requantized.values())
+        print(f"quantized anew, with relative errors up to {error:.2%}: {listed(list(report.requantized))}")
+    elif report.lossless:
+        print("lossless")
     note(peak_memory())
 
 
@@ -62,7 +93,10 @@ def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: Qua
 
 
 def _requested_format(arguments: argparse.Namespace) -> dict[str, Any]:
-    return complete_format(arguments.q_group_size, arguments.q_bits, arguments.q_mode or "affine")
+    mode, group_size, bits = arguments.q_mode or "affine", arguments.q_group_size, arguments.q_bits
+    if arguments.lossless and mode == "affine":  # for the few layers that a file has in more bits than others
+        group_size, bits = group_size or _FEW["group_size"], bits or _FEW["bits"]
+    return complete_format(group_size, bits, mode)
 
 
 def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
@@ -78,6 +112,9 @@ def _check_conversion(arguments: argparse.Namespace, target: Path) -> None:
     if arguments.dequantize:
         refuse([("-q", arguments.quantize), *quantizing.items()], "with -d, which dequantizes")
         refuse([("--gguf-file", arguments.gguf_file)], "with -d, which reads MLX checkpoints")
+    if arguments.lossless:
+        others = {flag: quantizing[flag] for flag in ("--quant-predicate", "--report", "--plot")}
+        refuse([("-d", arguments.dequantize), *others.items()], "with --lossless, which keeps the codes of a GGUF file")
     if not arguments.quantize:
         refuse(quantizing.items(), "without -q, which quantizes")
     try:

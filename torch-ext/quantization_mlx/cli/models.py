@@ -12,14 +12,13 @@ import torch
 
 from ..checkpoint.read import Checkpoint, has_tokenizer
 from ..checkpoint.record import RECORDS, find_record, other_method
+from ..convert.gguf import not_gguf
 from ..hf import compat
 from ..hf.load import load_checkpoint
 from ..hf.peft import load_adapter
 from ..optional import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, require
 from ..quantization.model import dequantize_model
 from .arguments import UsageError
-
-_GGUF = b"GGUF"  # the first bytes of a GGUF file
 
 
 def _transformers() -> Any:
@@ -59,38 +58,43 @@ def read_mlx_directory(directory: Path) -> Checkpoint:
 
 def read_source(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in floating point and its tokenizer."""
-    source, gguf = arguments.hf_path, arguments.gguf_file
-    if Path(source).is_file() and gguf is not None:
-        raise UsageError(f"--gguf-file {gguf} needs a directory as --hf-path, and {source} is a file")
-    if gguf is None and source.endswith(".gguf") and not Path(source).is_dir():
-        source, gguf = str(Path(source).parent), Path(source).name
-    if gguf is not None:
-        return _read_gguf(Path(source), gguf, arguments)
+    if (file := gguf_file(arguments)) is not None:
+        return _read_gguf(file, arguments)
     if arguments.dequantize:
-        return _read_mlx(Path(source), arguments)
-    return _read_transformers(source, arguments)
+        return _read_mlx(Path(arguments.hf_path), arguments)
+    return _read_transformers(arguments.hf_path, arguments)
 
 
-def _read_gguf(directory: Path, name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
+def gguf_file(arguments: argparse.Namespace) -> Path | None:
+    """The GGUF file that the flags name; None if they name another source."""
+    source, name = arguments.hf_path, arguments.gguf_file
+    if Path(source).is_file() and name is not None:
+        raise UsageError(f"--gguf-file {name} needs a directory as --hf-path, and {source} is a file")
+    if name is None:
+        if not source.endswith(".gguf") or Path(source).is_dir():
+            return None
+        source, name = str(Path(source).parent), Path(source).name
     if given := [flag for flag in ("dequantize", "trust_remote_code") if getattr(arguments, flag)]:
         raise UsageError(f"--{given[0].replace('_', '-')} has no effect on a GGUF file")
+    directory = Path(source)
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}; GGUF files are read from directories alone")
     file = directory / name
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {name} in {directory}")
-    with file.open("rb") as opened:
-        begin = opened.read(len(_GGUF))
-    if begin != _GGUF:
-        found = f"begins with {begin!r} instead of {_GGUF!r}" if begin else "is empty"
-        raise ValueError(f"{file} {found} and so is no GGUF file")
+    if (problem := not_gguf(file)) is not None:
+        raise ValueError(problem)
     require("gguf", "cli")
+    return file
+
+
+def _read_gguf(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
     transformers = _transformers()
     dtype = getattr(torch, arguments.dtype or "bfloat16")
     options = {"dtype": dtype, "quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
     except Exception as error:  # the parser may raise anything on damaged files
         raise ValueError(f"{file} cannot be read, it may be cut off: {error}") from error
     return model.eval(), tokenizer

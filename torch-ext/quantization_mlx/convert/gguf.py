@@ -292,7 +292,8 @@ def _check_types(tensors: Iterable[_Tensor], requantize: Mapping[str, Any] | Non
         found = "; ".join(f"{type} of {listed(names)}" for type, names in others.items())
         raise ValueError(
             f"[{OP}] no group of MLX's affine format holds the types {found}. Supported are "
-            f"{', '.join([*_KINDS, *_FLOATS])}; {_ANEW} quantizes the others anew, with a small loss"
+            f"{', '.join([*_KINDS, *_FLOATS])}; {_ANEW}, in the command -q, quantizes the others anew, with a small "
+            "loss"
         )
 
 
