@@ -65,8 +65,9 @@ CASES += [("Q4_K", "llama"), ("Q5_K", "gemma3"), ("Q4_1", "qwen2"), ("BF16", "ge
 class File:
     """A GGUF file of a small random model as llama.cpp lays it out. Tensors are stored as rows of bytes."""
 
-    def __init__(self, family: str = "llama", type: str = "Q4_0") -> None:
+    def __init__(self, family: str = "llama", type: str = "Q4_0", **more: Any) -> None:
         name, options = FAMILIES[family]
+        options = {**options, **more}
         self.family = family
         self.model: PreTrainedModel = distinct(causal_lm(name, **{**SIZES, **options}))
         self.tensors: dict[str, tuple[np.ndarray, Type]] = {}
@@ -236,6 +237,25 @@ def test_other_types_are_quantized_anew_on_request(tmp_path: Path, monkeypatch: 
         assert error == pytest.approx(float((found[f"{layer}.weight"] - expected).norm() / expected.norm()), rel=1e-3)
         assert error < 5e-3
     assert_close(logits(load_checkpoint(tmp_path / "mlx", dtype=torch.float32)), dense_logits(path), 3e-2)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 32.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def test_the_scaled_rotary_embedding_of_llama_3(tmp_path: Path) -> None:
+    """It is in a tensor of factors, which Transformers passes over."""
+    file = File(type="F32", rope_parameters=LLAMA3)
+    plain, scaled = (each.model.model.rotary_emb.inv_freq for each in (File(), file))
+    file.tensors["rope_freqs.weight"] = (plain / scaled).numpy(), Type.F32
+    convert_gguf_checkpoint(file.write(tmp_path / "model.gguf"), tmp_path / "mlx")
+    loaded = load_checkpoint(tmp_path / "mlx")
+    torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, scaled)
+    assert_close(logits(loaded), logits(file.model), 1e-5)
+    assert_close(mlx_logits_of_tokens(tmp_path / "mlx"), logits(file.model), 1e-4)
+    file.tensors["rope_freqs.weight"][0][-3:] = 30
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight has other factors than Llama 3's"):
+        convert_gguf_checkpoint(file.write(tmp_path / "other.gguf"), tmp_path / "other")
 
 
 def _without(name: str) -> Callable[[File], Any]:

@@ -5,6 +5,7 @@ stores the scale d alone, and -8 d, -16 d or -128 d as the bias: powers of two t
 overflow. Q*_K stores products of a float16 and a whole number of six bits, which float32 holds and float16 mostly not.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -69,7 +70,7 @@ def convert_gguf_checkpoint(
     reader = _opened(source)
     architecture = _architecture(reader, source)
     _check_rope(reader, source)
-    model = _meta_model(source)
+    model = _meta_model(source, reader, architecture)
     tensors = _tensors(reader, model, architecture, source)
     _check_types(tensors, requantize)
     if dtype is None:
@@ -333,15 +334,21 @@ class _Architecture(NamedTuple):
 
     turned: tuple[str, ...] = ()  # matrices whose rows pair the halves of a head that turn together
     one_more: bool = False  # whether norms are stored plus 1
+    factors: bool = False  # whether the rotary embedding may be scaled by a tensor
 
 
 _ARCHITECTURES = {
-    "llama": _Architecture(turned=("attn_q", "attn_k")),
+    "llama": _Architecture(turned=("attn_q", "attn_k"), factors=True),
     "qwen2": _Architecture(),
     "qwen3": _Architecture(),
     "gemma2": _Architecture(one_more=True),
     "gemma3": _Architecture(one_more=True),
 }
+
+
+_FACTORS = "rope_freqs.weight"  # no weights, but what the frequencies of the rotary embedding are divided by
+# All of Llama 3.1, 3.2 and 3.3 have these; only the factor differs.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def _opened(source: Path) -> Any:
@@ -378,6 +385,23 @@ def _check_rope(reader: Any, source: Path) -> None:
             )
 
 
+def _scaled_rope(factors: Tensor, config: Any) -> dict[str, Any]:
+    """The rope_parameters by which Llama 3.1 and its successors divide the frequencies by these factors. Transformers
+    does not read the tensor, and would leave the scaling out."""
+    rope = dict(config.rope_parameters)
+    if (factors == 1).all():
+        return rope
+    scaling = {**_LLAMA3, "rope_type": "llama3", "factor": round(float(factors.max()), 3)}
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turns = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size) / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns * scaling["original_max_position_embeddings"] - low) / (high - low)).clamp(0, 1)
+    expected = 1 / (kept + (1 - kept) / scaling["factor"])
+    if factors.shape != expected.shape or not torch.allclose(factors.double(), expected, rtol=1e-4):
+        raise ValueError(f"[{OP}] {_FACTORS} has other factors than Llama 3's, which are the only ones supported")
+    return {**rope, **scaling}
+
+
 def _from_gguf(auto_class: Any, source: Path) -> Any:
     try:
         return auto_class.from_pretrained(source.parent, gguf_file=source.name)
@@ -385,9 +409,12 @@ def _from_gguf(auto_class: Any, source: Path) -> Any:
         raise ValueError(f"[{OP}] {source}: Transformers cannot read its metadata: {error}") from error
 
 
-def _meta_model(source: Path) -> PreTrainedModel:
+def _meta_model(source: Path, reader: Any, architecture: _Architecture) -> PreTrainedModel:
     transformers = compat.require("transformers")
     config = _from_gguf(transformers.AutoConfig, source)
+    for stored in reader.tensors:
+        if architecture.factors and stored.name == _FACTORS:
+            config.rope_parameters = _scaled_rope(torch.from_numpy(stored.data.copy()), config)
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -397,7 +424,8 @@ def _tensors(reader: Any, model: PreTrainedModel, architecture: _Architecture, s
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
     names, shapes = get_gguf_hf_weights_map(model, TensorProcessor()), model.state_dict()
-    if unknown := [stored.name for stored in reader.tensors if stored.name not in names]:
+    stored_tensors = [each for each in reader.tensors if not architecture.factors or each.name != _FACTORS]
+    if unknown := [stored.name for stored in stored_tensors if stored.name not in names]:
         raise ValueError(f"[{OP}] {source} has tensors that {type(model).__name__} has not: {listed(unknown)}")
     tensors = [
         _Tensor(
@@ -406,7 +434,7 @@ def _tensors(reader: Any, model: PreTrainedModel, architecture: _Architecture, s
             _turned_rows(stored, model.config, architecture),
             1.0 if architecture.one_more and stored.name.endswith("norm.weight") else 0.0,
         )
-        for stored in reader.tensors
+        for stored in stored_tensors
     ]
     first = first_names(model)
     found = {first[tensor.name] for tensor in tensors}
