@@ -35,7 +35,7 @@ setup: $(VENV)/.with-demo $(VENV)/.with-test $(VENV)/.with-lint build/oldest/.in
 build: $(VENV)/.base ## compiles the extension into .venv, and only what has changed
 	$(pip) install --quiet --no-build-isolation --no-deps --editable .
 
-demo: $(VENV)/.with-demo build ## quantizes a real model and asks it PROMPT
+demo: $(VENV)/.with-demo build ## converts a real model and asks it PROMPT
 	@$(bin)/python examples/demo.py --prompt "$$PROMPT"
 
 test: $(VENV)/.with-test build/oldest/.installed build ## runs the tests

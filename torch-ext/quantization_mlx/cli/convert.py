@@ -95,7 +95,8 @@ def _quantize(model: PreTrainedModel, arguments: argparse.Namespace, report: Qua
 def _requested_format(arguments: argparse.Namespace) -> dict[str, Any]:
     mode, group_size, bits = arguments.q_mode or "affine", arguments.q_group_size, arguments.q_bits
     if arguments.lossless and mode == "affine":  # for the few layers that a file has in more bits than others
-        group_size, bits = group_size or _FEW["group_size"], bits or _FEW["bits"]
+        group_size = _FEW["group_size"] if group_size is None else group_size
+        bits = _FEW["bits"] if bits is None else bits
     return complete_format(group_size, bits, mode)
 
 
