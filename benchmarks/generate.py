@@ -2,6 +2,7 @@
 
     python benchmarks/generate.py
     python benchmarks/generate.py --context 4096    # decode behind a long prompt
+    python benchmarks/generate.py --busy 2          # beside two processes that compute all the time
 
 The model is that of examples/demo.py, SmolLM2-135M-Instruct from the installed GGUF file, quantized to MLX 4-bit with
 group_size 64. Every contender reads a prompt of 512 tokens and yields the first token (prefill), and goes on from a
@@ -19,10 +20,12 @@ import importlib.util
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -224,6 +227,17 @@ def measure(contender: Contender, text: list[int], context: int) -> None:
     contender.decode.append(count / (last - first))
 
 
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def print_table(made: list[Contender]) -> None:
     medians = {each.name: (statistics.median(each.decode), statistics.median(each.prefill)) for each in made}
     print(f"\n{'tokens per second':<34}{'decode':>8}{'x llama.cpp':>13}{'prefill':>9}{'x torch bf16':>14}")
@@ -240,6 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--context", type=int, default=PROMPT, help="tokens before those that are decoded")
+    parser.add_argument("--busy", type=int, default=0, help="processes that compute meanwhile")
     parser.add_argument("--compile", action="store_true", help="also torch.compile; that takes a minute")
     arguments = parser.parse_args()
 
@@ -253,10 +268,11 @@ def main() -> None:
         made = contenders(checkpoint, model, arguments.context, arguments.compile)
         gc.collect()
         gc.freeze()
-        for turn in range(arguments.rounds):
-            for contender in made:
-                if contender.rounds is None or turn < contender.rounds:
-                    measure(contender, text, arguments.context)
+        with busy_processes(arguments.busy):
+            for turn in range(arguments.rounds):
+                for contender in made:
+                    if contender.rounds is None or turn < contender.rounds:
+                        measure(contender, text, arguments.context)
     print_table(made)
 
 
