@@ -24,7 +24,7 @@ SOURCES = (TEST, *KERNELS)
 # Those of other processors need the compiler's own headers for them.
 X86 = platform.machine() in ("x86_64", "AMD64")
 FOREIGN = {"neon.h"} if X86 else {"avx2.h", "avx512.h", "amx.h", "int8.h"}
-WITH_TORCH = {"ops.h", "parallel.h", "scratch.h"}
+WITH_TORCH = {"ops.h", "parallel.h", "router_logits.h", "scratch.h"}
 HEADERS = [path for path in sorted((ROOT / "csrc/cpu").rglob("*.h")) if path.name not in FOREIGN | WITH_TORCH]
 
 
