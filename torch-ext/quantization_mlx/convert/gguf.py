@@ -410,6 +410,7 @@ def _from_gguf(auto_class: Any, source: Path) -> Any:
 
 
 def _meta_model(source: Path, reader: Any, architecture: _Architecture) -> PreTrainedModel:
+    compat.check(OP)
     transformers = compat.require("transformers")
     config = _from_gguf(transformers.AutoConfig, source)
     for stored in reader.tensors:

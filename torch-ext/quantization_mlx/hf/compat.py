@@ -115,6 +115,10 @@ save_checkpoint
     Gemma3TextConfig(rope_parameters, layer_types): what MLX reads at the top
     PreTrainedConfig.attribute_map: names that MLX does not know
     PreTrainedConfig.standardize_rope_params: what models make of rope_parameters beside MLX's names
+convert_gguf_checkpoint
+  transformers.modeling_gguf_pytorch_utils
+    get_gguf_hf_weights_map(hf_model, processor): GGUF's names of a model's tensors
+    TensorProcessor(config): the processor that changes no name
 save_quantized
   transformers.dynamic_module_utils
     custom_object_save(obj, folder, config): copies the code of a model that came with its own
