@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -356,7 +357,6 @@ def test_wrong_arguments_are_named(name: str) -> None:
 
 
 def test_sizes_are_any_whole_numbers() -> None:
-    np = pytest.importorskip("numpy")
     sizes = {name: np.int64(value) for name, value in GIVEN.items() if isinstance(value, int)}
     assert dispatch_moe_optimized(**{**GIVEN, **sizes}).shape == (3, 16)
 
